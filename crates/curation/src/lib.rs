@@ -1,0 +1,1 @@
+//! Prompts, Constitutional-AI demonstrations, conversations, judged preference pairs.

@@ -1,0 +1,1 @@
+//! Mistral/Llama decoder over libtorch: loading, chat templates, NF4, LoRA, generation, log-probabilities.

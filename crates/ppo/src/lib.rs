@@ -1,0 +1,1 @@
+//! PPO with an ensemble of reward models over one base.

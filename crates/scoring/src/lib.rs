@@ -1,0 +1,1 @@
+//! Score, comparison, report page and diagnosis of a run.

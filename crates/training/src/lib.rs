@@ -1,0 +1,1 @@
+//! What Arete's SFT, reward and PPO stages share: optimiser, schedule, batching, checkpoints, metrics.
