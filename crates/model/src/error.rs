@@ -1,0 +1,154 @@
+//! The crate's one error type: each variant names its cause, and says what, where, expected and found.
+
+use std::path::PathBuf;
+
+/// Why loading, running or writing a model failed.
+///
+/// Everything here is something the user can act on (a bad file, a bad value, a full disk); broken
+/// invariants of this crate panic instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file failed; the message names the path.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+
+    /// libtorch refused an operation (out of memory, no such device, …).
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+
+    /// A file is not what it should be: damaged, hostile, or from an incompatible writer.
+    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    Field {
+        /// The offending file.
+        path: PathBuf,
+        /// The part of the file (a key, a header field, a tensor name).
+        field: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+
+    /// The checkpoint's architecture is not one this crate runs.
+    #[error(
+        "{}: {field}: unsupported architecture {found}, supported: {supported}",
+        path.display()
+    )]
+    Architecture {
+        /// The file that names the architecture.
+        path: PathBuf,
+        /// The key that names it.
+        field: String,
+        /// The architecture found.
+        found: String,
+        /// Every supported architecture, separated by commas.
+        supported: String,
+    },
+
+    /// A tensor the model needs is not in the checkpoint.
+    #[error("{}: tensor `{name}` is missing", path.display())]
+    MissingTensor {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor's Hugging Face name.
+        name: String,
+    },
+
+    /// A tensor in a checkpoint has another shape than the configuration implies.
+    #[error("{}: tensor `{name}`: expected shape {expected:?}, found {found:?}", path.display())]
+    TensorShape {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor's Hugging Face name.
+        name: String,
+        /// The shape the configuration implies.
+        expected: Vec<i64>,
+        /// The shape stored.
+        found: Vec<i64>,
+    },
+
+    /// A tensor argument has the wrong shape or dtype.
+    #[error("{name}: expected shape {expected:?}, got {got:?}")]
+    Shape {
+        /// The argument.
+        name: &'static str,
+        /// The shape that would have been accepted.
+        expected: Vec<i64>,
+        /// The shape passed.
+        got: Vec<i64>,
+    },
+
+    /// A pickle file was named; opening one can run any code, so it is never opened.
+    #[error(
+        "{}: this is a pickle file, which can run any code when opened; \
+         convert it where you trust it, then name the new directory: {command}",
+        path.display()
+    )]
+    Pickle {
+        /// The pickle file.
+        path: PathBuf,
+        /// The command that converts it to safetensors.
+        command: String,
+    },
+
+    /// A path or id given for a model is none of the accepted kinds.
+    #[error("{given}: expected {expected}, found {found}")]
+    Source {
+        /// What the user gave.
+        given: String,
+        /// The kinds of model accepted.
+        expected: &'static str,
+        /// What it is instead.
+        found: String,
+    },
+
+    /// The hub could not be reached, or answered with an error.
+    #[error("hub: {what}: {reason}")]
+    Hub {
+        /// The repository and file asked for.
+        what: String,
+        /// What went wrong and what to do about it.
+        reason: String,
+    },
+
+    /// A computed number is NaN or infinite.
+    #[error("{what} is not finite")]
+    NonFinite {
+        /// The number.
+        what: String,
+    },
+
+    /// A value given by the caller cannot be used.
+    #[error("{name}: expected {expected}, got {got}")]
+    Invalid {
+        /// The argument or option.
+        name: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+}
+
+impl Error {
+    /// A [`Error::Field`] from anything printable.
+    pub(crate) fn field(
+        path: &std::path::Path,
+        field: impl Into<String>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Self {
+        Self::Field {
+            path: path.to_path_buf(),
+            field: field.into(),
+            expected: expected.into(),
+            found: found.into(),
+        }
+    }
+
+    /// An I/O error whose message names `path`, for calls `fs_err` does not wrap.
+    pub(crate) fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
+        Self::Io(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    }
+}
