@@ -112,6 +112,64 @@ pub enum Error {
         reason: String,
     },
 
+    /// A tokenizer could not be built from its file, or failed on a text.
+    #[error("{}: tokenizer: {reason}", path.display())]
+    Tokenizer {
+        /// The file the tokenizer comes from.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+
+    /// A text is larger than this crate encodes or decodes in one piece.
+    #[error("text of {bytes} bytes: expected at most {limit}")]
+    TextTooLong {
+        /// The text's size.
+        bytes: usize,
+        /// The most that is accepted.
+        limit: usize,
+    },
+
+    /// A model has no chat template, so conversations cannot be rendered for it.
+    #[error(
+        "{}: no chat template: expected chat_template.jinja, or `chat_template` in \
+         tokenizer_config.json or the GGUF's metadata; this is probably not a chat model",
+        path.display()
+    )]
+    NoTemplate {
+        /// Where a template was looked for.
+        path: PathBuf,
+    },
+
+    /// A chat template does not compile, or fails on a conversation.
+    #[error("{}: chat template: {reason}", path.display())]
+    Template {
+        /// The file the template comes from.
+        path: PathBuf,
+        /// What went wrong, with the line where known.
+        reason: String,
+    },
+
+    /// A chat template refused a conversation by `raise_exception`.
+    #[error("{}: chat template refused the conversation: {message}", path.display())]
+    TemplateRefused {
+        /// The file the template comes from.
+        path: PathBuf,
+        /// The template's own message.
+        message: String,
+    },
+
+    /// A chat template did more work, or wrote more, than any honest template needs.
+    #[error("{}: chat template: expected at most {limit} {what}, it wanted more", path.display())]
+    TemplateBudget {
+        /// The file the template comes from.
+        path: PathBuf,
+        /// What ran out.
+        what: &'static str,
+        /// The budget.
+        limit: u64,
+    },
+
     /// A computed number is NaN or infinite.
     #[error("{what} is not finite")]
     NonFinite {
