@@ -1,0 +1,107 @@
+//! NF4 on NVIDIA GPUs: kernels compiled at run time, launched on torch's memory.
+//!
+//! The kernels (`kernels/*.cu`) are embedded as source. At first use NVRTC compiles them for the GPU at hand
+//! (`nvrtc.rs`; machine code is kept under `~/.cache/arete`), and every later call is one launch on the legacy
+//! default stream, which is torch's own unless changed. Neither building nor running on the CPU needs any part of
+//! CUDA: the driver and NVRTC are opened when the first CUDA tensor arrives, and their absence is an error that
+//! says what is missing.
+//!
+//! - [`dequantize`], [`quantize`], [`multiply`]: one kernel each.
+//! - [`nf4_linear`]: a packed linear layer, by the fused kernel for few rows, else unpacked for a matrix product.
+//! - [`install`]: lets the decoder's linear layer use these kernels, in training too.
+//! - [`plan`], [`nvrtc`]: launches and compilation, open to the tests that run without a GPU.
+//!
+//! How far this has been tried is said in `docs/cuda.md`.
+
+mod ffi;
+mod launch;
+mod linear;
+pub mod nvrtc;
+pub mod plan;
+
+use std::path::PathBuf;
+
+pub use launch::{Absmax, Packed, dequantize, dequantize_into, install, multiply, quantize};
+pub use linear::nf4_linear;
+
+/// Why the GPU could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CudaError {
+    /// A library that CUDA needs cannot be opened. The CPU path needs none of them.
+    #[error(
+        "{library} cannot be opened ({}); {remedy}, or run with --device cpu",
+        if searched.is_empty() {
+            "searched where the system's loader looks".to_owned()
+        } else {
+            format!("searched where the system's loader looks and in {}",
+                searched.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "))
+        }
+    )]
+    Missing {
+        /// The library.
+        library: &'static str,
+        /// Folders searched besides the loader's own.
+        searched: Vec<PathBuf>,
+        /// What would provide it.
+        remedy: &'static str,
+    },
+
+    /// The GPU's generation is older than every one this NVRTC compiles for.
+    #[error(
+        "the GPU has compute capability {}, this NVRTC compiles for {}",
+        capability(*arch),
+        supported.iter().map(|&arch| capability(arch)).collect::<Vec<_>>().join(", ")
+    )]
+    Arch {
+        /// The GPU's generation, 86 for 8.6.
+        arch: u32,
+        /// What NVRTC supports.
+        supported: Vec<u32>,
+    },
+
+    /// NVRTC refused a kernel file.
+    #[error("compiling {program} for compute capability {}: {reason}\n{log}", capability(*arch))]
+    Compile {
+        /// The file.
+        program: &'static str,
+        /// The generation compiled for.
+        arch: u32,
+        /// NVRTC's error code.
+        reason: String,
+        /// Its messages.
+        log: String,
+    },
+
+    /// A call into the CUDA driver failed.
+    #[error("{what}: {reason}")]
+    Driver {
+        /// What was being done.
+        what: String,
+        /// The driver's error name and text.
+        reason: String,
+    },
+}
+
+fn capability(arch: u32) -> String {
+    format!("{}.{}", arch / 10, arch % 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_library_is_named_with_its_remedy() {
+        let error = CudaError::Missing {
+            library: "libnvrtc",
+            searched: vec!["/somewhere".into()],
+            remedy: "run `make setup DEVICE=cuda`",
+        };
+        assert_eq!(
+            error.to_string(),
+            "libnvrtc cannot be opened (searched where the system's loader looks and in /somewhere); \
+             run `make setup DEVICE=cuda`, or run with --device cpu"
+        );
+    }
+}
