@@ -1,0 +1,91 @@
+//! JSON lines, plain or gzipped, read with the line number of every value.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use flate2::read::MultiGzDecoder;
+use serde_json::Value;
+
+use crate::Error;
+
+/// Longest line that is read, in bytes: prompts of a megabyte pass, bombs do not.
+const MAX_LINE_BYTES: u64 = 64 << 20;
+
+/// Most bytes a file may unpack to.
+const MAX_TOTAL_BYTES: u64 = 16 << 30;
+
+/// Reads JSON lines (gzipped if the name ends in `.gz`): each value with its line number from 1.
+/// Blank lines are skipped.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the file cannot be read, [`Error::Damaged`] if its gzip stream is cut or
+/// broken or a line is too long, [`Error::Json`] on a line that is not UTF-8 or not JSON.
+pub fn read(path: impl AsRef<Path>) -> Result<Vec<(usize, Value)>, Error> {
+    let path = path.as_ref();
+    let file = fs_err::File::open(path)?;
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
+        read_lines(path, MultiGzDecoder::new(BufReader::new(file)), true)
+    } else {
+        read_lines(path, file, false)
+    }
+}
+
+fn read_lines(path: &Path, reader: impl Read, gzipped: bool) -> Result<Vec<(usize, Value)>, Error> {
+    let mut reader = BufReader::with_capacity(1 << 16, reader.take(MAX_TOTAL_BYTES));
+    let mut values = Vec::new();
+    let mut line = Vec::new();
+    for line_number in 1.. {
+        line.clear();
+        let n_bytes = (&mut reader)
+            .take(MAX_LINE_BYTES + 1)
+            .read_until(b'\n', &mut line)
+            .map_err(|error| read_error(path, line_number, error, gzipped))?;
+        if n_bytes == 0 {
+            break;
+        }
+        if n_bytes as u64 > MAX_LINE_BYTES {
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                what: format!("line {line_number}"),
+                expected: format!("at most {MAX_LINE_BYTES} bytes"),
+                got: "more".to_owned(),
+            });
+        }
+        if line_number == 1 && line.starts_with(b"\xef\xbb\xbf") {
+            line.drain(..3); // byte order mark
+        }
+        let text = std::str::from_utf8(&line).map_err(|error| Error::Json {
+            path: path.to_owned(),
+            line: line_number,
+            expected: "UTF-8".to_owned(),
+            got: format!("invalid byte at offset {} of the line", error.valid_up_to()),
+        })?;
+        if text.trim().is_empty() {
+            continue;
+        }
+        let value = serde_json::from_str(text).map_err(|error| Error::Json {
+            path: path.to_owned(),
+            line: line_number,
+            expected: "one JSON value".to_owned(),
+            got: error.to_string(),
+        })?;
+        values.push((line_number, value));
+    }
+    Ok(values)
+}
+
+/// A broken gzip stream is the file's fault (bad data), everything else the system's.
+fn read_error(path: &Path, line: usize, error: std::io::Error, gzipped: bool) -> Error {
+    use std::io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+    if gzipped && matches!(error.kind(), InvalidData | InvalidInput | UnexpectedEof) {
+        Error::Damaged {
+            path: path.to_owned(),
+            what: format!("gzip stream at line {line}"),
+            expected: "a complete gzip file".to_owned(),
+            got: error.to_string(),
+        }
+    } else {
+        Error::Io(error)
+    }
+}

@@ -1,0 +1,105 @@
+//! Chat messages, and what identifies a prompt: its id and its split.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use unicode_normalization::UnicodeNormalization;
+
+use crate::Split;
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions that precede the conversation.
+    System,
+    /// The human.
+    User,
+    /// The model.
+    Assistant,
+}
+
+impl Role {
+    /// The lower-case name chat templates use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A turn with system instructions.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self { role: Role::System, content: content.into() }
+    }
+
+    /// A turn of the human.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self { role: Role::User, content: content.into() }
+    }
+
+    /// A turn of the model.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self { role: Role::Assistant, content: content.into() }
+    }
+}
+
+/// Text in the one form that ids are computed from: Unicode NFC, CRLF as LF, trimmed.
+pub fn normalise(text: &str) -> String {
+    let text: String = text.nfc().collect();
+    text.replace("\r\n", "\n").trim().to_owned()
+}
+
+/// The first 16 hex digits of SHA-256 over the canonical JSON of the messages.
+///
+/// Canonical JSON is a compact array of `{"role":…,"content":…}` in that key order, UTF-8
+/// unescaped, contents [normalised](normalise).
+pub fn prompt_id(messages: &[Message]) -> String {
+    hex(&canonical_digest(messages)[..8])
+}
+
+/// The split of a prompt, 80/10/10, from a hash of its opening question (the first user turn)
+/// alone, so that prompts which share an opener are never on both sides.
+///
+/// The first 8 bytes of SHA-256 over the canonical JSON of that one message, read as a big-endian
+/// number modulo 100: below 80 train, below 90 validation, else test. Messages without a user
+/// turn are hashed whole.
+pub fn split_of(messages: &[Message]) -> Split {
+    let digest = match messages.iter().find(|m| m.role == Role::User) {
+        Some(opening) => canonical_digest(std::slice::from_ref(opening)),
+        None => canonical_digest(messages),
+    };
+    let number = digest[..8].iter().fold(0u64, |number, &byte| number << 8 | u64::from(byte));
+    match number % 100 {
+        0..80 => Split::Train,
+        80..90 => Split::Validation,
+        _ => Split::Test,
+    }
+}
+
+fn canonical_digest(messages: &[Message]) -> [u8; 32] {
+    let normalised: Vec<Message> =
+        messages.iter().map(|m| Message { role: m.role, content: normalise(&m.content) }).collect();
+    let json = serde_json::to_vec(&normalised).expect("strings and unit variants always serialise");
+    Sha256::digest(json).into()
+}
+
+/// Lower-case hex digits of some bytes.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a String cannot fail");
+        text
+    })
+}

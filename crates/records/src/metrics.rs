@@ -1,0 +1,134 @@
+//! Numbers of a training run, a step a line: `metrics.jsonl`, and TensorBoard events beside it.
+//!
+//! `metrics.jsonl` is the same for the same run; the event file carries wall times and is exempt.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value};
+
+use crate::{Error, atomic, tfevents};
+
+/// Name of the file with one JSON object a step.
+pub const FILE: &str = "metrics.jsonl";
+
+/// Name of the TensorBoard event file. Its time stamp is fixed, so that a resumed run goes on in
+/// the same file.
+pub const EVENTS_FILE: &str = "events.out.tfevents.0000000000.arete";
+
+/// Appends to `metrics.jsonl` and the event file of a directory.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    lines: File,
+    events: File,
+    dir: PathBuf,
+}
+
+impl MetricsWriter {
+    /// Starts both files anew.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if they cannot be written.
+    pub fn create(dir: impl AsRef<Path>) -> Result<Self, Error> {
+        Self::open_at(dir, None)
+    }
+
+    /// Opens both files for going on after step `last_step` (none = anew): what was logged for
+    /// later steps, and a line that a kill left incomplete, is removed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the files cannot be read or written, [`Error::Json`] if a line that is to
+    /// stay is not an object with a number `step`.
+    pub fn open_at(dir: impl AsRef<Path>, last_step: Option<u64>) -> Result<Self, Error> {
+        let dir = dir.as_ref().to_owned();
+        fs_err::create_dir_all(&dir)?;
+        let lines_path = dir.join(FILE);
+        let events_path = dir.join(EVENTS_FILE);
+        let (lines, events) = match last_step {
+            Some(last_step) => (
+                kept_lines(&lines_path, last_step)?,
+                tfevents::kept(&read_or_empty(&events_path)?, last_step),
+            ),
+            None => (Vec::new(), Vec::new()),
+        };
+        atomic::write(&lines_path, &lines)?;
+        let events = if events.is_empty() { tfevents::header(now_s()) } else { events };
+        atomic::write(&events_path, &events)?;
+        let append = |path: &Path| {
+            fs_err::OpenOptions::new().append(true).open(path).map(|file| file.into_parts().0)
+        };
+        Ok(Self { lines: append(&lines_path)?, events: append(&events_path)?, dir })
+    }
+
+    /// Logs the numbers of a step, in the order given. A number that is not finite becomes `null`
+    /// in `metrics.jsonl`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a line cannot be appended.
+    pub fn log(&mut self, step: u64, metrics: &[(&str, f64)]) -> Result<(), Error> {
+        let mut line = Map::new();
+        line.insert("step".to_owned(), step.into());
+        line.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())));
+        let mut text = Value::Object(line).to_string();
+        text.push('\n');
+        self.lines.write_all(text.as_bytes()).map_err(|error| self.named(error, FILE))?;
+        let event = tfevents::scalars(now_s(), step, metrics);
+        self.events.write_all(&event).map_err(|error| self.named(error, EVENTS_FILE))
+    }
+
+    /// Makes everything logged so far durable. Call it before a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the disk refuses.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.lines.sync_data().map_err(|error| self.named(error, FILE))?;
+        self.events.sync_data().map_err(|error| self.named(error, EVENTS_FILE))
+    }
+
+    fn named(&self, error: std::io::Error, file: &str) -> Error {
+        let path = self.dir.join(file);
+        std::io::Error::new(error.kind(), format!("{}: {error}", path.display())).into()
+    }
+}
+
+fn now_s() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |elapsed| elapsed.as_secs_f64())
+}
+
+fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
+    match fs_err::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => Ok(other?),
+    }
+}
+
+/// The complete lines of steps up to `last_step`.
+fn kept_lines(path: &Path, last_step: u64) -> Result<Vec<u8>, Error> {
+    let bytes = read_or_empty(path)?;
+    let mut kept = Vec::new();
+    for (index, line) in bytes.split_inclusive(|&byte| byte == b'\n').enumerate() {
+        if !line.ends_with(b"\n") {
+            break; // a kill cut it
+        }
+        let step = serde_json::from_slice::<Value>(line)
+            .ok()
+            .and_then(|line| line.get("step").and_then(Value::as_u64))
+            .ok_or_else(|| Error::Json {
+                path: path.to_owned(),
+                line: index + 1,
+                expected: "an object with a number `step`".to_owned(),
+                got: String::from_utf8_lossy(line).trim_end().to_owned(),
+            })?;
+        if step > last_step {
+            break;
+        }
+        kept.extend_from_slice(line);
+    }
+    Ok(kept)
+}

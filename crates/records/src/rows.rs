@@ -1,0 +1,218 @@
+//! One struct per Parquet file that stages exchange; fields in column order.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Aspect, FinishReason, Message, Split, Virtue};
+
+/// A row of `prompts.parquet`: a question to answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PromptRow {
+    /// [`crate::prompt_id`] of `prompt`.
+    pub prompt_id: String,
+    /// [`crate::split_of`] `prompt`.
+    pub split: Split,
+    /// Where the prompt came from (a file name or a data set's id).
+    pub source: String,
+    /// The messages to answer; the last is the user's.
+    pub prompt: Vec<Message>,
+}
+
+/// One critique and revision of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// The principle the answer was measured by.
+    pub principle: String,
+    /// What is wrong with the answer.
+    pub critique: String,
+    /// The better answer.
+    pub revision: String,
+}
+
+/// A row of `demonstrations.parquet`: a conversation to imitate, and how it came about.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DemonstrationRow {
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// Split of the prompt.
+    pub split: Split,
+    /// `self` (the model's own revision) or `own` (a shipped exemplar).
+    pub source: String,
+    /// The first answer, before any revision.
+    pub initial: String,
+    /// Critiques and revisions, in order.
+    pub rounds: Vec<Round>,
+    /// The conversation to imitate.
+    pub messages: Vec<Message>,
+}
+
+/// A row of `conversations.parquet`: one sampled chain of three replies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConversationRow {
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// Split of the prompt.
+    pub split: Split,
+    /// Which of the prompt's samples: 0 or 1.
+    pub sample: i32,
+    /// Name of the persona the sample was drawn under, if any.
+    pub persona: Option<String>,
+    /// The whole conversation: prompt, answer, and both questions with their replies.
+    pub messages: Vec<Message>,
+    /// The answer.
+    pub action: String,
+    /// The reply about the motivation.
+    pub motivation: String,
+    /// The reply about the consequence.
+    pub consequence: String,
+    /// Why the answer ended.
+    pub finish_reason_action: FinishReason,
+    /// Why the reply about the motivation ended.
+    pub finish_reason_motivation: FinishReason,
+    /// Why the reply about the consequence ended.
+    pub finish_reason_consequence: FinishReason,
+    /// Tokens sampled for the answer.
+    pub n_tokens_action: i32,
+    /// Tokens sampled for the reply about the motivation.
+    pub n_tokens_motivation: i32,
+    /// Tokens sampled for the reply about the consequence.
+    pub n_tokens_consequence: i32,
+    /// Seed of the sample's random stream.
+    pub seed: u64,
+}
+
+impl ConversationRow {
+    /// The reply of one aspect.
+    pub fn reply(&self, aspect: Aspect) -> &str {
+        match aspect {
+            Aspect::Action => &self.action,
+            Aspect::Motivation => &self.motivation,
+            Aspect::Consequence => &self.consequence,
+        }
+    }
+
+    /// Why the reply of one aspect ended.
+    pub fn finish_reason(&self, aspect: Aspect) -> FinishReason {
+        match aspect {
+            Aspect::Action => self.finish_reason_action,
+            Aspect::Motivation => self.finish_reason_motivation,
+            Aspect::Consequence => self.finish_reason_consequence,
+        }
+    }
+
+    /// Tokens sampled for the reply of one aspect.
+    pub fn n_tokens(&self, aspect: Aspect) -> i32 {
+        match aspect {
+            Aspect::Action => self.n_tokens_action,
+            Aspect::Motivation => self.n_tokens_motivation,
+            Aspect::Consequence => self.n_tokens_consequence,
+        }
+    }
+}
+
+/// A row of `judgements.parquet`: one virtue's verdict on the two samples of a prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JudgementRow {
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// Split of the prompt.
+    pub split: Split,
+    /// What was judged.
+    pub aspect: Aspect,
+    /// By which virtue.
+    pub virtue: Virtue,
+    /// How the verdict was read (for instance `pairwise-logits`).
+    pub method: String,
+    /// The judge's name.
+    pub judge: String,
+    /// P(sample 0 preferred | sample 0 shown first); null = abstained.
+    pub p_ab: Option<f32>,
+    /// P(sample 1 preferred | sample 1 shown first); null = abstained.
+    pub p_ba: Option<f32>,
+    /// P(sample 0 preferred), order-debiased; null = abstained.
+    pub p_sample0: Option<f32>,
+    /// The preferred sample, 0 or 1; null = too close to call, or abstained.
+    pub vote: Option<i32>,
+}
+
+/// A row of `preferences/<aspect>/<split>.parquet`: a pair for training a reward model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PreferenceRow {
+    /// What both sides share.
+    pub prompt: Vec<Message>,
+    /// The better side, everything after `prompt`.
+    pub chosen: Vec<Message>,
+    /// The worse side, everything after `prompt`.
+    pub rejected: Vec<Message>,
+    /// Votes for `chosen`, 0 to 5.
+    pub score_chosen: i32,
+    /// Votes for `rejected`, 0 to 5.
+    pub score_rejected: i32,
+    /// Mean over virtues of P(chosen preferred); may be below ½.
+    pub chosen_prob: f32,
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// Whether the token limit cut the chosen side's own reply.
+    pub truncated_chosen: bool,
+    /// Whether the token limit cut the rejected side's own reply.
+    pub truncated_rejected: bool,
+}
+
+/// A row of `rollouts/*.parquet`: one conversation sampled during PPO, and its reward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RolloutRow {
+    /// PPO iteration, from 1.
+    pub iteration: i32,
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// The whole conversation.
+    pub messages: Vec<Message>,
+    /// Raw score of the action reward model.
+    pub score_action: Option<f32>,
+    /// Raw score of the motivation reward model.
+    pub score_motivation: Option<f32>,
+    /// Raw score of the consequence reward model.
+    pub score_consequence: Option<f32>,
+    /// Standardised score of the action reward model.
+    pub z_action: Option<f32>,
+    /// Standardised score of the motivation reward model.
+    pub z_motivation: Option<f32>,
+    /// Standardised score of the consequence reward model.
+    pub z_consequence: Option<f32>,
+    /// What PPO maximised, summed over the conversation.
+    pub reward: f32,
+    /// KL estimate of policy against reference, in nats, summed over the policy's own tokens.
+    pub kl: f32,
+    /// Tokens sampled for the answer.
+    pub n_tokens_action: Option<i32>,
+    /// Tokens sampled for the reply about the motivation.
+    pub n_tokens_motivation: Option<i32>,
+    /// Tokens sampled for the reply about the consequence.
+    pub n_tokens_consequence: Option<i32>,
+    /// Why the answer ended.
+    pub finish_reason_action: Option<FinishReason>,
+    /// Why the reply about the motivation ended.
+    pub finish_reason_motivation: Option<FinishReason>,
+    /// Why the reply about the consequence ended.
+    pub finish_reason_consequence: Option<FinishReason>,
+}
+
+/// A row of `scores.parquet`: one reward model's score of one model's reply to a test prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ScoreRow {
+    /// The scored model: `original`, `sft`, `final`, …
+    pub model: String,
+    /// Id of the prompt.
+    pub prompt_id: String,
+    /// The reply's aspect, and with it the reward model.
+    pub aspect: Aspect,
+    /// Raw score.
+    pub score: f32,
+    /// Standardised score.
+    pub z: f32,
+    /// Score of the yardstick reward model, if there is one.
+    pub yardstick: Option<f32>,
+    /// Tokens sampled for the reply.
+    pub n_tokens: i32,
+    /// Why the reply ended.
+    pub finish_reason: FinishReason,
+}

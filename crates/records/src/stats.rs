@@ -1,0 +1,373 @@
+//! Statistics of scores and verdicts, in f64.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+/// Draws of a bootstrap when nothing else is said.
+pub const DRAWS: usize = 10_000;
+
+/// An estimate with the interval it may lie in.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    /// The estimate.
+    pub estimate: f64,
+    /// Lower end.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+}
+
+/// The outcome of a bootstrap.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Bootstrap {
+    /// The statistic of the sample, and the percentile interval of its redraws.
+    pub interval: Interval,
+    /// Standard deviation of the redraws.
+    pub standard_error: f64,
+}
+
+/// How to draw a bootstrap.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Resampling {
+    /// Number of redraws.
+    pub draws: usize,
+    /// Probability mass inside the interval, for instance 0.95.
+    pub level: f64,
+    /// Seed of the ChaCha8 stream.
+    pub seed: u64,
+}
+
+impl Resampling {
+    /// [`DRAWS`] redraws and 95 % intervals.
+    pub fn seeded(seed: u64) -> Self {
+        Self { draws: DRAWS, level: 0.95, seed }
+    }
+}
+
+/// Arithmetic mean; NaN of nothing.
+pub fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / count(values.len())
+}
+
+/// Population standard deviation (divisor n); NaN of nothing.
+pub fn std(values: &[f64]) -> f64 {
+    let mean = mean(values);
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (squares / count(values.len())).sqrt()
+}
+
+/// The report's Score of a model: mean − ½ · population standard deviation of its scores.
+pub fn score(values: &[f64]) -> f64 {
+    mean(values) - 0.5 * std(values)
+}
+
+/// Wilson's interval of a proportion; `z` = 1.96 for 95 %.
+///
+/// # Source
+///
+/// Wilson 1927. Without trials the interval is 0 to 1 and the estimate NaN.
+pub fn wilson(successes: u64, n: u64, z: f64) -> Interval {
+    if n == 0 {
+        return Interval { estimate: f64::NAN, low: 0.0, high: 1.0 };
+    }
+    let (n, successes) = (count_u64(n), count_u64(successes));
+    let p = successes / n;
+    let denominator = 1.0 + z * z / n;
+    let centre = (p + z * z / (2.0 * n)) / denominator;
+    let half = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt() / denominator;
+    Interval { estimate: p, low: (centre - half).max(0.0), high: (centre + half).min(1.0) }
+}
+
+/// Percentile bootstrap of a statistic, whole clusters (the values of one prompt) redrawn at a time.
+///
+/// # Panics
+///
+/// If there is no cluster, no draw, or the level is not between 0 and 1.
+///
+/// # Source
+///
+/// Efron & Tibshirani 1993, ch. 13 (percentile interval), ch. 8 (clusters as the sampling unit).
+pub fn bootstrap(
+    clusters: &[Vec<f64>],
+    statistic: impl Fn(&[f64]) -> f64,
+    resampling: Resampling,
+) -> Bootstrap {
+    let all: Vec<f64> = clusters.concat();
+    let mut redrawn = Vec::with_capacity(all.len());
+    resample(clusters.len(), resampling, statistic(&all), |indices| {
+        redrawn.clear();
+        redrawn.extend(indices.iter().flat_map(|&index| &clusters[index]));
+        statistic(&redrawn)
+    })
+}
+
+/// Percentile bootstrap of `statistic(last) − statistic(first)`, the same prompts redrawn for both:
+/// cluster i of either belongs to prompt i.
+///
+/// # Panics
+///
+/// If the numbers of clusters differ, there is no cluster, no draw, or the level is not between 0
+/// and 1.
+pub fn paired_difference_of(
+    first: &[Vec<f64>],
+    last: &[Vec<f64>],
+    statistic: impl Fn(&[f64]) -> f64,
+    resampling: Resampling,
+) -> Bootstrap {
+    assert_eq!(first.len(), last.len(), "one cluster a prompt on both sides");
+    let estimate = statistic(&last.concat()) - statistic(&first.concat());
+    let mut redrawn = Vec::new();
+    let mut redraw = |clusters: &[Vec<f64>], indices: &[usize]| {
+        redrawn.clear();
+        redrawn.extend(indices.iter().flat_map(|&index| &clusters[index]));
+        statistic(&redrawn)
+    };
+    resample(first.len(), resampling, estimate, |indices| {
+        redraw(last, indices) - redraw(first, indices)
+    })
+}
+
+fn resample(
+    n_clusters: usize,
+    resampling: Resampling,
+    estimate: f64,
+    mut statistic: impl FnMut(&[usize]) -> f64,
+) -> Bootstrap {
+    let Resampling { draws, level, seed } = resampling;
+    assert!(n_clusters > 0 && draws > 0, "something to draw from, and draws");
+    assert!(level > 0.0 && level < 1.0, "level strictly between 0 and 1");
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut indices = vec![0; n_clusters];
+    let mut redraws: Vec<f64> = (0..draws)
+        .map(|_| {
+            indices.fill_with(|| below(&mut rng, n_clusters));
+            statistic(&indices)
+        })
+        .collect();
+    let standard_error = std(&redraws);
+    redraws.sort_by(f64::total_cmp);
+    let tail = (1.0 - level) / 2.0;
+    let interval =
+        Interval { estimate, low: quantile(&redraws, tail), high: quantile(&redraws, 1.0 - tail) };
+    Bootstrap { interval, standard_error }
+}
+
+/// A uniform index below `n`.
+fn below(rng: &mut ChaCha8Rng, n: usize) -> usize {
+    let n = n as u64;
+    // Numbers above the last multiple of n would favour small indices: drawn again.
+    let limit = u64::MAX - u64::MAX % n;
+    loop {
+        let number = rng.next_u64();
+        if number < limit {
+            return usize::try_from(number % n).expect("below a usize");
+        }
+    }
+}
+
+/// Quantile of sorted values, linear between neighbours (numpy's default).
+///
+/// # Panics
+///
+/// If there are no values, or `p` is not between 0 and 1.
+pub fn quantile(sorted: &[f64], p: f64) -> f64 {
+    assert!(!sorted.is_empty() && (0.0..=1.0).contains(&p), "values, and p in [0, 1]");
+    let position = p * count(sorted.len() - 1);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 ≤ position")]
+    let below = position.floor() as usize;
+    let above = (below + 1).min(sorted.len() - 1);
+    let weight = position - position.floor();
+    sorted[below] + weight * (sorted[above] - sorted[below])
+}
+
+/// Pearson's correlation; NaN if either side does not vary.
+///
+/// # Panics
+///
+/// If the lengths differ.
+pub fn pearson(x: &[f64], y: &[f64]) -> f64 {
+    assert_eq!(x.len(), y.len(), "pairs");
+    let (mean_x, mean_y) = (mean(x), mean(y));
+    let (mut xy, mut xx, mut yy) = (0.0, 0.0, 0.0);
+    for (x, y) in x.iter().zip(y) {
+        let (dx, dy) = (x - mean_x, y - mean_y);
+        xy += dx * dy;
+        xx += dx * dx;
+        yy += dy * dy;
+    }
+    xy / (xx * yy).sqrt()
+}
+
+/// Spearman's rank correlation, ties at their mean rank; NaN if either side does not vary.
+///
+/// # Panics
+///
+/// If the lengths differ.
+pub fn spearman(x: &[f64], y: &[f64]) -> f64 {
+    pearson(&ranks(x), &ranks(y))
+}
+
+/// Ranks from 1, ties at their mean rank.
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
+    let mut ranks = vec![0.0; values.len()];
+    let mut start = 0;
+    for tie in order.chunk_by(|&a, &b| values[a] == values[b]) {
+        let end = start + tie.len();
+        for &index in tie {
+            ranks[index] = count(start + 1 + end) / 2.0;
+        }
+        start = end;
+    }
+    ranks
+}
+
+/// Expected calibration error: the gap between stated probability and observed frequency, over
+/// bins of equal width, weighted by their sizes. NaN of nothing.
+///
+/// # Panics
+///
+/// If the lengths differ, there is no bin, or a probability is not between 0 and 1.
+///
+/// # Source
+///
+/// Guo et al. 2017 (arXiv:1706.04599), eq. 3; a probability on an edge belongs to the upper bin,
+/// 1 to the last.
+pub fn expected_calibration_error(probabilities: &[f64], outcomes: &[bool], n_bins: usize) -> f64 {
+    assert_eq!(probabilities.len(), outcomes.len(), "one outcome a probability");
+    assert!(n_bins > 0, "at least one bin");
+    let mut gaps = vec![0.0; n_bins];
+    for (&p, &outcome) in probabilities.iter().zip(outcomes) {
+        assert!((0.0..=1.0).contains(&p), "a probability");
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 ≤ p ≤ 1")]
+        let bin = ((p * count(n_bins)) as usize).min(n_bins - 1);
+        gaps[bin] += p - f64::from(u8::from(outcome));
+    }
+    gaps.iter().map(|gap| gap.abs()).sum::<f64>() / count(probabilities.len())
+}
+
+/// Two-sided exact sign test: the probability of a split at least as uneven if wins and losses
+/// were equally likely. Ties are left out beforehand; 1 without any win or loss.
+pub fn sign_test(wins: u64, losses: u64) -> f64 {
+    let n = wins + losses;
+    let fewer = wins.min(losses);
+    // Terms of the binomial distribution, in logarithms: 2^-1000 is no f64.
+    let mut log_term = -count_u64(n) * std::f64::consts::LN_2;
+    let mut tail = 0.0;
+    for k in 0..=fewer {
+        tail += log_term.exp();
+        log_term += count_u64(n - k).ln() - count_u64(k + 1).ln();
+    }
+    (2.0 * tail).min(1.0)
+}
+
+/// The smallest true difference that an experiment with this standard error finds with probability
+/// `power` at a two-sided test of level `alpha`: (z₁₋α⁄₂ + z_power) · standard error.
+///
+/// # Panics
+///
+/// If `alpha` or `power` is not strictly between 0 and 1.
+pub fn minimum_detectable_effect(standard_error: f64, alpha: f64, power: f64) -> f64 {
+    (normal_quantile(1.0 - alpha / 2.0) + normal_quantile(power)) * standard_error
+}
+
+/// Quantile of the standard normal distribution, relative error below 1.2e-9.
+///
+/// # Panics
+///
+/// If `p` is not strictly between 0 and 1.
+///
+/// # Source
+///
+/// P. J. Acklam's rational approximation (2003).
+pub fn normal_quantile(p: f64) -> f64 {
+    const A: [f64; 6] = [
+        -3.969_683_028_665_376e1,
+        2.209_460_984_245_205e2,
+        -2.759_285_104_469_687e2,
+        1.383_577_518_672_69e2,
+        -3.066_479_806_614_716e1,
+        2.506_628_277_459_239,
+    ];
+    const B: [f64; 6] = [
+        -5.447_609_879_822_406e1,
+        1.615_858_368_580_409e2,
+        -1.556_989_798_598_866e2,
+        6.680_131_188_771_972e1,
+        -1.328_068_155_288_572e1,
+        1.0,
+    ];
+    const C: [f64; 6] = [
+        -7.784_894_002_430_293e-3,
+        -3.223_964_580_411_365e-1,
+        -2.400_758_277_161_838,
+        -2.549_732_539_343_734,
+        4.374_664_141_464_968,
+        2.938_163_982_698_783,
+    ];
+    const D: [f64; 5] = [
+        7.784_695_709_041_462e-3,
+        3.224_671_290_700_398e-1,
+        2.445_134_137_142_996,
+        3.754_408_661_907_416,
+        1.0,
+    ];
+    const TAIL: f64 = 0.024_25;
+    assert!(p > 0.0 && p < 1.0, "a probability strictly between 0 and 1");
+    let polynomial = |c: &[f64], x: f64| c.iter().fold(0.0, |sum, c| sum * x + c);
+    let lower_tail = |p: f64| {
+        let q = (-2.0 * p.ln()).sqrt();
+        polynomial(&C, q) / polynomial(&D, q)
+    };
+    if p < TAIL {
+        lower_tail(p)
+    } else if p > 1.0 - TAIL {
+        -lower_tail(1.0 - p)
+    } else {
+        let q = p - 0.5;
+        q * polynomial(&A, q * q) / polynomial(&B, q * q)
+    }
+}
+
+/// Fleiss' kappa: agreement of several raters beyond chance. `counts[i][j]` = raters who put
+/// subject i in category j; every subject has the same number of raters. NaN if all agree on one
+/// category throughout.
+///
+/// # Panics
+///
+/// If there is no subject, the rows differ in length or sum, or there are fewer than two raters.
+///
+/// # Source
+///
+/// Fleiss 1971.
+pub fn fleiss_kappa(counts: &[Vec<u64>]) -> f64 {
+    let first = counts.first().expect("at least one subject");
+    let n_raters: u64 = first.iter().sum();
+    assert!(n_raters >= 2, "at least two raters");
+    let mut totals = vec![0.0; first.len()];
+    let mut agreement = 0.0;
+    for row in counts {
+        assert_eq!(row.len(), totals.len(), "the same categories for every subject");
+        assert_eq!(row.iter().sum::<u64>(), n_raters, "the same number of raters a subject");
+        for (total, &n) in totals.iter_mut().zip(row) {
+            *total += count_u64(n);
+            agreement += count_u64(n * n.saturating_sub(1));
+        }
+    }
+    let (n_subjects, n_raters) = (count(counts.len()), count_u64(n_raters));
+    let observed = agreement / (n_subjects * n_raters * (n_raters - 1.0));
+    let expected: f64 = totals.iter().map(|t| (t / (n_subjects * n_raters)).powi(2)).sum();
+    (observed - expected) / (1.0 - expected)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+fn count(n: usize) -> f64 {
+    n as f64
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+fn count_u64(n: u64) -> f64 {
+    n as f64
+}

@@ -1,0 +1,142 @@
+//! TensorBoard event files: TFRecord framing around hand-encoded `Event` messages.
+//!
+//! # Source
+//!
+//! Framing: tensorflow/core/lib/io/record_writer.h (length u64, masked CRC-32C of the length, data,
+//! masked CRC-32C of the data, little endian). Messages: tensorflow/core/util/event.proto (1
+//! `wall_time`, 2 `step`, 3 `file_version`, 5 `summary`), tensorflow/core/framework/summary.proto
+//! (1 `value` of 1 `tag`, 2 `simple_value`).
+
+/// The record every event file begins with.
+pub(crate) fn header(wall_time_s: f64) -> Vec<u8> {
+    let mut event = Vec::new();
+    put_double(&mut event, 1, wall_time_s);
+    put_bytes(&mut event, 3, b"brain.Event:2");
+    record(&event)
+}
+
+/// One record with the scalars of a step.
+pub(crate) fn scalars(wall_time_s: f64, step: u64, metrics: &[(&str, f64)]) -> Vec<u8> {
+    let mut summary = Vec::new();
+    for (tag, value) in metrics {
+        let mut message = Vec::new();
+        put_bytes(&mut message, 1, tag.as_bytes());
+        put_key(&mut message, 2, FIXED32);
+        #[expect(clippy::cast_possible_truncation, reason = "the format holds f32")]
+        message.extend_from_slice(&(*value as f32).to_le_bytes());
+        put_bytes(&mut summary, 1, &message);
+    }
+    let mut event = Vec::new();
+    put_double(&mut event, 1, wall_time_s);
+    put_key(&mut event, 2, VARINT);
+    put_varint(&mut event, step);
+    put_bytes(&mut event, 5, &summary);
+    record(&event)
+}
+
+/// The leading records that are whole and of steps up to `last_step`.
+pub(crate) fn kept(file: &[u8], last_step: u64) -> Vec<u8> {
+    let mut end = 0;
+    while let Some((event, record_bytes)) = next_record(&file[end..]) {
+        if step_of(event).is_none_or(|step| step > last_step) {
+            break;
+        }
+        end += record_bytes;
+    }
+    file[..end].to_vec()
+}
+
+fn record(data: &[u8]) -> Vec<u8> {
+    let length = (data.len() as u64).to_le_bytes();
+    let mut bytes = Vec::with_capacity(data.len() + 16);
+    bytes.extend_from_slice(&length);
+    bytes.extend_from_slice(&masked_crc32c(&length).to_le_bytes());
+    bytes.extend_from_slice(data);
+    bytes.extend_from_slice(&masked_crc32c(data).to_le_bytes());
+    bytes
+}
+
+/// The data of the first record and the bytes it takes, if it is whole and its sums are right.
+fn next_record(file: &[u8]) -> Option<(&[u8], usize)> {
+    let (length, rest) = file.split_first_chunk::<8>()?;
+    let (length_crc, rest) = rest.split_first_chunk::<4>()?;
+    if u32::from_le_bytes(*length_crc) != masked_crc32c(length) {
+        return None;
+    }
+    let n_bytes = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+    let (data, rest) = rest.split_at_checked(n_bytes)?;
+    let (data_crc, _) = rest.split_first_chunk::<4>()?;
+    (u32::from_le_bytes(*data_crc) == masked_crc32c(data)).then_some((data, n_bytes + 16))
+}
+
+/// The step of an event as this module writes them (0 for the header).
+fn step_of(event: &[u8]) -> Option<u64> {
+    let rest = event.get(9..)?; // wall_time: one byte of key, eight of double
+    let Some((&STEP_KEY, mut rest)) = rest.split_first() else {
+        return Some(0);
+    };
+    let mut step = 0u64;
+    for shift in (0..64).step_by(7) {
+        let (&byte, after) = rest.split_first()?;
+        step |= u64::from(byte & 127) << shift;
+        if byte < 128 {
+            return Some(step);
+        }
+        rest = after;
+    }
+    None
+}
+
+const VARINT: u64 = 0;
+const FIXED64: u64 = 1;
+const LENGTH_DELIMITED: u64 = 2;
+const FIXED32: u64 = 5;
+const STEP_KEY: u8 = 2 << 3;
+
+fn put_key(out: &mut Vec<u8>, field: u64, wire_type: u64) {
+    put_varint(out, field << 3 | wire_type);
+}
+
+fn put_varint(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 128 {
+        out.push(number.to_le_bytes()[0] | 128);
+        number >>= 7;
+    }
+    out.push(number.to_le_bytes()[0]);
+}
+
+fn put_double(out: &mut Vec<u8>, field: u64, number: f64) {
+    put_key(out, field, FIXED64);
+    out.extend_from_slice(&number.to_le_bytes());
+}
+
+fn put_bytes(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
+    put_key(out, field, LENGTH_DELIMITED);
+    put_varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+/// TFRecord's mask: sums of sums are weak, so they are rotated and shifted.
+fn masked_crc32c(bytes: &[u8]) -> u32 {
+    crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+/// CRC-32C (Castagnoli): reflected polynomial 0x82f63b78.
+fn crc32c(bytes: &[u8]) -> u32 {
+    const TABLE: [u32; 256] = {
+        let mut table = [0u32; 256];
+        let mut index = 0;
+        while index < 256 {
+            let mut crc = index as u32;
+            let mut bit = 0;
+            while bit < 8 {
+                crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+                bit += 1;
+            }
+            table[index] = crc;
+            index += 1;
+        }
+        table
+    };
+    !bytes.iter().fold(!0u32, |crc, &byte| crc >> 8 ^ TABLE[(crc.to_le_bytes()[0] ^ byte) as usize])
+}
