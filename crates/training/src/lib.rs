@@ -1,1 +1,31 @@
-//! What Arete's SFT, reward and PPO stages share: optimiser, schedule, batching, checkpoints, metrics.
+//! What Arete's training stages share: optimiser, schedule, data order, checkpoints and the step loop.
+//!
+//! SFT and reward modelling describe their loss as an [`Objective`] and hand it to [`train`]; PPO, whose loop is its
+//! own, uses the parts: [`AdamW`], [`Schedule`], [`order`], [`CheckpointStore`], [`runtime`].
+//!
+//! Method and its deviations from the usual trainers:
+//! - Batches are packed: token sequences lie one after the other without padding (`arete_model::batch`), so the linear
+//!   layers run on real tokens only, and sorting by length, which serves to save padding, has nothing to save.
+//!   Micro-batches are cut by a token budget instead ([`order::micro_batches`]).
+//! - A step's loss is one mean over the whole step (all its target tokens, all its pairs); micro-batches add their
+//!   share of that mean, so where they are cut changes nothing but rounding.
+//! - The order of the data is a pure function of seed and step; nothing else is random (no dropout). A run that was
+//!   interrupted therefore continues from its last checkpoint to the same bytes.
+//! - A loss or gradient that is not finite stops the run before it reaches the optimiser; only f16 on a GPU skips
+//!   the step instead, and halves its loss scale.
+
+pub mod checkpoint;
+mod error;
+pub mod optimiser;
+pub mod order;
+pub mod runtime;
+pub mod schedule;
+mod trainer;
+
+pub use checkpoint::CheckpointStore;
+pub use error::Error;
+pub use optimiser::{AdamW, AdamWConfig};
+pub use schedule::{Schedule, ScheduleKind};
+pub use trainer::{
+    Evaluation, LoopConfig, Objective, Outcome, Select, StepReport, TrainerState, train,
+};
