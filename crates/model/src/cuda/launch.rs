@@ -432,15 +432,16 @@ fn module(index: usize, gpu: &Gpu, program: Program) -> Result<Module, CudaError
     if let Some(&module) = modules.get(&(index, program)) {
         return Ok(module);
     }
-    let (image, from_cache) = nvrtc::cached(program, gpu.arch)?;
-    let module = match gpu.load(&image) {
-        Ok(module) => module,
-        Err(error) if from_cache => {
+    let cache = nvrtc::default_cache();
+    let (image, from_cache) = nvrtc::image(program, gpu.arch, cache.as_deref())?;
+    let module = match (gpu.load(&image), &cache) {
+        (Ok(module), _) => module,
+        (Err(error), Some(cache)) if from_cache => {
             tracing::warn!(%error, "cached CUDA kernels are damaged, compiling them again");
-            nvrtc::forget(program, gpu.arch)?;
-            gpu.load(&nvrtc::cached(program, gpu.arch)?.0)?
+            nvrtc::forget(program, gpu.arch, cache)?;
+            gpu.load(&nvrtc::image(program, gpu.arch, Some(cache))?.0)?
         }
-        Err(error) => return Err(error),
+        (Err(error), _) => return Err(error),
     };
     modules.insert((index, program), module);
     Ok(module)

@@ -76,14 +76,19 @@ pub fn compile(program: Program, arch: Arch) -> Result<Compiled, CudaError> {
     nvrtc.compile(&program.source(), program.name(), arch, &options, !to_ptx)
 }
 
-/// The image from the disk cache, else compiled and cached. `true` if it came from the cache.
+/// The image of a program for `arch`: from the `cache` folder if it is there, else compiled and kept there.
+/// `true` if it was there.
 ///
 /// # Errors
 ///
 /// As [`compile`]. A cache that cannot be written is reported as a warning and is no error.
-pub(super) fn cached(program: Program, arch: Arch) -> Result<(Vec<u8>, bool), CudaError> {
+pub fn image(
+    program: Program,
+    arch: Arch,
+    cache: Option<&Path>,
+) -> Result<(Vec<u8>, bool), CudaError> {
     let nvrtc = ffi::Nvrtc::open()?;
-    let path = cache_folder().map(|folder| folder.join(cache_name(program, arch, nvrtc.version())));
+    let path = cache.map(|folder| folder.join(cache_name(program, arch, nvrtc.version())));
     if let Some(path) = &path
         && let Ok(image) = fs_err::read(path)
         && !image.is_empty()
@@ -106,14 +111,11 @@ pub(super) fn cached(program: Program, arch: Arch) -> Result<(Vec<u8>, bool), Cu
     Ok((compiled.image, false))
 }
 
-/// Removes a cached image the driver refused.
-pub(super) fn forget(program: Program, arch: Arch) -> Result<(), CudaError> {
-    let version = ffi::Nvrtc::open()?.version();
-    if let Some(folder) = cache_folder() {
-        let path = folder.join(cache_name(program, arch, version));
-        if let Err(error) = fs_err::remove_file(&path) {
-            tracing::warn!(%error, "a damaged file of compiled CUDA kernels cannot be removed");
-        }
+/// Removes an image the driver refused from the `cache` folder.
+pub(super) fn forget(program: Program, arch: Arch, cache: &Path) -> Result<(), CudaError> {
+    let path = cache.join(cache_name(program, arch, ffi::Nvrtc::open()?.version()));
+    if let Err(error) = fs_err::remove_file(&path) {
+        tracing::warn!(%error, "a damaged file of compiled CUDA kernels cannot be removed");
     }
     Ok(())
 }
@@ -131,8 +133,8 @@ pub fn cache_name(program: Program, arch: Arch, nvrtc_version: (i32, i32)) -> St
     format!("{hex}.cubin")
 }
 
-/// `$XDG_CACHE_HOME/arete`, else `~/.cache/arete`.
-fn cache_folder() -> Option<PathBuf> {
+/// `$XDG_CACHE_HOME/arete`, else `~/.cache/arete`; nothing without either variable.
+pub fn default_cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("XDG_CACHE_HOME")
         .filter(|path| path.is_absolute())

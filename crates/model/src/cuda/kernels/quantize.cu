@@ -46,9 +46,10 @@ __device__ inline void load8(const T* x, i64 first, i64 n, float (&out)[8]) {
 template <class T>
 __device__ inline void quantize(u8* codes, float* absmax, const T* x, i64 n, int block_log2) {
   int block_size = 1 << block_log2;
-  int lanes = min(kWarp, block_size / 8);
-  i64 block = (i64(blockIdx.x) * kThreads + threadIdx.x) / lanes;
-  int lane = threadIdx.x % lanes;
+  int lanes_log2 = min(5, block_log2 - 3);
+  int lanes = 1 << lanes_log2;
+  i64 block = (i64(blockIdx.x) * kThreads + threadIdx.x) >> lanes_log2;
+  int lane = threadIdx.x & (lanes - 1);
   i64 begin = block << block_log2;
   float values[8];
   float highest = 0.0f;

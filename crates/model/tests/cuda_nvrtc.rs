@@ -1,0 +1,240 @@
+//! The CUDA kernels, compiled to machine code for every GPU generation from Turing to Blackwell: no GPU is needed
+//! for that, only NVRTC, which `scripts/setup-nvrtc.sh` fetches.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use arete_model::cuda::nvrtc::{self, Arch};
+use arete_model::cuda::plan::{Format, Program};
+use arete_model::cuda::{self, CudaError, Packed};
+use arete_model::{Error, nf4::Nf4Tensor};
+use tch::{Device, Kind, Tensor};
+
+const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+
+/// Fetches NVRTC once; `false` with a printed reason where that is impossible.
+fn nvrtc_is_here() -> bool {
+    static HERE: OnceLock<bool> = OnceLock::new();
+    *HERE.get_or_init(|| {
+        // A test binary needs libtorch loaded to find what lies beside it.
+        assert_eq!(Tensor::from(1i64).numel(), 1);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/setup-nvrtc.sh");
+        let output = Command::new("bash").arg(script).output().expect("bash runs");
+        let messages = String::from_utf8_lossy(&output.stderr).into_owned()
+            + &String::from_utf8_lossy(&output.stdout);
+        if output.status.success() {
+            return true;
+        }
+        assert!(
+            messages.contains("cannot be reached") || messages.contains("python3"),
+            "fetching NVRTC failed: {messages}"
+        );
+        eprintln!("skipped: {}", messages.trim());
+        false
+    })
+}
+
+fn kernels(program: Program) -> Vec<String> {
+    let each = |stem: &str| Format::ALL.map(|format| format!("{stem}_{}", format.name())).to_vec();
+    match program {
+        Program::Dequantize => each("dequantize"),
+        Program::Quantize => each("quantize"),
+        Program::Multiply(format) => {
+            let most = if format == Format::F32 { 8 } else { 16 };
+            [1, 2, 4, 8, 16]
+                .iter()
+                .filter(|&&rows| rows <= most)
+                .map(|rows| format!("multiply_{}_{rows}", format.name()))
+                .collect()
+        }
+    }
+}
+
+// ---- what the machine code says about itself ----
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    registers: u32,
+    /// Stack of a thread, which is where spilled registers would go.
+    frame_bytes: u32,
+}
+
+/// Registers per kernel, and no stack, from the cubin's `.nv.info` section: records of format, attribute and size, of
+/// which those for a kernel hold the index of its symbol and a number.
+fn usage(cubin: &[u8]) -> BTreeMap<String, Usage> {
+    const PAIR: u8 = 4;
+    const REGISTERS: u8 = 0x2f;
+    const FRAME_BYTES: u8 = 0x11;
+    let u16_at = |at: usize| u16::from_le_bytes(cubin[at..at + 2].try_into().expect("two bytes"));
+    let u32_at = |at: usize| u32::from_le_bytes(cubin[at..at + 4].try_into().expect("four bytes"));
+    let u64_at = |at: usize| u64::from_le_bytes(cubin[at..at + 8].try_into().expect("eight bytes"));
+    assert_eq!(&cubin[..5], b"\x7fELF\x02", "64-bit ELF");
+    assert_eq!(u16_at(18), 190, "machine: CUDA");
+    let (table, entry, n) = (u64_at(40) as usize, usize::from(u16_at(58)), usize::from(u16_at(60)));
+    let header = |section: usize| table + section * entry;
+    let bytes = |section: usize| {
+        let start = u64_at(header(section) + 24) as usize;
+        start..start + u64_at(header(section) + 32) as usize
+    };
+    let text = |section: usize, at: u32| {
+        let start = bytes(section).start + at as usize;
+        let length = cubin[start..].iter().position(|&b| b == 0).expect("names end");
+        std::str::from_utf8(&cubin[start..start + length]).expect("ASCII")
+    };
+    let names = usize::from(u16_at(62));
+    let section = |name: &str| {
+        (0..n).find(|&i| text(names, u32_at(header(i))) == name).expect("the section exists")
+    };
+    let symbols = section(".symtab");
+    let symbol_names = u32_at(header(symbols) + 40) as usize;
+    let mut found: BTreeMap<String, Usage> = BTreeMap::new();
+    let mut records = bytes(section(".nv.info"));
+    while !records.is_empty() {
+        let at = records.start;
+        let (format, attribute, size) = (cubin[at], cubin[at + 1], usize::from(u16_at(at + 2)));
+        records.start += if format == PAIR { 4 + size } else { 4 };
+        if format == PAIR && size == 8 {
+            let symbol = bytes(symbols).start + 24 * u32_at(at + 4) as usize;
+            let usage = found.entry(text(symbol_names, u32_at(symbol)).to_owned()).or_default();
+            match attribute {
+                REGISTERS => usage.registers = u32_at(at + 8),
+                FRAME_BYTES => usage.frame_bytes = u32_at(at + 8),
+                _ => {}
+            }
+        }
+    }
+    // What kernels call (a division's slow path, say) is listed too, with `$` in its name.
+    assert!(found.values().all(|usage| usage.frame_bytes == 0), "a stack is used: {found:?}");
+    found.retain(|name, _| !name.contains('$'));
+    found
+}
+
+/// Registers per kernel from the compiler's log, which must report no stack and no spills.
+fn reported(log: &str) -> BTreeMap<String, u32> {
+    let mut found = BTreeMap::new();
+    let mut kernel = None;
+    for line in log.lines() {
+        if let Some(name) = line.split("Function properties for ").nth(1) {
+            kernel = Some(name.trim().to_owned());
+        } else if line.contains("bytes stack frame") {
+            let clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+            assert!(line.trim().ends_with(&format!(" {clean}")), "{kernel:?}: {line}");
+        } else if let Some(rest) = line.split(": Used ").nth(1) {
+            let n = rest.split(' ').next().and_then(|n| n.parse().ok()).expect("a number");
+            found.insert(kernel.take().expect("named before"), n);
+        }
+    }
+    found
+}
+
+#[test]
+fn every_kernel_compiles_for_every_generation_without_spills() {
+    if !nvrtc_is_here() {
+        return;
+    }
+    let check = |program: Program, arch: u32| -> Vec<(String, u32)> {
+        let compiled = nvrtc::compile(program, Arch(arch))
+            .unwrap_or_else(|error| panic!("{program:?} for sm_{arch}: {error}"));
+        let (usage, reported) = (usage(&compiled.image), reported(&compiled.log));
+        assert_eq!(usage.len(), kernels(program).len(), "{program:?}: {usage:?}");
+        kernels(program)
+            .into_iter()
+            .map(|kernel| {
+                let Usage { registers, .. } = usage[&kernel];
+                assert_eq!(registers, reported[&kernel], "{kernel} for sm_{arch}");
+                // Two blocks of 256 threads per multiprocessor; one where 16 rows are summed at once.
+                let most = if kernel.ends_with("_16") { 255 } else { 128 };
+                assert!((8..=most).contains(&registers), "{kernel} for sm_{arch}: {registers} registers");
+                (kernel, registers)
+            })
+            .collect()
+    };
+    let mut table: BTreeMap<String, Vec<u32>> = BTreeMap::new();
+    for arch in ARCHITECTURES {
+        let check = &check;
+        let programs: Vec<_> = std::thread::scope(|scope| {
+            let running: Vec<_> =
+                Program::ALL.map(|program| scope.spawn(move || check(program, arch))).into();
+            running.into_iter().map(|thread| thread.join().expect("see above")).collect()
+        });
+        for (kernel, registers) in programs.into_iter().flatten() {
+            table.entry(kernel).or_default().push(registers);
+        }
+    }
+    println!("registers for sm_{ARCHITECTURES:?}, no spills");
+    for (kernel, registers) in table {
+        println!("{kernel:20} {registers:?}");
+    }
+}
+
+#[test]
+fn an_older_gpu_is_refused_and_a_newer_one_gets_ptx() {
+    if !nvrtc_is_here() {
+        return;
+    }
+    let error = nvrtc::compile(Program::Quantize, Arch(70)).expect_err("CUDA 13 dropped Volta");
+    assert!(matches!(error, CudaError::Arch { arch: 70, .. }), "{error}");
+    let ptx = nvrtc::compile(Program::Quantize, Arch(999)).expect("compiles").image;
+    let text = String::from_utf8(ptx).expect("PTX is text");
+    assert!(text.contains(".visible .entry quantize_bf16") && text.ends_with('\0'));
+}
+
+#[test]
+fn machine_code_is_cached_on_disk() {
+    if !nvrtc_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let cache = folder.path().join("deeper");
+    let image = || nvrtc::image(Program::Dequantize, Arch(80), Some(&cache)).expect("compiles");
+    let (first, cached) = image();
+    assert!(!cached);
+    let (second, cached) = image();
+    assert!(cached && first == second);
+    assert_eq!(fs_err::read_dir(&cache).expect("was made").count(), 1, "no temporary file is left");
+    // A cache that cannot be written costs time only.
+    let file = folder.path().join("file");
+    fs_err::write(&file, "").expect("writable");
+    let (third, cached) = nvrtc::image(Program::Dequantize, Arch(80), Some(&file)).expect("compiles");
+    assert!(!cached && third == first);
+}
+
+// ---- without a GPU ----
+
+fn packed_on_the_cpu() -> Nf4Tensor {
+    Nf4Tensor {
+        codes: Tensor::zeros([2 * 64 / 2], (Kind::Uint8, Device::Cpu)),
+        absmax: Tensor::ones([2], (Kind::Float, Device::Cpu)),
+        codebook: Tensor::zeros([16], (Kind::Float, Device::Cpu)),
+        outputs: 2,
+        inputs: 64,
+        block_size: 64,
+    }
+}
+
+#[test]
+fn tensors_on_the_cpu_are_refused() {
+    let weight = packed_on_the_cpu();
+    let x = Tensor::zeros([1, 64], (Kind::Float, Device::Cpu));
+    let errors = [
+        cuda::dequantize(&Packed::from(&weight), Kind::BFloat16).expect_err("on the CPU"),
+        cuda::multiply(&x, &Packed::from(&weight)).expect_err("on the CPU"),
+        cuda::quantize(&x, 64).expect_err("on the CPU"),
+        cuda::nf4_linear(&x, &weight).expect_err("on the CPU"),
+    ];
+    for error in errors {
+        assert!(error.to_string().contains("expected a tensor on a GPU, got one on Cpu"), "{error}");
+    }
+}
+
+#[test]
+fn a_machine_without_a_gpu_is_told_what_is_missing() {
+    match cuda::install(0) {
+        Ok(()) => println!("skipped: this machine has a GPU"),
+        Err(Error::Cuda(error @ (CudaError::Missing { .. } | CudaError::Driver { .. }))) => {
+            println!("{error}");
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

@@ -1,0 +1,686 @@
+//! The CUDA kernels, executed on the CPU: the same `.cu` files and the same launches, on the SIMT machine of
+//! `tests/simt`, against bitsandbytes' values and plain sums; once more under address and undefined-behaviour
+//! sanitizers.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use arete_model::cuda::plan::{self, Argument, Format, Launch, PackedAddresses};
+use half::{bf16, f16};
+use safetensors::SafeTensors;
+
+const CRATE: &str = env!("CARGO_MANIFEST_DIR");
+
+// ---- the machine ----
+
+#[derive(Clone, Copy)]
+enum Build {
+    Plain,
+    Sanitised,
+}
+
+/// The machine's program, compiled once a process; `None` with a printed reason without g++.
+fn machine(build: Build) -> Option<&'static Path> {
+    static PLAIN: OnceLock<Option<PathBuf>> = OnceLock::new();
+    static SANITISED: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let (cell, name, flags): (_, _, &[&str]) = match build {
+        Build::Plain => (&PLAIN, "simt", &["-O2"]),
+        Build::Sanitised => (
+            &SANITISED,
+            "simt-sanitised",
+            &["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        ),
+    };
+    cell.get_or_init(|| {
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let status = Command::new("g++")
+            .args(["-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas"])
+            .args(flags)
+            .arg(format!("-I{CRATE}/src/cuda/kernels"))
+            .arg(format!("-I{CRATE}/tests/simt"))
+            .arg(format!("{CRATE}/tests/simt/main.cpp"))
+            .arg("-o")
+            .arg(&out)
+            .status();
+        match status {
+            Ok(status) => {
+                assert!(status.success(), "g++ refused the kernels");
+                Some(out)
+            }
+            Err(error) => {
+                eprintln!("skipped: g++ cannot be run ({error})");
+                None
+            }
+        }
+    })
+    .as_deref()
+}
+
+/// A launch and its buffers: address 1 is the first one.
+#[derive(Clone)]
+struct Job {
+    launch: Launch,
+    buffers: Vec<Vec<u8>>,
+}
+
+/// The machine's input for the jobs, one after another, threads in the given order.
+fn input_of(jobs: &[Job], order: u64) -> Vec<u8> {
+    let mut input = Vec::new();
+    for Job { launch, buffers } in jobs {
+        let mut number = |value: u32| input.extend(value.to_le_bytes());
+        number(launch.kernel.len() as u32);
+        input.extend(launch.kernel.as_bytes());
+        let mut number = |value: u32| input.extend(value.to_le_bytes());
+        number(launch.grid[0]);
+        number(launch.grid[1]);
+        number(launch.threads);
+        number(launch.shared_bytes);
+        input.extend(order.to_le_bytes());
+        input.extend((launch.arguments.len() as u32).to_le_bytes());
+        for argument in &launch.arguments {
+            match *argument {
+                Argument::Int(value) => {
+                    input.push(0);
+                    input.extend(value.to_le_bytes());
+                }
+                Argument::Long(value) => {
+                    input.push(1);
+                    input.extend(value.to_le_bytes());
+                }
+                Argument::Address(0) => input.push(3),
+                Argument::Address(address) => {
+                    let buffer = &buffers[address as usize - 1];
+                    input.push(2);
+                    input.extend((buffer.len() as u64).to_le_bytes());
+                    input.extend(buffer);
+                }
+            }
+        }
+    }
+    input
+}
+
+fn output_of(machine: &Path, input: Vec<u8>) -> Output {
+    let mut child = Command::new(machine)
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the machine starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    let writer = std::thread::spawn(move || {
+        // A machine that stops early closes the pipe; its exit status says so.
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().expect("the machine runs");
+    writer.join().expect("the writer does not panic");
+    output
+}
+
+/// The buffers after the launches, job by job.
+fn run(machine: &Path, jobs: &[Job], order: u64) -> Vec<Vec<Vec<u8>>> {
+    let output = output_of(machine, input_of(jobs, order));
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "the machine stopped with {}: {messages}", output.status);
+    let mut rest = &output.stdout[..];
+    let outputs = jobs
+        .iter()
+        .map(|job| {
+            let mut buffers = job.buffers.clone();
+            for argument in &job.launch.arguments {
+                if let Argument::Address(address @ 1..) = *argument {
+                    let buffer = &mut buffers[address as usize - 1];
+                    let (own, others) = rest.split_at(buffer.len());
+                    buffer.copy_from_slice(own);
+                    rest = others;
+                }
+            }
+            buffers
+        })
+        .collect();
+    assert!(rest.is_empty(), "the machine wrote more than its buffers");
+    outputs
+}
+
+/// Runs under three thread orders, which must agree to the bit; a missing barrier would show.
+fn run_in_all_orders(machine: &Path, jobs: &[Job]) -> Vec<Vec<Vec<u8>>> {
+    let outputs = run(machine, jobs, 0);
+    for order in [1, 20_240_607] {
+        for ((job, first), other) in jobs.iter().zip(&outputs).zip(run(machine, jobs, order)) {
+            assert!(*first == other, "{} depends on the order of threads", job.launch.kernel);
+        }
+    }
+    outputs
+}
+
+// ---- numbers ----
+
+fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    numbers(bytes, Format::F32)
+}
+
+fn numbers(bytes: &[u8], format: Format) -> Vec<f32> {
+    match format {
+        Format::F32 => bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().expect("four bytes")))
+            .collect(),
+        Format::BF16 => {
+            bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
+        Format::F16 => {
+            bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
+    }
+}
+
+fn encoded(values: &[f32], format: Format) -> Vec<u8> {
+    match format {
+        Format::F32 => bytes_of(values),
+        Format::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        Format::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+    }
+}
+
+/// Uniform in [-1, 1).
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / 8_388_608.0 - 1.0
+    }
+}
+
+struct Goldens(Vec<u8>);
+
+impl Goldens {
+    fn read(file: &str) -> Self {
+        Self(fs_err::read(format!("{CRATE}/tests/goldens/{file}")).expect("the goldens exist"))
+    }
+    fn get(&self, name: &str) -> Vec<u8> {
+        SafeTensors::deserialize(&self.0)
+            .and_then(|file| file.tensor(name).map(|tensor| tensor.data().to_vec()))
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+    fn shape(&self, name: &str) -> Vec<usize> {
+        let file = SafeTensors::deserialize(&self.0).expect("checked in get");
+        file.tensor(name).expect("checked in get").shape().to_vec()
+    }
+}
+
+
+const BLOCKS: [i64; 5] = [32, 64, 128, 256, 1024];
+
+// ---- packed matrices ----
+
+/// A packed matrix as buffers; `addresses` numbers them from `first` on.
+#[derive(Clone)]
+struct Packed {
+    codes: Vec<u8>,
+    codebook: Vec<u8>,
+    absmax: Vec<u8>,
+    double: Option<[Vec<u8>; 3]>, // codes, map, offset
+    outputs: u32,
+    inputs: u32,
+    block_size: i64,
+}
+
+impl Packed {
+    fn buffers(&self) -> Vec<Vec<u8>> {
+        let mut buffers = vec![self.codes.clone(), self.codebook.clone(), self.absmax.clone()];
+        buffers.extend(self.double.iter().flatten().cloned());
+        buffers
+    }
+
+    fn addresses(&self, first: u64) -> PackedAddresses {
+        let double = |i| if self.double.is_some() { first + 3 + i } else { 0 };
+        PackedAddresses {
+            codes: first,
+            codebook: first + 1,
+            absmax: first + 2,
+            absmax_codes: double(0),
+            absmax_map: double(1),
+            absmax_offset: double(2),
+            outputs: self.outputs,
+            inputs: self.inputs,
+            block_log2: plan::block_log2(self.block_size).expect("a block size of bitsandbytes"),
+        }
+    }
+
+    fn dequantize(&self, format: Format) -> Job {
+        let n = self.outputs as usize * self.inputs as usize;
+        let mut buffers = vec![vec![0xaa; n * format.size() as usize]];
+        buffers.extend(self.buffers());
+        Job { launch: plan::dequantize(1, format, &self.addresses(2)), buffers }
+    }
+
+    fn multiply(&self, x: &[f32], format: Format, rows: u32, multiprocessors: u32) -> Job {
+        assert_eq!(x.len(), (rows * self.inputs) as usize);
+        let y = vec![0xaa; (rows * self.outputs * format.size()) as usize];
+        let mut buffers = vec![y, encoded(x, format)];
+        buffers.extend(self.buffers());
+        let launch = plan::multiply(1, 2, format, rows, &self.addresses(3), multiprocessors);
+        Job { launch, buffers }
+    }
+
+    /// Random codes and scales, the latter double-quantised if asked for.
+    fn random(
+        codebook: &[u8],
+        map: &[u8],
+        outputs: u32,
+        inputs: u32,
+        block_size: i64,
+        double: bool,
+        random: &mut Random,
+    ) -> Self {
+        let n = u64::from(outputs) * u64::from(inputs);
+        let blocks = n.div_ceil(block_size as u64);
+        let mut scales = |n: u64| -> Vec<f32> {
+            (0..n).map(|_| 2f32.powf(4.0 * random.number()) * 0.05).collect()
+        };
+        let (absmax, double) = if double {
+            let nested = scales(blocks.div_ceil(256));
+            let codes = (0..blocks).map(|_| random.bits() as u8).collect();
+            (nested, Some([codes, map.to_vec(), bytes_of(&[0.11])]))
+        } else {
+            (scales(blocks), None)
+        };
+        Self {
+            codes: (0..n.div_ceil(2)).map(|_| random.bits() as u8).collect(),
+            codebook: codebook.to_vec(),
+            absmax: bytes_of(&absmax),
+            double,
+            outputs,
+            inputs,
+            block_size,
+        }
+    }
+
+    /// The weights by the format's definition: codebook · absmax, each product in f32.
+    fn weights(&self) -> Vec<f32> {
+        let (codebook, absmax) = (floats(&self.codebook), floats(&self.absmax));
+        let n = self.outputs as usize * self.inputs as usize;
+        (0..n)
+            .map(|i| {
+                let byte = self.codes[i / 2];
+                let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+                let block = i / self.block_size as usize;
+                let scale = match &self.double {
+                    None => absmax[block],
+                    Some([codes, map, offset]) => {
+                        let entry = floats(map)[usize::from(codes[block])];
+                        entry * absmax[block / 256] + floats(offset)[0]
+                    }
+                };
+                codebook[usize::from(code)] * scale
+            })
+            .collect()
+    }
+}
+
+/// Equal bits, NaN included.
+fn assert_same(name: &str, got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len(), "{name}");
+    let wrong = got.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
+    if let Some(i) = wrong {
+        panic!("{name}: element {i} is {:e}, expected {:e}", got[i], expected[i]);
+    }
+}
+
+// ---- dequantise and quantise: equal to bitsandbytes, bit for bit ----
+
+/// bitsandbytes' packed tensors with what they must unpack to.
+fn dequantize_cases() -> Vec<(String, Packed, Format, Vec<u8>)> {
+    let mut cases = Vec::new();
+    let blocks = Goldens::read("nf4_blocks.safetensors");
+    let codebook = blocks.get("codebook");
+    let packed = |codes, absmax, double, n: usize, block_size| Packed {
+        codes,
+        codebook: codebook.clone(),
+        absmax,
+        double,
+        outputs: 1,
+        inputs: n as u32,
+        block_size,
+    };
+    for block in BLOCKS {
+        for format in Format::ALL {
+            let key = format!("{block}.{}", format.name());
+            let expected = blocks.get(&format!("{key}.dequantised"));
+            let codes = blocks.get(&format!("{key}.codes"));
+            let absmax = blocks.get(&format!("{key}.absmax"));
+            let n = expected.len() / format.size() as usize;
+            cases.push((key, packed(codes, absmax, None, n, block), format, expected));
+        }
+    }
+    let double = ["double.codes", "double.offset"].map(|key| blocks.get(&format!("64.f32.{key}")));
+    let [absmax_codes, offset] = double;
+    let expected = blocks.get("64.f32.double.dequantised");
+    let n = expected.len() / 4;
+    let absmax = blocks.get("64.f32.double.absmax");
+    let double = Some([absmax_codes, blocks.get("map"), offset]);
+    let codes = blocks.get("64.f32.codes");
+    cases.push(("64.f32.double".into(), packed(codes, absmax, double, n, 64), Format::F32, expected));
+
+    // Not `narrow`: where a block crosses the end of a row, bitsandbytes' own CPU kernel takes the wrong
+    // absmax (its CUDA kernels and its plain Python do not).
+    for (file, names) in [
+        ("nf4.safetensors", &["square", "ragged", "edges"][..]),
+        ("nf4_nested.safetensors", &["nested"][..]), // two blocks of nested scales
+    ] {
+        let goldens = Goldens::read(file);
+        let map = Goldens::read("nf4.safetensors").get("nested_codebook");
+        for name in names {
+            let get = |key: &str| goldens.get(&format!("{name}.{key}"));
+            let n = goldens.shape(&format!("{name}.weight")).iter().product();
+            if *name != "nested" {
+                for (key, format) in
+                    [("dequantised", Format::F32), ("dequantised_bf16", Format::BF16)]
+                {
+                    let matrix = packed(get("codes"), get("absmax"), None, n, 64);
+                    cases.push((format!("{name}.{key}"), matrix, format, get(key)));
+                }
+            }
+            let double = Some([get("double.absmax"), map.clone(), get("double.nested_offset")]);
+            let matrix = packed(get("double.codes"), get("double.nested_absmax"), double, n, 64);
+            let expected = get("double.dequantised");
+            cases.push((format!("{name}.double"), matrix, Format::F32, expected));
+        }
+    }
+    cases
+}
+
+fn check_dequantize(run: impl Fn(&[Job]) -> Vec<Vec<Vec<u8>>>) {
+    let cases = dequantize_cases();
+    let jobs: Vec<Job> = cases.iter().map(|(_, packed, format, _)| packed.dequantize(*format)).collect();
+    for ((name, _, format, expected), buffers) in cases.iter().zip(run(&jobs)) {
+        assert_same(name, &numbers(&buffers[0], *format), &numbers(expected, *format));
+    }
+}
+
+#[test]
+fn dequantise_equals_bitsandbytes() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    check_dequantize(|jobs| run_in_all_orders(machine, jobs));
+}
+
+/// Weights with the codes and absmax bitsandbytes gives them.
+fn quantize_cases() -> Vec<(String, Job, Vec<u8>, Vec<u8>)> {
+    let blocks = Goldens::read("nf4_blocks.safetensors");
+    let mut inputs = Vec::new();
+    for block in BLOCKS {
+        for format in Format::ALL {
+            let key = format!("{block}.{}", format.name());
+            let get = |part: &str| blocks.get(&format!("{key}.{part}"));
+            inputs.push((key.clone(), format, block, get("weight"), get("codes"), get("absmax")));
+        }
+    }
+    for (file, names) in [
+        ("nf4.safetensors", &["square", "narrow", "ragged", "edges"][..]),
+        ("nf4_nested.safetensors", &["nested"][..]),
+    ] {
+        let goldens = Goldens::read(file);
+        for name in names {
+            let get = |part: &str| goldens.get(&format!("{name}.{part}"));
+            let (weight, codes, absmax) = (get("weight"), get("codes"), get("absmax"));
+            inputs.push(((*name).to_owned(), Format::F32, 64, weight, codes, absmax));
+        }
+    }
+    inputs
+        .into_iter()
+        .map(|(name, format, block, weight, codes, absmax)| {
+            let n = weight.len() as u64 / u64::from(format.size());
+            let block_log2 = plan::block_log2(block).expect("a block size of bitsandbytes");
+            let launch = plan::quantize(1, 2, 3, format, n, block_log2);
+            let buffers = vec![vec![0xaa; codes.len()], vec![0xaa; absmax.len()], weight];
+            (name, Job { launch, buffers }, codes, absmax)
+        })
+        .collect()
+}
+
+fn check_quantize(run: impl Fn(&[Job]) -> Vec<Vec<Vec<u8>>>) {
+    let cases = quantize_cases();
+    let jobs: Vec<Job> = cases.iter().map(|(_, job, ..)| job.clone()).collect();
+    for ((name, _, codes, absmax), buffers) in cases.iter().zip(run(&jobs)) {
+        assert_same(&format!("{name}: absmax"), &floats(&buffers[1]), &floats(absmax));
+        let numbers = |bytes: &[u8]| -> Vec<f32> { bytes.iter().map(|&b| f32::from(b)).collect() };
+        assert_same(&format!("{name}: codes"), &numbers(&buffers[0]), &numbers(codes));
+    }
+}
+
+#[test]
+fn quantise_equals_bitsandbytes() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    check_quantize(|jobs| run_in_all_orders(machine, jobs));
+}
+
+/// Code 15 stands for 1, so a block of them unpacks to its absmax, rounded.
+#[test]
+fn rounding_to_sixteen_bits_is_to_nearest_even() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    let codebook = Goldens::read("nf4.safetensors").get("codebook");
+    let mut values = vec![
+        0.0,
+        -0.0,
+        1.0,
+        65_504.0, // the largest half
+        65_519.996,
+        65_520.0, // halfway to 65536: infinity
+        65_536.0,
+        f32::MAX,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::MIN_POSITIVE,
+        f32::from_bits(1),
+        2f32.powi(-14), // the smallest normal half
+        2f32.powi(-24), // the smallest half
+        2f32.powi(-25), // halfway to zero: even
+        2f32.powi(-25) * 1.000_1,
+        -2f32.powi(-14) * 0.999_99,
+    ];
+    let mut random = Random(7);
+    while values.len() < 4096 {
+        let value = f32::from_bits(random.bits() as u32);
+        values.push(value);
+        // Exactly halfway between two bf16 values, and between two halves.
+        values.push(f32::from_bits(value.to_bits() & 0xffff_0000 | 0x8000));
+        values.push(f32::from_bits(random.bits() as u32 & 0x87ff_e000 | 0x3800_1000));
+    }
+    for format in Format::ALL {
+        let packed = Packed {
+            codes: vec![0xff; values.len() * 16],
+            codebook: codebook.clone(),
+            absmax: bytes_of(&values),
+            double: None,
+            outputs: values.len() as u32,
+            inputs: 32,
+            block_size: 32,
+        };
+        let buffers = run(machine, &[packed.dequantize(format)], 0);
+        let got = numbers(&buffers[0][0], format);
+        for (i, value) in values.iter().enumerate() {
+            let expected = numbers(&encoded(&[*value], format), format)[0];
+            let same = |got: &f32| {
+                if expected.is_nan() { got.is_nan() } else { got.to_bits() == expected.to_bits() }
+            };
+            let own = &got[i * 32..(i + 1) * 32];
+            assert!(own.iter().all(same), "{value:e} to {format:?}: {expected:e}, got {:e}", own[0]);
+        }
+    }
+}
+
+/// A block with one element other than zero has that element's magnitude as absmax.
+#[test]
+fn every_half_is_read_exactly() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    let finite: Vec<u16> = (0..0x8000u16).step_by(11).filter(|&h| f16::from_bits(h).is_finite()).collect();
+    let mut weight = vec![0u8; finite.len() * 64];
+    for (block, half) in finite.iter().enumerate() {
+        weight[block * 64 + 2 * (block % 32)..][..2].copy_from_slice(&half.to_le_bytes());
+    }
+    let n = finite.len() as u64 * 32;
+    let launch = plan::quantize(1, 2, 3, Format::F16, n, 5);
+    let buffers = vec![vec![0; finite.len() * 16], vec![0; finite.len() * 4], weight];
+    let out = run(machine, &[Job { launch, buffers }], 0);
+    let expected: Vec<f32> = finite.iter().map(|&half| f16::from_bits(half).to_f32()).collect();
+    assert_eq!(floats(&out[0][1]), expected);
+}
+
+// ---- the fused product ----
+
+/// |y − Σ x w| may differ by the rounding of y and by that of f32 sums in any order.
+fn assert_product(name: &str, y: &[f32], x: &[f32], weights: &[f32], packed: &Packed, format: Format) {
+    let epsilon = match format {
+        Format::F32 => 0.0,
+        Format::BF16 => 2f64.powi(-8),
+        Format::F16 => 2f64.powi(-11),
+    };
+    let (outputs, inputs) = (packed.outputs as usize, packed.inputs as usize);
+    for (i, got) in y.iter().enumerate() {
+        let (row, output) = (i / outputs, i % outputs);
+        let terms = (0..inputs)
+            .map(|k| f64::from(x[row * inputs + k]) * f64::from(weights[output * inputs + k]));
+        let (sum, magnitude) =
+            terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+        // Products and at most K sums of a lane, 2^-24 each, far fewer in practice.
+        let tolerance = epsilon * sum.abs() + 40.0 * 2f64.powi(-24) * magnitude + 2f64.powi(-25);
+        let gap = (f64::from(*got) - sum).abs();
+        assert!(gap <= tolerance, "{name}: row {row}, output {output}: {got}, expected {sum} ± {tolerance:e}");
+    }
+}
+
+struct Shape {
+    outputs: u32,
+    inputs: u32,
+    block_size: i64,
+    double: bool,
+    multiprocessors: u32,
+}
+
+const SHAPES: [Shape; 9] = [
+    // one chunk pair; fewer outputs than a warp computes
+    Shape { outputs: 1, inputs: 64, block_size: 64, double: false, multiprocessors: 1 },
+    Shape { outputs: 7, inputs: 64, block_size: 64, double: true, multiprocessors: 132 },
+    // blocks longer than a row and not dividing it
+    Shape { outputs: 33, inputs: 192, block_size: 128, double: false, multiprocessors: 1 },
+    Shape { outputs: 18, inputs: 320, block_size: 256, double: true, multiprocessors: 132 },
+    // SmolLM2's width: 18 chunks, so 14 lanes idle
+    Shape { outputs: 65, inputs: 576, block_size: 64, double: false, multiprocessors: 1 },
+    // more than one run of chunks: tiles for many rows, two and four warps per column
+    Shape { outputs: 19, inputs: 1088, block_size: 64, double: false, multiprocessors: 132 },
+    Shape { outputs: 34, inputs: 2176, block_size: 64, double: true, multiprocessors: 1 },
+    Shape { outputs: 10, inputs: 4160, block_size: 64, double: false, multiprocessors: 132 },
+    // K too long for one tile even with one row
+    Shape { outputs: 3, inputs: 20_544, block_size: 64, double: false, multiprocessors: 1 },
+];
+
+fn check_multiply(machine: &Path, shapes: &[Shape], all_rows: &[u32], all_orders: bool) {
+    let goldens = Goldens::read("nf4.safetensors");
+    let (codebook, map) = (goldens.get("codebook"), goldens.get("nested_codebook"));
+    let mut random = Random(3);
+    for shape in shapes {
+        let packed = Packed::random(
+            &codebook,
+            &map,
+            shape.outputs,
+            shape.inputs,
+            shape.block_size,
+            shape.double,
+            &mut random,
+        );
+        let weights = packed.weights();
+        for format in Format::ALL {
+            let most = 16 * shape.inputs as usize;
+            let x: Vec<f32> = (0..most).map(|_| random.number()).collect();
+            let x = numbers(&encoded(&x, format), format);
+            let part = |rows: u32| &x[..(rows * shape.inputs) as usize];
+            let jobs: Vec<Job> = all_rows
+                .iter()
+                .map(|&rows| packed.multiply(part(rows), format, rows, shape.multiprocessors))
+                .collect();
+            let outputs = if all_orders {
+                run_in_all_orders(machine, &jobs)
+            } else {
+                run(machine, &jobs, 0)
+            };
+            let longest = outputs.iter().map(|buffers| &buffers[0]).max_by_key(|y| y.len());
+            let longest = longest.expect("at least one job");
+            for ((rows, buffers), job) in all_rows.iter().zip(&outputs).zip(&jobs) {
+                let name = format!(
+                    "{}: {rows} x {} x {}, blocks of {}, double {}",
+                    job.launch.kernel, shape.outputs, shape.inputs, shape.block_size, shape.double
+                );
+                let y = numbers(&buffers[0], format);
+                assert_product(&name, &y, part(*rows), &weights, &packed, format);
+                assert!(longest.starts_with(&buffers[0]), "{name}: rows depend on their number");
+            }
+        }
+    }
+}
+
+#[test]
+fn product_equals_the_plain_sum_and_rows_do_not_depend_on_each_other() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    check_multiply(machine, &SHAPES, &[1, 2, 3, 4, 5, 8, 11, 16], false);
+}
+
+#[test]
+fn product_does_not_depend_on_the_order_of_threads() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    check_multiply(machine, &SHAPES[5..7], &[1, 4, 16], true);
+}
+
+#[test]
+fn product_with_bitsandbytes_weights() {
+    let Some(machine) = machine(Build::Plain) else { return };
+    let goldens = Goldens::read("nf4.safetensors");
+    let packed = Packed {
+        codes: goldens.get("square.codes"),
+        codebook: goldens.get("codebook"),
+        absmax: goldens.get("square.absmax"),
+        double: None,
+        outputs: 64,
+        inputs: 64,
+        block_size: 64,
+    };
+    let weights = floats(&goldens.get("square.dequantised"));
+    let mut random = Random(5);
+    let x: Vec<f32> = (0..6 * 64).map(|_| random.number()).collect();
+    let out = run(machine, &[packed.multiply(&x, Format::F32, 6, 80)], 0);
+    assert_product("square", &floats(&out[0][0]), &x, &weights, &packed, Format::F32);
+}
+
+// ---- sanitizers ----
+
+#[test]
+fn no_kernel_leaves_its_buffers() {
+    let Some(machine) = machine(Build::Sanitised) else { return };
+    check_dequantize(|jobs| run(machine, jobs, 0));
+    check_quantize(|jobs| run(machine, jobs, 0));
+    check_multiply(machine, &SHAPES[1..6], &[1, 2, 3, 7, 16], false);
+}
+
+/// The sanitizers do stop a kernel that goes wrong.
+#[test]
+fn a_buffer_one_byte_short_is_noticed() {
+    let Some(machine) = machine(Build::Sanitised) else { return };
+    let mut job = quantize_cases().swap_remove(1).1;
+    job.buffers[0].pop();
+    let output = output_of(machine, input_of(&[job], 0));
+    assert!(!output.status.success());
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(messages.contains("heap-buffer-overflow") && messages.contains("quantize"), "{messages}");
+}
