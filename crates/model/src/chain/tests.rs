@@ -1,0 +1,321 @@
+use std::path::Path;
+
+use super::*;
+use crate::template::tests::{golden as templates, published};
+use crate::tokenizer::tests::{golden, mistral, small, small_vocabulary};
+
+/// The tokenizer and template that go together, for every kind of template we promise.
+fn pairs() -> Vec<(&'static str, Tokenizer, ChatTemplate)> {
+    vec![
+        ("smollm2", small(), published("smollm2")),
+        ("chatml", small(), published("chatml")),
+        ("mistral_2023", mistral(), published("mistral_2023")),
+        ("mistral_2024", mistral(), published("mistral_2024")),
+        ("llama2", mistral(), published("llama2")),
+    ]
+}
+
+fn turns(texts: &[&str]) -> Vec<Message> {
+    let role = |i: usize, text: &&str| {
+        if i % 2 == 0 { Message::user(*text) } else { Message::assistant(*text) }
+    };
+    texts.iter().enumerate().map(|(i, text)| role(i, text)).collect()
+}
+
+/// The conversations that neither start with the assistant nor break the order of roles.
+fn conversations() -> Vec<Vec<Message>> {
+    let all: Vec<Vec<Message>> =
+        serde_json::from_value(templates()["conversations"].clone()).unwrap();
+    let orderly = |messages: &Vec<Message>| {
+        let start = usize::from(messages[0].role == Role::System);
+        messages[start..]
+            .iter()
+            .enumerate()
+            .all(|(i, m)| m.role == if i % 2 == 0 { Role::User } else { Role::Assistant })
+    };
+    all.into_iter().filter(orderly).collect()
+}
+
+fn own_text(tokenizer: &Tokenizer, rendered: &Rendered) -> Vec<String> {
+    let mut texts = Vec::new();
+    let mut run: Vec<i64> = Vec::new();
+    for (&id, &own) in rendered.token_ids.iter().zip(&rendered.own) {
+        if own {
+            run.push(id);
+        } else if !run.is_empty() {
+            texts.push(tokenizer.decode_with_special(&std::mem::take(&mut run)).unwrap());
+        }
+    }
+    if !run.is_empty() {
+        texts.push(tokenizer.decode_with_special(&run).unwrap());
+    }
+    texts
+}
+
+#[test]
+fn own_tokens_are_content_and_end_of_turn() {
+    let messages = turns(&["Hi <|im_end|> </s>", "One.", "And?", "Two [INST]."]);
+    let expected = [
+        // What follows end-of-turn, the line break of ChatML, is not the policy's.
+        ("smollm2", ["One.<|im_end|>", "Two [INST].<|im_end|>"], vec![b'\n']),
+        ("chatml", ["One.<|im_end|>", "Two [INST].<|im_end|>"], vec![b'\n']),
+        ("mistral_2023", ["One.</s>", "Two [INST].</s>"], vec![]),
+        ("mistral_2024", ["One.</s>", "Two [INST].</s>"], vec![]),
+        ("llama2", ["One. </s>", "Two [INST]. </s>"], vec![]),
+    ];
+    for ((name, tokenizer, template), (_, own, after)) in pairs().into_iter().zip(expected) {
+        let chat = Chat::new(&tokenizer, &template).unwrap();
+        let rendered = chat.render(&messages).unwrap();
+        assert_eq!(own_text(&tokenizer, &rendered), own, "{name}");
+        assert_eq!(rendered.own.len(), rendered.token_ids.len());
+        let last = rendered.own.iter().rposition(|&own| own).unwrap();
+        assert_eq!(rendered.token_ids[last], chat.end_of_turn_id(), "{name}");
+        let rest: Vec<u8> =
+            rendered.token_ids[last + 1..].iter().map(|&id| u8::try_from(id).unwrap()).collect();
+        assert_eq!(rest, after, "{name}");
+        assert!(!rendered.system_prepended);
+    }
+}
+
+#[test]
+fn end_of_turn_tokens() {
+    let ids: Vec<i64> = pairs()
+        .iter()
+        .map(|(_, tokenizer, template)| Chat::new(tokenizer, template).unwrap().end_of_turn_id())
+        .collect();
+    assert_eq!(ids, [262, 262, 2, 2, 2]);
+}
+
+#[test]
+fn prompt_reply_and_next_turn_join_to_the_whole_conversation() {
+    let mut n_checked = 0;
+    for (name, tokenizer, template) in pairs() {
+        let chat = Chat::new(&tokenizer, &template).unwrap();
+        for messages in conversations() {
+            // Replies that begin with white space are not canonical: a tokenizer may merge it
+            // with the template's own. The first Mistral template puts nothing between `]` and
+            // the reply, so there a bracket merges too.
+            let canonical = |m: &Message| {
+                m.role != Role::Assistant
+                    || m.content == m.content.trim()
+                        && !(name == "mistral_2023" && m.content.starts_with('{'))
+            };
+            if !messages.iter().all(canonical) {
+                continue;
+            }
+            let whole = chat.render(&messages).unwrap();
+            let first = usize::from(messages[0].role == Role::System) + 1;
+            let mut ids = chat.render_prompt(&messages[..first]).unwrap();
+            for turn in messages[first..].chunks(2) {
+                assert!(whole.token_ids.starts_with(&ids), "{name} {messages:?}");
+                // The reply as sampled: the whole rendering's own tokens from here on.
+                let n_own = whole.own[ids.len()..].iter().take_while(|own| **own).count();
+                let sampled = &whole.token_ids[ids.len()..ids.len() + n_own];
+                assert_eq!(chat.reply_text(sampled).unwrap(), turn[0].content, "{name}");
+                ids.extend_from_slice(sampled);
+                if let Some(user) = turn.get(1) {
+                    ids.extend(chat.next_turn(true, &user.content).unwrap());
+                    n_checked += 1;
+                }
+            }
+            let ends_with_user = messages.last().unwrap().role == Role::User;
+            let whole_prompt = chat.render_prompt(&messages).unwrap();
+            if ends_with_user {
+                assert_eq!(ids, whole_prompt, "{name} {messages:?}");
+            } else {
+                assert_eq!(ids[..], whole.token_ids[..ids.len()], "{name} {messages:?}");
+            }
+        }
+    }
+    assert!(n_checked >= 30, "{n_checked}");
+}
+
+#[test]
+fn a_cut_reply_is_closed_before_the_next_turn() {
+    for (name, tokenizer, template) in pairs() {
+        let chat = Chat::new(&tokenizer, &template).unwrap();
+        let messages = turns(&["Tell me.", "It was the", "And?"]);
+        let mut ids = chat.render_truncated(&messages[..2]).unwrap().token_ids;
+        ids.extend(chat.next_turn(false, "And?").unwrap());
+        assert_eq!(ids, chat.render_prompt(&messages).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn truncated_rendering_ends_with_the_content() {
+    for (name, tokenizer, template) in pairs() {
+        let chat = Chat::new(&tokenizer, &template).unwrap();
+        let messages = turns(&["Q", "First.", "And?", "Cut off in the"]);
+        let whole = chat.render(&messages).unwrap();
+        let cut = chat.render_truncated(&messages).unwrap();
+        assert!(whole.token_ids.starts_with(&cut.token_ids), "{name}");
+        assert!(cut.own.ends_with(&[true]), "{name}");
+        let own = own_text(&tokenizer, &cut);
+        assert_eq!(own[1].trim(), "Cut off in the", "{name}");
+        assert!(own[0].ends_with(&tokenizer.token(chat.end_of_turn_id()).unwrap()), "{name}");
+        let open = chat.render_truncated(&messages[..3]).unwrap_err().to_string();
+        assert!(open.contains("ends with user"), "{open}");
+    }
+}
+
+#[test]
+fn conversations_have_the_ids_that_mistral_defines() {
+    let golden = golden("tokenizer_mistral.json.gz");
+    let (tokenizer, template) = (mistral(), published("mistral_2024"));
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    for case in golden["chat"].as_array().unwrap() {
+        let texts: Vec<&str> =
+            case["turns"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+        let ids: Vec<i64> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(chat.render_prompt(&turns(&texts)).unwrap(), ids, "{texts:?}");
+    }
+}
+
+#[test]
+fn refused_system_text_is_prepended_and_recorded() {
+    let (tokenizer, template) = (mistral(), published("mistral_2023"));
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    let with_system = [Message::system("Be kind."), Message::user("Hi"), Message::assistant("Yo")];
+    let without = [Message::user("Be kind.\n\nHi"), Message::assistant("Yo")];
+    let rendered = chat.render(&with_system).unwrap();
+    assert!(rendered.system_prepended && chat.prepends_system(&with_system));
+    let same = chat.render(&without).unwrap();
+    assert!(!same.system_prepended && !chat.prepends_system(&without));
+    assert_eq!((rendered.token_ids, rendered.own), (same.token_ids, same.own));
+}
+
+#[test]
+fn templates_without_a_learnable_end_are_refused() {
+    let tokenizer = small();
+    let refused = |source: &str| {
+        let template = ChatTemplate::new(Path::new("t"), source, Vec::new()).unwrap();
+        Chat::new(&tokenizer, &template).map(|_| ()).unwrap_err().to_string()
+    };
+    let plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}";
+    assert!(refused(plain).contains("no special token"));
+    assert!(refused("{{ messages[0].content }}<|im_end|>").contains("leaves out"));
+}
+
+#[test]
+fn templates_that_rewrite_earlier_turns_are_refused() {
+    let tokenizer = small();
+    let source =
+        "{{ messages|length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}";
+    let template = ChatTemplate::new(Path::new("t"), source, Vec::new()).unwrap();
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    let error = chat.render(&turns(&["a", "b", "c", "d"])).unwrap_err().to_string();
+    assert!(error.contains("rewrites earlier turns"), "{error}");
+}
+
+#[test]
+fn a_token_across_the_boundary_is_not_own() {
+    // Of two line breaks that begin a reply, the first merges with the template's.
+    let (tokenizer, template) = (small(), published("chatml"));
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    let rendered = chat.render(&turns(&["Q", "\n\nA"])).unwrap();
+    assert_eq!(own_text(&tokenizer, &rendered), ["\nA<|im_end|>"]);
+    let merged = rendered.token_ids.iter().position(|&id| id == 259).unwrap();
+    assert!(!rendered.own[merged] && rendered.own[merged + 1]);
+}
+
+#[test]
+fn bos_is_not_added_twice() {
+    let mut vocabulary = small_vocabulary();
+    vocabulary.add_bos = Some(true);
+    let tokenizer = Tokenizer::from_gguf(Path::new("x"), vocabulary).unwrap();
+    let template = published("chatml");
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    let ids = chat.render_prompt(&turns(&["Q"])).unwrap();
+    assert_eq!(ids[..2], [261, i64::from(b'u')]);
+}
+
+#[test]
+fn a_chain_comes_apart_where_it_was_put_together() {
+    let prompt =
+        [Message::system("s"), Message::user("q"), Message::assistant("a"), Message::user("p")];
+    let messages = conversation(&prompt, ["one", "two", "three"]);
+    let contents: Vec<&str> = messages[4..].iter().map(|m| m.content.as_str()).collect();
+    assert_eq!(
+        contents,
+        [
+            "one",
+            "What is the motivation behind the answer?",
+            "two",
+            "What is the utility of the action towards promoting your virtuous character?",
+            "three"
+        ]
+    );
+    assert_eq!(prompt_of(&messages).unwrap(), prompt);
+    for (aspect, n) in Aspect::ALL.into_iter().zip([5, 7, 9]) {
+        assert_eq!(aspect_conversation(&messages, aspect).unwrap(), &messages[..n]);
+        let (shared, rest) = split_preference(&messages, aspect).unwrap();
+        assert_eq!((shared, rest), (&prompt[..], &messages[4..n]));
+        // A conversation cut at an aspect has the aspects before it, and no later one.
+        let cut = &messages[..n];
+        assert_eq!(prompt_of(cut).unwrap(), prompt);
+        for later in &Aspect::ALL[aspect.index() + 1..] {
+            assert!(aspect_conversation(cut, *later).is_err());
+        }
+    }
+    for not_a_chain in [&messages[..4], &messages[..6], &messages[4..5], &[]] {
+        let error = prompt_of(not_a_chain).unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    }
+}
+
+#[test]
+fn texts_are_cut_at_the_last_full_sentence() {
+    let cases = [
+        ("One. Two. Thr", Some("One. Two.")),
+        ("One. Two.", Some("One. Two.")),
+        ("He said \"Stop!\" and th", Some("He said \"Stop!\"")),
+        ("Really?! Yes (of course.) No", Some("Really?! Yes (of course.)")),
+        ("Steps:\n1. Say it.\n2. Mean", Some("Steps:\n1. Say it.")),
+        ("1. Ask. 2", Some("1. Ask.")),
+        ("Ask Dr. Smith, e.g. by", None),
+        ("It costs 3.50 and", None),
+        ("J. Smith agreed. So did", Some("J. Smith agreed.")),
+        ("So am I. And", Some("So am I.")),
+        ("In the year 1984. Then", Some("In the year 1984.")),
+        ("Well… perhaps", Some("Well…")),
+        ("善を行う。それは", Some("善を行う。")),
+        ("no sentence at all", None),
+        ("", None),
+        ("...", Some("...")),
+        ("End.\u{3000}Next", Some("End.")),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(trim_to_sentence(text), expected, "{text:?}");
+    }
+}
+
+proptest::proptest! {
+    #[test]
+    fn trimming_keeps_a_prefix(text in "[a-z .!?1é\n\"。]{0,40}") {
+        if let Some(kept) = trim_to_sentence(&text) {
+            proptest::prop_assert!(text.starts_with(kept) && !kept.is_empty());
+            proptest::prop_assert_eq!(trim_to_sentence(kept), Some(kept));
+        }
+    }
+
+    #[test]
+    fn any_canonical_chain_joins(
+        question in "[A-Za-z0-9 ,.!?\n<|>é]{0,30}",
+        replies in proptest::array::uniform3("[A-Za-z][A-Za-z0-9 ,.\n]{0,20}[a-z.]"),
+    ) {
+        let (tokenizer, template) = (small(), published("smollm2"));
+        let chat = Chat::new(&tokenizer, &template).unwrap();
+        let messages = conversation(&[Message::user(question)], [&replies[0], &replies[1], &replies[2]]);
+        let whole = chat.render(&messages).unwrap();
+        let mut ids = chat.render_prompt(&messages[..1]).unwrap();
+        for (aspect, reply) in Aspect::ALL.into_iter().zip(&replies) {
+            if let Some(question) = aspect.question() {
+                ids.extend(chat.next_turn(true, question).unwrap());
+            }
+            ids.extend(tokenizer.encode(reply, false).unwrap());
+            ids.push(chat.end_of_turn_id());
+        }
+        ids.push(i64::from(b'\n'));
+        proptest::prop_assert_eq!(ids, whole.token_ids);
+    }
+}
