@@ -8,7 +8,9 @@ BLOCK.DTYPE:
     .codes [(n + 1) / 2] u8, .absmax [blocks] f32
     .dequantised [n] DTYPE
 and for the case 64.f32 also .double.codes (absmax) u8, .double.absmax f32, .double.offset [1] f32, .double.dequantised [n] f32;
-once: codebook [16] f32, map [256] f32
+once: codebook [16] f32, map [256] f32;
+and two weights of a single, incomplete block of 64, with .weight, .codes, .absmax: `zero` is all zero, `halfway` holds
+numbers that x / absmax and x * (1 / absmax) put on different sides of a threshold (bitsandbytes divides here)
 """
 
 import pathlib
@@ -33,6 +35,22 @@ def weight(block: int, dtype: torch.dtype) -> torch.Tensor:
     return (flat * scales[torch.arange(n) // block]).to(dtype)
 
 
+def halfway(codebook: torch.Tensor) -> torch.Tensor:
+    """For each threshold a number whose code depends on how it is scaled, where the search finds one."""
+    generator = torch.Generator().manual_seed(1)
+    thresholds = (codebook[:-1] + codebook[1:]) / 2
+    best = torch.empty(0)
+    for _ in range(200):
+        absmax = 1 + torch.rand(1, generator=generator)
+        centre = thresholds * absmax
+        near = torch.stack([centre, torch.nextafter(centre, torch.tensor(9.0)), torch.nextafter(centre, torch.tensor(-9.0))])
+        differs = (near / absmax > thresholds) != (near * (1 / absmax) > thresholds)
+        found = torch.cat([absmax, near[differs]])
+        best = max(best, found, key=torch.numel)
+    assert 5 < best.numel() < 64
+    return best
+
+
 def main() -> None:
     stored = {"codebook": bnb.get_4bit_type("nf4", device="cpu")}
     for block in BLOCKS:
@@ -52,6 +70,9 @@ def main() -> None:
     stored["64.f32.double.offset"] = state.offset.reshape(1)
     stored["64.f32.double.dequantised"] = bnb.dequantize_4bit(codes, state).flatten()
     stored["map"] = state.state2.code
+    for name, dense in {"zero": torch.zeros(10), "halfway": halfway(stored["codebook"])}.items():
+        codes, state = bnb.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+        stored |= {f"{name}.weight": dense, f"{name}.codes": codes.flatten(), f"{name}.absmax": state.absmax}
     common.save_tensors(common.GOLDENS / "nf4_blocks.safetensors", stored)
 
 
