@@ -17,6 +17,10 @@ pub enum Error {
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
 
+    /// The GPU cannot be used: a library is missing, a kernel does not compile, a launch failed.
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
+
     /// A file is not what it should be: damaged, hostile, or from an incompatible writer.
     #[error("{}: {field}: expected {expected}, found {found}", path.display())]
     Field {

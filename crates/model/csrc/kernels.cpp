@@ -1,0 +1,772 @@
+// See kernels.h. Compiled three times with ARETE_KERNELS naming the table and different -march flags.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace arete {
+namespace {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+inline f32x16 splat(float x) { return f32x16{} + x; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, bf16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) {
+    out->bits = 0x7fc0;
+    return;
+  }
+  out->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // round to nearest even, as libtorch does
+}
+template <class T>
+inline float rounded(float x) {
+  T out;
+  from_float(x, &out);
+  return to_float(out);
+}
+
+inline f32x16 load16(const float* p) {
+  f32x16 v;
+  memcpy(&v, p, 64);
+  return v;
+}
+inline f32x16 load16(const bf16* p) {
+  u16x16 v;
+  memcpy(&v, p, 32);
+  return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+}
+inline void store16(float* p, f32x16 v) { memcpy(p, &v, 64); }
+inline void store16(bf16* p, f32x16 v) {
+  u32x16 bits = (u32x16)v;
+  u32x16 nan = (u32x16)(v != v);
+  u32x16 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  u16x16 out = __builtin_convertvector((even & ~nan) | (nan & 0x7fc0), u16x16);
+  memcpy(p, &out, 32);
+}
+template <class T>
+inline f32x16 round16(f32x16 v) {
+  if constexpr (sizeof(T) == 4) return v;
+  T out[16];
+  store16(out, v);
+  return load16(out);
+}
+
+// The sum of the lanes, always in the same order.
+inline float sum16(f32x16 v) {
+  f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+inline f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
+inline float highest(f32x16 v) {
+  float out = v[0];
+  for (int i = 1; i < 16; i++) out = std::max(out, v[i]);
+  return out;
+}
+
+// exp(x) to about 1 ulp for x in [-87, 88]; 0 below. Cody-Waite reduction and a degree-6 polynomial (Cephes expf).
+inline f32x16 exp16(f32x16 x) {
+  i32x16 tiny = x < splat(-87.0f);
+  x = max16(x, splat(-87.0f));
+  x = x < splat(88.0f) ? x : splat(88.0f);
+  f32x16 n = x * 1.44269504088896341f + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
+  i32x16 exponent = (i32x16)n - 0x4b400000;
+  n = n - splat(12582912.0f);
+  f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  f32x16 scale = (f32x16)((exponent + 127) << 23);
+  return tiny ? splat(0.0f) : p * scale;
+}
+
+// ---- norms and activations ----
+
+template <class T>
+void rms_norm(const void* x_, const void* delta_, const void* weight_, void* sum_, void* out_, float* inverse_rms,
+              int64_t begin, int64_t end, int64_t width, float eps) {
+  const T* weight = (const T*)weight_;
+  for (int64_t row = begin; row < end; row++) {
+    const T* x = (const T*)x_ + row * width;
+    const T* delta = delta_ ? (const T*)delta_ + row * width : nullptr;
+    T* sum = sum_ ? (T*)sum_ + row * width : nullptr;
+    T* out = (T*)out_ + row * width;
+    f32x16 squares = splat(0);
+    float tail = 0;
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+      f32x16 value = load16(x + i);
+      if (delta) {
+        value = round16<T>(value + load16(delta + i));
+        store16(sum + i, value);
+      }
+      squares += value * value;
+    }
+    for (; i < width; i++) {
+      float value = to_float(x[i]);
+      if (delta) {
+        value = rounded<T>(value + to_float(delta[i]));
+        from_float(value, sum + i);
+      }
+      tail += value * value;
+    }
+    float inverse = 1.0f / std::sqrt((sum16(squares) + tail) / float(width) + eps);
+    inverse_rms[row] = inverse;
+    const T* from = delta ? sum : x;
+    // The normalised value is rounded before the weight is applied, as transformers does.
+    for (i = 0; i + 16 <= width; i += 16)
+      store16(out + i, round16<T>(load16(from + i) * inverse) * load16(weight + i));
+    for (; i < width; i++) from_float(rounded<T>(to_float(from[i]) * inverse) * to_float(weight[i]), out + i);
+  }
+}
+
+template <class T>
+void rms_norm_backward(const void* grad_out_, const void* grad_sum_, const void* sum_, const void* weight_,
+                       const float* inverse_rms, void* grad_x_, int64_t begin, int64_t end, int64_t width) {
+  const T* weight = (const T*)weight_;
+  for (int64_t row = begin; row < end; row++) {
+    const T* grad_out = (const T*)grad_out_ + row * width;
+    const T* grad_sum = grad_sum_ ? (const T*)grad_sum_ + row * width : nullptr;
+    const T* x = (const T*)sum_ + row * width;
+    T* grad_x = (T*)grad_x_ + row * width;
+    float inverse = inverse_rms[row];
+    f32x16 dots = splat(0);
+    float tail = 0;
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) dots += load16(grad_out + i) * load16(weight + i) * load16(x + i);
+    for (; i < width; i++) tail += to_float(grad_out[i]) * to_float(weight[i]) * to_float(x[i]);
+    float mean = (sum16(dots) + tail) * inverse * inverse / float(width);
+    for (i = 0; i + 16 <= width; i += 16) {
+      f32x16 grad = (load16(grad_out + i) * load16(weight + i) - load16(x + i) * mean) * inverse;
+      if (grad_sum) grad += load16(grad_sum + i);
+      store16(grad_x + i, grad);
+    }
+    for (; i < width; i++) {
+      float grad = (to_float(grad_out[i]) * to_float(weight[i]) - to_float(x[i]) * mean) * inverse;
+      if (grad_sum) grad += to_float(grad_sum[i]);
+      from_float(grad, grad_x + i);
+    }
+  }
+}
+
+template <class T>
+void swiglu(const void* gate_up_, void* out_, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t row = begin; row < end; row++) {
+    const T* gate = (const T*)gate_up_ + row * 2 * width;
+    const T* up = gate + width;
+    T* out = (T*)out_ + row * width;
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+      f32x16 g = load16(gate + i);
+      store16(out + i, g / (exp16(-g) + 1.0f) * load16(up + i));
+    }
+    for (; i < width; i++) {
+      float g = to_float(gate[i]);
+      from_float(g / (std::exp(-g) + 1.0f) * to_float(up[i]), out + i);
+    }
+  }
+}
+
+template <class T>
+void swiglu_backward(const void* gate_up_, const void* grad_out_, void* grad_gate_up_, int64_t begin, int64_t end,
+                     int64_t width) {
+  for (int64_t row = begin; row < end; row++) {
+    const T* gate = (const T*)gate_up_ + row * 2 * width;
+    const T* up = gate + width;
+    const T* grad_out = (const T*)grad_out_ + row * width;
+    T* grad_gate = (T*)grad_gate_up_ + row * 2 * width;
+    T* grad_up = grad_gate + width;
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) {
+      f32x16 g = load16(gate + i), grad = load16(grad_out + i);
+      f32x16 sigmoid = 1.0f / (exp16(-g) + 1.0f);
+      store16(grad_up + i, grad * g * sigmoid);
+      store16(grad_gate + i, grad * load16(up + i) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+    }
+    for (; i < width; i++) {
+      float g = to_float(gate[i]), grad = to_float(grad_out[i]);
+      float sigmoid = 1.0f / (std::exp(-g) + 1.0f);
+      from_float(grad * g * sigmoid, grad_up + i);
+      from_float(grad * to_float(up[i]) * sigmoid * (1.0f + g * (1.0f - sigmoid)), grad_gate + i);
+    }
+  }
+}
+
+// ---- rotary position embedding: half-split layout of transformers ----
+
+// Row i of `in` goes to row slots[i] (or i) of `out`, rotated by the angles of positions[i]; `inverse` rotates back.
+template <class T>
+void rope(const void* in_, int64_t in_stride, void* out_, int64_t out_stride, const int64_t* slots,
+          const int64_t* positions, const float* cos_sin, int64_t heads, int64_t head_size, bool inverse, int64_t begin,
+          int64_t end) {
+  int64_t half = head_size / 2;
+  for (int64_t row = begin; row < end; row++) {
+    const float* cosines = cos_sin + positions[row] * head_size;
+    const float* sines = cosines + half;
+    float sign = inverse ? -1.0f : 1.0f;
+    for (int64_t head = 0; head < heads; head++) {
+      const T* in = (const T*)in_ + row * in_stride + head * head_size;
+      T* out = (T*)out_ + (slots ? slots[row] : row) * out_stride + head * head_size;
+      int64_t i = 0;
+      for (; i + 16 <= half; i += 16) {
+        f32x16 a = load16(in + i), b = load16(in + half + i), c = load16(cosines + i), s = load16(sines + i) * sign;
+        store16(out + i, a * c - b * s);
+        store16(out + half + i, b * c + a * s);
+      }
+      for (; i < half; i++) {
+        float a = to_float(in[i]), b = to_float(in[half + i]), c = cosines[i], s = sines[i] * sign;
+        from_float(a * c - b * s, out + i);
+        from_float(b * c + a * s, out + half + i);
+      }
+    }
+  }
+}
+
+// ---- attention ----
+
+// Rows of `width` floats padded with zeros to whole vectors.
+template <class T>
+inline void widen(const T* in, int64_t width, float* out, int64_t padded) {
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) store16(out + i, load16(in + i));
+  for (; i < width; i++) out[i] = to_float(in[i]);
+  for (; i < padded; i++) out[i] = 0;
+}
+template <class T>
+inline void narrow(const float* in, int64_t width, T* out) {
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) store16(out + i, load16(in + i));
+  for (; i < width; i++) from_float(in[i], out + i);
+}
+template <int C>
+inline float dot(const float* a, const float* b, int64_t chunks) {
+  int64_t n = C ? C : chunks;
+  f32x16 sum = splat(0);
+  for (int64_t c = 0; c < n; c++) sum += load16(a + 16 * c) * load16(b + 16 * c);
+  return sum16(sum);
+}
+// out += a * x
+template <int C>
+inline void axpy(float a, const float* x, float* out, int64_t chunks) {
+  int64_t n = C ? C : chunks;
+  for (int64_t c = 0; c < n; c++) store16(out + 16 * c, load16(out + 16 * c) + load16(x + 16 * c) * a);
+}
+
+// A growing array of our own: std::vector's out-of-line members would be emitted once per instruction set under one name,
+// and the linker could then hand the AVX-512 version to a machine without it.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  int64_t capacity = 0;
+  T* at_least(int64_t n) {
+    if (capacity < n) {
+      free(data);
+      capacity = n + n / 2 + 64;
+      data = (T*)aligned_alloc(64, (capacity * sizeof(T) + 63) / 64 * 64);
+      if (!data) abort();
+    }
+    return data;
+  }
+  ~Buffer() { free(data); }
+};
+
+// Working memory of one thread, kept between calls.
+struct Scratch {
+  Buffer<float> keys, values, query, scores, grads, grad_output, output;
+  Buffer<int64_t> slots;
+};
+inline Scratch& scratch() {
+  static thread_local Scratch memory;
+  return memory;
+}
+
+// The slot of every position that the segment's last row can see.
+inline int64_t list_slots(const Segment& segment, const Span* spans, Buffer<int64_t>& slots) {
+  int64_t total = 0, n = 0;
+  for (int64_t s = 0; s < segment.n_spans; s++) total += spans[segment.span + s].length;
+  int64_t* out = slots.at_least(total);
+  for (int64_t s = 0; s < segment.n_spans; s++)
+    for (int64_t i = 0; i < spans[segment.span + s].length; i++) out[n++] = spans[segment.span + s].slot + i;
+  return total;
+}
+
+// Turns scores[0, n) into exp(score - max) and returns (max, sum).
+inline std::pair<float, float> exponentials(float* scores, int64_t n) {
+  float top = -INFINITY;
+  for (int64_t j = 0; j < n; j++) top = std::max(top, scores[j]);
+  float total = 0;
+  int64_t padded = (n + 15) / 16 * 16;
+  for (int64_t j = n; j < padded; j++) scores[j] = -INFINITY;
+  f32x16 sum = splat(0);
+  for (int64_t j = 0; j < padded; j += 16) {
+    f32x16 e = exp16(load16(scores + j) - splat(top));
+    sum += e;
+    store16(scores + j, e);
+  }
+  total = sum16(sum);
+  return {top, total};
+}
+
+// Keys and values of the segment in f32: all of them when several rows share the work, else one at a time.
+constexpr int64_t kWidenAllFrom = 4;
+
+template <class T, int C>
+void attention_rows(const AttentionShape& shape, const Segment& segment, const Span* spans, int64_t kv_head,
+                    int64_t row_begin, int64_t row_end, const T* q, const T* k, const T* v, T* out,
+                    float* log_sum_exp) {
+  Scratch& memory = scratch();
+  int64_t n_slots = list_slots(segment, spans, memory.slots);
+  const int64_t* slots = memory.slots.data;
+  int64_t head_size = shape.head_size, group = shape.heads / shape.kv_heads;
+  int64_t chunks = (head_size + 15) / 16, padded = chunks * 16;
+  int64_t last = segment.position + (row_end - segment.row);  // keys seen by the last row
+  int64_t first = 0;
+  if (shape.window > 0) first = std::max<int64_t>(0, segment.position + (row_begin - segment.row) + 1 - shape.window);
+  bool all = row_end - row_begin >= kWidenAllFrom;
+  float* keys = memory.keys.at_least(all ? n_slots * padded : padded);
+  float* values = memory.values.at_least(all ? n_slots * padded : padded);
+  float* query = memory.query.at_least(group * padded);
+  int64_t score_stride = (n_slots + 31) / 16 * 16;
+  float* scores = memory.scores.at_least(group * score_stride);
+  float* output = memory.output.at_least(group * padded);
+  if (all)
+    for (int64_t j = first; j < last; j++) {
+      widen(k + slots[j] * shape.k_stride + kv_head * head_size, head_size, keys + j * padded, padded);
+      widen(v + slots[j] * shape.v_stride + kv_head * head_size, head_size, values + j * padded, padded);
+    }
+  for (int64_t row = row_begin; row < row_end; row++) {
+    int64_t end = segment.position + (row - segment.row) + 1;
+    int64_t begin = shape.window > 0 ? std::max<int64_t>(0, end - shape.window) : 0;
+    for (int64_t g = 0; g < group; g++) {
+      widen(q + row * shape.q_stride + (kv_head * group + g) * head_size, head_size, query + g * padded, padded);
+      for (int64_t c = 0; c < chunks; c++)
+        store16(query + g * padded + 16 * c, load16(query + g * padded + 16 * c) * shape.scale);
+      memset(output + g * padded, 0, padded * 4);
+    }
+    for (int64_t j = begin; j < end; j++) {
+      const float* key = keys + j * padded;
+      if (!all) {
+        widen(k + slots[j] * shape.k_stride + kv_head * head_size, head_size, keys, padded);
+        key = keys;
+      }
+      for (int64_t g = 0; g < group; g++)
+        scores[g * score_stride + j - begin] = dot<C>(query + g * padded, key, chunks);
+    }
+    int64_t n = end - begin;
+    for (int64_t g = 0; g < group; g++) {
+      auto [top, total] = exponentials(scores + g * score_stride, n);
+      int64_t head = kv_head * group + g;
+      if (log_sum_exp) log_sum_exp[row * shape.heads + head] = top + std::log(total);
+      float inverse = 1.0f / total;
+      for (int64_t j = 0; j < n; j++) scores[g * score_stride + j] *= inverse;
+    }
+    for (int64_t j = begin; j < end; j++) {
+      const float* value = values + j * padded;
+      if (!all) {
+        widen(v + slots[j] * shape.v_stride + kv_head * head_size, head_size, values, padded);
+        value = values;
+      }
+      for (int64_t g = 0; g < group; g++)
+        axpy<C>(scores[g * score_stride + j - begin], value, output + g * padded, chunks);
+    }
+    for (int64_t g = 0; g < group; g++)
+      narrow(output + g * padded, head_size, out + row * shape.out_stride + (kv_head * group + g) * head_size);
+  }
+}
+
+template <class T>
+void attention(const AttentionShape& shape, const Segment& segment, const Span* spans, int64_t kv_head,
+               int64_t row_begin, int64_t row_end, const void* q, const void* k, const void* v, void* out,
+               float* log_sum_exp) {
+  auto run = shape.head_size == 64 ? attention_rows<T, 4> : shape.head_size == 128 ? attention_rows<T, 8> : attention_rows<T, 0>;
+  run(shape, segment, spans, kv_head, row_begin, row_end, (const T*)q, (const T*)k, (const T*)v, (T*)out, log_sum_exp);
+}
+
+template <class T, int C>
+void attention_backward_rows(const AttentionShape& shape, const Segment& segment, const Span* spans, int64_t kv_head,
+                             const T* q, const T* k, const T* v, const T* out, const T* grad_out,
+                             int64_t grad_out_stride, const float* log_sum_exp, float* grad_q, float* grad_k,
+                             float* grad_v) {
+  Scratch& memory = scratch();
+  int64_t n_slots = list_slots(segment, spans, memory.slots);
+  const int64_t* slots = memory.slots.data;
+  int64_t head_size = shape.head_size, group = shape.heads / shape.kv_heads;
+  int64_t chunks = (head_size + 15) / 16, padded = chunks * 16;
+  float* keys = memory.keys.at_least(n_slots * padded);
+  float* values = memory.values.at_least(n_slots * padded);
+  float* grads = memory.grads.at_least(2 * n_slots * padded);
+  float* grad_keys = grads;
+  float* grad_values = grads + n_slots * padded;
+  float* query = memory.query.at_least(padded);
+  float* grad_output = memory.grad_output.at_least(padded);
+  float* grad_query = memory.output.at_least(2 * padded);
+  float* output = grad_query + padded;
+  float* scores = memory.scores.at_least((n_slots + 31) / 16 * 16);
+  memset(grads, 0, 2 * n_slots * padded * 4);
+  for (int64_t j = 0; j < n_slots; j++) {
+    widen(k + slots[j] * shape.k_stride + kv_head * head_size, head_size, keys + j * padded, padded);
+    widen(v + slots[j] * shape.v_stride + kv_head * head_size, head_size, values + j * padded, padded);
+  }
+  for (int64_t row = segment.row; row < segment.row + segment.n_rows; row++) {
+    int64_t end = segment.position + (row - segment.row) + 1;
+    int64_t begin = shape.window > 0 ? std::max<int64_t>(0, end - shape.window) : 0;
+    for (int64_t g = 0; g < group; g++) {
+      int64_t head = kv_head * group + g;
+      widen(q + row * shape.q_stride + head * head_size, head_size, query, padded);
+      for (int64_t c = 0; c < chunks; c++) store16(query + 16 * c, load16(query + 16 * c) * shape.scale);
+      widen(grad_out + row * grad_out_stride + head * head_size, head_size, grad_output, padded);
+      widen(out + row * shape.out_stride + head * head_size, head_size, output, padded);
+      memset(grad_query, 0, padded * 4);
+      float total = dot<C>(grad_output, output, chunks);
+      float log_sum = log_sum_exp[row * shape.heads + head];
+      int64_t n = end - begin;
+      for (int64_t j = begin; j < end; j++) scores[j - begin] = dot<C>(query, keys + j * padded, chunks);
+      for (int64_t j = n; j < (n + 15) / 16 * 16; j++) scores[j] = -INFINITY;
+      for (int64_t j = 0; j < n; j += 16) store16(scores + j, exp16(load16(scores + j) - splat(log_sum)));
+      for (int64_t j = begin; j < end; j++) {
+        float probability = scores[j - begin];
+        float grad_score = probability * (dot<C>(grad_output, values + j * padded, chunks) - total);
+        axpy<C>(probability, grad_output, grad_values + j * padded, chunks);
+        axpy<C>(grad_score, keys + j * padded, grad_query, chunks);
+        axpy<C>(grad_score, query, grad_keys + j * padded, chunks);  // query carries the scale
+      }
+      float* to = grad_q + (row * shape.heads + head) * head_size;
+      for (int64_t i = 0; i < head_size; i++) to[i] = grad_query[i] * shape.scale;
+    }
+  }
+  for (int64_t j = 0; j < n_slots; j++) {
+    float* to_k = grad_k + (slots[j] * shape.kv_heads + kv_head) * head_size;
+    float* to_v = grad_v + (slots[j] * shape.kv_heads + kv_head) * head_size;
+    for (int64_t i = 0; i < head_size; i++) {
+      to_k[i] += grad_keys[j * padded + i];
+      to_v[i] += grad_values[j * padded + i];
+    }
+  }
+}
+
+template <class T>
+void attention_backward(const AttentionShape& shape, const Segment& segment, const Span* spans, int64_t kv_head,
+                        const void* q, const void* k, const void* v, const void* out, const void* grad_out,
+                        int64_t grad_out_stride, const float* log_sum_exp, float* grad_q, float* grad_k, float* grad_v) {
+  auto run = shape.head_size == 64    ? attention_backward_rows<T, 4>
+             : shape.head_size == 128 ? attention_backward_rows<T, 8>
+                                      : attention_backward_rows<T, 0>;
+  run(shape, segment, spans, kv_head, (const T*)q, (const T*)k, (const T*)v, (const T*)out, (const T*)grad_out,
+      grad_out_stride, log_sum_exp, grad_q, grad_k, grad_v);
+}
+
+// ---- vocabulary: log-probabilities and sampling ----
+
+template <class T>
+float row_max(const T* logits, int64_t width) {
+  f32x16 top = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) top = max16(top, load16(logits + i));
+  float out = highest(top);
+  for (; i < width; i++) out = std::max(out, to_float(logits[i]));
+  return out;
+}
+
+// Sum of exp((logit - top) * inverse_temperature) over [begin, end), in a fixed order.
+template <class T>
+double sum_exp(const T* logits, int64_t begin, int64_t end, float top, float inverse_temperature) {
+  f32x16 sum = splat(0);
+  float tail = 0;
+  int64_t i = begin;
+  for (; i + 16 <= end; i += 16) sum += exp16((load16(logits + i) - splat(top)) * inverse_temperature);
+  for (; i < end; i++) tail += std::exp((to_float(logits[i]) - top) * inverse_temperature);
+  return double(sum16(sum)) + double(tail);
+}
+
+constexpr int64_t kVocabularyBlock = 1024;  // partial sums of this many exponentials are added in f64
+
+template <class T>
+double sum_exp_blocks(const T* logits, int64_t width, float top, float inverse_temperature) {
+  double total = 0;
+  for (int64_t b = 0; b < width; b += kVocabularyBlock)
+    total += sum_exp(logits, b, std::min(width, b + kVocabularyBlock), top, inverse_temperature);
+  return total;
+}
+
+template <class T>
+void token_logprob(void* logits_, const int64_t* targets, float inverse_temperature, float* logprob, float* entropy,
+                   bool softmax, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t row = begin; row < end; row++) {
+    T* logits = (T*)logits_ + row * width;
+    float top = row_max(logits, width);
+    double total = sum_exp_blocks(logits, width, top, inverse_temperature);
+    double log_total = std::log(total);
+    logprob[row] = float(double((to_float(logits[targets[row]]) - top) * inverse_temperature) - log_total);
+    if (!entropy && !softmax) continue;
+    float inverse = float(1.0 / total);
+    double weighted = 0;
+    for (int64_t b = 0; b < width; b += kVocabularyBlock) {
+      int64_t stop = std::min(width, b + kVocabularyBlock), i = b;
+      f32x16 sum = splat(0);
+      float tail = 0;
+      for (; i + 16 <= stop; i += 16) {
+        f32x16 scaled = (load16(logits + i) - splat(top)) * inverse_temperature;
+        f32x16 probability = exp16(scaled) * inverse;
+        sum += probability > splat(0) ? probability * scaled : splat(0);
+        if (softmax) store16(logits + i, probability);
+      }
+      for (; i < stop; i++) {
+        float scaled = (to_float(logits[i]) - top) * inverse_temperature;
+        float probability = std::exp(scaled) * inverse;
+        if (probability > 0) tail += probability * scaled;
+        if (softmax) from_float(probability, logits + i);
+      }
+      weighted += double(sum16(sum)) + double(tail);
+    }
+    if (entropy) entropy[row] = float(log_total - weighted);
+  }
+}
+
+// Draws by inverting the cumulative distribution over tokens in vocabulary order (or in order of falling logits under
+// top-k / top-p). The log-probability is that of the whole distribution at the sampling temperature.
+template <class T>
+void sample(const void* logits_, const double* uniform, const SampleSettings* settings, int64_t* token, float* logprob,
+            int64_t begin, int64_t end, int64_t width) {
+  for (int64_t row = begin; row < end; row++) {
+    const T* logits = (const T*)logits_ + row * width;
+    SampleSettings set = settings[row];
+    bool greedy = set.temperature == 0;
+    float inverse_temperature = greedy ? 1.0f : 1.0f / set.temperature;
+    float top = row_max(logits, width);
+    double total = sum_exp_blocks(logits, width, top, inverse_temperature);
+    int64_t chosen = width - 1;
+    if (greedy) {
+      chosen = 0;
+      while (chosen + 1 < width && to_float(logits[chosen]) != top) chosen++;
+    } else if (set.top_k == 0 && set.top_p >= 1.0f) {
+      double left = uniform[row] * total;
+      for (int64_t b = 0; b < width; b += kVocabularyBlock) {
+        int64_t stop = std::min(width, b + kVocabularyBlock);
+        double mass = sum_exp(logits, b, stop, top, inverse_temperature);
+        if (left >= mass && stop < width) {
+          left -= mass;
+          continue;
+        }
+        // Rounding can leave a remainder past the block's last token: the most probable one of the block then stands in.
+        int64_t best = b;
+        chosen = -1;
+        for (int64_t i = b; i < stop; i++) {
+          if (to_float(logits[i]) > to_float(logits[best])) best = i;
+          left -= double(std::exp((to_float(logits[i]) - top) * inverse_temperature));
+          if (left < 0) {
+            chosen = i;
+            break;
+          }
+        }
+        if (chosen < 0) chosen = best;
+        break;
+      }
+    } else {
+      int64_t* order = scratch().slots.at_least(width);
+      for (int64_t i = 0; i < width; i++) order[i] = i;
+      auto before = [&](int64_t a, int64_t b) {
+        float x = to_float(logits[a]), y = to_float(logits[b]);
+        return x != y ? x > y : a < b;
+      };
+      int64_t keep = set.top_k > 0 ? std::min(set.top_k, width) : width;
+      std::partial_sort(order, order + keep, order + width, before);
+      double kept = 0;
+      for (int64_t i = 0; i < keep; i++) kept += std::exp(double(to_float(logits[order[i]]) - top) * inverse_temperature);
+      if (set.top_p < 1.0f) {  // the smallest set whose mass (after top-k) reaches top_p
+        double mass = 0;
+        int64_t n = 0;
+        while (n < keep && (n == 0 || mass < double(set.top_p) * kept))
+          mass += std::exp(double(to_float(logits[order[n++]]) - top) * inverse_temperature);
+        keep = n;
+        kept = mass;
+      }
+      double left = uniform[row] * kept;
+      chosen = order[keep - 1];
+      for (int64_t i = 0; i < keep; i++) {
+        left -= std::exp(double(to_float(logits[order[i]]) - top) * inverse_temperature);
+        if (left < 0) {
+          chosen = order[i];
+          break;
+        }
+      }
+    }
+    token[row] = chosen;
+    logprob[row] = float(double((to_float(logits[chosen]) - top) * inverse_temperature) - std::log(total));
+  }
+}
+
+// ---- NF4 ----
+
+// Halfway points between neighbouring codebook entries, as bitsandbytes' decision tree has them.
+constexpr float kNf4Thresholds[15] = {
+    -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
+    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
+    0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+
+template <class T>
+void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin, int64_t end, int64_t block_size,
+                  int64_t count) {
+  for (int64_t block = begin; block < end; block++) {
+    const T* in = (const T*)in_ + block * block_size;
+    int64_t n = std::min(block_size, count - block * block_size);
+    float largest = 0;
+    for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::fabs(to_float(in[i])));
+    absmax[block] = largest;
+    float inverse = largest > 0 ? 1.0f / largest : 0.0f;
+    uint8_t* out = codes + block * block_size / 2;
+    for (int64_t i = 0; i < n; i += 2) {
+      float pair[2] = {to_float(in[i]) * inverse, i + 1 < n ? to_float(in[i + 1]) * inverse : 0.0f};
+      int index[2] = {0, 0};
+      for (int t = 0; t < 15; t++)
+        for (int p = 0; p < 2; p++) index[p] += pair[p] > kNf4Thresholds[t];
+      out[i / 2] = uint8_t(index[0] << 4 | index[1]);
+    }
+  }
+}
+
+template <class T>
+void nf4_dequantize(const uint8_t* codes, const float* absmax, const float* codebook, void* out_, int64_t begin,
+                    int64_t end, int64_t block_size) {
+  T* out = (T*)out_;
+  for (int64_t block = begin; block < end; block++) {
+    float table[16];
+    T values[16];
+    for (int c = 0; c < 16; c++) {
+      table[c] = codebook[c] * absmax[block];
+      from_float(table[c], values + c);
+    }
+    const uint8_t* in = codes + block * block_size / 2;
+    T* to = out + block * block_size;
+    for (int64_t i = 0; i < block_size / 2; i++) {
+      to[2 * i] = values[in[i] >> 4];
+      to[2 * i + 1] = values[in[i] & 15];
+    }
+  }
+}
+
+// Splits a row of x into its even and odd elements, matching the high and low nibbles of the codes.
+template <class T>
+inline void split_even_odd(const T* x, int64_t columns, float* even, float* odd) {
+  for (int64_t i = 0; i < columns / 2; i++) {
+    even[i] = to_float(x[2 * i]);
+    odd[i] = to_float(x[2 * i + 1]);
+  }
+}
+
+template <class T>
+void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const float* codebook, void* y_,
+                int64_t rows, int64_t columns, int64_t outputs, int64_t block_size, int64_t begin, int64_t end) {
+  const T* x = (const T*)x_;
+  T* y = (T*)y_;
+  int64_t half = columns / 2, blocks = columns / block_size, half_block = block_size / 2;
+  Scratch& memory = scratch();
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) {
+    // 32 bf16 activations of each parity against 32 looked-up bf16 codes per instruction; absmax in f32 per block.
+    uint16_t* split = (uint16_t*)memory.query.at_least(rows * columns);
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t i = 0; i < half; i++) {
+        split[m * columns + i] = x[m * columns + 2 * i].bits;
+        split[m * columns + half + i] = x[m * columns + 2 * i + 1].bits;
+      }
+    alignas(64) bf16 table_values[32];
+    for (int c = 0; c < 32; c++) from_float(codebook[c & 15], table_values + c);
+    __m512i table = _mm512_load_si512(table_values);
+    for (int64_t n = begin; n < end; n++) {
+      const uint8_t* in = codes + n * half;
+      const float* scales = absmax + n * blocks;
+      for (int64_t m0 = 0; m0 < rows; m0 += 4) {
+        int64_t group = std::min<int64_t>(4, rows - m0);
+        __m512 totals[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t b = 0; b < blocks; b++) {
+          __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+          for (int64_t i = b * half_block; i < (b + 1) * half_block; i += 32) {
+            __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(in + i)));
+            __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+            __m512bh low = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
+            for (int64_t g = 0; g < group; g++) {
+              const uint16_t* at = split + (m0 + g) * columns + i;
+              sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)_mm512_loadu_si512(at), high);
+              sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)_mm512_loadu_si512(at + half), low);
+            }
+          }
+          __m512 scale = _mm512_set1_ps(scales[b]);
+          for (int64_t g = 0; g < group; g++) totals[g] = _mm512_fmadd_ps(sums[g], scale, totals[g]);
+        }
+        for (int64_t g = 0; g < group; g++) from_float(sum16((f32x16)totals[g]), y + (m0 + g) * outputs + n);
+      }
+    }
+    return;
+  }
+#endif
+  float* split = memory.query.at_least(rows * columns);
+  float* weights = memory.keys.at_least(columns);
+  for (int64_t m = 0; m < rows; m++) split_even_odd(x + m * columns, columns, split + m * columns, split + m * columns + half);
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t* in = codes + n * half;
+    for (int64_t b = 0; b < blocks; b++) {
+      float table[16];
+      for (int c = 0; c < 16; c++) table[c] = codebook[c] * absmax[n * blocks + b];
+      for (int64_t i = b * half_block; i < (b + 1) * half_block; i++) {
+        weights[i] = table[in[i] >> 4];
+        weights[half + i] = table[in[i] & 15];
+      }
+    }
+    for (int64_t m = 0; m < rows; m++) {
+      const float* row = split + m * columns;
+      f32x16 sum = splat(0);
+      int64_t i = 0;
+      for (; i + 16 <= columns; i += 16) sum += load16(row + i) * load16(weights + i);
+      float tail = 0;
+      for (; i < columns; i++) tail += row[i] * weights[i];
+      from_float(sum16(sum) + tail, y + m * outputs + n);
+    }
+  }
+}
+
+const Kernels table = {
+    ARETE_NAME,
+    {rms_norm<float>, rms_norm<bf16>},
+    {rms_norm_backward<float>, rms_norm_backward<bf16>},
+    {rope<float>, rope<bf16>},
+    {attention<float>, attention<bf16>},
+    {attention_backward<float>, attention_backward<bf16>},
+    {swiglu<float>, swiglu<bf16>},
+    {swiglu_backward<float>, swiglu_backward<bf16>},
+    {token_logprob<float>, token_logprob<bf16>},
+    {sample<float>, sample<bf16>},
+    {nf4_quantize<float>, nf4_quantize<bf16>},
+    {nf4_dequantize<float>, nf4_dequantize<bf16>},
+    {nf4_matmul<float>, nf4_matmul<bf16>},
+};
+
+}  // namespace
+
+const Kernels* ARETE_KERNELS() { return &table; }
+
+}  // namespace arete

@@ -1,0 +1,582 @@
+// The decoder's operations for libtorch: autograd functions around the kernels, called from src/ops.rs.
+//
+// tch cannot define autograd functions, and libtorch's own operators keep more for the backward pass than a frozen base
+// with adapters needs. What each function keeps is said at its head. On the CPU in f32 and bf16 the kernels of kernels.cpp do
+// the work; elsewhere (CUDA, fp16) the same formulas run as libtorch operators (the `composite_…` functions).
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+namespace {
+
+using namespace arete;
+
+const Kernels& kernels() {
+  static const Kernels* chosen = [] {
+    const char* wanted = std::getenv("ARETE_CPU_KERNELS");  // for tests: a lesser table than the CPU could use
+    std::string name = wanted ? wanted : "";
+    if (name.empty() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd"))
+      return kernels_avx512();
+    if ((name.empty() || name == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
+      return kernels_avx2();
+    if (name == "avx512") return kernels_avx512();
+    return kernels_baseline();
+  }();
+  return *chosen;
+}
+
+bool on_kernels(const Tensor& x) {
+  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+Type type_of(const Tensor& x) { return x.scalar_type() == at::kBFloat16 ? kBF16 : kF32; }
+
+void parallel_rows(int64_t rows, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { work(begin, end); });
+}
+
+// ---- RMS norm of x + delta; keeps the sum and one f32 a row ----
+
+struct RmsNorm : Function<RmsNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& addend,
+                               const Tensor& weight, double eps) {
+    Tensor delta = addend.value_or(Tensor());
+    Tensor sum = delta.defined() ? at::empty_like(x) : x;
+    Tensor out = at::empty_like(x);
+    int64_t rows = x.size(0), width = x.size(1);
+    Tensor inverse = at::empty({rows}, x.options().dtype(at::kFloat));
+    auto kernel = kernels().rms_norm[type_of(x)];
+    const void* delta_data = delta.defined() ? delta.data_ptr() : nullptr;
+    parallel_rows(rows, 8, [&](int64_t begin, int64_t end) {
+      kernel(x.data_ptr(), delta_data, weight.data_ptr(), sum.data_ptr(), out.data_ptr(), inverse.data_ptr<float>(), begin,
+             end, width, float(eps));
+    });
+    ctx->save_for_backward({sum, weight, inverse});
+    ctx->saved_data["has_delta"] = delta.defined();
+    if (!delta.defined()) return {out};
+    return {out, sum};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    const Tensor &sum = saved[0], &weight = saved[1], &inverse = saved[2];
+    bool has_delta = ctx->saved_data["has_delta"].toBool();
+    Tensor grad_out = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(sum);
+    Tensor grad_sum = has_delta && grads[1].defined() ? grads[1].contiguous() : Tensor();
+    Tensor grad_x = at::empty_like(sum);
+    auto kernel = kernels().rms_norm_backward[type_of(sum)];
+    const void* grad_sum_data = grad_sum.defined() ? grad_sum.data_ptr() : nullptr;
+    parallel_rows(sum.size(0), 8, [&](int64_t begin, int64_t end) {
+      kernel(grad_out.data_ptr(), grad_sum_data, sum.data_ptr(), weight.data_ptr(), inverse.data_ptr<float>(),
+             grad_x.data_ptr(), begin, end, sum.size(1));
+    });
+    return {grad_x, has_delta ? grad_x : Tensor(), Tensor(), Tensor()};
+  }
+};
+
+variable_list composite_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, double eps) {
+  Tensor sum = delta.defined() ? x + delta : x;
+  Tensor wide = sum.to(at::kFloat);
+  Tensor normal = wide * at::rsqrt(wide.square().mean(-1, true) + eps);
+  return {weight * normal.to(x.scalar_type()), sum};
+}
+
+// ---- SwiGLU on [N, 2F] (gate, then up); keeps its input ----
+
+struct SwiGlu : Function<SwiGlu> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& gate_up) {
+    int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+    Tensor out = at::empty({rows, width}, gate_up.options());
+    auto kernel = kernels().swiglu[type_of(gate_up)];
+    parallel_rows(rows, 4, [&](int64_t begin, int64_t end) { kernel(gate_up.data_ptr(), out.data_ptr(), begin, end, width); });
+    ctx->save_for_backward({gate_up});
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    Tensor gate_up = ctx->get_saved_variables()[0];
+    Tensor grad_out = grads[0].contiguous();
+    Tensor grad = at::empty_like(gate_up);
+    auto kernel = kernels().swiglu_backward[type_of(gate_up)];
+    parallel_rows(gate_up.size(0), 4, [&](int64_t begin, int64_t end) {
+      kernel(gate_up.data_ptr(), grad_out.data_ptr(), grad.data_ptr(), begin, end, gate_up.size(1) / 2);
+    });
+    return {grad};
+  }
+};
+
+// ---- linear layer over a frozen weight, with an optional adapter ----
+
+// Called for weights that are not on the CPU; set once from Rust (src/cuda).
+typedef int (*Dequantizer)(const Tensor* codes, const Tensor* absmax, const Tensor* codebook, int64_t block_size, Tensor* out);
+Dequantizer cuda_dequantizer = nullptr;
+
+struct Weight {
+  Tensor dense;                      // [out, in], or undefined
+  Tensor codes, absmax, codebook;    // NF4, or undefined
+  int64_t outputs, inputs, block_size;
+
+  // The matrix in `type`: the dense one, or the packed one unpacked into a new tensor.
+  Tensor in_type(at::ScalarType type) const {
+    if (dense.defined()) return dense;
+    Tensor out = at::empty({outputs, inputs}, codes.options().dtype(type));
+    if (!on_kernels(out)) {
+      TORCH_CHECK(cuda_dequantizer, "no NF4 kernels for this device or dtype");
+      TORCH_CHECK(cuda_dequantizer(&codes, &absmax, &codebook, block_size, &out) == 0, "NF4 dequantisation failed on the device");
+      return out;
+    }
+    auto kernel = kernels().nf4_dequantize[type_of(out)];
+    int64_t blocks = outputs * inputs / block_size;
+    parallel_rows(blocks, 256, [&](int64_t begin, int64_t end) {
+      kernel(codes.data_ptr<uint8_t>(), absmax.data_ptr<float>(), codebook.data_ptr<float>(), out.data_ptr(), begin, end,
+             block_size);
+    });
+    return out;
+  }
+};
+
+// Up to this many rows the packed weights are multiplied without being unpacked, if the caller asks for it: the sums
+// run in another order than those of the unpacked product, so a row's bits then depend on the number of rows.
+constexpr int64_t kPackedRows = 4;
+
+// The CPU's matrix products of few rows round differently (other routines take them): in bf16 those of one row, in f32
+// those of up to nine. Such products are padded, so that a row's result does not depend on how many neighbours it has.
+int64_t invariant_rows(const Tensor& x) { return x.scalar_type() == at::kFloat ? 16 : 2; }
+
+// x Wᵀ with `weight` [out, in]; see invariant_rows.
+Tensor product(const Tensor& x, const Tensor& weight) {
+  int64_t rows = x.size(0);
+  if (!x.is_cpu() || rows >= invariant_rows(x)) return at::mm(x, weight.t());
+  Tensor padded = at::zeros({invariant_rows(x), x.size(1)}, x.options());
+  padded.narrow(0, 0, rows).copy_(x);
+  return at::mm(padded, weight.t()).narrow(0, 0, rows).contiguous();
+}
+
+Tensor frozen_product(const Tensor& x, const Weight& weight, bool allow_packed) {
+  bool packed = allow_packed && weight.codes.defined() && on_kernels(x) && x.size(0) <= kPackedRows &&
+                weight.inputs % weight.block_size == 0 && weight.block_size % 64 == 0;
+  if (!packed) return product(x, weight.in_type(x.scalar_type()));
+  Tensor input = x.contiguous();
+  Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
+  auto kernel = kernels().nf4_matmul[type_of(x)];
+  parallel_rows(weight.outputs, 64, [&](int64_t begin, int64_t end) {
+    kernel(input.data_ptr(), weight.codes.data_ptr<uint8_t>(), weight.absmax.data_ptr<float>(),
+           weight.codebook.data_ptr<float>(), y.data_ptr(), x.size(0), weight.inputs, weight.outputs, weight.block_size,
+           begin, end);
+  });
+  return y;
+}
+
+// y = x Wᵀ + (x Aᵀ) Bᵀ; keeps x and x Aᵀ where the adapter is trained, and the weight as it is stored (packed if NF4).
+struct AdaptedLinear : Function<AdaptedLinear> {
+  using Optional = std::optional<Tensor>;
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& dense_, const Optional& codes_,
+                        const Optional& absmax_, const Optional& codebook_, int64_t outputs, int64_t inputs,
+                        int64_t block_size, const Optional& a_, const Optional& b_, bool allow_packed) {
+    Tensor none;
+    Tensor dense = dense_.value_or(none), codes = codes_.value_or(none), absmax = absmax_.value_or(none),
+           codebook = codebook_.value_or(none), a = a_.value_or(none), b = b_.value_or(none);
+    Tensor y = frozen_product(x, {dense, codes, absmax, codebook, outputs, inputs, block_size}, allow_packed);
+    Tensor down;
+    bool trained = a.defined() && (a.requires_grad() || b.requires_grad());
+    if (a.defined()) {
+      down = product(x, a);
+      y.add_(product(down, b));
+    }
+    ctx->save_for_backward({trained ? x : Tensor(), dense, codes, absmax, codebook, a, b, trained ? down : Tensor()});
+    ctx->saved_data["sizes"] = std::vector<int64_t>{outputs, inputs, block_size};
+    ctx->saved_data["trained"] = trained;
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    auto sizes = ctx->saved_data["sizes"].toIntVector();
+    Weight weight{saved[1], saved[2], saved[3], saved[4], sizes[0], sizes[1], sizes[2]};
+    const Tensor &x = saved[0], &a = saved[5], &b = saved[6], &down = saved[7];
+    Tensor grad_y = grads[0].contiguous();
+    Tensor grad_x, grad_a, grad_b, grad_down;
+    if (a.defined()) grad_down = at::mm(grad_y, b);
+    if (ctx->needs_input_grad(0)) {
+      grad_x = at::mm(grad_y, weight.in_type(grad_y.scalar_type()));
+      if (a.defined()) grad_x.addmm_(grad_down, a);
+    }
+    if (ctx->saved_data["trained"].toBool()) {
+      grad_a = at::mm(grad_down.t(), x);
+      grad_b = at::mm(grad_y.t(), down);
+    }
+    Tensor none;
+    return {grad_x, none, none, none, none, none, none, none, grad_a, grad_b, none};
+  }
+};
+
+// ---- rotary embedding and attention ----
+
+struct Layout {
+  const Segment* segments;
+  const Span* spans;
+  const int64_t* trees;  // segment ranges that share no keys with each other
+  int64_t n_segments, n_trees;
+};
+Layout layout_of(const Tensor& segments, const Tensor& spans, const Tensor& trees) {
+  return {(const Segment*)segments.data_ptr<int64_t>(), (const Span*)spans.data_ptr<int64_t>(), trees.data_ptr<int64_t>(),
+          segments.size(0), trees.size(0) - 1};
+}
+
+struct Heads {
+  int64_t heads, kv_heads, head_size, window;
+  int64_t query_width() const { return heads * head_size; }
+  int64_t key_width() const { return kv_heads * head_size; }
+  AttentionShape shape(int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t out_stride) const {
+    return {heads, kv_heads, head_size, q_stride, k_stride, v_stride, out_stride, float(1.0 / std::sqrt(double(head_size))), window};
+  }
+};
+
+void rotate(Type type, const Tensor& from, int64_t from_offset, const Tensor& to, int64_t to_stride, int64_t to_offset,
+            const int64_t* slots, const Tensor& positions, const Tensor& cos_sin, int64_t heads, int64_t head_size,
+            bool inverse) {
+  int64_t size = from.element_size(), from_stride = from.stride(0);
+  parallel_rows(positions.size(0), 16, [&](int64_t begin, int64_t end) {
+    kernels().rope[type]((const char*)from.data_ptr() + from_offset * size, from_stride,
+                         (char*)to.data_ptr() + to_offset * to.element_size(), to_stride, slots,
+                         positions.data_ptr<int64_t>(), cos_sin.data_ptr<float>(), heads, head_size, inverse, begin, end);
+  });
+}
+
+constexpr int64_t kRowsPerTask = 32;
+
+void attend(Type type, const AttentionShape& shape, const Layout& layout, const void* q, const void* k, const void* v, void* out,
+            float* log_sum_exp) {
+  struct Task {
+    int64_t segment, kv_head, begin, end;
+  };
+  std::vector<Task> tasks;
+  for (int64_t s = 0; s < layout.n_segments; s++) {
+    const Segment& segment = layout.segments[s];
+    for (int64_t begin = segment.row; begin < segment.row + segment.n_rows; begin += kRowsPerTask)
+      for (int64_t head = 0; head < shape.kv_heads; head++)
+        tasks.push_back({s, head, begin, std::min(begin + kRowsPerTask, segment.row + segment.n_rows)});
+  }
+  parallel_rows(int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      kernels().attention[type](shape, layout.segments[tasks[t].segment], layout.spans, tasks[t].kv_head, tasks[t].begin,
+                                tasks[t].end, q, k, v, out, log_sum_exp);
+  });
+}
+
+// Causal attention of packed segments over their own keys and those of the segments they continue.
+// Keeps the rotated queries and keys, the values, the output and one f32 a row and head.
+struct SpanAttention : Function<SpanAttention> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
+                        const Tensor& segments, const Tensor& spans, const Tensor& trees, std::vector<int64_t> sizes) {
+    Heads heads{sizes[0], sizes[1], sizes[2], sizes[3]};
+    Type type = type_of(qkv);
+    int64_t rows = qkv.size(0), q_width = heads.query_width(), k_width = heads.key_width();
+    Tensor rotated = at::empty({rows, q_width + k_width}, qkv.options());
+    rotate(type, qkv, 0, rotated, q_width + k_width, 0, nullptr, positions, cos_sin, heads.heads + heads.kv_heads,
+           heads.head_size, false);
+    Tensor values = qkv.slice(1, q_width + k_width).contiguous();
+    Tensor out = at::empty({rows, q_width}, qkv.options());
+    Tensor log_sum_exp = at::empty({rows, heads.heads}, qkv.options().dtype(at::kFloat));
+    auto shape = heads.shape(q_width + k_width, q_width + k_width, k_width, q_width);
+    const char* q = (const char*)rotated.data_ptr();
+    attend(type, shape, layout_of(segments, spans, trees), q, q + q_width * rotated.element_size(), values.data_ptr(),
+           out.data_ptr(), log_sum_exp.data_ptr<float>());
+    ctx->save_for_backward({rotated, values, out, log_sum_exp, positions, cos_sin, segments, spans, trees});
+    ctx->saved_data["sizes"] = sizes;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    const Tensor &rotated = saved[0], &values = saved[1], &out = saved[2], &log_sum_exp = saved[3], &positions = saved[4],
+                 &cos_sin = saved[5];
+    auto sizes = ctx->saved_data["sizes"].toIntVector();
+    Heads heads{sizes[0], sizes[1], sizes[2], sizes[3]};
+    Layout layout = layout_of(saved[6], saved[7], saved[8]);
+    Type type = type_of(rotated);
+    int64_t rows = rotated.size(0), q_width = heads.query_width(), k_width = heads.key_width();
+    Tensor grad_out = grads[0].contiguous();
+    auto wide = rotated.options().dtype(at::kFloat);
+    Tensor grad_q = at::empty({rows, q_width}, wide);
+    Tensor grad_k = at::zeros({rows, k_width}, wide), grad_v = at::zeros({rows, k_width}, wide);
+    auto shape = heads.shape(q_width + k_width, q_width + k_width, k_width, q_width);
+    const char* q = (const char*)rotated.data_ptr();
+    const char* k = q + q_width * rotated.element_size();
+    // Segments of one tree add to the same keys, so a tree and key/value head belong to one thread.
+    parallel_rows(layout.n_trees * heads.kv_heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++)
+        for (int64_t s = layout.trees[t / heads.kv_heads]; s < layout.trees[t / heads.kv_heads + 1]; s++)
+          kernels().attention_backward[type](shape, layout.segments[s], layout.spans, t % heads.kv_heads, q, k,
+                                             values.data_ptr(), out.data_ptr(), grad_out.data_ptr(), q_width,
+                                             log_sum_exp.data_ptr<float>(), grad_q.data_ptr<float>(),
+                                             grad_k.data_ptr<float>(), grad_v.data_ptr<float>());
+    });
+    Tensor grad = at::empty({rows, q_width + 2 * k_width}, wide);
+    rotate(kF32, grad_q, 0, grad, grad.stride(0), 0, nullptr, positions, cos_sin, heads.heads, heads.head_size, true);
+    rotate(kF32, grad_k, 0, grad, grad.stride(0), q_width, nullptr, positions, cos_sin, heads.kv_heads, heads.head_size, true);
+    grad.slice(1, q_width + k_width).copy_(grad_v);
+    Tensor none;
+    return {grad.to(rotated.scalar_type()), none, none, none, none, none, none};
+  }
+};
+
+Tensor rotate_half(const Tensor& x, const Tensor& cosines, const Tensor& sines) {
+  auto halves = x.to(at::kFloat).chunk(2, -1);
+  return at::cat({halves[0] * cosines - halves[1] * sines, halves[1] * cosines + halves[0] * sines}, -1).to(x.scalar_type());
+}
+
+// The same on any device and dtype with libtorch operators: one padded block of keys a segment.
+Tensor composite_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Layout& layout, const Heads& heads) {
+  Tensor out = at::empty({0}, q.options());
+  std::vector<Tensor> parts;
+  for (int64_t s = 0; s < layout.n_segments; s++) {
+    const Segment& segment = layout.segments[s];
+    std::vector<Tensor> keys, values;
+    for (int64_t i = 0; i < segment.n_spans; i++) {
+      const Span& span = layout.spans[segment.span + i];
+      keys.push_back(k.narrow(0, span.slot, span.length));
+      values.push_back(v.narrow(0, span.slot, span.length));
+    }
+    int64_t group = heads.heads / heads.kv_heads;
+    Tensor key = at::cat(keys).transpose(0, 1).repeat_interleave(group, 0).to(at::kFloat);      // [H, T, E]
+    Tensor value = at::cat(values).transpose(0, 1).repeat_interleave(group, 0).to(at::kFloat);  // [H, T, E]
+    Tensor query = q.narrow(0, segment.row, segment.n_rows).transpose(0, 1).to(at::kFloat);     // [H, S, E]
+    Tensor scores = at::matmul(query, key.transpose(1, 2)) / std::sqrt(double(heads.head_size));  // [H, S, T]
+    Tensor at_key = at::arange(key.size(1), q.options().dtype(at::kLong)).unsqueeze(0);
+    Tensor at_row = at::arange(segment.position, segment.position + segment.n_rows, q.options().dtype(at::kLong)).unsqueeze(1);
+    Tensor hidden = at_key > at_row;
+    if (heads.window > 0) hidden = hidden | (at_key <= at_row - heads.window);
+    Tensor weights = at::softmax(scores.masked_fill(hidden, -INFINITY), -1);
+    parts.push_back(at::matmul(weights, value).transpose(0, 1).to(q.scalar_type()));  // [S, H, E]
+  }
+  return at::cat(parts).reshape({q.size(0), heads.query_width()});
+}
+
+std::vector<Tensor> composite_rotated(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin, const Heads& heads) {
+  int64_t rows = qkv.size(0), half = heads.head_size / 2;
+  Tensor table = cos_sin.index_select(0, positions).unsqueeze(1);  // [N, 1, E]
+  Tensor cosines = table.narrow(2, 0, half), sines = table.narrow(2, half, half);
+  auto parts = qkv.split_with_sizes({heads.query_width(), heads.key_width(), heads.key_width()}, 1);
+  Tensor q = parts[0].reshape({rows, heads.heads, heads.head_size});
+  Tensor k = parts[1].reshape({rows, heads.kv_heads, heads.head_size});
+  Tensor v = parts[2].reshape({rows, heads.kv_heads, heads.head_size});
+  return {rotate_half(q, cosines, sines), rotate_half(k, cosines, sines), v};
+}
+
+// ---- log-probabilities of given tokens ----
+
+// Rows of the vocabulary product held at a time.
+constexpr int64_t kVocabularyRows = 256;
+
+// log softmax(h Wᵀ / temperature)[target] per row. A row's log-probability depends on its own hidden vector alone, so the
+// forward pass already computes that derivative, [N, D], and keeps it instead of the logits.
+struct TokenLogprob : Function<TokenLogprob> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                               double temperature, bool want_entropy, bool want_grad) {
+    int64_t rows = hidden.size(0), width = weight.size(0);
+    auto wide = hidden.options().dtype(at::kFloat);
+    Tensor logprob = at::empty({rows}, wide);
+    Tensor entropy = want_entropy ? at::empty({rows}, wide) : at::empty({0}, wide);
+    Tensor jacobian = want_grad ? at::empty_like(hidden) : Tensor();
+    float inverse = float(1.0 / temperature);
+    for (int64_t start = 0; start < rows; start += kVocabularyRows) {
+      int64_t n = std::min(kVocabularyRows, rows - start);
+      Tensor part = targets.narrow(0, start, n);
+      Tensor logits = product(hidden.narrow(0, start, n), weight);
+      if (on_kernels(hidden)) {
+        auto kernel = kernels().token_logprob[type_of(hidden)];
+        parallel_rows(n, 1, [&](int64_t begin, int64_t end) {
+          kernel(logits.data_ptr(), part.data_ptr<int64_t>(), inverse, logprob.data_ptr<float>() + start,
+                 want_entropy ? entropy.data_ptr<float>() + start : nullptr, want_grad, begin, end, width);
+        });
+      } else {
+        Tensor logs = at::log_softmax(logits.to(at::kFloat) * inverse, -1);
+        logprob.narrow(0, start, n).copy_(logs.gather(1, part.unsqueeze(1)).squeeze(1));
+        Tensor probabilities = logs.exp();
+        if (want_entropy) entropy.narrow(0, start, n).copy_(-(probabilities * logs).sum(-1));
+        logits = probabilities.to(hidden.scalar_type());
+      }
+      if (want_grad) {
+        Tensor mean = at::mm(logits, weight);
+        jacobian.narrow(0, start, n).copy_(weight.index_select(0, part).to(at::kFloat).sub_(mean).mul_(inverse));
+      }
+    }
+    ctx->save_for_backward({jacobian});
+    ctx->mark_non_differentiable({entropy});
+    return {logprob, entropy};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    Tensor jacobian = ctx->get_saved_variables()[0], none;
+    Tensor grad = (jacobian * grads[0].unsqueeze(1)).to(jacobian.scalar_type());
+    return {grad, none, none, none, none, none};
+  }
+};
+
+// ---- calls from Rust ----
+
+thread_local std::string last_error;
+
+template <class Work>
+int guarded(Work work) {
+  try {
+    work();
+    return 0;
+  } catch (const c10::Error& error) {
+    last_error = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  }
+  return 1;
+}
+
+std::optional<Tensor> optional(const Tensor* tensor) { return tensor ? std::optional<Tensor>(*tensor) : std::nullopt; }
+Tensor* released(Tensor tensor) { return new Tensor(std::move(tensor)); }
+
+}  // namespace
+
+extern "C" {
+
+const char* arete_last_error() { return last_error.c_str(); }
+const char* arete_kernels_name() { return kernels().name; }
+void arete_set_cuda_dequantizer(Dequantizer function) { cuda_dequantizer = function; }
+
+int arete_rms_norm(const Tensor* x, const Tensor* delta, const Tensor* weight, double eps, Tensor** out, Tensor** sum) {
+  return guarded([&] {
+    variable_list results = on_kernels(*x) ? RmsNorm::apply(*x, optional(delta), *weight, eps)
+                                           : composite_rms_norm(*x, delta ? *delta : Tensor(), *weight, eps);
+    *out = released(results[0]);
+    *sum = released(delta ? results[1] : *x);
+  });
+}
+
+int arete_swiglu(const Tensor* gate_up, Tensor** out) {
+  return guarded([&] {
+    if (on_kernels(*gate_up)) {
+      *out = released(SwiGlu::apply(*gate_up));
+    } else {
+      auto halves = gate_up->chunk(2, 1);
+      *out = released(at::silu(halves[0]) * halves[1]);
+    }
+  });
+}
+
+int arete_linear(const Tensor* x, const Tensor* dense, const Tensor* codes, const Tensor* absmax, const Tensor* codebook,
+                 int64_t outputs, int64_t inputs, int64_t block_size, const Tensor* a, const Tensor* b, bool allow_packed,
+                 Tensor** out) {
+  return guarded([&] {
+    *out = released(AdaptedLinear::apply(*x, optional(dense), optional(codes), optional(absmax), optional(codebook), outputs,
+                                         inputs, block_size, optional(a), optional(b), allow_packed));
+  });
+}
+
+int arete_attention(const Tensor* qkv, const Tensor* positions, const Tensor* cos_sin, const Tensor* segments,
+                    const Tensor* spans, const Tensor* trees, int64_t heads, int64_t kv_heads, int64_t head_size,
+                    int64_t window, bool force_composite, Tensor** out) {
+  return guarded([&] {
+    if (on_kernels(*qkv) && !force_composite) {
+      *out = released(SpanAttention::apply(*qkv, *positions, *cos_sin, *segments, *spans, *trees,
+                                           std::vector<int64_t>{heads, kv_heads, head_size, window}));
+    } else {
+      Heads sizes{heads, kv_heads, head_size, window};
+      auto parts = composite_rotated(*qkv, *positions, *cos_sin, sizes);
+      *out = released(composite_attention(parts[0], parts[1], parts[2], layout_of(*segments, *spans, *trees), sizes));
+    }
+  });
+}
+
+// Writes the new keys and values to `slots` of the cache ([slots, kv_heads * head_size] each), then attends over it.
+int arete_cached_attention(const Tensor* qkv, const Tensor* positions, const Tensor* cos_sin, const Tensor* segments,
+                           const Tensor* spans, const Tensor* trees, const Tensor* slots, const Tensor* keys,
+                           const Tensor* values, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t window,
+                           Tensor** out) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    Heads sizes{heads, kv_heads, head_size, window};
+    int64_t rows = qkv->size(0), q_width = sizes.query_width(), k_width = sizes.key_width();
+    Layout layout = layout_of(*segments, *spans, *trees);
+    if (!on_kernels(*qkv)) {
+      auto parts = composite_rotated(*qkv, *positions, *cos_sin, sizes);
+      keys->index_copy_(0, *slots, parts[1].reshape({rows, k_width}));
+      values->index_copy_(0, *slots, parts[2].reshape({rows, k_width}));
+      *out = released(composite_attention(parts[0], keys->view({-1, kv_heads, head_size}),
+                                          values->view({-1, kv_heads, head_size}), layout, sizes));
+      return;
+    }
+    Type type = type_of(*qkv);
+    const int64_t* slot = slots->data_ptr<int64_t>();
+    Tensor q = at::empty({rows, q_width}, qkv->options());
+    rotate(type, *qkv, 0, q, q_width, 0, nullptr, *positions, *cos_sin, heads, head_size, false);
+    rotate(type, *qkv, q_width, *keys, k_width, 0, slot, *positions, *cos_sin, kv_heads, head_size, false);
+    int64_t size = qkv->element_size(), bytes = k_width * size, stride = qkv->stride(0) * size;
+    const char* from = (const char*)qkv->data_ptr() + (q_width + k_width) * size;
+    for (int64_t row = 0; row < rows; row++)
+      std::memcpy((char*)values->data_ptr() + slot[row] * bytes, from + row * stride, bytes);
+    Tensor result = at::empty({rows, q_width}, qkv->options());
+    attend(type, sizes.shape(q_width, k_width, k_width, q_width), layout, q.data_ptr(), keys->data_ptr(), values->data_ptr(),
+           result.data_ptr(), nullptr);
+    *out = released(result);
+  });
+}
+
+int arete_token_logprobs(const Tensor* hidden, const Tensor* weight, const Tensor* targets, double temperature,
+                         bool want_entropy, Tensor** logprob, Tensor** entropy) {
+  return guarded([&] {
+    bool want_grad = hidden->requires_grad() && at::GradMode::is_enabled();
+    auto results = TokenLogprob::apply(hidden->contiguous(), *weight, *targets, temperature, want_entropy, want_grad);
+    *logprob = released(results[0]);
+    *entropy = released(results[1]);
+  });
+}
+
+// Draws one token a row; `uniform` in [0, 1) and `settings` have one entry a row; logits on the CPU in f32 or bf16.
+// h Wᵀ, the vocabulary product: `[n, V]`.
+int arete_logits(const Tensor* hidden, const Tensor* weight, Tensor** out) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    *out = released(product(*hidden, *weight));
+  });
+}
+
+int arete_sample(const Tensor* logits, const double* uniform, const SampleSettings* settings, int64_t* token, float* logprob) {
+  return guarded([&] {
+    TORCH_CHECK(on_kernels(*logits) && logits->is_contiguous(), "sample: logits must be contiguous f32 or bf16 on the CPU");
+    auto kernel = kernels().sample[type_of(*logits)];
+    parallel_rows(logits->size(0), 1, [&](int64_t begin, int64_t end) {
+      kernel(logits->data_ptr(), uniform, settings, token, logprob, begin, end, logits->size(1));
+    });
+  });
+}
+
+// Packs `in` (contiguous f32 or bf16 on the CPU) into `codes` [ceil(n / 2)] and `absmax` [ceil(n / block_size)].
+int arete_nf4_quantize(const Tensor* in, int64_t block_size, const Tensor* codes, const Tensor* absmax) {
+  return guarded([&] {
+    TORCH_CHECK(on_kernels(*in) && in->is_contiguous(), "nf4: the matrix must be contiguous f32 or bf16 on the CPU");
+    auto kernel = kernels().nf4_quantize[type_of(*in)];
+    parallel_rows(absmax->size(0), 256, [&](int64_t begin, int64_t end) {
+      kernel(in->data_ptr(), codes->data_ptr<uint8_t>(), absmax->data_ptr<float>(), begin, end, block_size, in->numel());
+    });
+  });
+}
+
+int arete_nf4_dequantize(const Tensor* codes, const Tensor* absmax, const Tensor* codebook, int64_t outputs, int64_t inputs,
+                         int64_t block_size, bool bf16_out, Tensor** out) {
+  return guarded([&] {
+    Weight weight{Tensor(), *codes, *absmax, *codebook, outputs, inputs, block_size};
+    *out = released(weight.in_type(bf16_out ? at::kBFloat16 : at::kFloat));
+  });
+}
+}

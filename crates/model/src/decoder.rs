@@ -1,0 +1,475 @@
+//! The Llama/Mistral decoder: one forward pass for training, scoring and sampling.
+//!
+//! Tokens come packed without padding ([`Batch`]); the adapter and the key/value cache are passed in. The matrices
+//! of query, key and value are one, and so are gate and up. See `csrc/ops.cpp` for what the operations keep for
+//! the backward pass.
+//!
+//! # Source
+//!
+//! Touvron et al. 2023 (arXiv:2302.13971), Jiang et al. 2023 (arXiv:2310.06825); names as in transformers'
+//! `modeling_llama.py`.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::batch::{Batch, Tables};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::lora::{Adapter, PreparedLayer, Target};
+use crate::nf4::{Nf4Options, Nf4Tensor};
+use crate::ops::WeightRef;
+use crate::{Error, ops};
+
+/// A weight matrix as it is held.
+#[derive(Debug)]
+pub(crate) enum Linear {
+    /// `[out, in]` in the compute dtype.
+    Dense(Tensor),
+    /// Packed to four bits.
+    Nf4(Nf4Tensor),
+}
+
+impl Linear {
+    fn apply(
+        &self,
+        x: &Tensor,
+        adapter: Option<&(Tensor, Tensor)>,
+        allow_packed: bool,
+    ) -> Result<Tensor, Error> {
+        let weight = match self {
+            Self::Dense(weight) => WeightRef::Dense(weight),
+            Self::Nf4(weight) => WeightRef::Nf4(weight),
+        };
+        ops::linear(x, &weight, adapter.map(|(a, b)| (a, b)), allow_packed)
+    }
+
+    fn n_bytes(&self) -> usize {
+        match self {
+            Self::Dense(weight) => weight.numel() * weight.kind().elt_size_in_bytes(),
+            Self::Nf4(weight) => weight.n_bytes(),
+        }
+    }
+}
+
+/// One block.
+#[derive(Debug)]
+struct Layer {
+    input_norm: Tensor,
+    qkv: Linear,
+    output: Linear,
+    post_attention_norm: Tensor,
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// How the weights are held.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Where.
+    pub device: Device,
+    /// Compute dtype: f32, bf16 or (CUDA) f16.
+    pub dtype: Kind,
+    /// Pack the blocks' matrices to four bits; `None` keeps what the checkpoint has.
+    pub nf4: Option<Nf4Options>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { device: Device::Cpu, dtype: default_dtype(Device::Cpu), nf4: None }
+    }
+}
+
+/// bf16 where the device computes in it, f32 on a CPU that does not.
+pub fn default_dtype(device: Device) -> Kind {
+    match device {
+        Device::Cpu if ops::kernels_name() != "avx512" => Kind::Float,
+        _ => Kind::BFloat16,
+    }
+}
+
+/// The frozen weights of a decoder-only transformer.
+#[derive(Debug)]
+pub struct Decoder {
+    config: ModelConfig,
+    device: Device,
+    kind: Kind,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// `[V, D]`; the embedding itself where they are tied.
+    head: Tensor,
+    /// `[positions, E]` f32: cosines of the first half, then sines.
+    cos_sin: Tensor,
+    quantization: Option<Nf4Options>,
+    packed_decoding: bool,
+}
+
+/// A forward pass whose backward pass runs through [`Pass::backward`].
+///
+/// Without recomputation this is plain autograd. With it, only each block's input is kept, and the blocks run
+/// again during the backward pass.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// `[N, D]` in the compute dtype, after the final norm.
+    pub hidden: Tensor,
+    kept: Option<Recomputation<'a>>,
+}
+
+#[derive(Debug)]
+struct Recomputation<'a> {
+    decoder: &'a Decoder,
+    adapter: &'a Adapter,
+    batch: &'a Batch,
+    inputs: Vec<Tensor>,
+    last: Tensor,
+}
+
+impl Pass<'_> {
+    /// Adds the gradients of `loss` (a scalar computed from [`Pass::hidden`]) to the adapter's tensors.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if libtorch refuses (out of memory).
+    pub fn backward(self, loss: &Tensor) -> Result<(), Error> {
+        loss.f_backward()?;
+        let Some(kept) = self.kept else { return Ok(()) };
+        let grad = self.hidden.grad();
+        if !grad.defined() {
+            return Ok(()); // the loss does not depend on the hidden states
+        }
+        kept.backward(grad)
+    }
+}
+
+impl Recomputation<'_> {
+    fn backward(self, grad: Tensor) -> Result<(), Error> {
+        let decoder = self.decoder;
+        let eps = decoder.config.rms_norm_eps;
+        let leaf = self.last.set_requires_grad(true);
+        let (out, _) = ops::rms_norm(&leaf, None, &decoder.norm, eps)?;
+        let mut grad = pull_back(&out, &grad, &leaf)?;
+        let positions = self.batch.position_tensor(decoder.device);
+        for (idx, input) in self.inputs.into_iter().enumerate().rev() {
+            let leaf = input.set_requires_grad(true);
+            let prepared = self.adapter.prepare(&decoder.config, idx, decoder.kind);
+            let attend = |qkv: &Tensor| decoder.attend(qkv, &positions, &self.batch.tables);
+            let (hidden, delta) = decoder.block(idx, &leaf, None, Some(&prepared), attend)?;
+            grad = pull_back(&(hidden + delta), &grad, &leaf)?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs `out`'s backward pass with `grad` as its gradient; the gradient of `leaf`.
+fn pull_back(out: &Tensor, grad: &Tensor, leaf: &Tensor) -> Result<Tensor, Error> {
+    (out * grad).sum(None::<Kind>).f_backward()?;
+    Ok(leaf.grad())
+}
+
+impl Decoder {
+    /// Streams the weights out of `checkpoint`, one tensor at a time.
+    ///
+    /// # Errors
+    ///
+    /// A missing tensor, a wrong shape or dtype, an unreadable file.
+    pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, Error> {
+        let _guard = tch::no_grad_guard();
+        let config = checkpoint.config().clone();
+        let loader = Loader { checkpoint, options, config: &config };
+        let (hidden, vocabulary) = (config.hidden_size as i64, config.vocab_size as i64);
+        let embedding = loader.dense("model.embed_tokens.weight", &[vocabulary, hidden])?;
+        let progress =
+            arete_records::cli::progress("loading", "layers", config.num_layers as u64);
+        let mut layers = Vec::with_capacity(config.num_layers);
+        let mut packed_in_checkpoint = false;
+        for idx in 0..config.num_layers {
+            let layer = loader.layer(idx)?;
+            packed_in_checkpoint |= matches!(layer.qkv, Linear::Nf4(_)) && options.nf4.is_none();
+            layers.push(layer);
+            progress.inc(1);
+        }
+        let norm = loader.dense("model.norm.weight", &[hidden])?;
+        let head = if config.tie_word_embeddings || !checkpoint.contains("lm_head.weight") {
+            embedding.shallow_clone()
+        } else {
+            loader.dense("lm_head.weight", &[vocabulary, hidden])?
+        };
+        let cos_sin = rotary_table(&config).to_device(options.device);
+        let quantization =
+            options.nf4.or_else(|| packed_in_checkpoint.then(Nf4Options::default));
+        Ok(Self {
+            device: options.device,
+            kind: options.dtype,
+            embedding,
+            layers,
+            norm,
+            head,
+            cos_sin,
+            quantization,
+            packed_decoding: false,
+            config,
+        })
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The compute dtype.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// How the blocks' matrices are packed, if they are.
+    pub fn quantization(&self) -> Option<Nf4Options> {
+        self.quantization
+    }
+
+    /// Lets up to four rows multiply four-bit weights without unpacking them: several times faster for a lone
+    /// sequence, but its bits then differ from those of the same sequence in a larger batch. Off at first.
+    pub fn set_packed_decoding(&mut self, allowed: bool) {
+        self.packed_decoding = allowed;
+    }
+
+    /// The vocabulary matrix `[V, D]`.
+    pub fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// Bytes held by the weights.
+    pub fn n_bytes(&self) -> usize {
+        let size = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+        let blocks: usize = self
+            .layers
+            .iter()
+            .map(|layer| {
+                [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]
+                    .map(Linear::n_bytes)
+                    .iter()
+                    .sum::<usize>()
+            })
+            .sum();
+        let tied = self.head.data_ptr() == self.embedding.data_ptr();
+        blocks + size(&self.embedding) + if tied { 0 } else { size(&self.head) }
+    }
+
+    /// Hidden states of every token after the final norm; gradients flow into the adapter's tensors.
+    ///
+    /// # Shapes
+    ///
+    /// - result: `[N, D]` in the compute dtype, N = `batch.n_tokens()`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if a sequence is longer than the model's positions; [`Error::Torch`] if memory runs out.
+    pub fn forward(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor, Error> {
+        let (last, delta, _) = self.blocks(batch, adapter, false)?;
+        Ok(ops::rms_norm(&last, delta.as_ref(), &self.norm, self.config.rms_norm_eps)?.0)
+    }
+
+    /// [`Decoder::forward`] for training, optionally keeping only the blocks' inputs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::forward`].
+    pub fn pass<'a>(
+        &'a self,
+        batch: &'a Batch,
+        adapter: &'a Adapter,
+        recompute: bool,
+    ) -> Result<Pass<'a>, Error> {
+        if !recompute {
+            return Ok(Pass { hidden: self.forward(batch, Some(adapter))?, kept: None });
+        }
+        let _guard = tch::no_grad_guard();
+        let (last, _, inputs) = self.blocks(batch, Some(adapter), true)?;
+        let (hidden, _) = ops::rms_norm(&last, None, &self.norm, self.config.rms_norm_eps)?;
+        let kept = Recomputation { decoder: self, adapter, batch, inputs, last };
+        Ok(Pass { hidden: hidden.set_requires_grad(true), kept: Some(kept) })
+    }
+
+    /// Runs every block; keeps their inputs if asked. Returns the stream and what is still to be added to it.
+    fn blocks(
+        &self,
+        batch: &Batch,
+        adapter: Option<&Adapter>,
+        keep: bool,
+    ) -> Result<(Tensor, Option<Tensor>, Vec<Tensor>), Error> {
+        self.check_length(batch.longest())?;
+        let positions = batch.position_tensor(self.device);
+        let mut hidden = self.embedding.index_select(0, &batch.token_tensor(self.device)); // [N, D]
+        let mut delta: Option<Tensor> = None;
+        let mut inputs = Vec::new();
+        for idx in 0..self.layers.len() {
+            if keep {
+                inputs.push(hidden.shallow_clone());
+            }
+            let prepared =
+                adapter.map(|adapter| adapter.prepare(&self.config, idx, self.kind));
+            let attend = |qkv: &Tensor| self.attend(qkv, &positions, &batch.tables);
+            let (stream, added) =
+                self.block(idx, &hidden, delta.as_ref(), prepared.as_ref(), attend)?;
+            if keep {
+                hidden = stream + added;
+            } else {
+                (hidden, delta) = (stream, Some(added));
+            }
+        }
+        Ok((hidden, delta, inputs))
+    }
+
+    fn attend(&self, qkv: &Tensor, positions: &Tensor, tables: &Tables) -> Result<Tensor, Error> {
+        ops::attention(qkv, positions, &self.cos_sin, tables, &self.config, false)
+    }
+
+    /// One block on the stream `hidden + delta`: the stream after attention, and what the feed-forward network adds.
+    pub(crate) fn block(
+        &self,
+        idx: usize,
+        hidden: &Tensor,
+        delta: Option<&Tensor>,
+        adapter: Option<&PreparedLayer>,
+        mut attend: impl FnMut(&Tensor) -> Result<Tensor, Error>,
+    ) -> Result<(Tensor, Tensor), Error> {
+        let layer = &self.layers[idx];
+        let eps = self.config.rms_norm_eps;
+        let packed = self.packed_decoding;
+        let (normal, hidden) = ops::rms_norm(hidden, delta, &layer.input_norm, eps)?; // [N, D]
+        let qkv = layer.qkv.apply(&normal, adapter.and_then(|a| a.qkv.as_ref()), packed)?; // [N, (H + 2K)·E]
+        let mixed = attend(&qkv)?; // [N, H·E]
+        let delta = layer.output.apply(&mixed, adapter.and_then(|a| a.output.as_ref()), packed)?; // [N, D]
+        let (normal, hidden) =
+            ops::rms_norm(&hidden, Some(&delta), &layer.post_attention_norm, eps)?;
+        let gate_up = layer.gate_up.apply(&normal, adapter.and_then(|a| a.gate_up.as_ref()), packed)?; // [N, 2F]
+        let inner = ops::swiglu(&gate_up)?; // [N, F]
+        let delta = layer.down.apply(&inner, adapter.and_then(|a| a.down.as_ref()), packed)?; // [N, D]
+        Ok((hidden, delta))
+    }
+
+    /// Number of blocks.
+    pub(crate) fn n_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The embeddings of `token_ids` `[N]`: `[N, D]`.
+    pub(crate) fn embed(&self, token_ids: &Tensor) -> Tensor {
+        self.embedding.index_select(0, token_ids)
+    }
+
+    /// The final norm of `hidden + delta`.
+    pub(crate) fn final_norm(&self, hidden: &Tensor, delta: &Tensor) -> Result<Tensor, Error> {
+        Ok(ops::rms_norm(hidden, Some(delta), &self.norm, self.config.rms_norm_eps)?.0)
+    }
+
+    /// `[positions, E]` f32.
+    pub(crate) fn cos_sin(&self) -> &Tensor {
+        &self.cos_sin
+    }
+
+    /// Logits of given hidden rows, without gradients (log-probabilities with gradients: [`crate::logprobs`]).
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[n, D]`; the result is `[n, V]` in the compute dtype.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if memory runs out.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, Error> {
+        ops::logits(hidden, &self.head)
+    }
+
+    pub(crate) fn check_length(&self, length: usize) -> Result<(), Error> {
+        let limit = self.config.max_position_embeddings;
+        if length > limit {
+            return Err(Error::Invalid {
+                name: "sequence length",
+                expected: format!("at most {limit} tokens (the model's max_position_embeddings)"),
+                got: format!("{length} tokens"),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Reads tensors in the form the decoder holds them.
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a LoadOptions,
+    config: &'a ModelConfig,
+}
+
+impl Loader<'_> {
+    fn dense(&self, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
+        let tensor = self.checkpoint.tensor_of_shape(name, shape)?;
+        Ok(tensor.to_kind(self.options.dtype).to_device(self.options.device))
+    }
+
+    fn layer(&self, idx: usize) -> Result<Layer, Error> {
+        let hidden = self.config.hidden_size as i64;
+        let norm = |name: &str| self.dense(&format!("model.layers.{idx}.{name}.weight"), &[hidden]);
+        Ok(Layer {
+            input_norm: norm("input_layernorm")?,
+            qkv: self.linear(idx, &[Target::Q, Target::K, Target::V])?,
+            output: self.linear(idx, &[Target::O])?,
+            post_attention_norm: norm("post_attention_layernorm")?,
+            gate_up: self.linear(idx, &[Target::Gate, Target::Up])?,
+            down: self.linear(idx, &[Target::Down])?,
+        })
+    }
+
+    /// The matrices of `targets`, one below the other.
+    fn linear(&self, idx: usize, targets: &[Target]) -> Result<Linear, Error> {
+        let (mut packed, mut dense) = (Vec::new(), Vec::new());
+        for target in targets {
+            let (outputs, inputs) = target.size(self.config);
+            let shape = [outputs as i64, inputs as i64];
+            let name = format!("model.layers.{idx}.{}.weight", target.module());
+            if let Some(weight) = self.checkpoint.nf4(&name)? {
+                if [weight.outputs, weight.inputs] != shape {
+                    return Err(Error::Shape {
+                        name: "packed weight",
+                        expected: shape.to_vec(),
+                        got: vec![weight.outputs, weight.inputs],
+                    });
+                }
+                packed.push(weight);
+            } else if let Some(options) = self.options.nf4 {
+                let weight = self.checkpoint.tensor_of_shape(&name, &shape)?;
+                packed.push(Nf4Tensor::quantize(&weight, options)?);
+            } else {
+                dense.push(self.dense(&name, &shape)?);
+            }
+        }
+        if packed.len() == targets.len() {
+            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed).to_device(self.options.device)));
+        }
+        if !packed.is_empty() {
+            return Err(Error::Invalid {
+                name: "packed checkpoint",
+                expected: "all of q, k, v or of gate, up packed to four bits, or none".to_owned(),
+                got: format!("{} of {} in layer {idx}", packed.len(), targets.len()),
+            });
+        }
+        Ok(Linear::Dense(if dense.len() == 1 { dense.remove(0) } else { Tensor::cat(&dense, 0) }))
+    }
+}
+
+/// Angles of the rotary embedding, in f32 as transformers computes them.
+fn rotary_table(config: &ModelConfig) -> Tensor {
+    let half = config.head_size / 2;
+    let theta = config.rope_theta as f32;
+    let inverse: Vec<f32> = (0..half)
+        .map(|i| 1.0 / theta.powf((2 * i) as f32 / config.head_size as f32))
+        .collect();
+    let inverse = Tensor::from_slice(&inverse).unsqueeze(0); // [1, E/2]
+    let positions =
+        Tensor::arange(config.max_position_embeddings as i64, (Kind::Float, Device::Cpu));
+    let angles = positions.unsqueeze(1) * inverse; // [positions, E/2]
+    Tensor::cat(&[angles.cos(), angles.sin()], 1) // [positions, E]
+}

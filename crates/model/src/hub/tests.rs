@@ -1,0 +1,1 @@
+//! Tests of hub downloads against a server on the loopback interface.

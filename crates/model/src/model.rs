@@ -1,0 +1,74 @@
+//! A model ready to use: decoder, tokenizer and template of one source.
+
+use arete_records::run::sha256_path;
+
+use crate::Error;
+use crate::chain::Chat;
+use crate::checkpoint::{Checkpoint, Source};
+use crate::config::ModelConfig;
+use crate::decoder::{Decoder, LoadOptions};
+use crate::head::ScalarHead;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+
+/// Decoder, tokenizer and chat template of one source.
+#[derive(Debug)]
+pub struct Model {
+    /// The architecture.
+    pub config: ModelConfig,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Conversations to text.
+    pub template: ChatTemplate,
+    /// The weights.
+    pub decoder: Decoder,
+    /// SHA-256 of the source's files: what adapters remember of their base.
+    pub base_sha256: String,
+    /// The scalar head, where the source is a reward model.
+    pub head: Option<ScalarHead>,
+}
+
+impl Model {
+    /// Opens, reads and, if asked, packs a model.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with its files, named.
+    pub fn load(source: &Source, options: &LoadOptions) -> Result<Self, Error> {
+        let checkpoint = Checkpoint::open(source)?;
+        let tokenizer = checkpoint.tokenizer()?;
+        let template = tokenizer.template()?;
+        let decoder = Decoder::load(&checkpoint, options)?;
+        let config = checkpoint.config().clone();
+        let head = match config.sequence_classification {
+            true => {
+                let weight = checkpoint.tensor("score.weight")?;
+                Some(ScalarHead::from_weight(&weight, config.hidden_size, options.device)?)
+            }
+            false => None,
+        };
+        let base_sha256 = sha256_path(checkpoint.path())
+            .map_err(|error| Error::Io(std::io::Error::other(error)))?;
+        Ok(Self { config, tokenizer, template, decoder, base_sha256, head })
+    }
+
+    /// Conversations to tokens, as this model's template has them.
+    ///
+    /// # Errors
+    ///
+    /// What the template refuses.
+    pub fn chat(&self) -> Result<Chat<'_>, Error> {
+        Chat::new(&self.tokenizer, &self.template)
+    }
+
+    /// Tokens that end a turn: the template's end of turn and the model's ends of text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::chat`].
+    pub fn stop_ids(&self) -> Result<Vec<i64>, Error> {
+        let end_of_turn = self.chat()?.end_of_turn_id();
+        let others = self.config.eos_token_ids.iter().copied().filter(|id| *id != end_of_turn);
+        Ok(std::iter::once(end_of_turn).chain(others).collect())
+    }
+}

@@ -1,0 +1,233 @@
+//! NF4: four-bit normal-float weights in bitsandbytes' format, bit for bit.
+//!
+//! A matrix is cut into blocks of 64 consecutive elements. Each block is scaled by its largest magnitude
+//! (`absmax`) and every element becomes the nearest of 16 fixed numbers; two codes share a byte, the first
+//! element in the high nibble. Double quantisation stores `absmax` itself in eight bits.
+//!
+//! # Source
+//!
+//! Dettmers et al. 2023 (arXiv:2305.14314); thresholds and codebook as in bitsandbytes.
+
+use tch::{Kind, Tensor};
+
+use crate::{Error, ops};
+
+/// The 16 numbers an element can become, before scaling, in rising order.
+pub const CODEBOOK: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// How weights are packed at load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nf4Options {
+    /// Store `absmax` in eight bits, as bitsandbytes' `compress_statistics`.
+    pub double_quantize: bool,
+    /// Elements per `absmax`; bitsandbytes' default is 64.
+    pub block_size: usize,
+}
+
+impl Default for Nf4Options {
+    fn default() -> Self {
+        Self { double_quantize: true, block_size: 64 }
+    }
+}
+
+/// A packed matrix.
+///
+/// # Shapes
+///
+/// - `codes`: `[ceil(outputs · inputs / 2)]` u8, first element of a pair in the high nibble.
+/// - `absmax`: `[ceil(outputs · inputs / block_size)]` f32; with double quantisation the values the eight bits stand for.
+/// - `codebook`: `[16]` f32.
+#[derive(Debug)]
+pub struct Nf4Tensor {
+    /// Packed codes.
+    pub codes: Tensor,
+    /// One scale a block.
+    pub absmax: Tensor,
+    /// The numbers the codes stand for.
+    pub codebook: Tensor,
+    /// Rows of the matrix.
+    pub outputs: i64,
+    /// Columns of the matrix.
+    pub inputs: i64,
+    /// Elements a block.
+    pub block_size: i64,
+}
+
+impl Nf4Tensor {
+    /// Packs `weight` `[out, in]` (f32, bf16 or f16).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `weight` is not a matrix or does not fill whole blocks.
+    pub fn quantize(weight: &Tensor, options: Nf4Options) -> Result<Self, Error> {
+        let size = weight.size();
+        let block_size = options.block_size as i64;
+        let [outputs, inputs] = size[..] else {
+            return Err(Error::Shape { name: "weight", expected: vec![-1, -1], got: size });
+        };
+        if (outputs * inputs) % block_size != 0 || block_size % 2 != 0 || block_size <= 0 {
+            return Err(Error::Shape { name: "weight", expected: vec![-1, block_size], got: size });
+        }
+        let weight = match weight.kind() {
+            Kind::Float | Kind::BFloat16 => weight.contiguous(),
+            _ => weight.to_kind(Kind::Float).contiguous(),
+        };
+        let cpu = (Kind::Float, tch::Device::Cpu);
+        let codes = Tensor::zeros([outputs * inputs / 2], (Kind::Uint8, tch::Device::Cpu));
+        let absmax = Tensor::zeros([outputs * inputs / block_size], cpu);
+        ops::nf4_quantize(&weight.to_device(tch::Device::Cpu), block_size, &codes, &absmax)?;
+        let absmax =
+            if options.double_quantize { NestedAbsmax::quantize(&absmax).expand() } else { absmax };
+        Ok(Self { codes, absmax, codebook: Tensor::from_slice(&CODEBOOK), outputs, inputs, block_size })
+    }
+
+    /// The matrix `[out, in]` in `kind` (f32 or bf16).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if libtorch cannot allocate it.
+    pub fn dequantize(&self, kind: Kind) -> Result<Tensor, Error> {
+        ops::nf4_dequantize(self, kind)
+    }
+
+    /// Matrices with the same number of columns, one below the other.
+    pub(crate) fn stack(parts: &[Self]) -> Self {
+        let codes: Vec<&Tensor> = parts.iter().map(|part| &part.codes).collect();
+        let absmax: Vec<&Tensor> = parts.iter().map(|part| &part.absmax).collect();
+        Self {
+            codes: Tensor::cat(&codes, 0),
+            absmax: Tensor::cat(&absmax, 0),
+            codebook: parts[0].codebook.shallow_clone(),
+            outputs: parts.iter().map(|part| part.outputs).sum(),
+            inputs: parts[0].inputs,
+            block_size: parts[0].block_size,
+        }
+    }
+
+    pub(crate) fn to_device(&self, device: tch::Device) -> Self {
+        Self {
+            codes: self.codes.to_device(device),
+            absmax: self.absmax.to_device(device),
+            codebook: self.codebook.to_device(device),
+            ..*self
+        }
+    }
+
+    /// Bytes held.
+    pub fn n_bytes(&self) -> usize {
+        self.codes.numel() + 4 * self.absmax.numel()
+    }
+}
+
+/// Elements per block of the second quantisation.
+pub const NESTED_BLOCK: usize = 256;
+
+/// `absmax` in eight bits: the offset (its mean) taken off, then blocks of 256 scaled by their largest
+/// magnitude and coded by bitsandbytes' signed dynamic map.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NestedAbsmax {
+    /// One code a block of weights.
+    pub codes: Vec<u8>,
+    /// One scale per 256 codes.
+    pub absmax: Vec<f32>,
+    /// The mean of the original `absmax`.
+    pub offset: f32,
+}
+
+impl NestedAbsmax {
+    /// Codes `absmax` `[n]` f32.
+    pub fn quantize(absmax: &Tensor) -> Self {
+        let offset = absmax.mean(Kind::Float).double_value(&[]) as f32;
+        let values: Vec<f32> =
+            Vec::try_from(&absmax.to_kind(Kind::Float).view([-1])).expect("absmax is f32");
+        let map = dynamic_map();
+        let mut codes = Vec::with_capacity(values.len());
+        let mut scales = Vec::new();
+        for block in values.chunks(NESTED_BLOCK) {
+            let shifted: Vec<f32> = block.iter().map(|value| value - offset).collect();
+            let largest = shifted.iter().fold(0f32, |top, value| top.max(value.abs()));
+            scales.push(largest);
+            for value in shifted {
+                let scaled = if largest > 0.0 { value / largest } else { 0.0 };
+                codes.push(nearest(&map, scaled.clamp(-1.0, 1.0)));
+            }
+        }
+        Self { codes, absmax: scales, offset }
+    }
+
+    /// The scales the codes stand for, `[n]` f32.
+    pub fn expand(&self) -> Tensor {
+        let (codes, map) = (Tensor::from_slice(&self.codes), Tensor::from_slice(&dynamic_map()));
+        expand_absmax(&codes, &map, &Tensor::from_slice(&self.absmax), NESTED_BLOCK, self.offset)
+    }
+}
+
+/// `map[code] · scale + offset` per code: `[n]` f32.
+///
+/// # Shapes
+///
+/// - `codes`: `[n]` u8; `map`: `[256]` f32; `scales`: `[ceil(n / block)]` f32.
+pub(crate) fn expand_absmax(
+    codes: &Tensor,
+    map: &Tensor,
+    scales: &Tensor,
+    block: usize,
+    offset: f32,
+) -> Tensor {
+    let n = codes.size()[0];
+    let scales = scales.repeat_interleave_self_int(block as i64, 0, None).narrow(0, 0, n); // [n]
+    map.index_select(0, &codes.to_kind(Kind::Int64)) * scales + f64::from(offset)
+}
+
+/// Index of the entry of the rising `map` nearest to `x`; the lower one of two equally near.
+fn nearest(map: &[f32; 256], x: f32) -> u8 {
+    let above = map.partition_point(|&entry| entry < x).min(255);
+    let below = above.saturating_sub(1);
+    let idx = if (x - map[below]).abs() <= (map[above] - x).abs() { below } else { above };
+    u8::try_from(idx).expect("the map has 256 entries")
+}
+
+/// bitsandbytes' `create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8)`, rising.
+///
+/// # Source
+///
+/// bitsandbytes `functional.create_dynamic_map`; Dettmers 2016 (arXiv:1511.04561).
+pub fn dynamic_map() -> [f32; 256] {
+    let mut entries: Vec<f64> = vec![0.0, 1.0];
+    for exponent in 0..7i32 {
+        let items = (1usize << exponent) + 1; // boundaries; their midpoints are the entries
+        let boundaries: Vec<f64> =
+            (0..items).map(|k| 0.1 + 0.9 * k as f64 / (items - 1) as f64).collect();
+        let scale = 10f64.powi(exponent - 6);
+        for pair in boundaries.windows(2) {
+            // bitsandbytes computes the midpoints in f32.
+            let middle = f64::from((pair[0] as f32 + pair[1] as f32) / 2.0);
+            entries.push(scale * middle);
+            entries.push(-scale * middle);
+        }
+    }
+    let mut out = [0f32; 256];
+    assert_eq!(entries.len(), 256, "127 midpoints of each sign, 0 and 1");
+    entries.sort_by(f64::total_cmp);
+    for (slot, entry) in out.iter_mut().zip(entries) {
+        *slot = entry as f32;
+    }
+    out
+}

@@ -1,0 +1,371 @@
+//! Safe calls into the decoder's C++ operations (`csrc/ops.cpp`).
+//!
+//! The callers in this crate guarantee shapes; the C++ side turns libtorch's exceptions into messages.
+
+#![expect(unsafe_code, reason = "the C++ operations are called through a C interface")]
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use tch::{Kind, Tensor};
+
+use crate::Error;
+use crate::batch::Tables;
+use crate::config::ModelConfig;
+use crate::nf4::Nf4Tensor;
+
+type Raw = *const c_void;
+
+/// How one row of logits is turned into a token; mirrors the C++ struct.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SampleSettings {
+    pub(crate) temperature: f32,
+    pub(crate) top_k: i64,
+    pub(crate) top_p: f32,
+}
+
+unsafe extern "C" {
+    fn arete_last_error() -> *const c_char;
+    fn arete_kernels_name() -> *const c_char;
+    fn arete_rms_norm(
+        x: Raw,
+        delta: Raw,
+        weight: Raw,
+        eps: f64,
+        out: *mut Raw,
+        sum: *mut Raw,
+    ) -> c_int;
+    fn arete_swiglu(gate_up: Raw, out: *mut Raw) -> c_int;
+    fn arete_linear(
+        x: Raw,
+        dense: Raw,
+        codes: Raw,
+        absmax: Raw,
+        codebook: Raw,
+        outputs: i64,
+        inputs: i64,
+        block_size: i64,
+        a: Raw,
+        b: Raw,
+        allow_packed: bool,
+        out: *mut Raw,
+    ) -> c_int;
+    fn arete_attention(
+        qkv: Raw,
+        positions: Raw,
+        cos_sin: Raw,
+        segments: Raw,
+        spans: Raw,
+        trees: Raw,
+        heads: i64,
+        kv_heads: i64,
+        head_size: i64,
+        window: i64,
+        force_composite: bool,
+        out: *mut Raw,
+    ) -> c_int;
+    fn arete_cached_attention(
+        qkv: Raw,
+        positions: Raw,
+        cos_sin: Raw,
+        segments: Raw,
+        spans: Raw,
+        trees: Raw,
+        slots: Raw,
+        keys: Raw,
+        values: Raw,
+        heads: i64,
+        kv_heads: i64,
+        head_size: i64,
+        window: i64,
+        out: *mut Raw,
+    ) -> c_int;
+    fn arete_token_logprobs(
+        hidden: Raw,
+        weight: Raw,
+        targets: Raw,
+        temperature: f64,
+        want_entropy: bool,
+        logprob: *mut Raw,
+        entropy: *mut Raw,
+    ) -> c_int;
+    fn arete_logits(hidden: Raw, weight: Raw, out: *mut Raw) -> c_int;
+    fn arete_sample(
+        logits: Raw,
+        uniform: *const f64,
+        settings: *const SampleSettings,
+        token: *mut i64,
+        logprob: *mut f32,
+    ) -> c_int;
+    fn arete_nf4_quantize(input: Raw, block_size: i64, codes: Raw, absmax: Raw) -> c_int;
+    fn arete_nf4_dequantize(
+        codes: Raw,
+        absmax: Raw,
+        codebook: Raw,
+        outputs: i64,
+        inputs: i64,
+        block_size: i64,
+        bf16_out: bool,
+        out: *mut Raw,
+    ) -> c_int;
+}
+
+/// The instruction set the CPU kernels were chosen for (`avx512`, `avx2`, `baseline`).
+pub fn kernels_name() -> String {
+    // SAFETY: the function returns a static, NUL-terminated string.
+    unsafe { CStr::from_ptr(arete_kernels_name()) }.to_string_lossy().into_owned()
+}
+
+fn raw(tensor: &Tensor) -> Raw {
+    tensor.as_ptr().cast()
+}
+
+fn raw_or_null(tensor: Option<&Tensor>) -> Raw {
+    tensor.map_or(std::ptr::null(), raw)
+}
+
+/// Takes over a tensor that the C++ side allocated.
+fn take(tensor: Raw) -> Tensor {
+    // SAFETY: the C++ functions hand out a `new at::Tensor`, which is what tch frees with `delete`.
+    unsafe { Tensor::from_ptr(tensor.cast_mut().cast()) }
+}
+
+fn check(status: c_int) -> Result<(), Error> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: the function returns a NUL-terminated string that lives until this thread's next failure.
+    let message = unsafe { CStr::from_ptr(arete_last_error()) }.to_string_lossy().into_owned();
+    Err(Error::Torch(tch::TchError::Torch(message)))
+}
+
+/// RMS norm of `x + delta` (or of `x`), both `[N, D]`: the normalised rows and the sum.
+pub(crate) fn rms_norm(
+    x: &Tensor,
+    delta: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor), Error> {
+    let (mut out, mut sum) = (std::ptr::null(), std::ptr::null());
+    // SAFETY: all pointers are live tensors or null where the C++ side allows it.
+    check(unsafe {
+        arete_rms_norm(raw(x), raw_or_null(delta), raw(weight), eps, &raw mut out, &raw mut sum)
+    })?;
+    Ok((take(out), take(sum)))
+}
+
+/// silu(gate) · up of `[N, 2F]`, gate first: `[N, F]`.
+pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: `gate_up` is a live tensor.
+    check(unsafe { arete_swiglu(raw(gate_up), &raw mut out) })?;
+    Ok(take(out))
+}
+
+/// The stored form of a weight matrix, as the linear layer takes it.
+pub(crate) enum WeightRef<'a> {
+    Dense(&'a Tensor),
+    Nf4(&'a Nf4Tensor),
+}
+
+/// `x Wᵀ + (x Aᵀ) Bᵀ` for `x` `[N, in]`, `adapter` = (A `[R, in]`, B `[out, R]`, scale folded in).
+///
+/// `allow_packed`: multiply a few rows by a packed weight without unpacking it (another rounding; see `ops.cpp`).
+pub(crate) fn linear(
+    x: &Tensor,
+    weight: &WeightRef<'_>,
+    adapter: Option<(&Tensor, &Tensor)>,
+    allow_packed: bool,
+) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    let (a, b) = (raw_or_null(adapter.map(|pair| pair.0)), raw_or_null(adapter.map(|pair| pair.1)));
+    let null = std::ptr::null();
+    // SAFETY: all pointers are live tensors or null where the C++ side allows it.
+    check(unsafe {
+        match weight {
+            WeightRef::Dense(w) => arete_linear(
+                raw(x),
+                raw(w),
+                null,
+                null,
+                null,
+                w.size()[0],
+                w.size()[1],
+                0,
+                a,
+                b,
+                allow_packed,
+                &raw mut out,
+            ),
+            WeightRef::Nf4(w) => arete_linear(
+                raw(x),
+                null,
+                raw(&w.codes),
+                raw(&w.absmax),
+                raw(&w.codebook),
+                w.outputs,
+                w.inputs,
+                w.block_size,
+                a,
+                b,
+                allow_packed,
+                &raw mut out,
+            ),
+        }
+    })?;
+    Ok(take(out))
+}
+
+/// Rotary embedding and causal attention of a packed batch over its own keys: `[N, H·E]`.
+pub(crate) fn attention(
+    qkv: &Tensor,
+    positions: &Tensor,
+    cos_sin: &Tensor,
+    tables: &Tables,
+    config: &ModelConfig,
+    force_composite: bool,
+) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: all pointers are live tensors; the tables were built for this batch.
+    check(unsafe {
+        arete_attention(
+            raw(qkv),
+            raw(positions),
+            raw(cos_sin),
+            raw(&tables.segments),
+            raw(&tables.spans),
+            raw(&tables.trees),
+            config.num_heads as i64,
+            config.num_kv_heads as i64,
+            config.head_size as i64,
+            config.sliding_window.unwrap_or(0) as i64,
+            force_composite,
+            &raw mut out,
+        )
+    })?;
+    Ok(take(out))
+}
+
+/// Writes the batch's keys and values into the cache at `slots`, then attends over it: `[N, H·E]`.
+#[expect(clippy::too_many_arguments, reason = "mirrors the C++ call")]
+pub(crate) fn cached_attention(
+    qkv: &Tensor,
+    positions: &Tensor,
+    cos_sin: &Tensor,
+    tables: &Tables,
+    slots: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    config: &ModelConfig,
+) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: all pointers are live tensors; slots lie inside the cache (the allocator gave them out).
+    check(unsafe {
+        arete_cached_attention(
+            raw(qkv),
+            raw(positions),
+            raw(cos_sin),
+            raw(&tables.segments),
+            raw(&tables.spans),
+            raw(&tables.trees),
+            raw(slots),
+            raw(keys),
+            raw(values),
+            config.num_heads as i64,
+            config.num_kv_heads as i64,
+            config.head_size as i64,
+            config.sliding_window.unwrap_or(0) as i64,
+            &raw mut out,
+        )
+    })?;
+    Ok(take(out))
+}
+
+/// log softmax(h Wᵀ / temperature)[target] per row, and the entropy (empty unless asked for), f32.
+pub(crate) fn token_logprobs(
+    hidden: &Tensor,
+    head: &Tensor,
+    targets: &Tensor,
+    temperature: f64,
+    want_entropy: bool,
+) -> Result<(Tensor, Tensor), Error> {
+    let (mut logprob, mut entropy) = (std::ptr::null(), std::ptr::null());
+    // SAFETY: all pointers are live tensors.
+    check(unsafe {
+        arete_token_logprobs(
+            raw(hidden),
+            raw(head),
+            raw(targets),
+            temperature,
+            want_entropy,
+            &raw mut logprob,
+            &raw mut entropy,
+        )
+    })?;
+    Ok((take(logprob), take(entropy)))
+}
+
+/// h Wᵀ without gradients: `[n, V]`.
+pub(crate) fn logits(hidden: &Tensor, head: &Tensor) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: all pointers are live tensors.
+    check(unsafe { arete_logits(raw(hidden), raw(head), &raw mut out) })?;
+    Ok(take(out))
+}
+
+/// Draws one token a row of `logits` `[N, V]`; `uniform` and `settings` have one entry a row.
+pub(crate) fn sample(
+    logits: &Tensor,
+    uniform: &[f64],
+    settings: &[SampleSettings],
+) -> Result<(Vec<i64>, Vec<f32>), Error> {
+    let rows = usize::try_from(logits.size()[0]).expect("sizes are not negative");
+    assert!(uniform.len() == rows && settings.len() == rows, "one draw and one setting per row");
+    let logits = match logits.kind() {
+        Kind::Float | Kind::BFloat16 => logits.to_device(tch::Device::Cpu),
+        _ => logits.to_kind(Kind::Float).to_device(tch::Device::Cpu),
+    }
+    .contiguous();
+    let (mut token, mut logprob) = (vec![0i64; rows], vec![0f32; rows]);
+    // SAFETY: the slices have one element a row, as the kernel expects.
+    check(unsafe {
+        arete_sample(
+            raw(&logits),
+            uniform.as_ptr(),
+            settings.as_ptr(),
+            token.as_mut_ptr(),
+            logprob.as_mut_ptr(),
+        )
+    })?;
+    Ok((token, logprob))
+}
+
+/// Packs a matrix (f32 or bf16, contiguous, on the CPU) into NF4 codes and absmax.
+pub(crate) fn nf4_quantize(
+    input: &Tensor,
+    block_size: i64,
+    codes: &Tensor,
+    absmax: &Tensor,
+) -> Result<(), Error> {
+    // SAFETY: all pointers are live tensors of the sizes the caller computed.
+    check(unsafe { arete_nf4_quantize(raw(input), block_size, raw(codes), raw(absmax)) })
+}
+
+/// The packed matrix in f32 or bf16.
+pub(crate) fn nf4_dequantize(weight: &Nf4Tensor, kind: Kind) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: all pointers are live tensors.
+    check(unsafe {
+        arete_nf4_dequantize(
+            raw(&weight.codes),
+            raw(&weight.absmax),
+            raw(&weight.codebook),
+            weight.outputs,
+            weight.inputs,
+            weight.block_size,
+            kind == Kind::BFloat16,
+            &raw mut out,
+        )
+    })?;
+    Ok(take(out))
+}
