@@ -1,1 +1,391 @@
 //! Tests of hub downloads against a server on the loopback interface.
+
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const MODEL: &str = "someone/tiny";
+
+/// What is wrong with how the server sends a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    None,
+    /// Half of the announced bytes, then the connection closes.
+    Cut,
+    /// As `Cut`, the first time only.
+    CutOnce,
+    /// All bytes, one of them changed.
+    Flipped,
+    /// Complete and well formed, but fewer bytes than the repository lists.
+    Shorter,
+    /// An error page with this status.
+    Status(u16),
+}
+
+struct Remote {
+    path: &'static str,
+    content: Vec<u8>,
+    large: bool,
+    fault: Fault,
+}
+
+fn small(path: &'static str, content: &str) -> Remote {
+    Remote { path, content: content.as_bytes().to_vec(), large: false, fault: Fault::None }
+}
+
+fn large(path: &'static str, content: &[u8]) -> Remote {
+    Remote { path, content: content.to_vec(), large: true, fault: Fault::None }
+}
+
+fn tiny_model() -> Vec<Remote> {
+    vec![
+        small("config.json", "{\"model_type\": \"llama\"}"),
+        small("tokenizer.json", "{}"),
+        small("chat_template.jinja", "{{ messages }}"),
+        small("README.md", "not needed"),
+        large("model.safetensors", &[7; 3000]),
+        large("pytorch_model.bin", &[1; 10]),
+    ]
+}
+
+/// A hub of one repository, counting the files it sent.
+struct Server {
+    endpoint: String,
+    sent: Arc<AtomicUsize>,
+    cache: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(files: Vec<Remote>) -> Self {
+        Self::start_with(files, COMMIT, None)
+    }
+
+    fn start_with(files: Vec<Remote>, commit: &'static str, token: Option<&'static str>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let sent = Arc::new(AtomicUsize::new(0));
+        let counter = sent.clone();
+        let files = Arc::new(files);
+        // Detached: lives as long as the test process.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (files, counter) = (files.clone(), counter.clone());
+                std::thread::spawn(move || answer(stream.unwrap(), &files, commit, token, &counter));
+            }
+        });
+        Self { endpoint, sent, cache: tempfile::tempdir().unwrap() }
+    }
+
+    fn hub(&self, offline: bool) -> Hub {
+        let client = HFClient::builder()
+            .endpoint(&self.endpoint)
+            .cache_dir(self.cache.path())
+            .token("secret")
+            .retry_max_attempts(0);
+        Hub::with(client, offline).unwrap()
+    }
+
+    /// Everything under the cache, locks apart.
+    fn cached(&self) -> Vec<String> {
+        let mut files = Vec::new();
+        list(self.cache.path(), "", &mut files).unwrap();
+        let mut paths: Vec<String> =
+            files.into_iter().map(|f| f.path).filter(|path| !path.starts_with(".locks")).collect();
+        paths.sort();
+        paths
+    }
+}
+
+fn answer(
+    mut stream: TcpStream,
+    files: &[Remote],
+    commit: &str,
+    token: Option<&str>,
+    sent: &AtomicUsize,
+) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let mut headers = HashMap::new();
+    loop {
+        let mut header = String::new();
+        reader.read_line(&mut header).unwrap();
+        match header.trim().split_once(':') {
+            Some((name, value)) => {
+                headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+            }
+            None => break,
+        }
+    }
+    let path = target.split('?').next().unwrap();
+    let mut reply = |status: u16, length: usize, body: &[u8]| {
+        let head = format!(
+            "HTTP/1.1 {status} X\r\ncontent-length: {length}\r\nx-repo-commit: {commit}\r\n\
+             etag: \"abc\"\r\nconnection: close\r\n\r\n"
+        );
+        let body = if method == "HEAD" { &[] } else { body };
+        let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+    };
+    if let Some(token) = token
+        && headers.get("authorization").map(String::as_str) != Some(&format!("Bearer {token}"))
+    {
+        return reply(401, 2, b"{}");
+    }
+    if path.ends_with("/revision/main") || path.ends_with(&format!("/revision/{commit}")) {
+        let body = format!("{{\"id\": \"{MODEL}\", \"sha\": \"{commit}\"}}");
+        return reply(200, body.len(), body.as_bytes());
+    }
+    if path.contains("/tree/") {
+        let listed: Vec<serde_json::Value> = files.iter().map(listing).collect();
+        let body = serde_json::to_vec(&listed).unwrap();
+        return reply(200, body.len(), &body);
+    }
+    let file = path
+        .split_once(&format!("/resolve/{commit}/"))
+        .and_then(|(_, name)| files.iter().find(|file| file.path == name));
+    let Some(file) = file else {
+        return reply(404, 2, b"{}");
+    };
+    let before = if method == "GET" { sent.fetch_add(1, Ordering::SeqCst) } else { 0 };
+    let n = file.content.len();
+    match file.fault {
+        Fault::Cut => reply(200, n, &file.content[..n / 2]),
+        Fault::CutOnce if before == 0 => reply(200, n, &file.content[..n / 2]),
+        Fault::None | Fault::CutOnce => reply(200, n, &file.content),
+        Fault::Shorter => reply(200, n - 1, &file.content[..n - 1]),
+        Fault::Flipped => {
+            let mut content = file.content.clone();
+            content[n / 2] ^= 1;
+            reply(200, n, &content);
+        }
+        Fault::Status(status) => reply(status, 2, b"{}"),
+    }
+}
+
+fn listing(file: &Remote) -> serde_json::Value {
+    let n = file.content.len();
+    if file.large {
+        let sha256 = hex(&Sha256::digest(&file.content));
+        let lfs = serde_json::json!({"oid": sha256, "size": n, "pointerSize": 130});
+        let oid = pointer_id(&sha256, n as u64);
+        return serde_json::json!({"type": "file", "path": file.path, "size": n, "oid": oid, "lfs": lfs});
+    }
+    let oid = hex(&git_hasher(n as u64).chain_update(&file.content).finalize());
+    serde_json::json!({"type": "file", "path": file.path, "size": n, "oid": oid})
+}
+
+#[test]
+fn git_ids_are_gits() {
+    // `git hash-object --stdin` of "hello hub\n", and of the LFS pointer of that content.
+    let content = b"hello hub\n";
+    let id = hex(&git_hasher(content.len() as u64).chain_update(content).finalize());
+    assert_eq!(id, "bc98243ce9b9c35cae6011dec7c54e66c850c702");
+    let sha256 = "115d6c773e98b2115031cb9d0350d238da014c5f40c6d7dcb2f4f00afd524a20";
+    assert_eq!(hex(&Sha256::digest(content)), sha256);
+    assert_eq!(pointer_id(sha256, 10), "539ca8cee211c73471cda73afe88856fb0691f35");
+}
+
+#[test]
+fn a_model_is_downloaded_once_and_without_what_is_not_needed() {
+    let server = Server::start(tiny_model());
+    let directory = server.hub(false).model(MODEL, None).unwrap();
+    assert_eq!(
+        directory,
+        server.cache.path().join("models--someone--tiny/snapshots").join(COMMIT)
+    );
+    assert_eq!(fs_err::read(directory.join("model.safetensors")).unwrap(), [7; 3000]);
+    assert!(directory.join("chat_template.jinja").is_file());
+    assert!(!directory.join("README.md").exists() && !directory.join("pytorch_model.bin").exists());
+    assert_eq!(server.sent.load(Ordering::SeqCst), 4);
+
+    // Large files lie under their SHA-256, as huggingface_hub has them; nothing else is left over.
+    let blob = format!("models--someone--tiny/blobs/{}", hex(&Sha256::digest([7; 3000])));
+    assert!(server.cached().contains(&blob), "{:?}", server.cached());
+    assert_eq!(server.cached().len(), 4 + 4 + 1, "{:?}", server.cached());
+
+    server.hub(false).model(MODEL, None).unwrap();
+    assert_eq!(server.sent.load(Ordering::SeqCst), 4, "the second time from the cache");
+    assert_eq!(server.hub(true).model(MODEL, None).unwrap(), directory, "offline too");
+}
+
+#[test]
+fn shards_named_by_the_index_are_downloaded() {
+    let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}"#;
+    let server = Server::start(vec![
+        small("config.json", "{}"),
+        small("tokenizer.json", "{}"),
+        small("model.safetensors.index.json", index),
+        large("model-00001-of-00002.safetensors", b"first"),
+        large("model-00002-of-00002.safetensors", b"second"),
+    ]);
+    let directory = server.hub(false).model(MODEL, None).unwrap();
+    assert_eq!(fs_err::read(directory.join("model-00002-of-00002.safetensors")).unwrap(), b"second");
+}
+
+#[test]
+fn an_index_cannot_name_files_elsewhere() {
+    let server = Server::start(vec![
+        small("config.json", "{}"),
+        small("tokenizer.json", "{}"),
+        small("model.safetensors.index.json", r#"{"weight_map": {"a": "../../x.safetensors"}}"#),
+    ]);
+    let message = server.hub(false).model(MODEL, None).unwrap_err().to_string();
+    assert!(message.contains("model.safetensors.index.json") && message.contains("../../x"), "{message}");
+}
+
+fn with_fault(fault: Fault) -> Server {
+    let mut files = vec![small("config.json", "{}"), small("tokenizer.json", "{}")];
+    files.push(Remote { fault, ..large("model.safetensors", &[9; 1000]) });
+    Server::start(files)
+}
+
+#[test]
+fn damaged_bodies_never_pass_for_complete_files() {
+    for fault in [Fault::Cut, Fault::Flipped, Fault::Shorter, Fault::Status(503), Fault::Status(404)] {
+        let server = with_fault(fault);
+        let error = server.hub(false).model(MODEL, None).unwrap_err();
+        let Error::Hub { what, .. } = &error else { panic!("{fault:?}: {error:?}") };
+        assert!(what.contains("model.safetensors"), "{fault:?}: {error}");
+        let left = server.cached();
+        assert!(!left.iter().any(|path| path.contains("model.safetensors")), "{fault:?}: {left:?}");
+        assert_eq!(left.len(), 3, "two links to one blob, as both files hold {{}}: {left:?}");
+        assert!(server.hub(true).model(MODEL, None).is_err(), "{fault:?}: offline it is missing too");
+    }
+}
+
+#[test]
+fn a_transfer_that_broke_is_tried_again() {
+    let mut files = tiny_model();
+    files[0].fault = Fault::CutOnce; // config.json, the first file asked for
+    let server = Server::start(files);
+    let directory = server.hub(false).model(MODEL, None).unwrap();
+    assert_eq!(fs_err::read_to_string(directory.join("config.json")).unwrap(), "{\"model_type\": \"llama\"}");
+    assert_eq!(server.sent.load(Ordering::SeqCst), 5);
+}
+
+#[test]
+fn closed_doors_name_the_page_and_the_token() {
+    for (status, words) in [(401, "HF_TOKEN"), (403, "accept the conditions")] {
+        let server = with_fault(Fault::Status(status));
+        let message = server.hub(false).model(MODEL, None).unwrap_err().to_string();
+        let page = format!("{}/{MODEL}", server.endpoint);
+        assert!(message.contains(words) && message.contains(&page), "{message}");
+        assert!(!message.contains("secret"), "{message}");
+    }
+}
+
+#[test]
+fn the_token_is_sent() {
+    let server = Server::start_with(tiny_model(), COMMIT, Some("secret"));
+    server.hub(false).model(MODEL, None).unwrap();
+    let server = Server::start_with(tiny_model(), COMMIT, Some("another"));
+    let message = server.hub(false).model(MODEL, None).unwrap_err().to_string();
+    assert!(message.contains("HF_TOKEN"), "{message}");
+}
+
+#[test]
+fn names_from_the_server_cannot_leave_the_cache() {
+    let server = Server::start_with(tiny_model(), "../../../../etc", None);
+    let message = server.hub(false).model(MODEL, None).unwrap_err().to_string();
+    assert!(message.contains("40 hex digits"), "{message}");
+
+    let server = Server::start(vec![small("../../evil.jsonl", "{}"), small("fine.jsonl", "{}")]);
+    let message = server.hub(false).data_set("someone/data", "", None).unwrap_err().to_string();
+    assert!(message.contains("evil.jsonl"), "{message}");
+    assert!(!server.cache.path().join("evil.jsonl").exists());
+}
+
+#[test]
+fn unsafe_paths_are_refused() {
+    for good in ["a", "data/train-00000-of-00001.parquet", ".gitattributes", "a b/c"] {
+        assert_eq!(safe_rel_path(good), Ok(PathBuf::from(good)));
+    }
+    let long = "x".repeat(256);
+    for bad in [
+        "", "/", "/etc/passwd", "..", "a/../b", "./a", "a//b", "a/", "C:/x", "C:x", "\\\\host\\x",
+        "a\\b", "nul\0", "dot.", "space ", "new\nline", &long,
+    ] {
+        assert!(safe_rel_path(bad).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn pickle_only_repositories_are_refused_with_the_conversion() {
+    let mut files = tiny_model();
+    files.retain(|file| file.path != "model.safetensors");
+    let error = Server::start(files).hub(false).model(MODEL, None).unwrap_err();
+    let Error::Pickle { path, command } = error else { panic!("{error}") };
+    assert!(path.ends_with("pytorch_model.bin") && command.contains("'someone/tiny'"), "{command}");
+}
+
+#[test]
+fn without_the_hub_a_verified_copy_is_used_and_nothing_else() {
+    let server = Server::start(tiny_model());
+    let directory = server.hub(false).model(MODEL, None).unwrap();
+    let unreachable = || {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let client = HFClient::builder()
+            .endpoint(format!("http://127.0.0.1:{port}"))
+            .cache_dir(server.cache.path())
+            .retry_max_attempts(0);
+        Hub::with(client, false).unwrap()
+    };
+    assert_eq!(unreachable().model(MODEL, None).unwrap(), directory);
+    let message = unreachable().model("someone/other", None).unwrap_err().to_string();
+    assert!(message.contains("someone/other") && message.contains("cannot be reached"), "{message}");
+    let message = server.hub(true).model("someone/other", None).unwrap_err().to_string();
+    assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
+}
+
+#[test]
+fn data_files_of_a_folder_are_downloaded() {
+    let server = Server::start(vec![
+        large("harmless-base/train.jsonl.gz", b"train"),
+        large("harmless-base/test.jsonl.gz", b"test"),
+        large("helpful-base/train.jsonl.gz", b"other"),
+        small("README.md", "text"),
+    ]);
+    let hub = server.hub(false);
+    let directory = hub.data_set("someone/data", "harmless-base", None).unwrap();
+    assert_eq!(fs_err::read(directory.join("harmless-base/test.jsonl.gz")).unwrap(), b"test");
+    assert!(!directory.join("helpful-base").exists());
+    let message = hub.data_set("someone/data", "harm", None).unwrap_err().to_string();
+    assert!(message.contains("someone/data/harm"), "{message}");
+}
+
+/// Run by the test below in a process of its own: the environment belongs to the whole process.
+#[test]
+fn in_a_child_process() {
+    if std::env::var("ARETE_TEST_CHILD").is_ok() {
+        println!("at {}", download_model(MODEL, None).unwrap().display());
+    }
+}
+
+#[test]
+fn the_environment_names_hub_cache_and_token() {
+    let server = Server::start_with(tiny_model(), COMMIT, Some("from-environment"));
+    let child = |offline: &str| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "hub::tests::in_a_child_process", "--nocapture"])
+            .env("ARETE_TEST_CHILD", "1")
+            .env("HF_ENDPOINT", &server.endpoint)
+            .env("HF_HUB_CACHE", server.cache.path())
+            .env("HF_TOKEN", "from-environment")
+            .env("HF_HUB_OFFLINE", offline)
+            .output()
+            .unwrap()
+    };
+    assert!(!child("1").status.success(), "offline, and nothing cached yet");
+    assert_eq!(server.sent.load(Ordering::SeqCst), 0);
+    let out = child("0");
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && text.contains(COMMIT), "{text}");
+    assert!(child("1").status.success(), "offline, from the cache");
+}
