@@ -122,9 +122,12 @@ struct SwiGlu : Function<SwiGlu> {
 
 // ---- linear layer over a frozen weight, with an optional adapter ----
 
-// Called for weights that are not on the CPU; set once from Rust (src/cuda).
+// Called for weights that are not on the CPU; set once from Rust (src/cuda). 0 = done.
 typedef int (*Dequantizer)(const Tensor* codes, const Tensor* absmax, const Tensor* codebook, int64_t block_size, Tensor* out);
+typedef int (*Multiplier)(const Tensor* x, const Tensor* codes, const Tensor* absmax, const Tensor* codebook,
+                          int64_t block_size, Tensor* y);
 Dequantizer cuda_dequantizer = nullptr;
+Multiplier cuda_multiplier = nullptr;
 
 struct Weight {
   Tensor dense;                      // [out, in], or undefined
@@ -153,6 +156,7 @@ struct Weight {
 // Up to this many rows the packed weights are multiplied without being unpacked, if the caller asks for it: the sums
 // run in another order than those of the unpacked product, so a row's bits then depend on the number of rows.
 constexpr int64_t kPackedRows = 4;
+constexpr int64_t kPackedRowsCuda = 16;  // MAX_ROWS in src/cuda/plan.rs
 
 // The CPU's matrix products of few rows round differently (other routines take them): in bf16 those of one row, in f32
 // those of up to nine. Such products are padded, so that a row's result does not depend on how many neighbours it has.
@@ -168,6 +172,13 @@ Tensor product(const Tensor& x, const Tensor& weight) {
 }
 
 Tensor frozen_product(const Tensor& x, const Weight& weight, bool allow_packed) {
+  if (allow_packed && weight.codes.defined() && x.is_cuda() && cuda_multiplier && x.size(0) <= kPackedRowsCuda &&
+      weight.inputs % 64 == 0) {
+    Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
+    TORCH_CHECK(cuda_multiplier(&x, &weight.codes, &weight.absmax, &weight.codebook, weight.block_size, &y) == 0,
+                "the NF4 product failed on the device");
+    return y;
+  }
   bool packed = allow_packed && weight.codes.defined() && on_kernels(x) && x.size(0) <= kPackedRows &&
                 weight.inputs % weight.block_size == 0 && weight.block_size % 64 == 0;
   if (!packed) return product(x, weight.in_type(x.scalar_type()));
@@ -452,7 +463,10 @@ extern "C" {
 
 const char* arete_last_error() { return last_error.c_str(); }
 const char* arete_kernels_name() { return kernels().name; }
-void arete_set_cuda_dequantizer(Dequantizer function) { cuda_dequantizer = function; }
+void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier) {
+  cuda_dequantizer = dequantizer;
+  cuda_multiplier = multiplier;
+}
 
 int arete_rms_norm(const Tensor* x, const Tensor* delta, const Tensor* weight, double eps, Tensor** out, Tensor** sum) {
   return guarded([&] {

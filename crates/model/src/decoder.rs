@@ -447,6 +447,9 @@ impl Loader<'_> {
             }
         }
         if packed.len() == targets.len() {
+            if let Device::Cuda(index) = self.options.device {
+                crate::cuda::install(index, self.options.dtype)?;
+            }
             return Ok(Linear::Nf4(Nf4Tensor::stack(&packed).to_device(self.options.device)));
         }
         if !packed.is_empty() {

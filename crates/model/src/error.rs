@@ -13,6 +13,10 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] std::io::Error),
 
+    /// Writing or hashing files failed; the message names the path.
+    #[error(transparent)]
+    Records(#[from] arete_records::Error),
+
     /// libtorch refused an operation (out of memory, no such device, …).
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),

@@ -1,5 +1,6 @@
 //! Mistral/Llama decoder over libtorch: loading, chat templates, NF4, LoRA, generation, log-probabilities.
 
+pub mod adapter_files;
 mod batch;
 mod cache;
 pub mod chain;
@@ -13,6 +14,7 @@ mod head;
 pub mod hub;
 pub mod logprobs;
 mod lora;
+pub mod merge;
 mod model;
 pub mod nf4;
 mod ops;

@@ -230,7 +230,7 @@ fn tensors_on_the_cpu_are_refused() {
 
 #[test]
 fn a_machine_without_a_gpu_is_told_what_is_missing() {
-    match cuda::install(0) {
+    match cuda::install(0, Kind::BFloat16) {
         Ok(()) => println!("skipped: this machine has a GPU"),
         Err(Error::Cuda(error @ (CudaError::Missing { .. } | CudaError::Driver { .. }))) => {
             println!("{error}");

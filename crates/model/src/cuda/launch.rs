@@ -155,6 +155,13 @@ pub fn quantize(weight: &Tensor, block_size: i64) -> Result<(Tensor, Tensor), Er
 /// [`Error::Shape`] or [`Error::Invalid`] if the parts do not fit together, [`Error::Cuda`] if the GPU cannot be
 /// used.
 pub fn multiply(x: &Tensor, weight: &Packed<'_>) -> Result<Tensor, Error> {
+    let rows = x.size().first().copied().unwrap_or(0);
+    let y = Tensor::f_empty([rows, weight.outputs], (x.kind(), x.device()))?; // [N, outputs]
+    multiply_into(x, weight, &y)?;
+    Ok(y)
+}
+
+fn multiply_into(x: &Tensor, weight: &Packed<'_>, y: &Tensor) -> Result<(), Error> {
     let format = format_of("x", x)?;
     let [rows, inputs] = x.size()[..] else {
         return Err(Error::Shape { name: "x", expected: vec![-1, weight.inputs], got: x.size() });
@@ -173,13 +180,17 @@ pub fn multiply(x: &Tensor, weight: &Packed<'_>) -> Result<Tensor, Error> {
     }
     let device = Checked::new(weight)?;
     device.holds("x", x)?;
-    let y = Tensor::f_empty([rows, weight.outputs], (x.kind(), x.device()))?; // [N, outputs]
+    device.holds("y", y)?;
+    if y.size() != [rows, weight.outputs] || y.kind() != x.kind() || !y.is_contiguous() {
+        let expected = vec![rows, weight.outputs];
+        return Err(Error::Shape { name: "y", expected, got: y.size() });
+    }
     if rows == 0 {
-        return Ok(y);
+        return Ok(());
     }
     let x = dense_aligned(x)?;
     let launch = plan::multiply(
-        address(&y),
+        address(y),
         address(&x),
         format,
         u32::try_from(rows).expect("1 to 16"),
@@ -188,13 +199,12 @@ pub fn multiply(x: &Tensor, weight: &Packed<'_>) -> Result<Tensor, Error> {
     );
     // SAFETY: `Checked` and the lines above compared every tensor's extent with what the kernel reads and
     // writes; torch frees their memory in the order of the stream.
-    unsafe { device.launch(&launch) }?;
-    Ok(y)
+    unsafe { device.launch(&launch) }
 }
 
 // ---- the decoder's linear layer ----
 
-type Hook = extern "C" fn(
+type Dequantizer = extern "C" fn(
     codes: *const c_void,
     absmax: *const c_void,
     codebook: *const c_void,
@@ -202,22 +212,34 @@ type Hook = extern "C" fn(
     out: *mut c_void,
 ) -> c_int;
 
+type Multiplier = extern "C" fn(
+    x: *const c_void,
+    codes: *const c_void,
+    absmax: *const c_void,
+    codebook: *const c_void,
+    block_size: i64,
+    y: *mut c_void,
+) -> c_int;
+
 unsafe extern "C" {
-    fn arete_set_cuda_dequantizer(function: Hook);
+    fn arete_set_cuda_kernels(dequantizer: Dequantizer, multiplier: Multiplier);
 }
 
-/// Lets the decoder's linear layers unpack NF4 weights on GPUs, forward and backward. Idempotent.
+/// Lets the decoder's linear layers use NF4 weights on GPU `index` with activations in `kind`: unpacked forward
+/// and backward, or multiplied as they are where that is allowed. Idempotent.
 ///
 /// # Errors
 ///
-/// [`Error::Cuda`] if the driver or NVRTC is missing, so that a run fails at its start.
-pub fn install(index: usize) -> Result<(), Error> {
+/// [`Error::Cuda`] if the driver or NVRTC is missing, [`Error::Invalid`] for another dtype than f32, bf16 and
+/// f16, so that a run fails at its start.
+pub fn install(index: usize, kind: Kind) -> Result<(), Error> {
+    let format = Format::of(kind).ok_or_else(|| unknown_format("dtype", kind))?;
     let gpu = gpu(index)?;
-    for program in [Program::Dequantize, Program::Multiply(Format::BF16)] {
+    for program in [Program::Dequantize, Program::Multiply(format)] {
         module(index, gpu, program)?;
     }
-    // SAFETY: the function keeps the pointer of a function that lives as long as the process.
-    unsafe { arete_set_cuda_dequantizer(dequantize_hook) };
+    // SAFETY: the function keeps the pointers of functions that live as long as the process.
+    unsafe { arete_set_cuda_kernels(dequantize_hook, multiply_hook) };
     Ok(())
 }
 
@@ -230,13 +252,31 @@ extern "C" fn dequantize_hook(
     out: *mut c_void,
 ) -> c_int {
     guarded(|| {
-        let (codes, absmax, codebook, out) =
-            (borrow(codes), borrow(absmax), borrow(codebook), borrow(out));
+        let (codes, absmax, codebook) = (borrow(codes), borrow(absmax), borrow(codebook));
+        let out = borrow(out);
         let (outputs, inputs) = out.size2()?;
         let absmax = Absmax::Single(&absmax);
-        let codebook = &codebook;
-        let packed = Packed { codes: &codes, codebook, absmax, outputs, inputs, block_size };
-        dequantize_into(&packed, &out)
+        let (codes, codebook) = (&codes, &codebook);
+        dequantize_into(&Packed { codes, codebook, absmax, outputs, inputs, block_size }, &out)
+    })
+}
+
+/// x Wᵀ into `y` `[N, outputs]`; 0 on success. Called from C++, so it must not unwind.
+extern "C" fn multiply_hook(
+    x: *const c_void,
+    codes: *const c_void,
+    absmax: *const c_void,
+    codebook: *const c_void,
+    block_size: i64,
+    y: *mut c_void,
+) -> c_int {
+    guarded(|| {
+        let (codes, absmax, codebook) = (borrow(codes), borrow(absmax), borrow(codebook));
+        let (x, y) = (borrow(x), borrow(y));
+        let (outputs, inputs) = (y.size2()?.1, x.size2()?.1);
+        let absmax = Absmax::Single(&absmax);
+        let (codes, codebook) = (&codes, &codebook);
+        multiply_into(&x, &Packed { codes, codebook, absmax, outputs, inputs, block_size }, &y)
     })
 }
 
@@ -362,11 +402,11 @@ fn block_log2(block_size: i64) -> Result<u32, Error> {
 }
 
 fn format_of(name: &'static str, tensor: &Tensor) -> Result<Format, Error> {
-    Format::of(tensor.kind()).ok_or_else(|| Error::Invalid {
-        name,
-        expected: "f32, bf16 or f16".to_owned(),
-        got: format!("{:?}", tensor.kind()),
-    })
+    Format::of(tensor.kind()).ok_or_else(|| unknown_format(name, tensor.kind()))
+}
+
+fn unknown_format(name: &'static str, kind: Kind) -> Error {
+    Error::Invalid { name, expected: "f32, bf16 or f16".to_owned(), got: format!("{kind:?}") }
 }
 
 fn gpu_index(name: &'static str, tensor: &Tensor) -> Result<usize, Error> {
