@@ -308,8 +308,7 @@ impl Checkpoint {
     ///
     /// [`Error::Io`].
     pub fn sha256(&self) -> Result<String, Error> {
-        arete_records::run::sha256_path(&self.path)
-            .map_err(|error| Error::Io(std::io::Error::other(error)))
+        Ok(arete_records::run::sha256_path(&self.path)?)
     }
 
     /// The model's tokenizer.

@@ -47,8 +47,7 @@ impl Model {
             }
             false => None,
         };
-        let base_sha256 = sha256_path(checkpoint.path())
-            .map_err(|error| Error::Io(std::io::Error::other(error)))?;
+        let base_sha256 = sha256_path(checkpoint.path())?;
         Ok(Self { config, tokenizer, template, decoder, base_sha256, head })
     }
 

@@ -246,6 +246,10 @@ fn environment(date: Date) -> Environment<'static> {
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: &str| strftime(date, format));
+    // Python's None is not iterable; minijinja's is.
+    environment.add_test("iterable", |value: &Value| {
+        !value.is_none() && (value.as_str().is_some() || value.try_iter().is_ok())
+    });
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |state: &mut State, value: &Value| {
         check_extent(value)?;

@@ -15,6 +15,23 @@ fn pairs() -> Vec<(&'static str, Tokenizer, ChatTemplate)> {
     ]
 }
 
+/// The tokenizer of Mistral's own `tokenizer.json` of December 2023: the same vocabulary, with a
+/// normalizer that puts a space before every text, after special tokens too.
+fn mistral_published() -> Tokenizer {
+    let directory = tempfile::tempdir().unwrap();
+    mistral().save(directory.path()).unwrap();
+    let path = directory.path().join("tokenizer.json");
+    let mut file: serde_json::Value =
+        serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+    file["pre_tokenizer"] = serde_json::Value::Null;
+    file["normalizer"] = serde_json::json!({ "type": "Sequence", "normalizers": [
+        { "type": "Prepend", "prepend": "▁" },
+        { "type": "Replace", "pattern": { "String": " " }, "content": "▁" },
+    ] });
+    fs_err::write(&path, file.to_string()).unwrap();
+    Tokenizer::from_directory(directory.path()).unwrap()
+}
+
 fn turns(texts: &[&str]) -> Vec<Message> {
     let role = |i: usize, text: &&str| {
         if i % 2 == 0 { Message::user(*text) } else { Message::assistant(*text) }
@@ -89,7 +106,12 @@ fn end_of_turn_tokens() {
 #[test]
 fn prompt_reply_and_next_turn_join_to_the_whole_conversation() {
     let mut n_checked = 0;
-    for (name, tokenizer, template) in pairs() {
+    let published_file = [
+        ("mistral_2023", mistral_published(), published("mistral_2023")),
+        ("mistral_2024", mistral_published(), published("mistral_2024")),
+        ("llama2", mistral_published(), published("llama2")),
+    ];
+    for (name, tokenizer, template) in pairs().into_iter().chain(published_file) {
         let chat = Chat::new(&tokenizer, &template).unwrap();
         for messages in conversations() {
             // Replies that begin with white space are not canonical: a tokenizer may merge it
@@ -169,6 +191,13 @@ fn conversations_have_the_ids_that_mistral_defines() {
         let ids: Vec<i64> = serde_json::from_value(case["ids"].clone()).unwrap();
         assert_eq!(chat.render_prompt(&turns(&texts)).unwrap(), ids, "{texts:?}");
     }
+    // The first published template gives the same for a single turn, with the tokenizer file of
+    // its time.
+    let (tokenizer, template) = (mistral_published(), published("mistral_2023"));
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    let question = turns(&["What is your favourite condiment?"]);
+    let ids: Vec<i64> = serde_json::from_value(golden["chat"][0]["ids"].clone()).unwrap();
+    assert_eq!(chat.render_prompt(&question).unwrap(), ids);
 }
 
 #[test]

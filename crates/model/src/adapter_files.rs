@@ -1,0 +1,344 @@
+//! Adapters on disk, in peft's layout, and what they remember of their base.
+//!
+//! `adapter_config.json` and `adapter_model.safetensors` are peft's; `arete_adapter.json` beside them holds the
+//! SHA-256 of the base and how it was packed, which peft does not record.
+
+use std::path::Path;
+
+use arete_records::atomic::{self, AtomicDir};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::Error;
+use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
+use crate::config::{ModelConfig, read_json_object};
+use crate::head::ScalarHead;
+use crate::lora::{Adapter, LoraConfig, LoraPair, Target};
+use crate::model::Model;
+
+const CONFIG_FILE: &str = "adapter_config.json";
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+const META_FILE: &str = "arete_adapter.json";
+const HEAD_NAME: &str = "base_model.model.score.weight";
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+
+/// What an adapter is for, in peft's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Task {
+    /// A policy (`CAUSAL_LM`).
+    #[serde(rename = "CAUSAL_LM")]
+    CausalLm,
+    /// A reward model with its head (`SEQ_CLS`, `num_labels = 1`).
+    #[serde(rename = "SEQ_CLS")]
+    SequenceClassification,
+}
+
+/// What an adapter remembers of the base it was trained on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterMeta {
+    /// Path or hub id of the base, as the user gave it.
+    pub base_model: String,
+    /// SHA-256 of the base's files; empty where another program wrote the adapter.
+    pub base_sha256: String,
+    /// How the base was packed during training (`nf4`, `nf4-double`), if it was.
+    pub quantization: Option<String>,
+    /// Policy or reward model.
+    pub task: Task,
+}
+
+impl AdapterMeta {
+    /// Describes `model` as the base of an adapter.
+    pub fn of(model: &Model, base_model: &str, task: Task) -> Self {
+        Self {
+            base_model: base_model.to_owned(),
+            base_sha256: model.base_sha256.clone(),
+            quantization: quantization_name(model),
+            task,
+        }
+    }
+
+    /// Refuses a base that is not the one the adapter was trained on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the weights or the packing differ. An adapter of another program names no sums, and passes.
+    pub fn check_base(&self, model: &Model) -> Result<(), Error> {
+        if self.base_sha256.is_empty() {
+            return Ok(());
+        }
+        if self.base_sha256 != model.base_sha256 {
+            return Err(Error::Invalid {
+                name: "adapter's base",
+                expected: format!("{} (sha256 {})", self.base_model, short(&self.base_sha256)),
+                got: format!("a model with sha256 {}", short(&model.base_sha256)),
+            });
+        }
+        let found = quantization_name(model);
+        if self.quantization != found {
+            let name = |packing: &Option<String>| packing.clone().unwrap_or("dense".to_owned());
+            return Err(Error::Invalid {
+                name: "adapter's base",
+                expected: format!("weights held {}, as in training", name(&self.quantization)),
+                got: name(&found),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn short(sum: &str) -> &str {
+    sum.get(..12).unwrap_or(sum)
+}
+
+fn quantization_name(model: &Model) -> Option<String> {
+    let options = model.decoder.quantization()?;
+    Some(if options.double_quantize { "nf4-double" } else { "nf4" }.to_owned())
+}
+
+/// An adapter read from disk.
+#[derive(Debug)]
+pub struct LoadedAdapter {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// Its scalar head, if it is a reward model.
+    pub head: Option<ScalarHead>,
+    /// What it remembers of its base.
+    pub meta: AdapterMeta,
+}
+
+/// Writes an adapter as a directory, whole or not at all.
+///
+/// # Errors
+///
+/// [`Error::Io`] if writing fails.
+pub fn save(
+    directory: &Path,
+    adapter: &Adapter,
+    head: Option<&ScalarHead>,
+    meta: &AdapterMeta,
+) -> Result<(), Error> {
+    let staging = AtomicDir::new(directory)?;
+    write_files(staging.path(), adapter, head, meta)?;
+    Ok(staging.commit()?)
+}
+
+/// The files of [`save`] in an existing directory (a checkpoint that is itself written atomically).
+///
+/// # Errors
+///
+/// [`Error::Io`] if writing fails.
+pub fn write_files(
+    directory: &Path,
+    adapter: &Adapter,
+    head: Option<&ScalarHead>,
+    meta: &AdapterMeta,
+) -> Result<(), Error> {
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": meta.task,
+        "base_model_name_or_path": meta.base_model,
+        "r": adapter.config.rank,
+        "lora_alpha": alpha_json(adapter.config.alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "modules_to_save": head.map(|_| ["score"]),
+        "target_modules": Target::ALL
+            .iter()
+            .filter(|target| adapter.config.targets.contains(target))
+            .map(|target| target.short_name())
+            .collect::<Vec<_>>(),
+        "use_dora": false,
+        "use_rslora": false,
+    });
+    let mut tensors = adapter.parameters();
+    if let Some(head) = head {
+        tensors.push((HEAD_NAME.to_owned(), head.weight.shallow_clone()));
+    }
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    write_json(&directory.join(CONFIG_FILE), &config)?;
+    let meta = serde_json::to_value(meta).expect("plain data serialises");
+    write_json(&directory.join(META_FILE), &meta)?;
+    write_safetensors(&directory.join(WEIGHTS_FILE), &tensors)
+}
+
+/// peft writes whole alphas as integers.
+fn alpha_json(alpha: f64) -> Value {
+    if alpha.fract() == 0.0 { json!(alpha as i64) } else { json!(alpha) }
+}
+
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
+    let mut text = serde_json::to_string_pretty(value).expect("plain data serialises");
+    text.push('\n');
+    Ok(atomic::write(path, text.as_bytes())?)
+}
+
+/// Reads an adapter of ours or of peft's.
+///
+/// # Errors
+///
+/// [`Error::Field`] for a kind of adapter this crate does not run (DoRA, biases, per-layer ranks), [`Error::TensorShape`]
+/// or [`Error::MissingTensor`] if it does not fit the model.
+pub fn load(
+    directory: &Path,
+    name: &str,
+    model: &ModelConfig,
+    device: Device,
+) -> Result<LoadedAdapter, Error> {
+    let path = directory.join(CONFIG_FILE);
+    let config = read_json_object(&path, MAX_CONFIG_BYTES)?;
+    let (rank, alpha) = rank_and_alpha(&path, &config)?;
+    let file = SafetensorsFile::open(&directory.join(WEIGHTS_FILE))?;
+    let reader = PairReader { file: &file, model, rank, device };
+    let mut layers = Vec::with_capacity(model.num_layers);
+    let mut targets = Vec::new();
+    let mut used = 0;
+    for layer in 0..model.num_layers {
+        let mut pairs: [Option<LoraPair>; 7] = Default::default();
+        for (slot, target) in pairs.iter_mut().zip(Target::ALL) {
+            *slot = reader.pair(layer, target)?;
+            if slot.is_some() {
+                used += 2;
+                if !targets.contains(&target) {
+                    targets.push(target);
+                }
+            }
+        }
+        layers.push(pairs);
+    }
+    let head = match file.contains(HEAD_NAME) {
+        true => {
+            used += 1;
+            Some(ScalarHead::from_weight(&file.tensor(HEAD_NAME)?, model.hidden_size, device)?)
+        }
+        false => None,
+    };
+    if used != file.names().count() {
+        let known = |name: &&str| !reader.knows(name);
+        let stranger = file.names().find(known).unwrap_or_default().to_owned();
+        let expected = "LoRA factors of this model's linear layers and at most a score head";
+        return Err(Error::field(file.path(), "tensors", expected, stranger));
+    }
+    if targets.is_empty() {
+        return Err(Error::field(file.path(), "tensors", "at least one LoRA pair", "none"));
+    }
+    targets.sort();
+    let meta = read_meta(directory, &config, head.is_some())?;
+    let config = LoraConfig { rank, alpha, targets };
+    Ok(LoadedAdapter { adapter: Adapter { name: name.to_owned(), config, layers }, head, meta })
+}
+
+fn read_meta(
+    directory: &Path,
+    config: &serde_json::Map<String, Value>,
+    has_head: bool,
+) -> Result<AdapterMeta, Error> {
+    let path = directory.join(META_FILE);
+    if path.is_file() {
+        let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
+        return serde_json::from_value(Value::Object(map))
+            .map_err(|error| Error::field(&path, "content", "an adapter's base", error.to_string()));
+    }
+    let base = config.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or_default();
+    Ok(AdapterMeta {
+        base_model: base.to_owned(),
+        base_sha256: String::new(),
+        quantization: None,
+        task: if has_head { Task::SequenceClassification } else { Task::CausalLm },
+    })
+}
+
+/// Rank and alpha; refuses what changes the formula.
+fn rank_and_alpha(
+    path: &Path,
+    config: &serde_json::Map<String, Value>,
+) -> Result<(usize, f64), Error> {
+    let fail = |key: &str, expected: &str| {
+        let found = config.get(key).map_or("nothing".to_owned(), Value::to_string);
+        Error::field(path, key, expected, found)
+    };
+    if config.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        return Err(fail("peft_type", "LORA"));
+    }
+    for (key, why) in [
+        ("use_dora", "false (DoRA is not supported)"),
+        ("fan_in_fan_out", "false"),
+        ("lora_bias", "false"),
+    ] {
+        if config.get(key).and_then(Value::as_bool).unwrap_or(false) {
+            return Err(fail(key, why));
+        }
+    }
+    if config.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
+        return Err(fail("bias", "none"));
+    }
+    for key in ["rank_pattern", "alpha_pattern"] {
+        let patterns = config.get(key).and_then(Value::as_object);
+        if patterns.is_some_and(|patterns| !patterns.is_empty()) {
+            return Err(fail(key, "no patterns (one rank and alpha for all layers)"));
+        }
+    }
+    let rank = config
+        .get("r")
+        .and_then(Value::as_u64)
+        .filter(|rank| (1..1 << 16).contains(rank))
+        .ok_or_else(|| fail("r", "a rank from 1 to 65535"))? as usize;
+    let alpha = config
+        .get("lora_alpha")
+        .and_then(Value::as_f64)
+        .ok_or_else(|| fail("lora_alpha", "a number"))?;
+    // Rank-stabilised LoRA divides by sqrt(r) instead of r: an alpha that gives the same scale.
+    let stabilised = config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
+    Ok((rank, if stabilised { alpha * (rank as f64).sqrt() } else { alpha }))
+}
+
+struct PairReader<'a> {
+    file: &'a SafetensorsFile,
+    model: &'a ModelConfig,
+    rank: usize,
+    device: Device,
+}
+
+impl PairReader<'_> {
+    fn names(layer: usize, target: Target) -> [String; 2] {
+        let module = format!("base_model.model.model.layers.{layer}.{}", target.module());
+        [format!("{module}.lora_A.weight"), format!("{module}.lora_B.weight")]
+    }
+
+    fn knows(&self, name: &str) -> bool {
+        name == HEAD_NAME
+            || (0..self.model.num_layers).any(|layer| {
+                Target::ALL.iter().any(|t| Self::names(layer, *t).iter().any(|known| known == name))
+            })
+    }
+
+    fn pair(&self, layer: usize, target: Target) -> Result<Option<LoraPair>, Error> {
+        let [a, b] = Self::names(layer, target);
+        if !self.file.contains(&a) && !self.file.contains(&b) {
+            return Ok(None);
+        }
+        let (outputs, inputs) = target.size(self.model);
+        Ok(Some(LoraPair {
+            lora_a: self.tensor(&a, [self.rank, inputs])?,
+            lora_b: self.tensor(&b, [outputs, self.rank])?,
+        }))
+    }
+
+    fn tensor(&self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
+        let tensor = self.file.tensor(name)?;
+        let expected = shape.map(|size| size as i64).to_vec();
+        if tensor.size() != expected {
+            return Err(Error::TensorShape {
+                path: self.file.path().to_path_buf(),
+                name: name.to_owned(),
+                expected,
+                found: tensor.size(),
+            });
+        }
+        Ok(tensor.to_kind(Kind::Float).to_device(self.device))
+    }
+}
