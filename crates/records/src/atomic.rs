@@ -211,3 +211,115 @@ pub(crate) fn remove(path: &Path) -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs_err::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn write_replaces_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        write(&path, b"one").unwrap();
+        write(&path, b"two").unwrap();
+        assert_eq!(fs_err::read(&path).unwrap(), b"two");
+        assert_eq!(names(dir.path()), ["a.txt"]);
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("taken");
+        fs_err::create_dir(&target).unwrap();
+        fs_err::write(target.join("inside"), b"kept").unwrap();
+        // A file cannot replace a directory: the rename fails after the temporary file is written.
+        let error = write(&target, b"bytes").unwrap_err();
+        assert!(error.is_io() && error.to_string().contains("taken"), "{error}");
+        assert_eq!(names(dir.path()), ["taken"]);
+        assert!(write(dir.path().join("no/such/dir"), b"").is_err());
+        assert!(write(dir.path().join(".."), b"").is_err());
+        assert_eq!(names(dir.path()), ["taken"]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn what_was_written_is_read(bytes in proptest::collection::vec(any::<u8>(), 0..4096)) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("x");
+            write(&path, &bytes).unwrap();
+            prop_assert_eq!(fs_err::read(&path).unwrap(), bytes);
+            prop_assert_eq!(names(dir.path()), ["x"]);
+        }
+    }
+
+    #[test]
+    fn a_directory_appears_whole_and_replaces_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("new/model");
+        let first = AtomicDir::new(&target).unwrap();
+        fs_err::write(first.path().join("old.txt"), b"1").unwrap();
+        assert!(!target.exists());
+        first.commit().unwrap();
+        let second = AtomicDir::new(&target).unwrap();
+        fs_err::create_dir(second.path().join("sub")).unwrap();
+        fs_err::write(second.path().join("sub/new.txt"), b"2").unwrap();
+        second.commit().unwrap();
+        assert_eq!(names(&target), ["sub"]);
+        assert_eq!(names(&dir.path().join("new")), ["model"]);
+    }
+
+    #[test]
+    fn a_dropped_directory_is_gone_and_the_old_one_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("model");
+        fs_err::create_dir(&target).unwrap();
+        let fresh = AtomicDir::new(&target).unwrap();
+        fs_err::write(fresh.path().join("half.txt"), b"1").unwrap();
+        drop(fresh);
+        assert_eq!(names(dir.path()), ["model"]);
+    }
+
+    #[test]
+    fn sweep_removes_what_killed_writers_left_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let sub = dir.path().join("sub");
+        fs_err::create_dir(&sub).unwrap();
+        fs_err::write(sub.join(".a.parquet.tmp-4711-0"), b"").unwrap();
+        fs_err::create_dir(sub.join(".merged.tmp-4711-1")).unwrap();
+        fs_err::write(sub.join(".merged.tmp-4711-1/x"), b"").unwrap();
+        let kept = [".a.tmp", ".a.tmp-", ".a.tmp-1", ".a.tmp-1-x", "a.tmp-1-2", ".tmp-1-2"];
+        for name in kept {
+            fs_err::write(sub.join(name), b"").unwrap();
+        }
+        sweep(dir.path()).unwrap();
+        let mut expected = kept.map(str::to_owned).to_vec();
+        expected.sort();
+        assert_eq!(names(&sub), expected);
+    }
+
+    #[test]
+    fn sweep_puts_back_a_directory_whose_replacement_never_came() {
+        let dir = tempfile::tempdir().unwrap();
+        // Killed between the two renames of `commit`.
+        fs_err::create_dir(dir.path().join(".model.old-4711-1")).unwrap();
+        fs_err::write(dir.path().join(".model.old-4711-1/weights"), b"w").unwrap();
+        fs_err::create_dir(dir.path().join(".model.tmp-4711-0")).unwrap();
+        // Killed after both, before the old one was deleted.
+        fs_err::create_dir(dir.path().join("other")).unwrap();
+        fs_err::create_dir(dir.path().join(".other.old-4711-3")).unwrap();
+        sweep(dir.path()).unwrap();
+        assert_eq!(names(dir.path()), ["model", "other"]);
+        assert_eq!(fs_err::read(dir.path().join("model/weights")).unwrap(), b"w");
+    }
+}

@@ -348,3 +348,90 @@ pub fn printable(text: &str) -> String {
         out
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+    use std::io;
+
+    #[track_caller]
+    fn gives(error: impl Into<anyhow::Error>, code: u8) {
+        let code = format!("{:?}", ExitCode::from(code));
+        assert_eq!(format!("{:?}", exit_code(Err(error.into()))), code);
+    }
+
+    #[test]
+    fn exit_codes_follow_the_cause() {
+        assert_eq!(format!("{:?}", exit_code(Ok(()))), format!("{:?}", ExitCode::SUCCESS));
+        gives(anyhow::anyhow!("anything"), 1);
+        gives(Usage("--a needs --b".to_owned()), 2);
+        gives(BadInput("row 3 is empty".to_owned()), 65);
+        gives(io::Error::new(io::ErrorKind::StorageFull, "no space left"), 74);
+        gives(io::Error::new(io::ErrorKind::InvalidData, "not UTF-8"), 65);
+        gives(Interrupted { signal: 2 }, 130);
+        gives(Interrupted { signal: 15 }, 143);
+        gives(crate::Error::Parquet { path: "x".into(), reason: "y".to_owned() }, 65);
+        gives(crate::Error::Io(io::Error::other("disk")), 74);
+        gives(crate::Error::ForeignOutput { path: "x".into(), found: "y".to_owned() }, 2);
+    }
+
+    #[test]
+    fn context_does_not_hide_the_cause() {
+        let result: Result<(), _> = Err(crate::Error::Io(io::Error::other("disk")));
+        let error = result.context("reading prompts").context("in the demo").unwrap_err();
+        gives(error, 74);
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_failure() {
+        gives(io::Error::from(io::ErrorKind::BrokenPipe), 0);
+        gives(crate::Error::Io(io::ErrorKind::BrokenPipe.into()), 0);
+    }
+
+    #[test]
+    fn other_crates_classify_their_own_errors() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("the reward is NaN")]
+        struct NonFinite;
+        impl ExitClass for NonFinite {
+            fn exit_class(&self) -> Option<u8> {
+                Some(code::OUT_OF_MEMORY)
+            }
+        }
+        let code = exit_code_of::<NonFinite>(Err(NonFinite.into()));
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(71)));
+    }
+
+    #[test]
+    fn control_characters_never_reach_the_terminal() {
+        assert_eq!(printable("a\u{1b}[2Jb\u{9b}\tc\nd é🙂"), "a\\u{1b}[2Jb\\u{9b}\tc\nd é🙂");
+    }
+
+    fn count(position: u64, skipped: u64, elapsed_s: f64) -> Count {
+        Count { name: "conversations", unit: "prompts", position, skipped, total: 48, elapsed_s }
+    }
+
+    #[test]
+    fn plain_lines_say_how_far_and_how_long() {
+        let line = |position, skipped, elapsed_s| plain_line(&count(position, skipped, elapsed_s));
+        assert_eq!(line(12, 0, 4.0), "conversations 12/48 prompts, 3.0/s, eta 12 s");
+        assert_eq!(line(48, 0, 200.0), "conversations 48/48 prompts, 0.2/s, 3 min 20 s");
+        assert_eq!(line(0, 0, 4.0), "conversations 0/48 prompts");
+        // Work of an earlier run does not count towards the rate.
+        assert_eq!(line(40, 36, 2.0), "conversations 40/48 prompts, 2.0/s, eta 4 s");
+        assert_eq!(line(1, 0, 60.0), "conversations 1/48 prompts, 60.0 s each, eta 47 min 0 s");
+        assert_eq!(duration(7500.0), "2 h 5 min");
+    }
+
+    #[test]
+    fn progress_counts_without_any_subscriber() {
+        let progress = progress("loading", "tensors", 3);
+        progress.skip(1);
+        progress.inc(2);
+        progress.add_total(1);
+        progress.message("w\u{7}");
+        assert_eq!(progress.position.load(Ordering::Relaxed), 3);
+        assert_eq!(progress.total.load(Ordering::Relaxed), 4);
+    }
+}

@@ -89,3 +89,91 @@ fn read_error(path: &Path, line: usize, error: std::io::Error, gzipped: bool) ->
         Error::Io(error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    use serde_json::json;
+    use std::io::Write;
+    use std::path::PathBuf;
+
+    fn file(name: &str, bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        fs_err::write(&path, bytes).unwrap();
+        (dir, path)
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn values_carry_their_line_numbers() {
+        let text = b"\xef\xbb\xbf{\"a\": 1}\r\n\n  \n[2]\n\"no line end\"";
+        let expected = vec![(1, json!({"a": 1})), (4, json!([2])), (5, json!("no line end"))];
+        let (_dir, path) = file("plain.jsonl", text);
+        assert_eq!(read(&path).unwrap(), expected);
+        let (_dir, path) = file("packed.jsonl.gz", &gzip(text));
+        assert_eq!(read(&path).unwrap(), expected);
+    }
+
+    #[test]
+    fn concatenated_gzip_members_are_one_file() {
+        let packed = [gzip(b"1\n"), gzip(b"2\n")].concat();
+        let (_dir, path) = file("two.jsonl.gz", &packed);
+        assert_eq!(read(&path).unwrap(), vec![(1, json!(1)), (2, json!(2))]);
+    }
+
+    #[test]
+    fn an_empty_file_has_no_values() {
+        let (_dir, path) = file("empty.jsonl", b"");
+        assert_eq!(read(&path).unwrap(), vec![]);
+    }
+
+    #[test]
+    fn broken_json_names_file_and_line() {
+        let (_dir, path) = file("broken.jsonl", b"{}\n{\"a\": }\n");
+        let error = read(&path).unwrap_err();
+        assert!(matches!(error, Error::Json { line: 2, .. }), "{error}");
+        assert!(error.to_string().contains("broken.jsonl:2: expected one JSON value"), "{error}");
+    }
+
+    #[test]
+    fn invalid_utf8_names_file_and_line() {
+        let (_dir, path) = file("latin1.jsonl", b"{}\n\"caf\xe9\"\n");
+        let error = read(&path).unwrap_err().to_string();
+        let expected = "latin1.jsonl:2: expected UTF-8, got invalid byte at offset 4 of the line";
+        assert!(error.ends_with(expected), "{error}");
+    }
+
+    #[test]
+    fn a_cut_or_damaged_gzip_file_is_bad_data_at_every_length() {
+        let packed = gzip(b"{\"prompt\": \"May I?\"}\n{\"prompt\": \"Should I?\"}\n");
+        for length in 0..packed.len() {
+            let (_dir, path) = file("cut.jsonl.gz", &packed[..length]);
+            match read(&path) {
+                Err(Error::Damaged { .. }) => {}
+                other => panic!("cut at {length}: {other:?}"),
+            }
+        }
+        let (_dir, path) = file("text.jsonl.gz", b"{}\n");
+        assert!(matches!(read(&path), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_not_followed() {
+        let (_dir, path) = file("deep.jsonl", "[".repeat(1 << 20).as_bytes());
+        assert!(matches!(read(&path), Err(Error::Json { line: 1, .. })));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = read("no/such/file.jsonl").unwrap_err();
+        assert!(error.is_io() && error.to_string().contains("no/such/file.jsonl"), "{error}");
+    }
+}

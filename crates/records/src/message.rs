@@ -103,3 +103,66 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Expected ids and splits: Python's hashlib, json.dumps(ensure_ascii=False,
+    // separators=(",", ":")), unicodedata.normalize and str.strip.
+
+    #[test]
+    fn prompt_ids_are_those_of_an_independent_implementation() {
+        let one = [Message::user("How do I \"steal\" a café\n\tsign?\\")];
+        assert_eq!(prompt_id(&one), "92e9cb088900f4c7");
+        let many = [
+            Message::system("Be kind.\u{7}\u{7f}"),
+            Message::user("Is lying ever right? 🙂"),
+            Message::assistant("Sometimes."),
+            Message::user("When?"),
+        ];
+        assert_eq!(prompt_id(&many), "05b27bf184b8bf0c");
+        assert_eq!(prompt_id(&[]), "4f53cda18c2baa0c");
+    }
+
+    #[test]
+    fn spelling_of_the_same_text_does_not_change_the_id() {
+        let decomposed = "  How do I \"steal\" a cafe\u{301}\r\n\tsign?\\ \n";
+        assert_eq!(prompt_id(&[Message::user(decomposed)]), "92e9cb088900f4c7");
+    }
+
+    #[test]
+    fn the_role_changes_the_id() {
+        let text = "Hello.";
+        assert_ne!(prompt_id(&[Message::user(text)]), prompt_id(&[Message::assistant(text)]));
+    }
+
+    #[test]
+    fn splits_are_those_of_an_independent_implementation() {
+        let question = |i: usize| [Message::user(format!("Question {i}?"))];
+        for i in 0..=21 {
+            let expected = match i {
+                3 | 8 | 21 => Split::Test,
+                14 | 15 => Split::Validation,
+                _ => Split::Train,
+            };
+            assert_eq!(split_of(&question(i)), expected, "question {i}");
+        }
+        let mut counts = [0; 3];
+        for i in 0..1000 {
+            counts[split_of(&question(i)) as usize] += 1;
+        }
+        assert_eq!(counts, [821, 88, 91]);
+    }
+
+    #[test]
+    fn contexts_that_share_an_opener_share_their_split() {
+        let longer = [
+            Message::system("Be brief."),
+            Message::user(" Question 3?\r\n"),
+            Message::assistant("Yes."),
+            Message::user("Question 0?"),
+        ];
+        assert_eq!(split_of(&longer), Split::Test);
+    }
+}

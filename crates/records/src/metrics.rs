@@ -132,3 +132,70 @@ fn kept_lines(path: &Path, last_step: u64) -> Result<Vec<u8>, Error> {
     }
     Ok(kept)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(dir: &Path) -> String {
+        fs_err::read_to_string(dir.join(FILE)).unwrap()
+    }
+
+    #[test]
+    fn a_line_a_step_in_the_order_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = MetricsWriter::create(dir.path()).unwrap();
+        writer.log(1, &[("objective/kl", 0.5), ("loss/policy_avg", -0.125)]).unwrap();
+        writer.log(2, &[("lr", 1e-5), ("bad", f64::NAN)]).unwrap();
+        writer.flush().unwrap();
+        assert_eq!(
+            lines(dir.path()),
+            "{\"step\":1,\"objective/kl\":0.5,\"loss/policy_avg\":-0.125}\n\
+             {\"step\":2,\"lr\":0.00001,\"bad\":null}\n"
+        );
+    }
+
+    #[test]
+    fn a_resumed_run_ends_with_the_same_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = |writer: &mut MetricsWriter, step: u64| {
+            writer.log(step, &[("loss", 1.0 / (step as f64 + 1.0))]).unwrap();
+        };
+        let mut writer = MetricsWriter::create(dir.path()).unwrap();
+        (1..=5).for_each(|step| log(&mut writer, step));
+        let uninterrupted = lines(dir.path());
+        let events = fs_err::read(dir.path().join(EVENTS_FILE)).unwrap();
+
+        let mut file = fs_err::OpenOptions::new().append(true).open(dir.path().join(FILE)).unwrap();
+        file.write_all(b"{\"step\":6,\"lo").unwrap(); // killed within a line
+        let mut writer = MetricsWriter::open_at(dir.path(), Some(3)).unwrap();
+        let resumed_at = fs_err::read(dir.path().join(EVENTS_FILE)).unwrap();
+        assert!(events.starts_with(&resumed_at) && resumed_at.len() < events.len());
+        (4..=5).for_each(|step| log(&mut writer, step));
+        assert_eq!(lines(dir.path()), uninterrupted);
+        let resumed = fs_err::read(dir.path().join(EVENTS_FILE)).unwrap();
+        assert_eq!(resumed.len(), events.len()); // only wall times differ
+    }
+
+    #[test]
+    fn opening_anew_starts_empty_and_resuming_nothing_works() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = MetricsWriter::open_at(dir.path(), Some(7)).unwrap();
+        writer.log(8, &[("loss", 1.0)]).unwrap();
+        MetricsWriter::create(dir.path()).unwrap();
+        assert_eq!(lines(dir.path()), "");
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::write(dir.path().join(FILE), "{\"step\":1}\n{\"stop\":2}\n").unwrap();
+        let error = MetricsWriter::open_at(dir.path(), Some(2)).unwrap_err().to_string();
+        assert!(
+            error.ends_with(
+                "metrics.jsonl:2: expected an object with a number `step`, got {\"stop\":2}"
+            ),
+            "{error}"
+        );
+    }
+}

@@ -253,3 +253,6 @@ fn blame<C: DeserializeOwned>(
         })
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -550,3 +550,6 @@ fn remove_if_any(path: &Path) -> Result<(), Error> {
         other => Ok(other?),
     }
 }
+
+#[cfg(test)]
+mod tests;

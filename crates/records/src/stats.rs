@@ -371,3 +371,198 @@ fn count(n: usize) -> f64 {
 fn count_u64(n: u64) -> f64 {
     n as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[track_caller]
+    fn close(got: f64, expected: f64, tolerance: f64) {
+        assert!((got - expected).abs() <= tolerance, "expected {expected}, got {got}");
+    }
+
+    #[test]
+    fn mean_std_and_score_by_hand() {
+        let values = [2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0];
+        // Sum 40; squares of the differences 9 1 1 1 0 0 4 16 = 32, over 8 = 4.
+        assert_eq!(mean(&values), 5.0);
+        assert_eq!(std(&values), 2.0);
+        assert_eq!(score(&values), 4.0);
+        assert!(mean(&[]).is_nan() && std(&[]).is_nan());
+    }
+
+    #[test]
+    fn wilson_matches_scipy() {
+        // scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
+        let z = 1.959_963_984_540_054;
+        for (k, n, low, high) in [
+            (8, 10, 0.490_162_471_536_641_8, 0.943_317_848_545_624_8),
+            (150, 150, 0.975_029_755_631_923_4, 1.0),
+            (0, 20, 0.0, 0.161_125_158_052_819_35),
+        ] {
+            let interval = wilson(k, n, z);
+            close(interval.low, low, 1e-12);
+            close(interval.high, high, 1e-12);
+        }
+        assert_eq!(wilson(8, 10, z).estimate, 0.8);
+        assert_eq!((wilson(0, 0, z).low, wilson(0, 0, z).high), (0.0, 1.0));
+    }
+
+    #[test]
+    fn correlations_match_scipy() {
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 5.5];
+        let y = [2.0, 1.0, 4.0, 3.0, 7.0, 7.0];
+        close(pearson(&x, &y), 0.883_931_907_127_668, 1e-12);
+        let x = [1.0, 2.0, 2.0, 4.0, 5.0, 5.0];
+        let y = [3.0, 1.0, 4.0, 4.0, 9.0, 7.0];
+        close(spearman(&x, &y), 0.850_841_043_487_808_2, 1e-12);
+        assert!(pearson(&[1.0, 1.0], &[1.0, 2.0]).is_nan());
+    }
+
+    #[test]
+    fn ranks_share_ties() {
+        assert_eq!(ranks(&[10.0, 20.0, 10.0, 5.0]), [2.5, 4.0, 2.5, 1.0]);
+        assert_eq!(ranks(&[7.0, 7.0, 7.0]), [2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn calibration_error_by_hand() {
+        // Two bins. [0, ½): 0.2 and 0.4, one of them true: |0.6 − 1| = 0.4.
+        // [½, 1]: 0.5, 0.9 and 1, two of them true: |2.4 − 2| = 0.4. Together 0.8 over 5.
+        let p = [0.2, 0.4, 0.5, 0.9, 1.0];
+        let outcomes = [false, true, false, true, true];
+        close(expected_calibration_error(&p, &outcomes, 2), 0.16, 1e-12);
+        close(expected_calibration_error(&[0.0, 1.0], &[false, true], 10), 0.0, 0.0);
+        close(expected_calibration_error(&[0.0, 1.0], &[true, false], 10), 1.0, 0.0);
+    }
+
+    #[test]
+    fn sign_test_matches_scipy() {
+        // 8 of 10 by hand: 2 · (1 + 10 + 45) / 1024 = 0.109375.
+        close(sign_test(8, 2), 0.109_375, 1e-12);
+        close(sign_test(2, 8), 0.109_375, 1e-12);
+        // scipy.stats.binomtest(k, n, 0.5).pvalue
+        close(sign_test(520, 480), 0.217_448_293_204_141_2, 1e-9);
+        close(sign_test(900, 1100), 8.457_089_535_503_81e-6, 1e-12);
+        assert_eq!(sign_test(5, 5), 1.0);
+        assert_eq!(sign_test(0, 0), 1.0);
+    }
+
+    #[test]
+    fn normal_quantiles_match_scipy() {
+        for (p, expected) in [
+            (1e-6, -4.753_424_308_822_899),
+            (0.001, -3.090_232_306_167_813),
+            (0.02, -2.053_748_910_631_823),
+            (0.5, 0.0),
+            (0.8, 0.841_621_233_572_914_3),
+            (0.9, 1.281_551_565_544_600_4),
+            (0.975, 1.959_963_984_540_054),
+            (0.999_999, 4.753_424_308_817_087),
+        ] {
+            close(normal_quantile(p), expected, 6e-9);
+        }
+    }
+
+    #[test]
+    fn minimum_detectable_effect_of_the_textbook() {
+        // (1.95996 + 0.84162) · 0.1 at 5 % and power 80 %.
+        close(minimum_detectable_effect(0.1, 0.05, 0.8), 0.280_158_5, 1e-6);
+    }
+
+    #[test]
+    fn fleiss_kappa_of_his_own_example() {
+        // Fleiss 1971, as worked on Wikipedia: 10 subjects, 14 raters, 5 categories: 0.210.
+        let counts = [
+            [0, 0, 0, 0, 14],
+            [0, 2, 6, 4, 2],
+            [0, 0, 3, 5, 6],
+            [0, 3, 9, 2, 0],
+            [2, 2, 8, 1, 1],
+            [7, 7, 0, 0, 0],
+            [3, 2, 6, 3, 0],
+            [2, 5, 3, 2, 2],
+            [6, 5, 2, 1, 0],
+            [0, 2, 2, 3, 7],
+        ];
+        close(fleiss_kappa(&counts.map(|row| row.to_vec())), 0.210, 5e-4);
+        assert_eq!(fleiss_kappa(&[vec![3, 0], vec![0, 3]]), 1.0);
+    }
+
+    #[test]
+    fn quantiles_interpolate() {
+        let sorted = [1.0, 2.0, 4.0, 8.0];
+        assert_eq!(quantile(&sorted, 0.0), 1.0);
+        assert_eq!(quantile(&sorted, 0.5), 3.0); // position 1.5
+        assert_eq!(quantile(&sorted, 1.0), 8.0);
+        assert_eq!(quantile(&[3.0], 0.7), 3.0);
+    }
+
+    /// 200 clusters of one value with mean 0 and known spread: the classic case.
+    fn ones() -> Vec<Vec<f64>> {
+        (0..200).map(|i| vec![if i % 2 == 0 { 1.0 } else { -1.0 }]).collect()
+    }
+
+    #[test]
+    fn bootstrap_of_a_mean_has_the_textbook_standard_error() {
+        // Standard deviation 1 over √200 = 0.0707; 95 % interval ± 1.96 of that.
+        let outcome = bootstrap(&ones(), mean, Resampling::seeded(7));
+        assert_eq!(outcome.interval.estimate, 0.0);
+        close(outcome.standard_error, 0.070_71, 0.003);
+        close(outcome.interval.high, 0.1386, 0.012);
+        close(outcome.interval.low, -0.1386, 0.012);
+    }
+
+    #[test]
+    fn values_of_a_prompt_are_drawn_together() {
+        // Each value three times in its cluster: as uncertain as once. Drawn one by one, the error
+        // would be smaller by √3.
+        let tripled: Vec<Vec<f64>> = ones().iter().map(|cluster| cluster.repeat(3)).collect();
+        let once = bootstrap(&ones(), mean, Resampling::seeded(7));
+        let thrice = bootstrap(&tripled, mean, Resampling::seeded(7));
+        close(thrice.standard_error, once.standard_error, 1e-12);
+    }
+
+    #[test]
+    fn a_constant_shift_is_certain_when_paired() {
+        let first: Vec<Vec<f64>> = (0..50).map(|i| vec![f64::from(i), 0.5]).collect();
+        let last: Vec<Vec<f64>> =
+            first.iter().map(|cluster| cluster.iter().map(|x| x + 0.25).collect()).collect();
+        // A shift moves the mean and leaves the spread: the Score's difference is the shift.
+        let Bootstrap { interval, standard_error } =
+            paired_difference_of(&first, &last, score, Resampling::seeded(1));
+        for value in [interval.estimate, interval.low, interval.high] {
+            close(value, 0.25, 1e-9);
+        }
+        close(standard_error, 0.0, 1e-9);
+    }
+
+    #[test]
+    fn draws_depend_on_the_seed_alone() {
+        let draw = |seed| bootstrap(&ones(), score, Resampling { draws: 200, level: 0.9, seed });
+        assert_eq!(draw(3), draw(3));
+        assert_ne!(draw(3), draw(4));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn the_paired_difference_turns_its_sign(values in proptest::collection::vec((-9.0..9.0f64, -9.0..9.0f64), 1..20)) {
+            let (a, b): (Vec<_>, Vec<_>) = values.iter().map(|(a, b)| (vec![*a], vec![*b])).unzip();
+            let resampling = Resampling { draws: 100, level: 0.9, seed: 5 };
+            let forth = paired_difference_of(&a, &b, score, resampling).interval;
+            let back = paired_difference_of(&b, &a, score, resampling).interval;
+            prop_assert!((forth.estimate + back.estimate).abs() < 1e-9);
+            prop_assert!((forth.low + back.high).abs() < 1e-9);
+            prop_assert!((forth.high + back.low).abs() < 1e-9);
+        }
+
+        #[test]
+        fn indices_stay_below(n in 1usize..1000, seed: u64) {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            prop_assert!((0..100).all(|_| below(&mut rng, n) < n));
+        }
+    }
+}

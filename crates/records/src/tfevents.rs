@@ -140,3 +140,50 @@ fn crc32c(bytes: &[u8]) -> u32 {
     };
     !bytes.iter().fold(!0u32, |crc, &byte| crc >> 8 ^ TABLE[(crc.to_le_bytes()[0] ^ byte) as usize])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crc32c_gives_the_published_check_values() {
+        // "123456789": the catalogue of CRC algorithms; the others: RFC 3720, appendix B.4.
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
+        let ascending: Vec<u8> = (0..32).collect();
+        assert_eq!(crc32c(&ascending), 0x46dd_794e);
+    }
+
+    #[test]
+    fn a_scalar_event_is_encoded_by_the_letter() {
+        // By hand: 0x09 = field 1, fixed64; 1.0 as a double; 0x10 = field 2, varint; 300 = ac 02;
+        // 0x2a = field 5, bytes; 0x0a = field 1, bytes; 0x15 = field 2, fixed32; 0.5 as a float.
+        let message = [0x0a, 2, b'k', b'l', 0x15, 0, 0, 0, 0x3f];
+        let mut event =
+            vec![0x09, 0, 0, 0, 0, 0, 0, 0xf0, 0x3f, 0x10, 0xac, 0x02, 0x2a, 11, 0x0a, 9];
+        event.extend_from_slice(&message);
+        let bytes = scalars(1.0, 300, &[("kl", 0.5)]);
+        assert_eq!(&bytes[..8], &(event.len() as u64).to_le_bytes());
+        assert_eq!(&bytes[12..bytes.len() - 4], &event[..]);
+    }
+
+    #[test]
+    fn records_are_kept_up_to_a_step_and_never_in_part() {
+        let file = [
+            header(1.0),
+            scalars(2.0, 1, &[("loss", 1.0)]),
+            scalars(3.0, 200, &[("loss", 0.5)]),
+            scalars(4.0, 300, &[("loss", 0.25)]),
+        ];
+        let whole = file.concat();
+        assert_eq!(kept(&whole, 300), whole);
+        assert_eq!(kept(&whole, 299), file[..3].concat());
+        assert_eq!(kept(&whole, 0), file[0]);
+        assert_eq!(kept(&whole[..whole.len() - 1], 300), file[..3].concat());
+        let mut flipped = whole.clone();
+        flipped[file[0].len() + 20] ^= 1;
+        assert_eq!(kept(&flipped, 300), file[0]);
+        assert!(kept(&[], 300).is_empty());
+    }
+}

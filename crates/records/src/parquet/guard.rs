@@ -472,3 +472,155 @@ impl Thrift<'_> {
         Ok(byte)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A field of type i32 or i64 `delta` ids after the last one.
+    fn int(delta: u8, number: u64) -> Vec<u8> {
+        [vec![delta << 4 | I32], varint(number << 1)].concat()
+    }
+
+    fn varint(mut number: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while number >= 128 {
+            bytes.push((number % 128) as u8 | 128);
+            number /= 128;
+        }
+        bytes.push(number as u8);
+        bytes
+    }
+
+    fn list(length: usize, kind: u8) -> Vec<u8> {
+        [vec![0xf0 | kind], varint(length as u64)].concat()
+    }
+
+    /// `FileMetaData` with a schema of elements that have so many children.
+    fn footer(children: &[u64]) -> Vec<u8> {
+        let mut bytes = vec![0x20 | LIST]; // field 2
+        bytes.extend(list(children.len(), STRUCT));
+        for &n in children {
+            bytes.extend(int(5, n));
+            bytes.push(0);
+        }
+        bytes.push(0);
+        bytes
+    }
+
+    fn walk(bytes: &[u8]) -> Result<(), Bad> {
+        walk_footer(&mut Thrift { bytes, at: 0 })
+    }
+
+    #[track_caller]
+    fn refuses(bytes: &[u8], what: &str) {
+        let bad = walk(bytes).unwrap_err();
+        assert!(bad.what.contains(what), "{bad:?}");
+    }
+
+    #[test]
+    fn schema_trees_must_add_up() {
+        walk(&footer(&[2, 0, 1, 0])).unwrap();
+        walk(&footer(&[0])).unwrap();
+        refuses(&footer(&[2, 0]), "children"); // one is missing
+        refuses(&footer(&[2, 1, 0]), "schema tree");
+        refuses(&footer(&[1, 0, 0]), "schema tree"); // one too many
+        refuses(&footer(&[0x3fff_ffff, 0]), "children"); // gigabytes, if believed
+    }
+
+    #[test]
+    fn deep_schemas_are_refused() {
+        let chain = |depth: usize| {
+            let mut children = vec![1; depth];
+            children.push(0);
+            footer(&children)
+        };
+        walk(&chain(10)).unwrap();
+        refuses(&chain(1000), "depth of the schema");
+        refuses(&chain(100_000), "number of schema elements");
+    }
+
+    #[test]
+    fn negative_children_are_refused() {
+        let mut bytes = vec![0x20 | LIST];
+        bytes.extend(list(1, STRUCT));
+        bytes.extend([5 << 4 | I32, 1, 0, 0]); // zigzag 1 = −1
+        refuses(&bytes, "children");
+    }
+
+    #[test]
+    fn claimed_lengths_are_checked_against_what_is_there() {
+        let mut bytes = vec![0x20 | LIST];
+        bytes.extend(list(usize::MAX >> 1, STRUCT));
+        refuses(&bytes, "length of a list");
+        let mut bytes = vec![0x60 | 8]; // field 6: created_by
+        bytes.extend(varint(u64::MAX));
+        refuses(&bytes, "length of a value");
+        refuses(&[0x10 | I32, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1], "number");
+        refuses(&[0x10 | 11, 1], "field"); // a map
+    }
+
+    #[test]
+    fn endless_nesting_is_refused() {
+        refuses(&[0x10 | STRUCT; 5000], "depth of nesting");
+        refuses(&[&[0x10 | LIST][..], &[0x10 | LIST; 5000]].concat(), "depth of nesting");
+    }
+
+    /// A page header (data page, version 1) followed by so many zero bytes.
+    fn page(unpacked: u64, packed: u64, n_values: u64, encoding: u64) -> Vec<u8> {
+        let mut bytes = int(1, 0);
+        bytes.extend(int(1, unpacked));
+        bytes.extend(int(1, packed));
+        bytes.push(0x20 | STRUCT); // field 5
+        bytes.extend(int(1, n_values));
+        bytes.extend(int(1, encoding));
+        bytes.extend([0, 0]);
+        bytes.extend(vec![0; usize::try_from(packed.min(1000)).unwrap()]);
+        bytes
+    }
+
+    #[test]
+    fn pages_add_up() {
+        let pages = walk_pages(&[page(100, 10, 7, 0), page(50, 5, 3, 7)].concat()).unwrap();
+        let expected = Pages {
+            n_values: 10,
+            unpacked_bytes: 150,
+            has_dictionary: false,
+            shared_prefix_bytes: 150,
+        };
+        assert_eq!(pages, expected);
+        assert_eq!(walk_pages(&[]).unwrap(), Pages::default());
+    }
+
+    #[test]
+    fn a_page_of_two_gigabytes_is_refused() {
+        // The library would allocate it before reading a byte.
+        let bad = walk_pages(&page(0x7fff_ffff, 10, 1, 0)).unwrap_err();
+        assert_eq!(bad.what, "unpacked size of a page");
+        let bad = walk_pages(&page(10, 5000, 1, 0)).unwrap_err();
+        assert_eq!(bad.what, "packed size of a page");
+        let negative = [0x20 | I32, 1, 0x10 | I32, 1, 0];
+        assert_eq!(walk_pages(&negative).unwrap_err().what, "packed size of a page");
+        // A header without sizes claims nothing it could be checked against.
+        assert!(walk_pages(&[0]).is_err());
+    }
+
+    #[test]
+    fn the_longest_entry_of_a_dictionary() {
+        let page = [&3u32.to_le_bytes()[..], b"abc", &1u32.to_le_bytes(), b"d"].concat();
+        assert_eq!(longest_entry(&page), 3);
+        assert_eq!(longest_entry(&[]), 0);
+        assert_eq!(longest_entry(&u32::MAX.to_le_bytes()), 0); // cut: the library refuses it
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+        #[test]
+        fn no_bytes_make_it_panic_or_hang(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = walk(&bytes);
+            let _ = walk_pages(&bytes);
+            let _ = longest_entry(&bytes);
+        }
+    }
+}

@@ -172,3 +172,6 @@ fn read_columns<T: DeserializeOwned>(
 fn parquet_error(path: &Path, reason: &dyn std::fmt::Display) -> Error {
     Error::Parquet { path: path.to_owned(), reason: reason.to_string() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,317 @@
+//! Tests of when a stage runs, what it removes, and what it records.
+
+use serde_json::json;
+
+use super::*;
+
+struct Fixture {
+    dir: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let fixture = Self { dir: tempfile::tempdir().unwrap() };
+        fs_err::write(fixture.input(), b"input 1").unwrap();
+        fixture
+    }
+
+    fn input(&self) -> PathBuf {
+        self.dir.path().join("input.parquet")
+    }
+
+    fn output(&self) -> PathBuf {
+        self.dir.path().join("out")
+    }
+
+    fn begin(&self, config: Value, seed: u64) -> Result<Start, Error> {
+        begin(StageSpec {
+            stage: "sft",
+            output: &self.output(),
+            config,
+            seed,
+            inputs: vec![("prompts".to_owned(), self.input())],
+        })
+    }
+
+    #[track_caller]
+    fn run(&self, config: Value) -> StageRun {
+        match self.begin(config, 1).unwrap() {
+            Start::Run(run) => run,
+            Start::UpToDate(_) => panic!("expected work to do"),
+        }
+    }
+
+    #[track_caller]
+    fn complete(&self, config: Value) {
+        let run = self.run(config);
+        fs_err::create_dir_all(run.output().join("merged")).unwrap();
+        fs_err::write(run.output().join("merged/model.safetensors"), b"weights").unwrap();
+        fs_err::write(run.output().join("metrics.jsonl"), b"{}\n").unwrap();
+        fs_err::write(run.output().join("timings.jsonl"), b"{}\n").unwrap();
+        let counts = json!({"rows": 3}).as_object().unwrap().clone();
+        let done = Completion { device: "cpu".to_owned(), dtype: "bf16".to_owned(), counts };
+        run.finish(done).unwrap();
+    }
+
+    fn files(&self) -> Vec<String> {
+        hashes::walk(&self.output(), &|_| false).unwrap()
+    }
+
+    #[track_caller]
+    fn is_up_to_date(&self, config: Value) {
+        match self.begin(config, 1).unwrap() {
+            Start::UpToDate(_) => {}
+            Start::Run(_) => panic!("expected it to be up to date"),
+        }
+    }
+}
+
+#[test]
+fn a_complete_stage_is_up_to_date_until_something_changes() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"rank": 16}));
+    fixture.is_up_to_date(json!({"rank": 16}));
+    fixture.is_up_to_date(json!({"rank": 16}));
+
+    let run = fixture.run(json!({"rank": 8}));
+    assert!(!run.is_resumed());
+    assert_eq!(fixture.files(), [".lock", "stage.json"]);
+    drop(run);
+
+    fixture.complete(json!({"rank": 16}));
+    assert!(matches!(fixture.begin(json!({"rank": 16}), 2).unwrap(), Start::Run(_)));
+
+    fixture.complete(json!({"rank": 16}));
+    fs_err::write(fixture.input(), b"input 2").unwrap(); // same length
+    fixture.complete(json!({"rank": 16}));
+    fixture.is_up_to_date(json!({"rank": 16}));
+}
+
+#[test]
+fn run_json_records_everything_and_no_time() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"rank": 16, "alpha": 32.0}));
+    let run = RunJson::read(fixture.output()).unwrap();
+    assert_eq!((run.stage.as_str(), run.seed), ("sft", 1));
+    assert_eq!(run.config, json!({"alpha": 32.0, "rank": 16}));
+    assert_eq!((run.device.as_str(), run.dtype.as_str()), ("cpu", "bf16"));
+    assert_eq!(run.counts["rows"], 3);
+    // printf 'input 1' | sha256sum
+    let input = "99d3a91e7e87eb4997107275226155498555e34322ffebe829e79cb7daeca5b9";
+    assert_eq!(run.inputs["prompts"], input);
+    let names: Vec<&String> = run.outputs.keys().collect();
+    assert_eq!(names, ["merged/model.safetensors", "metrics.jsonl"]);
+    assert_eq!(run.outputs["metrics.jsonl"].size, 3);
+    let first = fs_err::read(fixture.output().join("run.json")).unwrap();
+    fs_err::remove_dir_all(fixture.output()).unwrap();
+    fixture.complete(json!({"alpha": 32.0, "rank": 16})); // other order of keys
+    assert_eq!(fs_err::read(fixture.output().join("run.json")).unwrap(), first);
+}
+
+#[test]
+fn partial_work_of_the_same_settings_stays() {
+    let fixture = Fixture::new();
+    let run = fixture.run(json!({"rank": 16}));
+    assert!(!run.is_resumed());
+    fs_err::write(run.output().join("shard-0.parquet"), b"rows").unwrap();
+    fs_err::write(run.output().join(".shard-1.parquet.tmp-4711-0"), b"ro").unwrap();
+    drop(run); // killed
+
+    let run = fixture.run(json!({"rank": 16}));
+    assert!(run.is_resumed());
+    assert_eq!(fixture.files(), [".lock", "shard-0.parquet", "stage.json"]);
+    drop(run);
+
+    let run = fixture.run(json!({"rank": 8}));
+    assert!(!run.is_resumed());
+    assert_eq!(fixture.files(), [".lock", "stage.json"]);
+}
+
+#[test]
+fn a_kill_while_clearing_is_noticed() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"rank": 16}));
+    // What is there when killed between the mark and the removal, and after run.json is gone.
+    let partial: StageJson = {
+        let run = fixture.run(json!({"rank": 8}));
+        read_json(&run.output().join(STAGE_JSON)).unwrap()
+    };
+    for run_json_gone in [false, true] {
+        fs_err::remove_dir_all(fixture.output()).unwrap();
+        fixture.complete(json!({"rank": 16}));
+        write_stage_json(&fixture.output(), &partial.origin, &[], true).unwrap();
+        if run_json_gone {
+            fs_err::remove_file(fixture.output().join(RUN_JSON)).unwrap();
+        }
+        let run = fixture.run(json!({"rank": 8}));
+        assert!(!run.is_resumed());
+        assert_eq!(fixture.files(), [".lock", "stage.json"]);
+    }
+}
+
+#[test]
+fn a_kill_between_run_json_and_the_end_is_complete() {
+    let fixture = Fixture::new();
+    let run = fixture.run(json!({}));
+    let stage = fs_err::read(run.output().join(STAGE_JSON)).unwrap();
+    run.finish(Completion::default()).unwrap();
+    fs_err::write(fixture.output().join(STAGE_JSON), stage).unwrap();
+    fixture.is_up_to_date(json!({}));
+    assert_eq!(fixture.files(), [".lock", "run.json"]);
+}
+
+#[test]
+fn damaged_or_missing_outputs_are_made_again() {
+    let fixture = Fixture::new();
+    let weights = fixture.output().join("merged/model.safetensors");
+    fixture.complete(json!({}));
+    fs_err::write(&weights, b"wEights").unwrap(); // same length, other contents
+    fixture.complete(json!({}));
+    fs_err::remove_file(&weights).unwrap();
+    fixture.complete(json!({}));
+    fixture.is_up_to_date(json!({}));
+}
+
+#[test]
+fn what_others_put_there_is_never_deleted() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"rank": 16}));
+    fs_err::write(fixture.output().join("notes.txt"), b"mine").unwrap();
+    fs_err::write(fixture.output().join("ppo.log"), b"log").unwrap();
+    let nested = fixture.output().join("nested");
+    fs_err::create_dir(&nested).unwrap();
+    fs_err::write(nested.join("run.json"), b"{}").unwrap();
+    fs_err::write(nested.join("data.parquet"), b"theirs").unwrap();
+
+    drop(fixture.run(json!({"rank": 8})));
+    drop(fixture.run(json!({"rank": 4}))); // through stage.json this time
+    fixture.complete(json!({"rank": 2}));
+    let kept = ["nested/data.parquet", "nested/run.json", "notes.txt", "ppo.log"];
+    let files = fixture.files();
+    assert!(kept.iter().all(|file| files.iter().any(|f| f == file)), "{files:?}");
+    let run = RunJson::read(fixture.output()).unwrap();
+    let names: Vec<&String> = run.outputs.keys().collect();
+    assert_eq!(names, ["merged/model.safetensors", "metrics.jsonl"]);
+}
+
+#[test]
+fn a_directory_no_stage_made_is_refused() {
+    let fixture = Fixture::new();
+    fs_err::create_dir(fixture.output()).unwrap();
+    fs_err::write(fixture.output().join("thesis.txt"), b"years of work").unwrap();
+    let error = fixture.begin(json!({}), 1).unwrap_err();
+    assert!(matches!(&error, Error::ForeignOutput { found, .. } if found == "thesis.txt"));
+    assert_eq!(fixture.files(), [".lock", "thesis.txt"]);
+}
+
+#[test]
+fn a_second_process_is_turned_away_with_the_pid_of_the_first() {
+    let fixture = Fixture::new();
+    let run = fixture.run(json!({}));
+    let error = fixture.begin(json!({}), 1).unwrap_err();
+    let pid = std::process::id().to_string();
+    assert!(matches!(&error, Error::Locked { pid: other, .. } if *other == pid), "{error}");
+    drop(run);
+    fixture.run(json!({}));
+}
+
+#[test]
+fn a_damaged_run_json_is_named() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({}));
+    fs_err::write(fixture.output().join("run.json"), b"{\n\"stage\": 3").unwrap();
+    let error = fixture.begin(json!({}), 1).unwrap_err().to_string();
+    assert!(error.contains("run.json:2: expected what an Arete stage writes"), "{error}");
+}
+
+#[test]
+fn a_missing_input_is_named() {
+    let fixture = Fixture::new();
+    fs_err::remove_file(fixture.input()).unwrap();
+    let error = fixture.begin(json!({}), 1).unwrap_err();
+    assert!(error.is_io() && error.to_string().contains("input.parquet"), "{error}");
+}
+
+#[test]
+fn changes_are_named_with_both_values() {
+    let origin = |config: Value, input: &str| Origin {
+        stage: "sft".to_owned(),
+        config,
+        seed: 1,
+        inputs: BTreeMap::from([("prompts".to_owned(), input.to_owned())]),
+        versions: BTreeMap::from([("arete".to_owned(), "0.1.0".to_owned())]),
+    };
+    let old = origin(json!({"lora": {"rank": 16}, "gone": true, "same": [1]}), "aa");
+    let mut new = origin(json!({"lora": {"rank": 8}, "added": "x", "same": [1]}), "bb");
+    new.seed = 2;
+    let change = |what, key: &str, old: &str, new: &str| Change {
+        what,
+        key: key.to_owned(),
+        old: old.to_owned(),
+        new: new.to_owned(),
+    };
+    assert_eq!(
+        old.changes(&new),
+        [
+            change("recipe key", "seed", "1", "2"),
+            change("recipe key", "added", "(none)", "\"x\""),
+            change("recipe key", "gone", "true", "(none)"),
+            change("recipe key", "lora.rank", "16", "8"),
+            change("input", "prompts", "aa", "bb"),
+        ]
+    );
+    assert_eq!(old.changes(&old), []);
+}
+
+#[test]
+fn hashes_are_those_of_sha256sum() {
+    let dir = tempfile::tempdir().unwrap();
+    fs_err::write(dir.path().join("abc"), b"abc").unwrap();
+    // FIPS 180-2, appendix B.1.
+    let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+    assert_eq!(sha256_file(dir.path().join("abc")).unwrap(), abc);
+    assert_eq!(sha256_path(dir.path().join("abc")).unwrap(), abc);
+    // printf '%s  abc\n%s  sub/abc\n' $abc $abc | sha256sum
+    fs_err::create_dir(dir.path().join("sub")).unwrap();
+    fs_err::write(dir.path().join("sub/abc"), b"abc").unwrap();
+    for bookkeeping in ["run.json", "timings.jsonl", "events.out.tfevents.1.x", ".lock", "a.log"] {
+        fs_err::write(dir.path().join(bookkeeping), b"now").unwrap();
+    }
+    assert_eq!(sha256_path(dir.path()).unwrap(), TWO_FILES);
+}
+
+const TWO_FILES: &str = "0a9ff896ce9ff9f3018e857f20696470e2193d46846f7e1bde53ccf459fedf3f";
+
+#[test]
+fn remembered_hashes_are_used_and_never_stale() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    fs_err::create_dir(&output).unwrap();
+    let file = dir.path().join("model");
+    fs_err::write(&file, b"one").unwrap();
+    // Changed a moment ago: hashed, but not remembered.
+    let mut cache = HashCache::load(&output);
+    let one = cache.sha256_file(&file).unwrap();
+    // Long enough ago for the next change to get another time: remembered.
+    std::thread::sleep(std::time::Duration::from_millis(80));
+    assert_eq!(cache.sha256_file(&file).unwrap(), one);
+    cache.save();
+    assert!(dir.path().join(".hashes.json").exists());
+    assert_eq!(HashCache::load(&output).sha256_file(&file).unwrap(), one);
+
+    fs_err::write(&file, b"two").unwrap(); // same size
+    let mut cache = HashCache::load(&output);
+    let two = cache.sha256_file(&file).unwrap();
+    assert_eq!(two, sha256_file(&file).unwrap());
+    assert_ne!(two, one);
+
+    fs_err::write(dir.path().join(".hashes.json"), b"garbage").unwrap();
+    assert_eq!(HashCache::load(&output).sha256_file(&file).unwrap(), two);
+}
+
+#[test]
+fn a_link_that_points_upwards_ends_in_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(dir.path(), dir.path().join("loop")).unwrap();
+    assert!(matches!(sha256_path(dir.path()), Err(Error::TooDeep { .. })));
+}
