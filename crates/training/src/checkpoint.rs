@@ -359,8 +359,10 @@ mod tests {
         CheckpointStore::new(dir.path(), "old", 1)
             .save(1, &tensors(1.0), &Vec::<u64>::new(), &[])
             .unwrap();
-        let error =
-            CheckpointStore::new(dir.path(), "new", 1).latest::<Vec<u64>>().unwrap_err().to_string();
+        let error = CheckpointStore::new(dir.path(), "new", 1)
+            .latest::<Vec<u64>>()
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("expected new, got old"), "{error}");
     }
 }

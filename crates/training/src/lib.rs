@@ -15,7 +15,7 @@
 //!   the step instead, and halves its loss scale.
 
 pub mod checkpoint;
-mod error;
+pub mod error;
 pub mod optimiser;
 pub mod order;
 pub mod runtime;

@@ -1,7 +1,8 @@
 //! Device, dtype and threads of a run, as flags; and how much memory it took.
 
-use arete_model::decoder::{LoadOptions, default_dtype};
-use arete_model::nf4::Nf4Options;
+use std::path::Path;
+
+use arete_model::{LoadOptions, Nf4Options, Source, default_dtype};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -59,6 +60,14 @@ pub fn load_options(device: Device, dtype: Dtype, nf4: bool, double_quantize: bo
     };
     let nf4 = nf4.then(|| Nf4Options { double_quantize, ..Nf4Options::default() });
     LoadOptions { device, dtype, nf4 }
+}
+
+/// The file or directory of a model, unless it is on the hub.
+pub fn local_path(source: &Source) -> Option<&Path> {
+    match source {
+        Source::Directory(path) | Source::Gguf(path) => Some(path),
+        Source::Hub { .. } => None,
+    }
 }
 
 /// `f32`, `bf16` or `f16`.

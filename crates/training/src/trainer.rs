@@ -169,7 +169,8 @@ impl Run<'_> {
             progress.message(format!("loss {loss:.4}"));
             progress.inc(1);
             let n_done = self.state.global_step;
-            let is_due = |every: u64| n_done == total || (every > 0 && n_done.is_multiple_of(every));
+            let is_due =
+                |every: u64| n_done == total || (every > 0 && n_done.is_multiple_of(every));
             let improved = is_due(self.config.eval_every) && self.evaluate()?;
             if is_due(self.config.checkpoint_every)
                 || (improved && self.config.select == Select::Best)

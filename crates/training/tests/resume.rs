@@ -1,0 +1,213 @@
+//! The step loop: interrupted anywhere, it ends with the same bytes.
+
+use std::path::Path;
+
+use arete_training::order::Plan;
+use arete_training::{
+    AdamW, AdamWConfig, Error, Evaluation, LoopConfig, Objective, Outcome, Schedule, ScheduleKind,
+    Select, StepReport, train,
+};
+use tch::{Kind, Tensor};
+
+/// Least squares over made-up points; dies before a given step.
+struct LeastSquares {
+    weight: Tensor,
+    points: Tensor,
+    targets: Tensor,
+    steps_left: u64,
+    bad_at: Option<usize>,
+    /// Loss scales above this make the gradients infinite.
+    overflow_above: f64,
+}
+
+impl LeastSquares {
+    fn new() -> Self {
+        let points =
+            (Tensor::arange(40, (Kind::Float, tch::Device::Cpu)) * 0.37).sin().view([10, 4]);
+        let truth = Tensor::from_slice(&[1.0f32, -2.0, 0.5, 3.0]);
+        Self {
+            weight: Tensor::zeros([4], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true),
+            targets: points.mv(&truth),
+            points,
+            steps_left: u64::MAX,
+            bad_at: None,
+            overflow_above: f64::INFINITY,
+        }
+    }
+
+    fn loss(&self, rows: &[i64]) -> Tensor {
+        let rows = Tensor::from_slice(rows);
+        let points = self.points.index_select(0, &rows);
+        let targets = self.targets.index_select(0, &rows);
+        (points.mv(&self.weight) - targets).square().mean(Kind::Float)
+    }
+}
+
+#[derive(Debug)]
+struct Died;
+
+impl Objective for LeastSquares {
+    fn accumulate(&mut self, examples: &[usize], loss_scale: f64) -> Result<StepReport, Error> {
+        if self.steps_left == 0 {
+            return Err(Error::Io(std::io::Error::other(format!("{Died:?}"))));
+        }
+        self.steps_left -= 1;
+        let rows: Vec<i64> = examples.iter().map(|&idx| idx as i64).collect();
+        let mut loss = self.loss(&rows);
+        if self.bad_at.is_some_and(|bad| examples.contains(&bad)) {
+            loss *= f64::NAN;
+        }
+        let overflow = if loss_scale > self.overflow_above { f64::INFINITY } else { 1.0 };
+        (&loss * loss_scale * overflow).backward();
+        let loss = f64::try_from(loss).unwrap();
+        Ok(StepReport { loss, n_tokens: 3, metrics: vec![("twice", 2.0 * loss)] })
+    }
+
+    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
+        let _guard = tch::no_grad_guard();
+        let loss = f64::try_from(self.loss(&(0..10).collect::<Vec<_>>())).unwrap();
+        Ok(Some(Evaluation { loss, metrics: vec![("half", 0.5 * loss)] }))
+    }
+}
+
+const PLAN: Plan = Plan { n_examples: 10, batch_size: 4, epochs: 4, max_steps: None, seed: 9 };
+
+fn config(select: Select) -> LoopConfig {
+    LoopConfig {
+        schedule: Schedule::new(ScheduleKind::Cosine, 0.3, 0.1, PLAN.total_steps()).unwrap(),
+        max_grad_norm: Some(1.0),
+        eval_every: 3,
+        checkpoint_every: 2,
+        keep_checkpoints: 2,
+        select,
+        scale_loss: false,
+    }
+}
+
+/// Trains in a fresh process, as far as the loop can tell.
+fn go(dir: &Path, select: Select, steps_left: u64) -> Result<(Outcome, Vec<f32>), Error> {
+    let mut objective = LeastSquares { steps_left, ..LeastSquares::new() };
+    let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let outcome = train(&mut objective, &mut optimiser, &PLAN, &config(select), dir, "f")?;
+    Ok((outcome, Vec::try_from(objective.weight.detach()).unwrap()))
+}
+
+/// Every file that is to be the same, by name.
+fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut out = Vec::new();
+    for entry in fs_err::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            out.extend(
+                files(&path).into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)),
+            );
+        } else if name != "timings.jsonl" && !name.contains("tfevents") {
+            out.push((name, fs_err::read(&path).unwrap()));
+        }
+    }
+    out.sort();
+    out
+}
+
+#[test]
+fn wherever_it_dies_it_ends_the_same() {
+    for select in [Select::Last, Select::Best] {
+        let whole = tempfile::tempdir().unwrap();
+        let (outcome, weights) = go(whole.path(), select, u64::MAX).unwrap();
+        assert_eq!(outcome.state.global_step, 12);
+        assert_eq!(outcome.state.num_tokens, 36);
+        for steps in [vec![1], vec![2], vec![5], vec![11], vec![3, 4, 1], vec![1; 4]] {
+            let dir = tempfile::tempdir().unwrap();
+            for &steps in &steps {
+                go(dir.path(), select, steps).unwrap_err();
+            }
+            let resumed = go(dir.path(), select, u64::MAX).unwrap();
+            assert_eq!(resumed, (outcome.clone(), weights.clone()), "dying after {steps:?}");
+            assert_eq!(files(dir.path()), files(whole.path()), "dying after {steps:?}");
+        }
+        // A finished run has nothing left to do.
+        let before = files(whole.path());
+        assert_eq!(go(whole.path(), select, 0).unwrap(), (outcome, weights));
+        assert_eq!(files(whole.path()), before);
+    }
+}
+
+#[test]
+fn the_loss_falls_and_is_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    go(dir.path(), Select::Last, u64::MAX).unwrap();
+    let lines: Vec<serde_json::Value> = fs_err::read_to_string(dir.path().join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let keys: Vec<&String> = lines[0].as_object().unwrap().keys().collect();
+    let expected = ["step", "loss", "twice", "grad_norm", "learning_rate", "num_tokens", "epoch"];
+    assert_eq!(keys, expected);
+    let evaluations: Vec<f64> =
+        lines.iter().filter_map(|line| line.get("eval_loss")?.as_f64()).collect();
+    assert_eq!(evaluations.len(), 4);
+    assert!(evaluations[3] < evaluations[0], "{evaluations:?}");
+    assert_eq!(lines.iter().filter(|line| line.get("eval_half").is_some()).count(), 4);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut objective = LeastSquares::new();
+    // An example that the first two steps do not see.
+    let early: Vec<usize> = (0..2).flat_map(|step| PLAN.examples(step)).collect();
+    objective.bad_at = (0..10).find(|idx| !early.contains(idx));
+    let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let config = config(Select::Last);
+    let error = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap_err();
+    assert!(error.to_string().starts_with("step 3: the loss is not finite"), "{error}");
+    // Without the bad example the run goes on from step 2.
+    let whole = tempfile::tempdir().unwrap();
+    let expected = go(whole.path(), Select::Last, u64::MAX).unwrap();
+    assert_eq!(go(dir.path(), Select::Last, u64::MAX).unwrap(), expected);
+}
+
+#[test]
+fn another_runs_checkpoint_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    go(dir.path(), Select::Last, 5).unwrap_err();
+    let mut objective = LeastSquares::new();
+    let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let config = config(Select::Last);
+    let error = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "g").unwrap_err();
+    assert!(matches!(error, Error::Checkpoint { .. }), "{error}");
+}
+
+#[test]
+fn overflow_in_f16_skips_the_step_and_halves_the_scale() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut objective = LeastSquares { overflow_above: 20000.0, ..LeastSquares::new() };
+    let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
+    let outcome = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap();
+    // 65536 and 32768 overflow; the ten steps at 16384 are taken.
+    assert_eq!(outcome.state.loss_scale, (16384.0, 10));
+    assert_eq!(optimiser.n_steps(), 10);
+    assert_eq!(outcome.state.global_step, 12);
+}
+
+#[test]
+fn a_loss_scale_changes_nothing_but_rounding() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut objective = LeastSquares::new();
+    let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
+    train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap();
+    let (_, unscaled) = go(tempfile::tempdir().unwrap().path(), Select::Last, u64::MAX).unwrap();
+    let scaled: Vec<f32> = Vec::try_from(objective.weight.detach()).unwrap();
+    for (a, b) in scaled.iter().zip(&unscaled) {
+        assert!((a - b).abs() <= 1e-5 * b.abs(), "{a} {b}");
+    }
+}

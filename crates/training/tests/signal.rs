@@ -1,0 +1,58 @@
+//! SIGTERM: a full checkpoint, then an error that becomes exit code 143. A process has one set of signal flags, so this
+//! test is alone in its file.
+
+use arete_records::cli::ExitClass;
+use arete_records::interrupt;
+use arete_training::order::Plan;
+use arete_training::{
+    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Schedule,
+    ScheduleKind, Select, StepReport, TrainerState, train,
+};
+use tch::{Kind, Tensor};
+
+struct SignalsItself {
+    weight: Tensor,
+    n_steps: u64,
+}
+
+impl Objective for SignalsItself {
+    fn accumulate(&mut self, _: &[usize], _: f64) -> Result<StepReport, Error> {
+        self.n_steps += 1;
+        if self.n_steps == 3 {
+            signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
+        }
+        let loss = self.weight.square().sum(Kind::Float);
+        loss.backward();
+        Ok(StepReport { loss: f64::try_from(loss).unwrap(), ..StepReport::default() })
+    }
+
+    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
+        Ok(None)
+    }
+}
+
+#[test]
+fn a_signal_leaves_a_checkpoint_of_the_step_it_came_in() {
+    interrupt::install().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let weight = Tensor::from_slice(&[1.0f32]).set_requires_grad(true);
+    let parameters = vec![("w".to_owned(), weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let plan = Plan { n_examples: 10, batch_size: 1, epochs: 1, max_steps: None, seed: 0 };
+    let config = LoopConfig {
+        schedule: Schedule::new(ScheduleKind::Constant, 0.1, 0.0, 10).unwrap(),
+        max_grad_norm: None,
+        eval_every: 0,
+        checkpoint_every: 0,
+        keep_checkpoints: 1,
+        select: Select::Last,
+        scale_loss: false,
+    };
+    let mut objective = SignalsItself { weight, n_steps: 0 };
+    let error = train(&mut objective, &mut optimiser, &plan, &config, dir.path(), "f").unwrap_err();
+    assert_eq!(error.exit_class(), Some(143));
+    assert_eq!(objective.n_steps, 3);
+    let store = CheckpointStore::new(dir.path(), "f", 1);
+    let state = store.latest::<TrainerState>().unwrap().unwrap().state;
+    assert_eq!(state.global_step, 3);
+}
