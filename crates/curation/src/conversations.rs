@@ -1,0 +1,294 @@
+//! Two samples of the three-turn chain for every prompt: answer, motivation, consequence.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_records::rows::{ConversationRow, PromptRow};
+use arete_records::run::StageSpec;
+use arete_records::{Aspect, FinishReason, Message, cli, interrupt};
+use serde_json::{Map, Value, json};
+
+use crate::Error;
+use crate::config::{self, ConversationsConfig, PersonaChoice};
+use crate::constitution::{Constitution, Personas};
+use crate::engine::{Chain, Engine, Reply};
+use crate::judge::under_persona;
+use crate::stage::{self, Command, Estimate, Work, percent};
+use crate::units::Units;
+
+/// The stage's name.
+pub const STAGE: &str = "conversations";
+
+/// Name recorded for the sample drawn under the virtuous persona.
+pub const VIRTUOUS: &str = "virtuous";
+/// Name recorded for the sample drawn under the vicious persona.
+pub const VICIOUS: &str = "vicious";
+
+/// What the stage reads besides its settings.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// Directory (or file) of the prompts.
+    pub prompts: PathBuf,
+    /// The model that talks.
+    pub model: String,
+}
+
+/// Runs the stage.
+///
+/// # Errors
+///
+/// Unreadable inputs, a model or server that fails, a full disk, a signal.
+pub fn run(
+    config: &ConversationsConfig,
+    inputs: &Inputs,
+    output: &Path,
+    work: &Work,
+) -> Result<(), Error> {
+    let started = Instant::now();
+    let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
+    let personas = personas(config)?;
+    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    let shard = config.shard;
+    let units = Units { output, name: STAGE, n_items: prompts.len(), shard };
+    let mut engine = None;
+    match work {
+        Work::Adopt(parts) => units.adopt(parts)?,
+        Work::Compute => {
+            let (missing, n_missing) = units.missing();
+            if !missing.is_empty() {
+                let opened = open(config, inputs)?;
+                let progress = cli::progress(STAGE, "prompts", prompts.len() as u64);
+                progress.skip((prompts.len() - n_missing) as u64);
+                units.run(|items| {
+                    interrupt::check()?;
+                    let n_items = items.len() as u64;
+                    let rows = sample(&opened, &prompts[items], config, personas.as_ref())?;
+                    progress.inc(n_items);
+                    Ok(rows)
+                })?;
+                engine = Some(opened);
+            }
+        }
+    }
+    if shard.is_some() {
+        Command {
+            stage: STAGE.to_owned(),
+            config: serde_json::to_value(config).expect("configurations always serialise"),
+            input: inputs.prompts.clone(),
+            model: Some(inputs.model.clone()),
+        }
+        .write(output)?;
+        return stage::finish(run, STAGE, engine.as_ref(), Map::new(), started);
+    }
+    let rows: Vec<ConversationRow> = units.join()?;
+    let counts = summary(&rows, prompts.len());
+    stage::finish(run, STAGE, engine.as_ref(), counts, started)
+}
+
+/// What a run would do, and how long it would take.
+///
+/// # Errors
+///
+/// As [`run`]; nothing is written.
+pub fn estimate(
+    config: &ConversationsConfig,
+    inputs: &Inputs,
+    output: &Path,
+) -> Result<Estimate, Error> {
+    let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
+    let personas = personas(config)?;
+    let units = Units { output, name: STAGE, n_items: prompts.len(), shard: config.shard };
+    let (missing, n_missing) = units.missing();
+    let engine = open(config, inputs)?;
+    let chains = |items: &[PromptRow]| -> Vec<Chain> {
+        items.iter().flat_map(|prompt| chains_of(prompt, personas.as_ref())).collect()
+    };
+    let mut n_prompt_tokens = 0;
+    for &unit in &missing {
+        for chain in chains(&prompts[units.items(unit)]) {
+            n_prompt_tokens += engine.n_tokens(&chain.messages)?.unwrap_or(0) as u64;
+        }
+    }
+    let n_new = (n_missing * 2 * Aspect::ALL.len() * config.sampling.max_new_tokens) as u64;
+    let mut seconds = None;
+    if let (Some(&unit), Engine::Local(_)) = (missing.first(), &engine) {
+        // One turn of a few tokens for a whole unit: the rate at the batch size of the real run.
+        let probe: Vec<Chain> = chains(&prompts[units.items(unit)])
+            .into_iter()
+            .map(|chain| Chain { questions: Vec::new(), ..chain })
+            .collect();
+        let mut drawing = config.sampling.drawing();
+        drawing.max_new_tokens = drawing.max_new_tokens.min(8);
+        let started = Instant::now();
+        let replies = engine.chains(&probe, &drawing)?;
+        let n_sampled: usize = replies.iter().flatten().flatten().map(|reply| reply.n_tokens).sum();
+        let per_token_s = started.elapsed().as_secs_f64() / n_sampled.max(1) as f64;
+        seconds = Some((n_new as f64 * per_token_s).ceil());
+    }
+    let mut counts = Map::new();
+    counts.insert("prompts".to_owned(), json!(prompts.len()));
+    counts.insert("prompts_to_do".to_owned(), json!(n_missing));
+    counts.insert("conversations_to_do".to_owned(), json!(2 * n_missing));
+    counts.insert("new_tokens_at_most".to_owned(), json!(n_new));
+    Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_prompt_tokens + n_new), seconds })
+}
+
+fn spec<'a>(config: &ConversationsConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+    let mut settings = config::recorded(config);
+    let mut files = vec![("prompts".to_owned(), stage::file_of(&inputs.prompts, "prompts"))];
+    if config.personas != PersonaChoice::None {
+        files.push(("constitution".to_owned(), config.constitution.clone()));
+    }
+    let remote = config.engine_url.is_some();
+    config::record_model("model", &inputs.model, remote, &mut settings, &mut files);
+    StageSpec { stage: STAGE, output, config: settings, seed: config.sampling.seed, inputs: files }
+}
+
+fn open(config: &ConversationsConfig, inputs: &Inputs) -> Result<Engine, Error> {
+    let url = config.engine_url.as_deref();
+    stage::open_engine(&inputs.model, None, url, &config.compute, &config.server, false)
+}
+
+fn personas(config: &ConversationsConfig) -> Result<Option<Personas>, Error> {
+    match config.personas {
+        PersonaChoice::None => Ok(None),
+        PersonaChoice::Contrast => Ok(Some(Constitution::load(&config.constitution)?.personas)),
+    }
+}
+
+/// The part of the random streams' keys that belongs to a prompt: its id is 16 hex digits.
+pub(crate) fn key_of(prompt_id: &str) -> u64 {
+    u64::from_str_radix(prompt_id, 16).unwrap_or_else(|_| {
+        // Ids of foreign files need not be hexadecimal.
+        prompt_id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+    })
+}
+
+/// One chain with two samples, or one chain a persona.
+fn chains_of(prompt: &PromptRow, personas: Option<&Personas>) -> Vec<Chain> {
+    let questions: Vec<String> =
+        Aspect::ALL.iter().filter_map(|aspect| aspect.question()).map(str::to_owned).collect();
+    let chain = |messages, samples| Chain {
+        messages,
+        questions: questions.clone(),
+        key: key_of(&prompt.prompt_id),
+        samples,
+    };
+    match personas {
+        None => vec![chain(prompt.prompt.clone(), vec![0, 1])],
+        Some(personas) => [&personas.virtuous, &personas.vicious]
+            .into_iter()
+            .zip(0..)
+            .map(|(persona, sample)| {
+                chain(under_persona(persona, &prompt.prompt, &[]), vec![sample])
+            })
+            .collect(),
+    }
+}
+
+/// Both samples of every prompt of a unit.
+fn sample(
+    engine: &Engine,
+    prompts: &[PromptRow],
+    config: &ConversationsConfig,
+    personas: Option<&Personas>,
+) -> Result<Vec<ConversationRow>, Error> {
+    let drawing = config.sampling.drawing();
+    let (mut chains, mut owners) = (Vec::new(), Vec::new());
+    for prompt in prompts {
+        let own = chains_of(prompt, personas);
+        let mut fits = true;
+        for chain in &own {
+            fits &= engine.fits(chain, drawing.max_new_tokens)?;
+        }
+        if !fits {
+            tracing::warn!(
+                prompt_id = prompt.prompt_id,
+                "prompt and replies exceed the model's positions, left out"
+            );
+            continue;
+        }
+        owners.extend(own.iter().map(|_| prompt));
+        chains.extend(own);
+    }
+    let replies = engine.chains(&chains, &drawing)?;
+    let mut rows = Vec::new();
+    for ((prompt, chain), replies) in owners.into_iter().zip(&chains).zip(replies) {
+        for (&sample, replies) in chain.samples.iter().zip(replies) {
+            let persona = personas.map(|_| if sample == 0 { VIRTUOUS } else { VICIOUS });
+            rows.push(row(prompt, sample, persona, replies, drawing.seed));
+        }
+    }
+    Ok(rows)
+}
+
+fn row(
+    prompt: &PromptRow,
+    sample: u64,
+    persona: Option<&str>,
+    replies: Vec<Reply>,
+    seed: u64,
+) -> ConversationRow {
+    let mut messages = prompt.prompt.clone();
+    for (aspect, reply) in Aspect::ALL.into_iter().zip(&replies) {
+        messages.extend(aspect.question().map(Message::user));
+        messages.push(Message::assistant(reply.text.as_str()));
+    }
+    let [action, motivation, consequence]: [Reply; 3] =
+        replies.try_into().expect("a chain has three replies");
+    let n = |reply: &Reply| i32::try_from(reply.n_tokens).unwrap_or(i32::MAX);
+    ConversationRow {
+        prompt_id: prompt.prompt_id.clone(),
+        split: prompt.split,
+        sample: i32::from(sample != 0),
+        persona: persona.map(str::to_owned),
+        messages,
+        finish_reason_action: action.finish_reason,
+        finish_reason_motivation: motivation.finish_reason,
+        finish_reason_consequence: consequence.finish_reason,
+        n_tokens_action: n(&action),
+        n_tokens_motivation: n(&motivation),
+        n_tokens_consequence: n(&consequence),
+        action: action.text,
+        motivation: motivation.text,
+        consequence: consequence.text,
+        seed,
+    }
+}
+
+/// Counts and shows how many replies the token limit cut, turn by turn.
+fn summary(rows: &[ConversationRow], n_prompts: usize) -> Map<String, Value> {
+    let mut counts = Map::new();
+    counts.insert("prompts".to_owned(), json!(n_prompts));
+    counts.insert("conversations".to_owned(), json!(rows.len()));
+    let n_too_long = n_prompts.saturating_sub(rows.len() / 2);
+    counts.insert("prompts_too_long".to_owned(), json!(n_too_long));
+    for aspect in Aspect::ALL {
+        let n_cut = rows.iter().filter(|r| r.finish_reason(aspect) == FinishReason::Length).count();
+        let n_tokens: i64 = rows.iter().map(|r| i64::from(r.n_tokens(aspect))).sum();
+        let mean_tokens = n_tokens as f64 / rows.len().max(1) as f64;
+        tracing::info!(
+            aspect = aspect.name(),
+            truncated = n_cut,
+            truncated_percent = %percent(n_cut, rows.len()),
+            mean_tokens = format!("{mean_tokens:.1}"),
+            "replies"
+        );
+        counts.insert(format!("truncated_{aspect}"), json!(n_cut));
+        counts.insert(format!("n_tokens_{aspect}"), json!(n_tokens));
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_id_is_the_key_of_its_streams() {
+        assert_eq!(key_of("00000000000000ff"), 255);
+        assert_ne!(key_of("foreign-1"), key_of("foreign-2"));
+    }
+}

@@ -1,0 +1,393 @@
+//! Constitutional-AI demonstrations: an initial answer, its critique, its revision, under principles
+//! drawn per prompt; and the shipped exemplars.
+//!
+//! # Source
+//!
+//! Bai et al. 2022 (arXiv:2212.08073), section 3. Differs from it in the few-shot examples, which
+//! show exemplary answers instead of whole critiques: small models imitate the nearest text.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_records::rows::{DemonstrationRow, PromptRow, Round};
+use arete_records::run::StageSpec;
+use arete_records::{Aspect, FinishReason, Message, Role, cli, interrupt};
+use serde_json::{Map, Value, json};
+
+use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
+use crate::constitution::{Constitution, Principle, draw};
+use crate::conversations::key_of;
+use crate::engine::{Chain, Drawing, Engine, Reply};
+use crate::exemplars::{self, Exemplar, Use};
+use crate::stage::{self, Command, Estimate, Work};
+use crate::trim::last_sentence;
+use crate::units::Units;
+use crate::{Error, exemplars::Replies};
+
+/// The stage's name.
+pub const STAGE: &str = "demonstrations";
+
+/// The `source` of the model's own revisions.
+const REVISED: &str = "self";
+/// The `source` of the shipped exemplars.
+const OWN: &str = "own";
+
+/// What the stage reads besides its settings.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// Directory (or file) of the prompts; not needed for `own`.
+    pub prompts: Option<PathBuf>,
+    /// The model that answers and revises; not needed for `own`.
+    pub model: Option<String>,
+}
+
+/// Runs the stage.
+///
+/// # Errors
+///
+/// Unreadable inputs, a model or server that fails, a full disk, a signal.
+pub fn run(
+    config: &DemonstrationsConfig,
+    inputs: &Inputs,
+    output: &Path,
+    work: &Work,
+) -> Result<(), Error> {
+    let started = Instant::now();
+    let material = Material::read(config, inputs)?;
+    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    let shard = config.shard;
+    let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard };
+    let mut engine = None;
+    match work {
+        Work::Adopt(parts) => units.adopt(parts)?,
+        Work::Compute => {
+            let (missing, n_missing) = units.missing();
+            if let (Some(model), false) = (&inputs.model, missing.is_empty()) {
+                let opened = open(config, model)?;
+                let progress = cli::progress(STAGE, "prompts", material.prompts.len() as u64);
+                progress.skip((material.prompts.len() - n_missing) as u64);
+                units.run(|items| {
+                    interrupt::check()?;
+                    let n_items = items.len() as u64;
+                    let rows = revise(&opened, &material, &material.prompts[items], config)?;
+                    progress.inc(n_items);
+                    Ok(rows)
+                })?;
+                engine = Some(opened);
+            }
+        }
+    }
+    if shard.is_some() {
+        let input = inputs.prompts.clone().unwrap_or_default();
+        let config = serde_json::to_value(config).expect("configurations always serialise");
+        Command { stage: STAGE.to_owned(), config, input, model: inputs.model.clone() }
+            .write(output)?;
+        return stage::finish(run, STAGE, engine.as_ref(), Map::new(), started);
+    }
+    let own: Vec<DemonstrationRow> = material.own.iter().map(own_row).collect();
+    let rows: Vec<DemonstrationRow> = units.join_with(own)?;
+    let counts = summary(&rows, material.prompts.len());
+    if rows.is_empty() {
+        return Err(Error::File {
+            path: output.to_owned(),
+            field: "demonstrations".to_owned(),
+            expected: "at least one".to_owned(),
+            found: "none: every revision was cut by the token limit (raise max_new_tokens, or \
+                    truncated = \"trim\")"
+                .to_owned(),
+        });
+    }
+    stage::finish(run, STAGE, engine.as_ref(), counts, started)
+}
+
+/// What a run would do, and how long it would take.
+///
+/// # Errors
+///
+/// As [`run`]; nothing is written.
+pub fn estimate(
+    config: &DemonstrationsConfig,
+    inputs: &Inputs,
+    output: &Path,
+) -> Result<Estimate, Error> {
+    let material = Material::read(config, inputs)?;
+    let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard: config.shard };
+    let (missing, n_missing) = units.missing();
+    let turns = 1 + 2 * config.rounds + if config.turns == Turns::Chain { 2 } else { 0 };
+    let n_new = (n_missing * turns * config.sampling.max_new_tokens) as u64;
+    let mut seconds = None;
+    if let (Some(&unit), Some(model)) = (missing.first(), &inputs.model) {
+        let engine = open(config, model)?;
+        let prompts = &material.prompts[units.items(unit)];
+        let probe: Vec<Chain> = prompts
+            .iter()
+            .map(|prompt| {
+                let trail = material.trail(prompt, config)?;
+                Ok(Chain { questions: Vec::new(), ..trail })
+            })
+            .collect::<Result<_, Error>>()?;
+        let mut drawing = config.sampling.drawing();
+        drawing.max_new_tokens = drawing.max_new_tokens.min(8);
+        let started = Instant::now();
+        let replies = engine.chains(&probe, &drawing)?;
+        let n_sampled: usize = replies.iter().flatten().flatten().map(|reply| reply.n_tokens).sum();
+        let per_token_s = started.elapsed().as_secs_f64() / n_sampled.max(1) as f64;
+        seconds = Some((n_new as f64 * per_token_s).ceil());
+    }
+    let mut counts = Map::new();
+    counts.insert("own".to_owned(), json!(material.own.len()));
+    counts.insert("prompts".to_owned(), json!(material.prompts.len()));
+    counts.insert("prompts_to_do".to_owned(), json!(n_missing));
+    Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_new), seconds })
+}
+
+/// Everything read from files.
+struct Material {
+    prompts: Vec<PromptRow>,
+    constitution: Option<Constitution>,
+    /// Exemplary answers shown before the question.
+    shots: Vec<Message>,
+    /// Exemplars that become demonstrations as they are.
+    own: Vec<Exemplar>,
+}
+
+impl Material {
+    fn read(config: &DemonstrationsConfig, inputs: &Inputs) -> Result<Self, Error> {
+        let mut material =
+            Self { prompts: Vec::new(), constitution: None, shots: Vec::new(), own: Vec::new() };
+        if config.source.needs_exemplars() {
+            material.own = exemplars::load(&config.exemplars, Use::Sft)?;
+            if material.own.is_empty() {
+                return Err(Error::File {
+                    path: config.exemplars.clone(),
+                    field: "use".to_owned(),
+                    expected: "at least one exemplar with use = \"sft\"".to_owned(),
+                    found: "none".to_owned(),
+                });
+            }
+        }
+        if !config.source.needs_model() {
+            return Ok(material);
+        }
+        let (Some(prompts), Some(_)) = (&inputs.prompts, &inputs.model) else {
+            return Err(Error::Setting {
+                name: "source",
+                expected: "--prompts and --model for the model's own revisions".to_owned(),
+                got: "one of them missing (source = \"own\" needs neither)".to_owned(),
+            });
+        };
+        if config.rounds == 0 {
+            return Err(Error::Setting {
+                name: "rounds",
+                expected: "at least 1".to_owned(),
+                got: "0".to_owned(),
+            });
+        }
+        material.prompts = stage::rows_of(prompts, "prompts")?;
+        material.constitution = Some(Constitution::load(&config.constitution)?);
+        if config.few_shot > 0 {
+            let shots = exemplars::load(&config.exemplars, Use::FewShot)?;
+            if shots.len() < config.few_shot {
+                return Err(Error::Setting {
+                    name: "few_shot",
+                    expected: format!("at most the {} few-shot exemplars there are", shots.len()),
+                    got: config.few_shot.to_string(),
+                });
+            }
+            for shot in &shots[..config.few_shot] {
+                material.shots.push(Message::user(shot.prompt.trim()));
+                material.shots.push(Message::assistant(shot.action.trim()));
+            }
+        }
+        Ok(material)
+    }
+
+    /// The prompt after the examples; a prompt's own system message leads.
+    fn shown(&self, prompt: &[Message]) -> Vec<Message> {
+        let n_system = prompt.iter().take_while(|message| message.role == Role::System).count();
+        let (system, rest) = prompt.split_at(n_system);
+        system.iter().chain(&self.shots).chain(rest).cloned().collect()
+    }
+
+    /// Initial answer, then critique and revision for every round, as one chain.
+    fn trail(&self, prompt: &PromptRow, config: &DemonstrationsConfig) -> Result<Chain, Error> {
+        let questions = (self.principles(prompt, config)?.into_iter())
+            .flat_map(|principle| [principle.critique.clone(), principle.revision.clone()])
+            .collect();
+        Ok(Chain {
+            messages: self.shown(&prompt.prompt),
+            questions,
+            key: key_of(&prompt.prompt_id),
+            samples: vec![0],
+        })
+    }
+
+    /// The principle of every round.
+    fn principles(
+        &self,
+        prompt: &PromptRow,
+        config: &DemonstrationsConfig,
+    ) -> Result<Vec<&Principle>, Error> {
+        let constitution = self.constitution.as_ref().expect("read with the prompts");
+        let fitting = constitution.fitting(Aspect::Action)?;
+        let seed = config.sampling.seed;
+        Ok((0..config.rounds).map(|round| draw(&fitting, &prompt.prompt_id, seed, round)).collect())
+    }
+}
+
+fn spec<'a>(config: &DemonstrationsConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+    let mut settings = config::recorded(config);
+    let mut files = Vec::new();
+    if config.source.needs_model() {
+        if let Some(prompts) = &inputs.prompts {
+            files.push(("prompts".to_owned(), stage::file_of(prompts, "prompts")));
+        }
+        if let Some(model) = &inputs.model {
+            let remote = config.engine_url.is_some();
+            config::record_model("model", model, remote, &mut settings, &mut files);
+        }
+        files.push(("constitution".to_owned(), config.constitution.clone()));
+    }
+    if config.source.needs_exemplars() || config.few_shot > 0 {
+        files.push(("exemplars".to_owned(), config.exemplars.clone()));
+    }
+    StageSpec { stage: STAGE, output, config: settings, seed: config.sampling.seed, inputs: files }
+}
+
+fn open(config: &DemonstrationsConfig, model: &str) -> Result<Engine, Error> {
+    let url = config.engine_url.as_deref();
+    stage::open_engine(model, None, url, &config.compute, &config.server, false)
+}
+
+/// A shipped exemplar as a demonstration.
+fn own_row(exemplar: &Exemplar) -> DemonstrationRow {
+    DemonstrationRow {
+        prompt_id: exemplar.prompt_id(),
+        split: exemplar.split(),
+        source: OWN.to_owned(),
+        initial: exemplar
+            .worse
+            .as_ref()
+            .map(|Replies { action, .. }| action.clone())
+            .unwrap_or_default(),
+        rounds: Vec::new(),
+        messages: exemplar.conversation(),
+    }
+}
+
+/// The demonstrations of a unit's prompts, those left out whose revision cannot be used.
+fn revise(
+    engine: &Engine,
+    material: &Material,
+    prompts: &[PromptRow],
+    config: &DemonstrationsConfig,
+) -> Result<Vec<DemonstrationRow>, Error> {
+    let drawing = config.sampling.drawing();
+    let (mut chains, mut owners) = (Vec::new(), Vec::new());
+    for prompt in prompts {
+        let chain = material.trail(prompt, config)?;
+        if engine.fits(&chain, drawing.max_new_tokens)? {
+            owners.push(prompt);
+            chains.push(chain);
+        } else {
+            tracing::warn!(
+                prompt_id = prompt.prompt_id,
+                "prompt and replies exceed the model's positions, left out"
+            );
+        }
+    }
+    let mut rows = Vec::new();
+    for (prompt, samples) in owners.into_iter().zip(engine.chains(&chains, &drawing)?) {
+        let mut replies = samples.into_iter().flatten();
+        let initial = replies.next().expect("a chain has a first reply");
+        let mut rounds = Vec::new();
+        let mut last = None;
+        for principle in material.principles(prompt, config)? {
+            let critique = replies.next().expect("a critique for every round");
+            let revision = replies.next().expect("a revision for every round");
+            rounds.push(Round {
+                principle: principle.id.clone(),
+                critique: critique.text,
+                revision: revision.text.clone(),
+            });
+            last = Some(revision);
+        }
+        let last = last.expect("at least one round: checked in Material::read");
+        let Some(answer) = usable(last, config.truncated) else { continue };
+        let mut messages = prompt.prompt.clone();
+        messages.push(Message::assistant(answer));
+        rows.push(DemonstrationRow {
+            prompt_id: prompt.prompt_id.clone(),
+            split: prompt.split,
+            source: REVISED.to_owned(),
+            initial: initial.text,
+            rounds,
+            messages,
+        });
+    }
+    match config.turns {
+        Turns::Answer => Ok(rows),
+        Turns::Chain => explain(engine, rows, &drawing, config.truncated),
+    }
+}
+
+/// A reply's text as a demonstration may have it.
+fn usable(reply: Reply, truncated: Truncated) -> Option<String> {
+    let text = match (reply.finish_reason, truncated) {
+        (FinishReason::Stop, _) | (_, Truncated::Keep) => Some(reply.text),
+        (FinishReason::Length, Truncated::Trim) => last_sentence(&reply.text).map(str::to_owned),
+        (FinishReason::Length, Truncated::Drop) => None,
+    };
+    text.filter(|text| !text.trim().is_empty())
+}
+
+/// Adds motivation and consequence, as the model gives them of the revised answer.
+fn explain(
+    engine: &Engine,
+    rows: Vec<DemonstrationRow>,
+    drawing: &Drawing,
+    truncated: Truncated,
+) -> Result<Vec<DemonstrationRow>, Error> {
+    let questions: Vec<&str> = Aspect::ALL.iter().filter_map(|aspect| aspect.question()).collect();
+    let chains: Vec<Chain> = rows
+        .iter()
+        .map(|row| {
+            let mut messages = row.messages.clone();
+            messages.push(Message::user(questions[0]));
+            Chain {
+                messages,
+                questions: questions[1..].iter().map(|&question| question.to_owned()).collect(),
+                key: key_of(&row.prompt_id),
+                samples: vec![1], // another stream than the revision's
+            }
+        })
+        .collect();
+    let mut out = Vec::new();
+    for (mut row, samples) in rows.into_iter().zip(engine.chains(&chains, drawing)?) {
+        let texts: Option<Vec<String>> =
+            samples.into_iter().flatten().map(|reply| usable(reply, truncated)).collect();
+        let Some(texts) = texts else { continue };
+        for (question, text) in questions.iter().zip(texts) {
+            row.messages.push(Message::user(*question));
+            row.messages.push(Message::assistant(text));
+        }
+        out.push(row);
+    }
+    Ok(out)
+}
+
+fn summary(rows: &[DemonstrationRow], n_prompts: usize) -> Map<String, Value> {
+    let (revised, own): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.source == REVISED);
+    let unchanged = revised
+        .iter()
+        .filter(|row| row.rounds.last().is_some_and(|round| round.revision == row.initial))
+        .count();
+    let left_out = n_prompts - revised.len();
+    tracing::info!(own = own.len(), revised = revised.len(), unchanged, left_out, "demonstrations");
+    let mut counts = Map::new();
+    counts.insert(OWN.to_owned(), json!(own.len()));
+    counts.insert(REVISED.to_owned(), json!(revised.len()));
+    counts.insert("unchanged_by_revision".to_owned(), json!(unchanged));
+    counts.insert("left_out".to_owned(), json!(left_out));
+    counts
+}

@@ -1,0 +1,389 @@
+//! The model in this process: whole units of conversations in one batch, verdicts from the logits
+//! of the last rows of a tree of prompts.
+
+use std::collections::BTreeSet;
+
+use arete_model::generate::{self, Options, Request, Sequence, Stream, TurnEnd};
+use arete_model::{
+    Adapter, Batch, BatchBuilder, Chat, Decoder, LoadOptions, Model, SegmentIdx, Source, logprobs,
+};
+use arete_records::Message;
+use tch::{Kind, Tensor};
+
+use super::{Chain, Drawing, Labels, Reply};
+use crate::Error;
+use crate::judge::verdict::LabelMass;
+
+/// Tokens in one forward pass of a judge: long enough for full matrix speed, short enough for the
+/// activations to stay in cache (measured best between 1000 and 2500 on the CPU).
+const TOKENS_PER_PASS: usize = 2048;
+
+/// A loaded model, perhaps with an adapter.
+#[derive(Debug)]
+pub struct LocalEngine {
+    model: Model,
+    adapter: Option<Adapter>,
+    name: String,
+    /// Whether common prefixes are computed once; false only to measure what that gains.
+    pub share_prefixes: bool,
+}
+
+impl LocalEngine {
+    /// Loads a model, and an adapter (a peft directory) over it.
+    ///
+    /// # Errors
+    ///
+    /// A model or adapter that cannot be loaded, or an adapter of another base.
+    pub fn load(
+        model: &str,
+        adapter: Option<&std::path::Path>,
+        options: &LoadOptions,
+    ) -> Result<Self, Error> {
+        let loaded = Model::load(&Source::parse(model)?, options)?;
+        let mut name = model.trim_end_matches('/').rsplit('/').next().unwrap_or(model).to_owned();
+        let adapter = match adapter {
+            None => None,
+            Some(dir) => {
+                let device = loaded.decoder.device();
+                let read = arete_model::adapter_files::load(dir, "judge", &loaded.config, device)?;
+                read.meta.check_base(&loaded)?;
+                let label = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
+                name = format!("{name}+{label}");
+                Some(read.adapter)
+            }
+        };
+        Ok(Self { model: loaded, adapter, name, share_prefixes: true })
+    }
+
+    /// The model's name: the last part of its path, and the adapter's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn device_and_dtype(&self) -> (String, String) {
+        let decoder = &self.model.decoder;
+        (
+            format!("{:?}", decoder.device()).to_lowercase(),
+            format!("{:?}", decoder.kind()).to_lowercase(),
+        )
+    }
+
+    fn chat(&self) -> Result<Chat<'_>, Error> {
+        Ok(self.model.chat()?)
+    }
+
+    pub(super) fn n_tokens(&self, messages: &[Message]) -> Result<usize, Error> {
+        Ok(self.chat()?.render_prompt(messages)?.len())
+    }
+
+    pub(super) fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool, Error> {
+        let request = self.request(&self.chat()?, chain, 0, max_new_tokens)?;
+        let n_tokens =
+            request.prompt_ids.len() + request.turns * max_new_tokens + request.extra_tokens;
+        Ok(n_tokens <= self.model.config.max_position_embeddings)
+    }
+
+    fn request(
+        &self,
+        chat: &Chat<'_>,
+        chain: &Chain,
+        seed: u64,
+        max_new_tokens: usize,
+    ) -> Result<Request, Error> {
+        let stream = |&sample: &u64| Stream { seed, prompt: chain.key, sample };
+        let mut extra_tokens = 0;
+        for question in &chain.questions {
+            extra_tokens += chat.next_turn(false, question)?.len();
+        }
+        Ok(Request {
+            prompt_ids: chat.render_prompt(&chain.messages)?,
+            streams: chain.samples.iter().map(stream).collect(),
+            max_new_tokens,
+            turns: 1 + chain.questions.len(),
+            extra_tokens,
+        })
+    }
+
+    pub(super) fn chains(
+        &self,
+        chains: &[Chain],
+        drawing: &Drawing,
+    ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
+        let chat = self.chat()?;
+        let requests: Vec<Request> = chains
+            .iter()
+            .map(|chain| self.request(&chat, chain, drawing.seed, drawing.max_new_tokens))
+            .collect::<Result<_, _>>()?;
+        let options = Options::new(drawing.sampling, self.model.stop_ids()?);
+        let mut out: Vec<Vec<Vec<Reply>>> =
+            chains.iter().map(|chain| vec![Vec::new(); chain.samples.len()]).collect();
+        let mut next_turn = |end: TurnEnd<'_>| {
+            let end_was_sampled = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
+            chat.next_turn(end_was_sampled, &chains[end.request].questions[end.turn])
+        };
+        let mut finished = |sequence: Sequence| {
+            let replies = &mut out[sequence.request][sequence.stream];
+            for turn in sequence.turns {
+                replies.push(Reply {
+                    text: chat.reply_text(&turn.token_ids)?,
+                    finish_reason: turn.finish_reason,
+                    n_tokens: turn.token_ids.len(),
+                });
+            }
+            Ok(())
+        };
+        generate::run(
+            &self.model.decoder,
+            Some(&self.model.tokenizer),
+            self.adapter.as_ref(),
+            &requests,
+            &options,
+            &mut next_turn,
+            &mut finished,
+        )?;
+        Ok(out)
+    }
+
+    pub(super) fn label_masses(
+        &self,
+        queries: &[Vec<Message>],
+        labels: Labels,
+    ) -> Result<Vec<LabelMass>, Error> {
+        let _guard = tch::no_grad_guard();
+        let chat = self.chat()?;
+        let (first, second) = (self.label_ids(labels.first)?, self.label_ids(labels.second)?);
+        let sequences: Vec<Vec<i64>> = queries
+            .iter()
+            .map(|messages| chat.render_prompt(messages))
+            .collect::<Result<_, _>>()?;
+        let mut out = vec![LabelMass { first: 0.0, second: 0.0 }; queries.len()];
+        for pass in passes(&sequences, self.share_prefixes) {
+            let chosen: Vec<&[i64]> = pass.iter().map(|&idx| sequences[idx].as_slice()).collect();
+            let (batch, rows) = pack(&chosen, self.share_prefixes);
+            let logprobs =
+                next_token_logprobs(&self.model.decoder, self.adapter.as_ref(), &batch, &rows)?;
+            let first = mass(&logprobs, &first)?;
+            let second = mass(&logprobs, &second)?;
+            for ((idx, first), second) in pass.into_iter().zip(first).zip(second) {
+                out[idx] = LabelMass { first, second };
+            }
+        }
+        Ok(out)
+    }
+
+    /// Every token that spells the label alone: bare, and after a space in the notations of
+    /// byte-level BPE and SentencePiece.
+    fn label_ids(&self, label: &str) -> Result<Vec<i64>, Error> {
+        let spellings = [label.to_owned(), format!("Ġ{label}"), format!("▁{label}")];
+        let ids: BTreeSet<i64> = spellings
+            .iter()
+            .filter_map(|spelling| self.model.tokenizer.token_id(spelling))
+            .collect();
+        if ids.is_empty() {
+            return Err(Error::Setting {
+                name: "method",
+                expected: format!("a judge whose vocabulary has `{label}` as one token"),
+                got: self.name.clone(),
+            });
+        }
+        Ok(ids.into_iter().collect())
+    }
+
+    pub(super) fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>, Error> {
+        let _guard = tch::no_grad_guard();
+        let chat = self.chat()?;
+        let mut rendered = Vec::with_capacity(conversations.len());
+        for messages in conversations {
+            let context = messages.len().saturating_sub(1);
+            let n_prompt = chat.render_prompt(&messages[..context])?.len();
+            rendered.push((chat.render(messages)?, n_prompt));
+        }
+        let mut out = vec![0.0; conversations.len()];
+        let lengths: Vec<usize> = rendered.iter().map(|(whole, _)| whole.token_ids.len()).collect();
+        let order: Vec<usize> = (0..lengths.len()).collect();
+        for pass in by_budget(&lengths, &lengths, &order) {
+            let sequences: Vec<&[i64]> =
+                pass.iter().map(|&idx| rendered[idx].0.token_ids.as_slice()).collect();
+            let batch = Batch::from_sequences(&sequences);
+            let hidden = self.model.decoder.forward(&batch, self.adapter.as_ref())?;
+            let (mut rows, mut owners) = (Vec::new(), Vec::new());
+            for (segment, &idx) in pass.iter().enumerate() {
+                let start = batch.rows(SegmentIdx(segment)).start;
+                let (whole, n_prompt) = &rendered[idx];
+                for at in (*n_prompt..whole.own.len()).filter(|&at| whole.own[at]) {
+                    rows.push(start + at);
+                    owners.push(idx);
+                }
+            }
+            if rows.is_empty() {
+                continue;
+            }
+            let found = logprobs::of_rows(&self.model.decoder, &hidden, &batch, &rows, 1.0, false)?;
+            for (idx, logprob) in owners.into_iter().zip(to_vec(&found.logprob)?) {
+                out[idx] += f64::from(logprob);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// log P of every token of the vocabulary after the given rows.
+///
+/// # Shapes
+///
+/// - result: `[n, V]` f32, n = `rows.len()`, nats.
+fn next_token_logprobs(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    batch: &Batch,
+    rows: &[i64],
+) -> Result<Tensor, Error> {
+    let hidden = decoder.forward(batch, adapter)?; // [N, D]
+    let rows = Tensor::from_slice(rows).to_device(decoder.device());
+    let logits = decoder.logits(&hidden.index_select(0, &rows))?; // [n, V]
+    Ok(logits.to_kind(Kind::Float).log_softmax(-1, Kind::Float))
+}
+
+/// The probability of any of `ids`, per row.
+fn mass(logprobs: &Tensor, ids: &[i64]) -> Result<Vec<f64>, Error> {
+    let columns = Tensor::from_slice(ids).to_device(logprobs.device());
+    let mass = logprobs.index_select(1, &columns).exp().sum_dim_intlist(-1, false, Kind::Double);
+    Vec::<f64>::try_from(&mass).map_err(|error| Error::Model(error.into()))
+}
+
+fn to_vec(tensor: &Tensor) -> Result<Vec<f32>, Error> {
+    Vec::<f32>::try_from(tensor).map_err(|error| Error::Model(error.into()))
+}
+
+/// Groups of sequences for one forward pass each. With sharing, sequences are sorted first, so that
+/// those with long common prefixes come together.
+fn passes(sequences: &[Vec<i64>], share: bool) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..sequences.len()).collect();
+    let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
+    if !share {
+        return by_budget(&lengths, &lengths, &order);
+    }
+    order.sort_by(|&a, &b| sequences[a].cmp(&sequences[b]).then(a.cmp(&b)));
+    // What a sequence costs is what it does not share with the one before it.
+    let mut costs = vec![0; sequences.len()];
+    for (place, &idx) in order.iter().enumerate() {
+        let shared =
+            if place == 0 { 0 } else { common(&sequences[order[place - 1]], &sequences[idx]) };
+        costs[idx] = lengths[idx] - shared;
+    }
+    by_budget(&costs, &lengths, &order)
+}
+
+/// Cuts `order` into runs of at most [`TOKENS_PER_PASS`] tokens (or one sequence). A sequence costs
+/// its whole length where it begins a run, and `costs` of it after another.
+fn by_budget(costs: &[usize], lengths: &[usize], order: &[usize]) -> Vec<Vec<usize>> {
+    let mut out: Vec<Vec<usize>> = Vec::new();
+    let mut used = usize::MAX;
+    for &idx in order {
+        if used.saturating_add(costs[idx]) > TOKENS_PER_PASS {
+            out.push(Vec::new());
+            used = lengths[idx];
+        } else {
+            used += costs[idx];
+        }
+        out.last_mut().expect("the first sequence opens a pass").push(idx);
+    }
+    out
+}
+
+fn common(a: &[i64], b: &[i64]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// A batch in which every common prefix is computed once, and the last row of each sequence.
+///
+/// `sequences` must be sorted if `share`.
+fn pack(sequences: &[&[i64]], share: bool) -> (Batch, Vec<i64>) {
+    let mut builder = Batch::tree();
+    let mut ends = vec![None; sequences.len()];
+    if share {
+        grow(&mut builder, None, sequences, 0, 0, &mut ends);
+    } else {
+        for (end, sequence) in ends.iter_mut().zip(sequences) {
+            *end = Some(builder.root(sequence));
+        }
+    }
+    let batch = builder.build();
+    let row = |end: Option<SegmentIdx>| {
+        batch.last_row(end.expect("every sequence ends in a segment")) as i64
+    };
+    let rows = ends.into_iter().map(row).collect();
+    (batch, rows)
+}
+
+/// Adds the part after `depth` of sorted `sequences`, which agree up to there, below `parent`.
+fn grow(
+    builder: &mut BatchBuilder,
+    parent: Option<SegmentIdx>,
+    sequences: &[&[i64]],
+    depth: usize,
+    first: usize,
+    ends: &mut [Option<SegmentIdx>],
+) {
+    let mut from = 0;
+    while from < sequences.len() {
+        let head = sequences[from];
+        if head.len() == depth {
+            ends[first + from] = parent; // the prefix itself is one of the sequences
+            from += 1;
+            continue;
+        }
+        let mut to = from + 1;
+        while to < sequences.len() && sequences[to].get(depth) == head.get(depth) {
+            to += 1;
+        }
+        // Sorted, so what the first and the last agree on they all do.
+        let shared = common(head, sequences[to - 1]);
+        let segment = match parent {
+            Some(parent) => builder.child(parent, &head[depth..shared]),
+            None => builder.root(&head[depth..shared]),
+        };
+        grow(builder, Some(segment), &sequences[from..to], shared, first + from, ends);
+        from = to;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_prefixes_are_packed_once() {
+        let sequences: [&[i64]; 5] =
+            [&[1, 2, 3], &[1, 2, 3, 4, 5], &[1, 2, 3, 4, 6], &[1, 7], &[8]];
+        let (batch, rows) = pack(&sequences, true);
+        // 1 | 2 3 | 4 | 5, 6 below; then 7, then 8.
+        assert_eq!(batch.n_tokens(), 8);
+        let ids: Vec<i64> = rows.iter().map(|&row| batch.token_ids()[row as usize]).collect();
+        assert_eq!(ids, [3, 5, 6, 7, 8]);
+        let (batch, rows) = pack(&sequences, false);
+        assert_eq!(batch.n_tokens(), 16);
+        let ids: Vec<i64> = rows.iter().map(|&row| batch.token_ids()[row as usize]).collect();
+        assert_eq!(ids, [3, 5, 6, 7, 8]);
+    }
+
+    #[test]
+    fn passes_keep_to_the_budget_and_cover_everything_once() {
+        let sequences: Vec<Vec<i64>> = (0..40)
+            .map(|i| (0..200).map(|t| if t < 150 { t } else { t * 100 + i }).collect())
+            .collect();
+        for share in [true, false] {
+            let passes = passes(&sequences, share);
+            let mut all: Vec<usize> = passes.concat();
+            all.sort_unstable();
+            assert_eq!(all, (0..40).collect::<Vec<_>>());
+            for pass in &passes {
+                let chosen: Vec<&[i64]> = pass.iter().map(|&idx| &sequences[idx][..]).collect();
+                let n_tokens = pack(&chosen, share).0.n_tokens();
+                assert!(n_tokens <= TOKENS_PER_PASS, "{n_tokens}");
+            }
+            // Shared: 150 + 40 · 50 = 2150 tokens; unshared 8000, ten of 200 a pass.
+            assert_eq!(passes.len(), if share { 2 } else { 4 });
+        }
+    }
+}

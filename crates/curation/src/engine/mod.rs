@@ -1,0 +1,165 @@
+//! Who answers: a model in this process, or an OpenAI-compatible server.
+
+pub mod local;
+pub mod server;
+
+use arete_model::generate::Sampling;
+use arete_records::{FinishReason, Message};
+
+use crate::Error;
+use crate::judge::verdict::LabelMass;
+
+pub use self::local::LocalEngine;
+pub use self::server::ServerEngine;
+
+/// A conversation to continue: the first reply to `messages`, then a reply to each question.
+#[derive(Debug, Clone)]
+pub struct Chain {
+    /// What the first reply answers.
+    pub messages: Vec<Message>,
+    /// What is asked after each reply but the last.
+    pub questions: Vec<String>,
+    /// The prompt's part of the key of the random streams.
+    pub key: u64,
+    /// The samples to draw: each one's part of the key of its stream.
+    pub samples: Vec<u64>,
+}
+
+/// How replies are drawn.
+#[derive(Debug, Clone, Copy)]
+pub struct Drawing {
+    /// The run's seed.
+    pub seed: u64,
+    /// Temperature, top-k, top-p.
+    pub sampling: Sampling,
+    /// Most tokens of one reply.
+    pub max_new_tokens: usize,
+}
+
+/// One reply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    /// What was said, without what ends the turn.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens sampled.
+    pub n_tokens: usize,
+}
+
+/// The two answers a judge chooses from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Labels {
+    /// Spelling of the first.
+    pub first: &'static str,
+    /// Spelling of the second.
+    pub second: &'static str,
+}
+
+impl Labels {
+    /// Of a comparison.
+    pub const AB: Self = Self { first: "A", second: "B" };
+    /// Of a question about one answer.
+    pub const YES_NO: Self = Self { first: "Yes", second: "No" };
+}
+
+/// A model that talks and judges.
+#[derive(Debug)]
+pub enum Engine {
+    /// In this process.
+    Local(Box<LocalEngine>),
+    /// Behind an OpenAI-compatible address.
+    Server(ServerEngine),
+}
+
+impl Engine {
+    /// Draws every sample of every chain: replies by chain, sample and turn.
+    ///
+    /// # Errors
+    ///
+    /// The local model's, or a server that fails after all retries.
+    pub fn chains(
+        &self,
+        chains: &[Chain],
+        drawing: &Drawing,
+    ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
+        match self {
+            Self::Local(engine) => engine.chains(chains, drawing),
+            Self::Server(engine) => engine.chains(chains, drawing),
+        }
+    }
+
+    /// The probability of each label as the next token, for every conversation.
+    ///
+    /// # Errors
+    ///
+    /// The local model's, or a server that fails after all retries. An answer that makes no sense
+    /// is an abstention: both masses 0.
+    pub fn label_masses(
+        &self,
+        queries: &[Vec<Message>],
+        labels: Labels,
+    ) -> Result<Vec<LabelMass>, Error> {
+        match self {
+            Self::Local(engine) => engine.label_masses(queries, labels),
+            Self::Server(engine) => engine.label_masses(queries, labels),
+        }
+    }
+
+    /// Σ log P of each conversation's last message given what precedes it, in nats.
+    ///
+    /// # Errors
+    ///
+    /// The local model's; [`Error::Setting`] for a server, which does not tell.
+    pub fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>, Error> {
+        match self {
+            Self::Local(engine) => engine.reply_logprobs(conversations),
+            Self::Server(_) => Err(Error::Setting {
+                name: "method",
+                expected: "a method that a server can serve".to_owned(),
+                got: "likelihood, which needs a local model".to_owned(),
+            }),
+        }
+    }
+
+    /// Whether the messages and so many new tokens fit the model's positions. A server decides
+    /// for itself.
+    ///
+    /// # Errors
+    ///
+    /// A template or tokenizer that refuses the messages.
+    pub fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool, Error> {
+        match self {
+            Self::Local(engine) => engine.fits(chain, max_new_tokens),
+            Self::Server(_) => Ok(true),
+        }
+    }
+
+    /// Tokens of a conversation's prompt; `None` if only a server knows.
+    ///
+    /// # Errors
+    ///
+    /// A template or tokenizer that refuses the messages.
+    pub fn n_tokens(&self, messages: &[Message]) -> Result<Option<usize>, Error> {
+        match self {
+            Self::Local(engine) => engine.n_tokens(messages).map(Some),
+            Self::Server(_) => Ok(None),
+        }
+    }
+
+    /// The device and number format for `run.json`.
+    pub fn device_and_dtype(&self) -> (String, String) {
+        match self {
+            Self::Local(engine) => engine.device_and_dtype(),
+            Self::Server(_) => ("server".to_owned(), "unknown".to_owned()),
+        }
+    }
+
+    /// The model's name for the `judge` column.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Local(engine) => engine.name(),
+            Self::Server(engine) => engine.name(),
+        }
+    }
+}

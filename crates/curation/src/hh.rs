@@ -1,0 +1,108 @@
+//! The hh-rlhf text form of a conversation: `"\n\nHuman: …\n\nAssistant: …"`.
+
+use arete_records::{Message, Role};
+
+const MARKERS: [(&str, Role); 2] = [("Human:", Role::User), ("Assistant:", Role::Assistant)];
+
+/// Reads a conversation written as `"\n\nHuman: …\n\nAssistant: …"`; `None` if the text does not
+/// start with a speaker.
+///
+/// A speaker counts only at the start of the text or after a blank line, so that `Human` or `: `
+/// inside a turn survive. A turn that is opened and left empty (the usual end of a prompt) is
+/// dropped.
+pub fn parse(text: &str) -> Option<Vec<Message>> {
+    let text = text.replace("\r\n", "\n");
+    let text = text.trim();
+    speaker_at(text)?;
+    let mut turns: Vec<(Role, usize, usize)> = Vec::new(); // role, start and end of the content
+    let mut from = 0;
+    while let Some((role, length)) = speaker_at(&text[from..]) {
+        let start = from + length;
+        let end = next_turn(text, start);
+        turns.push((role, start, end));
+        if end == text.len() {
+            break;
+        }
+        from = end + 2;
+    }
+    let messages = turns
+        .into_iter()
+        .map(|(role, start, end)| Message { role, content: text[start..end].trim().to_owned() });
+    Some(messages.filter(|message| !message.content.is_empty()).collect())
+}
+
+/// Writes a conversation as `"\n\nHuman: …\n\nAssistant: …"`; a system message leads as plain text.
+pub fn format(messages: &[Message]) -> String {
+    messages
+        .iter()
+        .map(|message| match message.role {
+            Role::System => message.content.clone(),
+            Role::User => format!("\n\nHuman: {}", message.content),
+            Role::Assistant => format!("\n\nAssistant: {}", message.content),
+        })
+        .collect()
+}
+
+fn speaker_at(text: &str) -> Option<(Role, usize)> {
+    MARKERS.iter().find(|(name, _)| text.starts_with(name)).map(|(name, role)| (*role, name.len()))
+}
+
+/// Where the turn that starts at `from` ends: before the blank line that precedes a speaker.
+fn next_turn(text: &str, from: usize) -> usize {
+    let starts = MARKERS.iter().filter_map(|(name, _)| text[from..].find(&format!("\n\n{name}")));
+    starts.min().map_or(text.len(), |at| from + at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn turns_are_split_at_speakers_after_blank_lines_only() {
+        let text = "\n\nHuman: What is this: a test?\nHuman: is a word\n\nAssistant: Yes: it is.\n\n\
+                    A Human asked.\n\nHuman: ok\n\nAssistant:";
+        assert_eq!(
+            parse(text).unwrap(),
+            vec![
+                Message::user("What is this: a test?\nHuman: is a word"),
+                Message::assistant("Yes: it is.\n\nA Human asked."),
+                Message::user("ok"),
+            ]
+        );
+    }
+
+    #[test]
+    fn text_without_a_leading_speaker_is_no_conversation() {
+        assert_eq!(parse("What does \"\n\nHuman: hi\" mean?"), None);
+        assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn three_newlines_before_a_speaker_still_separate() {
+        let messages = parse("Human: a\n\n\nAssistant: b").unwrap();
+        assert_eq!(messages, vec![Message::user("a"), Message::assistant("b")]);
+    }
+
+    #[test]
+    fn format_is_the_form_of_the_hub() {
+        let messages = [Message::user("a"), Message::assistant("b")];
+        assert_eq!(format(&messages), "\n\nHuman: a\n\nAssistant: b");
+    }
+
+    proptest! {
+        #[test]
+        fn parse_undoes_format(texts in prop::collection::vec("[a-zA-Z:, ]{0,8}[a-z][\n]?[a-z: ]{0,8}[a-z]", 1..6)) {
+            let messages: Vec<Message> = texts
+                .iter()
+                .enumerate()
+                .map(|(idx, text)| match idx % 2 {
+                    0 => Message::user(text.trim()),
+                    _ => Message::assistant(text.trim()),
+                })
+                .collect();
+            prop_assert_eq!(parse(&format(&messages)).unwrap(), messages);
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! Judging: which of two samples shows more of each virtue.
+
+pub mod verdict;
+
+use arete_records::{Aspect, Message, Role, Virtue};
+
+use self::verdict::{LabelMass, Verdict};
+use crate::config::{JudgeConfig, Method, Orders};
+use crate::constitution::Constitution;
+use crate::engine::{Chain, Drawing, Engine, Labels};
+use crate::exemplars::Exemplar;
+use crate::{Error, hh};
+
+/// Two samples of one prompt, each through the reply that is judged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    /// What the samples share.
+    pub question: Vec<Message>,
+    /// What each sample has after it: replies, with the user's turns between them.
+    pub sides: [Vec<Message>; 2],
+    /// Part of the keys of random streams (written verdicts only).
+    pub key: u64,
+}
+
+/// A judge: an engine, and how it is asked.
+#[derive(Debug)]
+pub struct Judge<'a> {
+    engine: &'a Engine,
+    config: &'a JudgeConfig,
+    constitution: &'a Constitution,
+    method: Method,
+    shots: Vec<Message>,
+}
+
+impl<'a> Judge<'a> {
+    /// Checks the templates and prepares the judged examples.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if a template lacks a placeholder or there are too few exemplars with a
+    /// worse side.
+    pub fn new(
+        engine: &'a Engine,
+        config: &'a JudgeConfig,
+        constitution: &'a Constitution,
+        exemplars: &[Exemplar],
+        method: Method,
+    ) -> Result<Self, Error> {
+        let needed: &[&str] = match method {
+            Method::PairwiseLogits | Method::PairwiseText => &["{a}", "{b}", "{virtue_question}"],
+            Method::PointwiseLogits => &["{answer}"],
+            Method::Likelihood | Method::Contrast => &[],
+        };
+        let (name, template) = match method {
+            Method::PointwiseLogits => ("pointwise_template", &config.pointwise_template),
+            _ => ("judge_template", &config.judge_template),
+        };
+        if let Some(missing) = needed.iter().find(|needed| !template.contains(**needed)) {
+            return Err(Error::Setting {
+                name,
+                expected: format!("a text with {missing}"),
+                got: template.clone(),
+            });
+        }
+        let mut judge = Self { engine, config, constitution, method, shots: Vec::new() };
+        judge.shots = judge.shots_of(exemplars)?;
+        Ok(judge)
+    }
+
+    /// The judge's name.
+    pub fn name(&self) -> &str {
+        self.engine.name()
+    }
+
+    /// Every virtue's verdict on every pair.
+    ///
+    /// # Errors
+    ///
+    /// The engine's.
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        match self.method {
+            Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
+            Method::PointwiseLogits => self.pointwise(pairs),
+            Method::Likelihood => self.likelihood(pairs),
+            Method::Contrast => Err(Error::Setting {
+                name: "method",
+                expected: "a method that asks a judge".to_owned(),
+                got: "contrast, which labels by construction".to_owned(),
+            }),
+        }
+    }
+
+    /// The conversations the judge is asked about `pairs`: five virtues for each order (or side) of
+    /// each pair.
+    pub fn queries(&self, pairs: &[Pair]) -> Vec<Vec<Message>> {
+        let mut queries = Vec::new();
+        for pair in pairs {
+            let question = question_text(&pair.question);
+            let texts = [side_text(&pair.sides[0]), side_text(&pair.sides[1])];
+            for first in 0..self.askings() {
+                for virtue in Virtue::ALL {
+                    let text = if self.method == Method::PointwiseLogits {
+                        self.pointwise_question(virtue, &question, &texts[first])
+                    } else {
+                        self.pairwise_question(virtue, &question, &texts[first], &texts[1 - first])
+                    };
+                    let mut messages = self.shots.clone();
+                    messages.push(Message::user(text));
+                    queries.push(messages);
+                }
+            }
+        }
+        queries
+    }
+
+    /// How often the judge is asked about a pair and a virtue.
+    fn askings(&self) -> usize {
+        match (self.method, self.config.orders) {
+            (Method::PointwiseLogits, _) | (_, Orders::Both) => 2,
+            (_, Orders::One) => 1,
+        }
+    }
+
+    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let queries = self.queries(pairs);
+        let p_first = match self.method {
+            Method::PairwiseText => self.written(pairs, queries)?,
+            _ => probabilities(self.engine.label_masses(&queries, Labels::AB)?),
+        };
+        let n = Virtue::ALL.len();
+        let by_pair = p_first.chunks_exact(n * self.askings());
+        Ok(by_pair
+            .map(|p| {
+                std::array::from_fn(|virtue| match self.config.orders {
+                    Orders::One => Verdict::one_order(p[virtue]),
+                    Orders::Both => Verdict::both_orders(p[virtue], p[n + virtue]),
+                })
+            })
+            .collect())
+    }
+
+    /// Samples the verdicts as text.
+    fn written(
+        &self,
+        pairs: &[Pair],
+        queries: Vec<Vec<Message>>,
+    ) -> Result<Vec<Option<f64>>, Error> {
+        let per_pair = Virtue::ALL.len() * self.askings();
+        let chain = |(idx, messages): (usize, Vec<Message>)| Chain {
+            messages,
+            questions: Vec::new(),
+            key: pairs[idx / per_pair].key,
+            samples: vec![(idx % per_pair) as u64],
+        };
+        let chains: Vec<Chain> = queries.into_iter().enumerate().map(chain).collect();
+        let drawing = Drawing {
+            seed: self.config.seed,
+            sampling: arete_model::generate::Sampling::GREEDY,
+            max_new_tokens: self.config.verdict_tokens,
+        };
+        let replies = self.engine.chains(&chains, &drawing)?;
+        let read = |replies: &Vec<Vec<crate::engine::Reply>>| {
+            let text = &replies[0][0].text;
+            verdict::read_label(text, Labels::AB.first, Labels::AB.second)
+                .map(|is_a| f64::from(is_a))
+        };
+        Ok(replies.iter().map(read).collect())
+    }
+
+    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let p_yes = probabilities(self.engine.label_masses(&self.queries(pairs), Labels::YES_NO)?);
+        let n = Virtue::ALL.len();
+        Ok(p_yes
+            .chunks_exact(2 * n)
+            .map(|p| std::array::from_fn(|virtue| Verdict::pointwise(p[virtue], p[n + virtue])))
+            .collect())
+    }
+
+    /// log P(reply | virtuous) − log P(reply | vicious) of each side's own reply, compared. The
+    /// personas speak for all virtues at once, so the five verdicts are equal.
+    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let personas = &self.constitution.personas;
+        let mut conversations = Vec::new();
+        for pair in pairs {
+            for side in &pair.sides {
+                for persona in [&personas.virtuous, &personas.vicious] {
+                    conversations.push(under_persona(persona, &pair.question, side));
+                }
+            }
+        }
+        let logprobs = self.engine.reply_logprobs(&conversations)?;
+        Ok(logprobs
+            .chunks_exact(4)
+            .map(|l| {
+                let lead = (l[0] - l[1]) - (l[2] - l[3]);
+                let p_sample0 = lead.is_finite().then(|| 1.0 / (1.0 + (-lead).exp()));
+                [Verdict { p_ab: None, p_ba: None, p_sample0 }; 5]
+            })
+            .collect())
+    }
+
+    fn pairwise_question(&self, virtue: Virtue, question: &str, a: &str, b: &str) -> String {
+        let virtue_question = self.constitution.virtues.get(virtue);
+        fill(
+            &self.config.judge_template,
+            &[
+                ("question", question),
+                ("a", a),
+                ("b", b),
+                ("virtue", virtue.name()),
+                ("virtue_question", virtue_question),
+            ],
+        )
+    }
+
+    fn pointwise_question(&self, virtue: Virtue, question: &str, answer: &str) -> String {
+        let virtue_question = self.constitution.virtues.get(virtue);
+        fill(
+            &self.config.pointwise_template,
+            &[
+                ("question", question),
+                ("answer", answer),
+                ("virtue", virtue.name()),
+                ("virtue_question", virtue_question),
+            ],
+        )
+    }
+
+    /// Judged examples as turns of the conversation. They do not depend on the virtue asked about
+    /// later, so all questions share them.
+    fn shots_of(&self, exemplars: &[Exemplar]) -> Result<Vec<Message>, Error> {
+        let n_wanted = self.config.few_shot;
+        if n_wanted == 0 || self.method == Method::Likelihood {
+            return Ok(Vec::new());
+        }
+        let usable: Vec<_> = exemplars
+            .iter()
+            .filter_map(|exemplar| exemplar.worse.as_ref().map(|worse| (exemplar, worse)))
+            .take(n_wanted)
+            .collect();
+        if usable.len() < n_wanted {
+            return Err(Error::Setting {
+                name: "few_shot",
+                expected: format!(
+                    "at most the {} few-shot exemplars with a worse side",
+                    usable.len()
+                ),
+                got: n_wanted.to_string(),
+            });
+        }
+        let mut shots = Vec::new();
+        for (idx, (better, worse)) in usable.into_iter().enumerate() {
+            let virtue = Virtue::ALL[idx % Virtue::ALL.len()];
+            let good_first = idx % 2 == 0;
+            let (asked, answer) = if self.method == Method::PointwiseLogits {
+                let text = if good_first { &better.action } else { &worse.action };
+                let asked = self.pointwise_question(virtue, &better.prompt, text);
+                (asked, if good_first { Labels::YES_NO.first } else { Labels::YES_NO.second })
+            } else {
+                let (a, b) = if good_first {
+                    (&better.action, &worse.action)
+                } else {
+                    (&worse.action, &better.action)
+                };
+                let asked = self.pairwise_question(virtue, &better.prompt, a, b);
+                (asked, if good_first { Labels::AB.first } else { Labels::AB.second })
+            };
+            shots.push(Message::user(asked));
+            shots.push(Message::assistant(answer));
+        }
+        Ok(shots)
+    }
+}
+
+/// The messages of one side under a system prompt, which comes before any of the prompt's own.
+pub fn under_persona(persona: &str, question: &[Message], side: &[Message]) -> Vec<Message> {
+    let mut messages = vec![Message::system(persona)];
+    for message in question.iter().chain(side) {
+        match message.role {
+            Role::System => {
+                messages[0].content.push_str("\n\n");
+                messages[0].content.push_str(&message.content);
+            }
+            _ => messages.push(message.clone()),
+        }
+    }
+    messages
+}
+
+fn probabilities(masses: Vec<LabelMass>) -> Vec<Option<f64>> {
+    masses.into_iter().map(LabelMass::p_first).collect()
+}
+
+/// A prompt as the judge reads it: one question as it is, several turns with their speakers.
+fn question_text(question: &[Message]) -> String {
+    match question {
+        [only] => only.content.clone(),
+        several => hh::format(several).trim().to_owned(),
+    }
+}
+
+/// A sample as the judge reads it: the answer, then the later questions and replies with their
+/// speakers.
+fn side_text(side: &[Message]) -> String {
+    let Some((answer, rest)) = side.split_first() else { return String::new() };
+    format!("{}{}", answer.content, hh::format(rest))
+}
+
+/// Puts values into a template in one pass: braces inside the values stay as they are.
+fn fill(template: &str, values: &[(&str, &str)]) -> String {
+    let mut out = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some(open) = rest.find('{') {
+        out.push_str(&rest[..open]);
+        rest = &rest[open..];
+        let value = rest.find('}').and_then(|close| {
+            let name = &rest[1..close];
+            values.iter().find(|(known, _)| *known == name).map(|(_, value)| (close, *value))
+        });
+        match value {
+            Some((close, value)) => {
+                out.push_str(value);
+                rest = &rest[close + 1..];
+            }
+            None => {
+                out.push('{');
+                rest = &rest[1..];
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// The messages of one sample through the reply of `aspect`, prompt left out.
+pub fn side_through(messages: &[Message], n_prompt: usize, aspect: Aspect) -> Vec<Message> {
+    messages[n_prompt..].iter().take(1 + 2 * aspect.index()).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_with_braces_survive() {
+        let text = fill(
+            "Q {question} A {a} B {b} {unknown} {virtue_question}",
+            &[
+                ("question", "{a} {b}"),
+                ("a", "{b}"),
+                ("b", "b}"),
+                ("virtue_question", "{question}"),
+            ],
+        );
+        assert_eq!(text, "Q {a} {b} A {b} B b} {unknown} {question}");
+    }
+
+    #[test]
+    fn a_side_reads_as_answer_then_dialogue() {
+        let messages = [
+            Message::user("q"),
+            Message::assistant("act"),
+            Message::user("why"),
+            Message::assistant("because"),
+            Message::user("what for"),
+            Message::assistant("good"),
+        ];
+        let side = |aspect| side_text(&side_through(&messages, 1, aspect));
+        assert_eq!(side(Aspect::Action), "act");
+        assert_eq!(side(Aspect::Motivation), "act\n\nHuman: why\n\nAssistant: because");
+        assert_eq!(
+            side(Aspect::Consequence),
+            "act\n\nHuman: why\n\nAssistant: because\n\nHuman: what for\n\nAssistant: good"
+        );
+    }
+}

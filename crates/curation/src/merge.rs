@@ -1,0 +1,43 @@
+//! Joining the parts of a job array.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use crate::stage::{Command, Work};
+use crate::{Error, conversations, demonstrations, preferences};
+
+/// Finishes the stage whose parts these are: same bytes as a run without `--shard`.
+///
+/// # Errors
+///
+/// Parts that are incomplete or do not belong together; whatever the stage's own end may fail with.
+pub fn merge(parts: &[PathBuf], output: &Path) -> Result<(), Error> {
+    let Command { stage, config, input, model } = Command::of_parts(parts)?;
+    let work = Work::Adopt(parts.to_owned());
+    match stage.as_str() {
+        conversations::STAGE => {
+            let model = model.ok_or_else(|| unusable(parts, "names no model"))?;
+            let inputs = conversations::Inputs { prompts: input, model };
+            conversations::run(&settings(parts, config)?, &inputs, output, &work)
+        }
+        demonstrations::STAGE => {
+            let inputs = demonstrations::Inputs { prompts: Some(input), model };
+            demonstrations::run(&settings(parts, config)?, &inputs, output, &work)
+        }
+        preferences::STAGE => {
+            let inputs = preferences::Inputs { conversations: input, judge: model };
+            preferences::run(&settings(parts, config)?, &inputs, output, &work)
+        }
+        other => Err(unusable(parts, &format!("unknown stage {other}"))),
+    }
+}
+
+fn settings<C: DeserializeOwned>(parts: &[PathBuf], config: serde_json::Value) -> Result<C, Error> {
+    serde_json::from_value(config).map_err(|error| unusable(parts, &error.to_string()))
+}
+
+fn unusable(parts: &[PathBuf], reason: &str) -> Error {
+    let path = parts.first().cloned().unwrap_or_default();
+    Error::Shards { path, reason: reason.to_owned() }
+}

@@ -1,0 +1,768 @@
+//! Judged pairs: every virtue's verdict on the two samples of a prompt, for every aspect; votes to
+//! scores, scores to chosen and rejected.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_records::rows::{ConversationRow, JudgementRow, PreferenceRow};
+use arete_records::run::StageSpec;
+use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, cli, interrupt, parquet};
+use serde_json::{Map, Value, json};
+
+use crate::Error;
+use crate::config::{self, Method, PreferencesConfig, Ties, Truncated};
+use crate::constitution::Constitution;
+use crate::conversations::{self, key_of};
+use crate::engine::Engine;
+use crate::exemplars::{self, Use};
+use crate::judge::verdict::{Tally, Verdict, vote};
+use crate::judge::{Judge, Pair, side_through};
+use crate::stage::{self, Command, Estimate, Work, percent};
+use crate::trim::last_sentence;
+use crate::units::Units;
+
+/// The stage's name.
+pub const STAGE: &str = "preferences";
+/// Name of the verdicts' file.
+pub const JUDGEMENTS: &str = "judgements";
+
+/// What the stage reads besides its settings.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// Directory (or file) of the conversations.
+    pub conversations: PathBuf,
+    /// The model that judges; not needed for `contrast`.
+    pub judge: Option<String>,
+}
+
+/// Runs the stage.
+///
+/// # Errors
+///
+/// Unreadable inputs, a judge that fails, too few pairs left, a full disk, a signal.
+pub fn run(
+    config: &PreferencesConfig,
+    inputs: &Inputs,
+    output: &Path,
+    work: &Work,
+) -> Result<(), Error> {
+    let started = Instant::now();
+    let prompts = samples_of(&inputs.conversations)?;
+    let candidates = Candidates::of(&prompts, config.truncated);
+    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    for aspect in Aspect::ALL {
+        // Better now than after hours of judging.
+        candidates.check(aspect, candidates.n_left(aspect), config)?;
+    }
+    let shard = config.shard;
+    let units = Units { output, name: JUDGEMENTS, n_items: prompts.len(), shard };
+    let mut engine = None;
+    match work {
+        Work::Adopt(parts) => units.adopt(parts)?,
+        Work::Compute => {
+            let (missing, n_missing) = units.missing();
+            let bench = Bench::open(config, inputs, !missing.is_empty())?;
+            let judge = bench.judge(config)?;
+            let progress = cli::progress("judging", "prompts", prompts.len() as u64);
+            progress.skip((prompts.len() - n_missing) as u64);
+            units.run(|items| {
+                interrupt::check()?;
+                let n_items = items.len() as u64;
+                let chosen: Vec<&Candidate> =
+                    candidates.all.iter().filter(|c| items.contains(&c.prompt)).collect();
+                let rows = judgements(&chosen, &prompts, judge.as_ref(), config)?;
+                progress.inc(n_items);
+                Ok(rows)
+            })?;
+            drop(judge);
+            engine = bench.engine;
+        }
+    }
+    if let Some(Engine::Server(server)) = &engine {
+        tracing::info!(
+            abstentions = server.n_abstentions(),
+            "verdicts of the server that made no sense"
+        );
+    }
+    if shard.is_some() {
+        let config = serde_json::to_value(config).expect("configurations always serialise");
+        let input = inputs.conversations.clone();
+        Command { stage: STAGE.to_owned(), config, input, model: inputs.judge.clone() }
+            .write(output)?;
+        return stage::finish(run, STAGE, engine.as_ref(), Map::new(), started);
+    }
+    let rows: Vec<JudgementRow> = units.join()?;
+    let mut counts = Map::new();
+    counts.insert("prompts".to_owned(), json!(prompts.len()));
+    counts.insert("judgements".to_owned(), json!(rows.len()));
+    for aspect in Aspect::ALL {
+        let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, config);
+        candidates.check(aspect, pairs.len(), config)?;
+        write_splits(output, aspect, &prompts, &pairs)?;
+        counts.insert(aspect.name().to_owned(), summary(aspect, &rows, &pairs, &dropped, &prompts));
+    }
+    stage::finish(run, STAGE, engine.as_ref(), counts, started)
+}
+
+/// What a run would do, and how long it would take.
+///
+/// # Errors
+///
+/// As [`run`]; nothing is written.
+pub fn estimate(
+    config: &PreferencesConfig,
+    inputs: &Inputs,
+    output: &Path,
+) -> Result<Estimate, Error> {
+    let prompts = samples_of(&inputs.conversations)?;
+    let candidates = Candidates::of(&prompts, config.truncated);
+    let units = Units { output, name: JUDGEMENTS, n_items: prompts.len(), shard: config.shard };
+    let (missing, n_missing) = units.missing();
+    let to_do: Vec<&Candidate> = candidates
+        .all
+        .iter()
+        .filter(|candidate| {
+            missing.iter().any(|&unit| units.items(unit).contains(&candidate.prompt))
+        })
+        .collect();
+    let mut counts = Map::new();
+    counts.insert("prompts".to_owned(), json!(prompts.len()));
+    counts.insert("prompts_to_do".to_owned(), json!(n_missing));
+    for aspect in Aspect::ALL {
+        counts.insert(format!("pairs_{aspect}"), json!(candidates.n_left(aspect)));
+    }
+    let (mut n_tokens, mut seconds) = (None, None);
+    if config.method != Method::Contrast && !to_do.is_empty() {
+        let bench = Bench::open(config, inputs, true)?;
+        let judge = bench.judge(config)?.expect("the method asks a judge");
+        let engine = bench.engine.as_ref().expect("opened for the judge");
+        let pairs: Vec<Pair> = to_do.iter().map(|candidate| candidate.pair.clone()).collect();
+        counts.insert("verdicts_to_do".to_owned(), json!(judge.queries(&pairs).len()));
+        n_tokens = Some(0);
+        for pair in &pairs {
+            // The pair once per order; the five questions after it are short.
+            for query in judge.queries(std::slice::from_ref(pair)).iter().step_by(Virtue::ALL.len())
+            {
+                n_tokens = n_tokens.zip(engine.n_tokens(query)?).map(|(sum, n)| sum + n as u64);
+            }
+        }
+        if matches!(engine, Engine::Local(_)) {
+            let probe = &pairs[..pairs.len().min(4)];
+            let started = Instant::now();
+            judge.verdicts(probe)?;
+            let per_pair_s = started.elapsed().as_secs_f64() / probe.len() as f64;
+            seconds = Some((per_pair_s * pairs.len() as f64).ceil());
+        }
+    }
+    Ok(Estimate { stage: STAGE, counts, n_tokens, seconds })
+}
+
+/// The judge's files, read; and the judge itself if it will be asked.
+struct Bench {
+    engine: Option<Engine>,
+    constitution: Option<Constitution>,
+    exemplars: Vec<exemplars::Exemplar>,
+}
+
+impl Bench {
+    fn open(config: &PreferencesConfig, inputs: &Inputs, needed: bool) -> Result<Self, Error> {
+        let mut bench = Self { engine: None, constitution: None, exemplars: Vec::new() };
+        if config.method == Method::Contrast || !needed {
+            return Ok(bench);
+        }
+        let judge = &config.judge;
+        let model = inputs.judge.as_deref().ok_or_else(|| Error::Setting {
+            name: "judge",
+            expected: format!("a model for the method {}", config.method.name()),
+            got: "none".to_owned(),
+        })?;
+        bench.constitution = Some(Constitution::load(&judge.constitution)?);
+        if judge.few_shot > 0 {
+            bench.exemplars = exemplars::load(&judge.exemplars, Use::FewShot)?;
+        }
+        bench.engine = Some(stage::open_engine(
+            model,
+            judge.judge_adapter.as_deref(),
+            judge.judge_url.as_deref(),
+            &judge.compute,
+            &judge.server,
+            config.method.needs_logprobs(),
+        )?);
+        Ok(bench)
+    }
+
+    fn judge<'a>(&'a self, config: &'a PreferencesConfig) -> Result<Option<Judge<'a>>, Error> {
+        let (Some(engine), Some(constitution)) = (&self.engine, &self.constitution) else {
+            return Ok(None);
+        };
+        Judge::new(engine, &config.judge, constitution, &self.exemplars, config.method).map(Some)
+    }
+}
+
+fn spec<'a>(config: &PreferencesConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+    let mut settings = config::recorded(config);
+    let conversations = stage::file_of(&inputs.conversations, conversations::STAGE);
+    let mut files = vec![(conversations::STAGE.to_owned(), conversations)];
+    if config.method != Method::Contrast {
+        let judge = &config.judge;
+        files.push(("constitution".to_owned(), judge.constitution.clone()));
+        if judge.few_shot > 0 {
+            files.push(("exemplars".to_owned(), judge.exemplars.clone()));
+        }
+        if let Some(adapter) = &judge.judge_adapter {
+            files.push(("judge_adapter".to_owned(), adapter.clone()));
+        }
+        if let Some(model) = &inputs.judge {
+            let remote = judge.judge_url.is_some();
+            config::record_model("judge", model, remote, &mut settings, &mut files);
+        }
+    }
+    StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files }
+}
+
+/// The two samples of a prompt.
+struct Samples {
+    samples: [ConversationRow; 2],
+    /// Messages of the prompt itself.
+    n_prompt: usize,
+}
+
+impl Samples {
+    fn truncated(&self, aspect: Aspect) -> [bool; 2] {
+        [0, 1].map(|s| self.samples[s].finish_reason(aspect) == FinishReason::Length)
+    }
+}
+
+/// Reads the conversations by prompt, in the order of the file.
+fn samples_of(input: &Path) -> Result<Vec<Samples>, Error> {
+    let path = stage::file_of(input, conversations::STAGE);
+    let rows: Vec<ConversationRow> = stage::rows_of(input, conversations::STAGE)?;
+    let mut order = Vec::new();
+    let mut by_prompt: HashMap<String, [Option<ConversationRow>; 2]> = HashMap::new();
+    for (idx, row) in rows.into_iter().enumerate() {
+        let wrong = |field: &str, expected: &str, found: String| Error::Record {
+            path: path.clone(),
+            line: idx + 1,
+            field: field.to_owned(),
+            expected: expected.to_owned(),
+            found,
+        };
+        let sample = usize::try_from(row.sample).ok().filter(|&sample| sample < 2);
+        let sample = sample.ok_or_else(|| wrong("sample", "0 or 1", row.sample.to_string()))?;
+        let n_turns = 2 * Aspect::ALL.len() - 1;
+        if row.messages.len() <= n_turns {
+            return Err(wrong(
+                "messages",
+                "a prompt and five turns",
+                row.messages.len().to_string(),
+            ));
+        }
+        let slots = by_prompt.entry(row.prompt_id.clone()).or_insert_with(|| {
+            order.push(row.prompt_id.clone());
+            [None, None]
+        });
+        if slots[sample].is_some() {
+            let found = format!("sample {sample} of {} twice", row.prompt_id);
+            return Err(wrong("prompt_id", "each sample of a prompt once", found));
+        }
+        slots[sample] = Some(row);
+    }
+    let mut out = Vec::with_capacity(order.len());
+    for prompt_id in order {
+        let Some([Some(zero), Some(one)]) = by_prompt.remove(&prompt_id) else {
+            return Err(Error::File {
+                path,
+                field: format!("prompt {prompt_id}"),
+                expected: "samples 0 and 1".to_owned(),
+                found: "one of them".to_owned(),
+            });
+        };
+        let n_prompt = zero.messages.len() - (2 * Aspect::ALL.len() - 1);
+        if one.messages.len() != zero.messages.len()
+            || one.messages[..n_prompt] != zero.messages[..n_prompt]
+        {
+            return Err(Error::File {
+                path,
+                field: format!("prompt {prompt_id}"),
+                expected: "the same prompt in both samples".to_owned(),
+                found: "two".to_owned(),
+            });
+        }
+        out.push(Samples { samples: [zero, one], n_prompt });
+    }
+    Ok(out)
+}
+
+/// A pair that may be judged.
+struct Candidate {
+    /// Index of the prompt.
+    prompt: usize,
+    aspect: Aspect,
+    pair: Pair,
+}
+
+/// Why prompts have no pair of an aspect.
+#[derive(Debug, Clone, Copy, Default)]
+struct Dropped {
+    truncated: usize,
+    untrimmable: usize,
+    identical: usize,
+    ties: usize,
+}
+
+/// Every pair that may be judged, and what was left out beforehand.
+struct Candidates {
+    all: Vec<Candidate>,
+    dropped: BTreeMap<Aspect, Dropped>,
+    n_prompts: usize,
+    finish_rates: String,
+}
+
+impl Candidates {
+    fn of(prompts: &[Samples], truncated: Truncated) -> Self {
+        let mut all = Vec::new();
+        let mut dropped: BTreeMap<Aspect, Dropped> = BTreeMap::new();
+        for (prompt, samples) in prompts.iter().enumerate() {
+            for aspect in Aspect::ALL {
+                let dropped = dropped.entry(aspect).or_default();
+                if truncated == Truncated::Drop && samples.truncated(aspect).contains(&true) {
+                    dropped.truncated += 1;
+                    continue;
+                }
+                let sides = [0, 1].map(|s| side(samples, s, aspect, truncated));
+                let [Some(zero), Some(one)] = sides else {
+                    dropped.untrimmable += 1;
+                    continue;
+                };
+                if zero == one {
+                    dropped.identical += 1;
+                    continue;
+                }
+                let messages = &samples.samples[0].messages;
+                let pair = Pair {
+                    question: messages[..samples.n_prompt].to_vec(),
+                    sides: [zero, one],
+                    key: key_of(&samples.samples[0].prompt_id) ^ aspect.index() as u64,
+                };
+                all.push(Candidate { prompt, aspect, pair });
+            }
+        }
+        let n_replies = 2 * prompts.len();
+        let finish_rates = Aspect::ALL.map(|aspect| {
+            let cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
+            format!("{aspect} {} %", percent(n_replies - cut, n_replies))
+        });
+        let finish_rates = finish_rates.join(", ");
+        Self { all, dropped, n_prompts: prompts.len(), finish_rates }
+    }
+
+    fn n_left(&self, aspect: Aspect) -> usize {
+        self.all.iter().filter(|candidate| candidate.aspect == aspect).count()
+    }
+
+    /// Fails if an aspect has too few pairs for a reward model.
+    fn check(&self, aspect: Aspect, left: usize, config: &PreferencesConfig) -> Result<(), Error> {
+        if left >= config.min_pairs {
+            return Ok(());
+        }
+        let advice = match config.truncated {
+            Truncated::Drop => {
+                "raise max_new_tokens of the conversations, or use truncated = \"trim\" or \"keep\""
+            }
+            Truncated::Trim => {
+                "raise max_new_tokens of the conversations, or use truncated = \"keep\""
+            }
+            Truncated::Keep => "use more prompts, or ties = \"probability\"",
+        };
+        Err(Error::TooFewPairs {
+            aspect,
+            left,
+            total: self.n_prompts,
+            needed: config.min_pairs,
+            finish_rates: self.finish_rates.clone(),
+            advice: advice.to_owned(),
+        })
+    }
+}
+
+/// One sample's messages after the prompt through the reply of `aspect`; cut replies trimmed if
+/// asked (`None` if one of them has no full sentence).
+fn side(
+    samples: &Samples,
+    sample: usize,
+    aspect: Aspect,
+    truncated: Truncated,
+) -> Option<Vec<Message>> {
+    let row = &samples.samples[sample];
+    let mut side = side_through(&row.messages, samples.n_prompt, aspect);
+    if truncated == Truncated::Trim {
+        let replies = side.iter_mut().filter(|message| message.role == Role::Assistant);
+        for (turn, reply) in Aspect::ALL.into_iter().zip(replies) {
+            if row.finish_reason(turn) == FinishReason::Length {
+                reply.content = last_sentence(&reply.content)?.to_owned();
+            }
+        }
+    }
+    Some(side)
+}
+
+/// Every virtue's verdict on the candidates of a unit.
+fn judgements(
+    candidates: &[&Candidate],
+    prompts: &[Samples],
+    judge: Option<&Judge<'_>>,
+    config: &PreferencesConfig,
+) -> Result<Vec<JudgementRow>, Error> {
+    let verdicts = match judge {
+        Some(judge) => {
+            let pairs: Vec<Pair> =
+                candidates.iter().map(|candidate| candidate.pair.clone()).collect();
+            judge.verdicts(&pairs)?
+        }
+        None => candidates
+            .iter()
+            .map(|candidate| {
+                by_construction(&prompts[candidate.prompt]).map(|verdict| [verdict; 5])
+            })
+            .collect::<Result<_, _>>()?,
+    };
+    let name = judge.map_or("construction", Judge::name);
+    let mut rows = Vec::new();
+    for (candidate, verdicts) in candidates.iter().zip(verdicts) {
+        let sample = &prompts[candidate.prompt].samples[0];
+        for (virtue, verdict) in Virtue::ALL.into_iter().zip(verdicts) {
+            let verdict = if config.flip { verdict.flipped() } else { verdict };
+            let stored = |p: Option<f64>| p.map(|p| p as f32);
+            rows.push(JudgementRow {
+                prompt_id: sample.prompt_id.clone(),
+                split: sample.split,
+                aspect: candidate.aspect,
+                virtue,
+                method: config.method.name().to_owned(),
+                judge: name.to_owned(),
+                p_ab: stored(verdict.p_ab),
+                p_ba: stored(verdict.p_ba),
+                p_sample0: stored(verdict.p_sample0),
+                vote: vote(verdict.p_sample0, config.tie_margin),
+            });
+        }
+    }
+    Ok(rows)
+}
+
+/// The verdict of contrastive sampling: the sample of the virtuous persona, for certain.
+fn by_construction(samples: &Samples) -> Result<Verdict, Error> {
+    let personas = [0, 1].map(|s| samples.samples[s].persona.as_deref());
+    let virtuous = match personas {
+        [Some(conversations::VIRTUOUS), Some(conversations::VICIOUS)] => 0,
+        [Some(conversations::VICIOUS), Some(conversations::VIRTUOUS)] => 1,
+        other => {
+            return Err(Error::Setting {
+                name: "method",
+                expected:
+                    "conversations sampled with personas = \"contrast\" for the method contrast"
+                        .to_owned(),
+                got: format!("personas {other:?} of prompt {}", samples.samples[0].prompt_id),
+            });
+        }
+    };
+    Ok(Verdict { p_ab: None, p_ba: None, p_sample0: Some(if virtuous == 0 { 1.0 } else { 0.0 }) })
+}
+
+/// The preferences of one aspect, and what was left out.
+fn pairs_of(
+    aspect: Aspect,
+    candidates: &Candidates,
+    prompts: &[Samples],
+    judgements: &[JudgementRow],
+    config: &PreferencesConfig,
+) -> (Vec<PreferenceRow>, Dropped) {
+    let mut by_prompt: HashMap<&str, Vec<&JudgementRow>> = HashMap::new();
+    for row in judgements.iter().filter(|row| row.aspect == aspect) {
+        by_prompt.entry(&row.prompt_id).or_default().push(row);
+    }
+    let mut dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
+    let mut pairs = Vec::new();
+    for candidate in candidates.all.iter().filter(|candidate| candidate.aspect == aspect) {
+        let samples = &prompts[candidate.prompt];
+        let prompt_id = &samples.samples[0].prompt_id;
+        let own = by_prompt.get(prompt_id.as_str()).map_or(&[][..], Vec::as_slice);
+        match prefer(candidate, samples, &Tally::of(own.iter().copied()), config.ties) {
+            Some(pair) => pairs.push(pair),
+            None => dropped.ties += 1,
+        }
+    }
+    (pairs, dropped)
+}
+
+/// The row of a decided pair; `None` for a tie.
+fn prefer(
+    candidate: &Candidate,
+    samples: &Samples,
+    tally: &Tally,
+    ties: Ties,
+) -> Option<PreferenceRow> {
+    let chosen = match ties {
+        Ties::Drop => tally.winner(),
+        Ties::Probability => tally.winner().or_else(|| tally.likelier()),
+    }?;
+    let rejected = 1 - chosen;
+    let p_sample0 = tally.p_sample0?;
+    let truncated = samples.truncated(candidate.aspect);
+    Some(PreferenceRow {
+        prompt: candidate.pair.question.clone(),
+        chosen: candidate.pair.sides[chosen].clone(),
+        rejected: candidate.pair.sides[rejected].clone(),
+        score_chosen: tally.votes[chosen],
+        score_rejected: tally.votes[rejected],
+        chosen_prob: (if chosen == 0 { p_sample0 } else { 1.0 - p_sample0 }) as f32,
+        prompt_id: samples.samples[0].prompt_id.clone(),
+        truncated_chosen: truncated[chosen],
+        truncated_rejected: truncated[rejected],
+    })
+}
+
+/// Writes one file a split. A split without pairs gets none: `datasets.load_dataset` refuses a
+/// directory that holds an empty one.
+fn write_splits(
+    output: &Path,
+    aspect: Aspect,
+    prompts: &[Samples],
+    pairs: &[PreferenceRow],
+) -> Result<(), Error> {
+    let splits: HashMap<&str, Split> = prompts
+        .iter()
+        .map(|samples| (samples.samples[0].prompt_id.as_str(), samples.samples[0].split))
+        .collect();
+    let dir = output.join(aspect.name());
+    fs_err::create_dir_all(&dir)?;
+    for split in Split::ALL {
+        let rows: Vec<PreferenceRow> =
+            pairs.iter().filter(|pair| splits[pair.prompt_id.as_str()] == split).cloned().collect();
+        if rows.is_empty() {
+            tracing::warn!(aspect = aspect.name(), split = split.name(), "no pairs in this split");
+            continue;
+        }
+        parquet::write(dir.join(format!("{}.parquet", split.name())), &rows)?;
+    }
+    Ok(())
+}
+
+/// The figures by which a judge's work on an aspect is known.
+fn summary(
+    aspect: Aspect,
+    judgements: &[JudgementRow],
+    pairs: &[PreferenceRow],
+    dropped: &Dropped,
+    prompts: &[Samples],
+) -> Value {
+    let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
+    let n_judged = own.len() / Virtue::ALL.len();
+    let n_cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
+    let places = Places::of(own.iter().copied());
+    let n_abstained = own.iter().filter(|row| row.p_sample0.is_none()).count();
+    let first_position = percent(places.n_first, places.n_seen);
+    let swap_consistency = percent(places.n_consistent, places.n_both);
+    tracing::info!(
+        aspect = aspect.name(),
+        pairs = pairs.len(),
+        judged = n_judged,
+        tie_percent = %percent(dropped.ties, n_judged),
+        dropped_truncated = dropped.truncated,
+        dropped_untrimmable = dropped.untrimmable,
+        dropped_identical = dropped.identical,
+        truncated_percent = %percent(n_cut, 2 * prompts.len()),
+        first_position_percent = %first_position,
+        swap_consistency_percent = %swap_consistency,
+        abstained_percent = %percent(n_abstained, own.len()),
+        "preferences"
+    );
+    let mut votes = Map::new();
+    for virtue in Virtue::ALL {
+        let of = |wanted: Option<i32>| {
+            own.iter().filter(|row| row.virtue == virtue && row.vote == wanted).count()
+        };
+        let (zero, one, none) = (of(Some(0)), of(Some(1)), of(None));
+        tracing::info!(
+            aspect = aspect.name(),
+            virtue = virtue.name(),
+            sample_0 = zero,
+            sample_1 = one,
+            none,
+            "votes"
+        );
+        votes.insert(
+            virtue.name().to_owned(),
+            json!({"sample_0": zero, "sample_1": one, "none": none}),
+        );
+    }
+    json!({
+        "pairs": pairs.len(), "judged": n_judged, "ties": dropped.ties,
+        "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
+        "dropped_identical": dropped.identical, "truncated_replies": n_cut,
+        "first_position_percent": first_position, "swap_consistency_percent": swap_consistency,
+        "abstained": n_abstained, "votes": votes,
+    })
+}
+
+/// How verdicts depend on the place a sample is shown in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Places {
+    /// Verdicts of one order, and those of them for the sample shown first.
+    pub(crate) n_seen: usize,
+    pub(crate) n_first: usize,
+    /// Verdicts of both orders, and those of them for the same sample.
+    pub(crate) n_both: usize,
+    pub(crate) n_consistent: usize,
+}
+
+impl Places {
+    fn of<'a>(rows: impl Iterator<Item = &'a JudgementRow>) -> Self {
+        let mut places = Self::default();
+        for row in rows {
+            places.add(row.p_ab.map(f64::from), row.p_ba.map(f64::from));
+        }
+        places
+    }
+
+    pub(crate) fn add(&mut self, p_ab: Option<f64>, p_ba: Option<f64>) {
+        for p in [p_ab, p_ba].into_iter().flatten() {
+            self.n_seen += 1;
+            self.n_first += usize::from(p > 0.5);
+        }
+        if let (Some(p_ab), Some(p_ba)) = (p_ab, p_ba) {
+            self.n_both += 1;
+            self.n_consistent += usize::from((p_ab > 0.5) == (p_ba < 0.5));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(sample: i32, texts: [&str; 3], cut: [bool; 3]) -> ConversationRow {
+        let mut messages = vec![Message::user("q")];
+        for (aspect, text) in Aspect::ALL.into_iter().zip(texts) {
+            messages.extend(aspect.question().map(Message::user));
+            messages.push(Message::assistant(text));
+        }
+        let reason = |cut| if cut { FinishReason::Length } else { FinishReason::Stop };
+        ConversationRow {
+            prompt_id: "00000000000000aa".to_owned(),
+            split: Split::Train,
+            sample,
+            persona: None,
+            messages,
+            action: texts[0].to_owned(),
+            motivation: texts[1].to_owned(),
+            consequence: texts[2].to_owned(),
+            finish_reason_action: reason(cut[0]),
+            finish_reason_motivation: reason(cut[1]),
+            finish_reason_consequence: reason(cut[2]),
+            n_tokens_action: 1,
+            n_tokens_motivation: 1,
+            n_tokens_consequence: 1,
+            seed: 0,
+        }
+    }
+
+    fn samples() -> Samples {
+        let zero = row(0, ["Go on. And", "M0.", "C0 no end"], [true, false, true]);
+        let one = row(1, ["Stop.", "M1.", "C1."], [false; 3]);
+        Samples { samples: [zero, one], n_prompt: 1 }
+    }
+
+    fn texts(side: &[Message]) -> Vec<&str> {
+        side.iter()
+            .filter(|message| message.role == Role::Assistant)
+            .map(|message| message.content.as_str())
+            .collect()
+    }
+
+    #[test]
+    fn only_the_aspects_own_reply_counts_as_truncated() {
+        let prompts = [samples()];
+        let drop = Candidates::of(&prompts, Truncated::Drop);
+        assert_eq!(Aspect::ALL.map(|aspect| drop.n_left(aspect)), [0, 1, 0]);
+        assert_eq!(texts(&drop.all[0].pair.sides[0]), ["Go on. And", "M0."]);
+        assert_eq!(drop.finish_rates, "action 50.0 %, motivation 100.0 %, consequence 50.0 %");
+    }
+
+    #[test]
+    fn trimming_cuts_every_cut_reply_and_keeping_none() {
+        let prompts = [samples()];
+        let trim = Candidates::of(&prompts, Truncated::Trim);
+        // The consequence of sample 0 has no full sentence.
+        assert_eq!(Aspect::ALL.map(|aspect| trim.n_left(aspect)), [1, 1, 0]);
+        assert_eq!(trim.dropped[&Aspect::Consequence].untrimmable, 1);
+        assert_eq!(texts(&trim.all[0].pair.sides[0]), ["Go on."]);
+        assert_eq!(texts(&trim.all[1].pair.sides[0]), ["Go on.", "M0."]);
+        let keep = Candidates::of(&prompts, Truncated::Keep);
+        assert_eq!(Aspect::ALL.map(|aspect| keep.n_left(aspect)), [1, 1, 1]);
+        assert_eq!(texts(&keep.all[2].pair.sides[0]), ["Go on. And", "M0.", "C0 no end"]);
+    }
+
+    #[test]
+    fn the_side_with_more_votes_is_chosen_and_carries_its_own_turns() {
+        let prompts = [samples()];
+        let candidates = Candidates::of(&prompts, Truncated::Keep);
+        let motivation = &candidates.all[1];
+        let tally = Tally { votes: [1, 3], p_sample0: Some(0.625) };
+        let pair = prefer(motivation, &prompts[0], &tally, Ties::Drop).unwrap();
+        assert_eq!((pair.score_chosen, pair.score_rejected), (3, 1));
+        assert_eq!(pair.chosen_prob, 0.375); // may be below one half
+        assert_eq!(texts(&pair.chosen), ["Stop.", "M1."]);
+        assert_eq!(texts(&pair.rejected), ["Go on. And", "M0."]);
+        assert_eq!(pair.prompt, [Message::user("q")]);
+        assert_eq!((pair.truncated_chosen, pair.truncated_rejected), (false, false));
+        let action = prefer(&candidates.all[0], &prompts[0], &tally, Ties::Drop).unwrap();
+        assert_eq!((action.truncated_chosen, action.truncated_rejected), (false, true));
+    }
+
+    #[test]
+    fn a_tie_is_dropped_or_decided_by_probability() {
+        let prompts = [samples()];
+        let candidates = Candidates::of(&prompts, Truncated::Keep);
+        let tie = Tally { votes: [2, 2], p_sample0: Some(0.75) };
+        assert!(prefer(&candidates.all[0], &prompts[0], &tie, Ties::Drop).is_none());
+        let pair = prefer(&candidates.all[0], &prompts[0], &tie, Ties::Probability).unwrap();
+        assert_eq!(texts(&pair.chosen), ["Go on. And"]);
+        let even = Tally { votes: [2, 2], p_sample0: Some(0.5) };
+        assert!(prefer(&candidates.all[0], &prompts[0], &even, Ties::Probability).is_none());
+    }
+
+    #[test]
+    fn contrast_prefers_the_virtuous_persona_and_needs_one() {
+        let mut samples = samples();
+        assert!(by_construction(&samples).unwrap_err().to_string().contains("contrast"));
+        samples.samples[0].persona = Some("vicious".to_owned());
+        samples.samples[1].persona = Some("virtuous".to_owned());
+        assert_eq!(by_construction(&samples).unwrap().p_sample0, Some(0.0));
+    }
+
+    #[test]
+    fn places_count_first_position_and_consistency() {
+        let mut places = Places::default();
+        places.add(Some(0.9), Some(0.8)); // first both times: inconsistent
+        places.add(Some(0.9), Some(0.2)); // sample 0 both times
+        places.add(Some(0.4), None);
+        assert_eq!(places, Places { n_seen: 5, n_first: 3, n_both: 2, n_consistent: 1 });
+    }
+
+    #[test]
+    fn too_few_pairs_show_the_finish_rates() {
+        use clap::{Args, FromArgMatches};
+        let command = PreferencesConfig::augment_args(clap::Command::new("test"));
+        let config =
+            PreferencesConfig::from_arg_matches(&command.get_matches_from(["test"])).unwrap();
+        let candidates = Candidates::of(&[samples()], Truncated::Drop);
+        let error = candidates.check(Aspect::Action, 0, &config).unwrap_err().to_string();
+        assert!(error.starts_with("action: 0 pairs left of 1, expected at least 20"), "{error}");
+        assert!(
+            error.contains("motivation 100.0 %") && error.contains("max_new_tokens"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,565 @@
+//! Reading prompts out of other people's files: hh-rlhf in its several forms, message lists, plain
+//! prompts; then normalising, deduplicating, spreading and splitting them.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_records::rows::PromptRow;
+use arete_records::run::StageSpec;
+use arete_records::{Message, Role, Split, jsonl, normalise, parquet, prompt_id, split_of};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::config::{self, PromptsConfig};
+use crate::stage::{self, Estimate};
+use crate::{Error, hh};
+
+/// How much of a conversation becomes the prompt.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Context {
+    /// The first question alone, as the report does.
+    Opening,
+    /// Everything up to the last question.
+    Full,
+}
+
+/// What to take from the inputs.
+#[derive(Debug, Clone)]
+pub struct Selection {
+    /// How much of a conversation becomes the prompt.
+    pub context: Context,
+    /// Most prompts to keep; 0 keeps all.
+    pub limit: usize,
+    /// Longer prompts (in characters, all messages together) are left out.
+    pub max_chars: usize,
+    /// Name to record as every prompt's source, instead of what the records say.
+    pub source: Option<String>,
+    /// Seed of the spread.
+    pub seed: u64,
+}
+
+/// How many records were read, and why some are not among the prompts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counts {
+    /// Records read.
+    pub read: usize,
+    /// Records whose prompt is empty.
+    pub empty: usize,
+    /// Prompts longer than `max_chars`.
+    pub too_long: usize,
+    /// Prompts seen before.
+    pub duplicates: usize,
+    /// Prompts beyond the limit.
+    pub beyond_limit: usize,
+    /// Prompts kept.
+    pub kept: usize,
+}
+
+/// The stage's name.
+pub const STAGE: &str = "prompts";
+
+/// Runs the stage.
+///
+/// # Errors
+///
+/// Those of [`gather`], a hub that cannot be reached, a full disk.
+pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(), Error> {
+    let started = Instant::now();
+    let paths = localised(inputs)?;
+    let mut files: Vec<(String, PathBuf)> = Vec::new();
+    for (idx, path) in paths.iter().enumerate() {
+        files.push((format!("input_{idx}"), path.clone()));
+    }
+    let settings = config::recorded(config);
+    let spec =
+        StageSpec { stage: STAGE, output, config: settings, seed: config.seed, inputs: files };
+    let Some(run) = stage::begin(spec)? else { return Ok(()) };
+    let (rows, counts) = gather(&paths, &selection(config))?;
+    let (sources, splits) = tally(&rows);
+    tracing::info!(
+        read = counts.read,
+        kept = counts.kept,
+        duplicates = counts.duplicates,
+        empty = counts.empty,
+        too_long = counts.too_long,
+        beyond_limit = counts.beyond_limit,
+        splits = ?splits.iter().map(|(split, n)| format!("{split} {n}")).collect::<Vec<_>>(),
+        "prompts"
+    );
+    for (source, n) in &sources {
+        tracing::info!(source, n, "prompts from");
+    }
+    parquet::write(output.join("prompts.parquet"), &rows)?;
+    let mut recorded = match serde_json::to_value(counts) {
+        Ok(Value::Object(recorded)) => recorded,
+        _ => unreachable!("counts are a table"),
+    };
+    let splits: Map<String, Value> =
+        splits.iter().map(|(split, n)| (split.name().to_owned(), (*n).into())).collect();
+    recorded.insert("splits".to_owned(), splits.into());
+    let sources: Map<String, Value> =
+        sources.into_iter().map(|(source, n)| (source, n.into())).collect();
+    recorded.insert("sources".to_owned(), sources.into());
+    stage::finish(run, STAGE, None, recorded, started)
+}
+
+/// What a run would give.
+///
+/// # Errors
+///
+/// As [`run`]; nothing is written.
+pub fn estimate(config: &PromptsConfig, inputs: &[String]) -> Result<Estimate, Error> {
+    let (_, counts) = gather(&localised(inputs)?, &selection(config))?;
+    let counts = match serde_json::to_value(counts) {
+        Ok(Value::Object(counts)) => counts,
+        _ => unreachable!("counts are a table"),
+    };
+    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds: None })
+}
+
+fn selection(config: &PromptsConfig) -> Selection {
+    Selection {
+        context: config.context,
+        limit: config.limit,
+        max_chars: config.max_chars,
+        source: config.source.clone(),
+        seed: config.seed,
+    }
+}
+
+/// Inputs as paths: what exists here as it is, what looks like a hub id downloaded.
+fn localised(inputs: &[String]) -> Result<Vec<PathBuf>, Error> {
+    let mut out = Vec::new();
+    for input in inputs {
+        let path = PathBuf::from(input);
+        if path.exists() || !is_hub_id(input) {
+            out.push(path);
+        } else {
+            out.push(arete_model::hub::data_set(input)?);
+        }
+    }
+    Ok(out)
+}
+
+/// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a
+/// directory here, which makes it a mistyped path.
+fn is_hub_id(text: &str) -> bool {
+    let plain = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c))
+    };
+    let parts: Vec<&str> = text.split('/').collect();
+    parts.len() >= 2 && parts.iter().all(|part| plain(part)) && !Path::new(parts[0]).exists()
+}
+
+/// Reads every input (a `.jsonl`, `.jsonl.gz`, `.json` of one list, or `.parquet` file, or a
+/// directory of them) into prompts.
+///
+/// The rows come in the order of a hash of seed and id, whatever the order of the inputs: a limit
+/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had.
+///
+/// # Errors
+///
+/// An unreadable or damaged file, a record without a usable prompt, or no prompts at all.
+pub fn gather(
+    inputs: &[PathBuf],
+    selection: &Selection,
+) -> Result<(Vec<PromptRow>, Counts), Error> {
+    let mut counts = Counts::default();
+    let mut seen = HashSet::new();
+    let mut rows = Vec::new();
+    for path in files(inputs)? {
+        let default_source = stem(&path);
+        for (line, record) in read_records(&path)? {
+            counts.read += 1;
+            let messages = prompt_of(&path, line, &record, selection.context)?;
+            if !messages.iter().any(|message| message.role == Role::User) {
+                counts.empty += 1;
+                continue;
+            }
+            let n_chars: usize = messages.iter().map(|m| m.content.chars().count()).sum();
+            if n_chars > selection.max_chars {
+                counts.too_long += 1;
+                continue;
+            }
+            let prompt_id = prompt_id(&messages);
+            if !seen.insert(prompt_id.clone()) {
+                counts.duplicates += 1;
+                continue;
+            }
+            let named = selection.source.clone();
+            let source = named
+                .or_else(|| record.get("source").and_then(Value::as_str).map(str::to_owned))
+                .unwrap_or_else(|| default_source.clone());
+            rows.push(PromptRow {
+                prompt_id,
+                split: split_of(&messages),
+                source,
+                prompt: messages,
+            });
+        }
+    }
+    if rows.is_empty() {
+        return Err(Error::File {
+            path: inputs.first().cloned().unwrap_or_default(),
+            field: "prompts".to_owned(),
+            expected: "at least one usable prompt".to_owned(),
+            found: format!(
+                "{} records, {} empty, {} longer than {} characters",
+                counts.read, counts.empty, counts.too_long, selection.max_chars
+            ),
+        });
+    }
+    rows.sort_by_cached_key(|row| spread_key(selection.seed, &row.prompt_id));
+    if selection.limit > 0 && rows.len() > selection.limit {
+        counts.beyond_limit = rows.len() - selection.limit;
+        rows.truncate(selection.limit);
+    }
+    counts.kept = rows.len();
+    Ok((rows, counts))
+}
+
+/// Prompts by source, and by split.
+pub fn tally(rows: &[PromptRow]) -> (BTreeMap<String, usize>, BTreeMap<Split, usize>) {
+    let (mut sources, mut splits) = (BTreeMap::new(), BTreeMap::new());
+    for row in rows {
+        *sources.entry(row.source.clone()).or_insert(0) += 1;
+        *splits.entry(row.split).or_insert(0) += 1;
+    }
+    (sources, splits)
+}
+
+/// Reads a file's records with their line (or row) numbers from 1.
+///
+/// # Errors
+///
+/// As [`gather`].
+pub fn read_records(path: &Path) -> Result<Vec<(usize, Map<String, Value>)>, Error> {
+    let name =
+        path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
+    if name.ends_with(".parquet") {
+        let rows = parquet::read_json(path)?;
+        return Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect());
+    }
+    if !is_data(&name) {
+        return Err(Error::File {
+            path: path.to_owned(),
+            field: "file name".to_owned(),
+            expected: ".jsonl, .jsonl.gz or .parquet".to_owned(),
+            found: name,
+        });
+    }
+    jsonl::read(path)?
+        .into_iter()
+        .map(|(line, value)| match value {
+            Value::Object(record) => Ok((line, record)),
+            other => Err(Error::Record {
+                path: path.to_owned(),
+                line,
+                field: "record".to_owned(),
+                expected: "a JSON object".to_owned(),
+                found: kind_of(&other).to_owned(),
+            }),
+        })
+        .collect()
+}
+
+fn is_data(name: &str) -> bool {
+    [".jsonl", ".jsonl.gz", ".parquet"].iter().any(|extension| name.ends_with(extension))
+}
+
+/// The files named, directories replaced by the data files in them at any depth, sorted by path.
+fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
+    let mut out = Vec::new();
+    for input in inputs {
+        if !input.is_dir() {
+            out.push(input.clone());
+            continue;
+        }
+        let mut inside = Vec::new();
+        collect(input, MAX_DEPTH, &mut inside)?;
+        if inside.is_empty() {
+            return Err(Error::File {
+                path: input.clone(),
+                field: "directory".to_owned(),
+                expected: "at least one .jsonl, .jsonl.gz or .parquet file".to_owned(),
+                found: "none".to_owned(),
+            });
+        }
+        inside.sort();
+        out.extend(inside);
+    }
+    Ok(out)
+}
+
+/// Directories inside directories that are looked into: the hub's data sets have two levels.
+const MAX_DEPTH: usize = 4;
+
+fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), Error> {
+    for entry in fs_err::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase());
+        if path.is_dir() && depth > 1 {
+            collect(&path, depth - 1, out)?;
+        } else if path.is_file() && name.is_some_and(|name| is_data(&name)) {
+            out.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The file's name without its extensions.
+fn stem(path: &Path) -> String {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let cut = [".jsonl.gz", ".jsonl", ".parquet"].iter().find_map(|ext| name.strip_suffix(ext));
+    cut.map_or_else(|| name.clone(), str::to_owned)
+}
+
+fn spread_key(seed: u64, prompt_id: &str) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(prompt_id.as_bytes());
+    hash.finalize().into()
+}
+
+/// The prompt of a record, in whichever of the known forms it comes.
+fn prompt_of(
+    path: &Path,
+    line: usize,
+    record: &Map<String, Value>,
+    context: Context,
+) -> Result<Vec<Message>, Error> {
+    const KEYS: [&str; 3] = ["prompt", "messages", "chosen"];
+    let Some((key, value)) =
+        KEYS.iter().find_map(|key| record.get(*key).map(|value| (*key, value)))
+    else {
+        return Err(Error::Record {
+            path: path.to_owned(),
+            line,
+            field: "record".to_owned(),
+            expected: format!("one of the columns {}", KEYS.join(", ")),
+            found: format!(
+                "only {}",
+                record.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+            ),
+        });
+    };
+    let messages = conversation_of(path, line, key, value)?;
+    Ok(cut(messages, context))
+}
+
+/// A conversation from a string (hh-rlhf's form, or a plain question) or a list of messages.
+pub(crate) fn conversation_of(
+    path: &Path,
+    line: usize,
+    key: &str,
+    value: &Value,
+) -> Result<Vec<Message>, Error> {
+    let wrong = |field: String, expected: &str, found: &str| Error::Record {
+        path: path.to_owned(),
+        line,
+        field,
+        expected: expected.to_owned(),
+        found: found.to_owned(),
+    };
+    let messages = match value {
+        Value::String(text) => {
+            hh::parse(text).unwrap_or_else(|| vec![Message::user(text.as_str())])
+        }
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(idx, item)| {
+                serde_json::from_value::<Message>(item.clone()).map_err(|error| {
+                    wrong(
+                        format!("{key}[{idx}]"),
+                        "{\"role\": \"system\" | \"user\" | \"assistant\", \"content\": text}",
+                        &error.to_string(),
+                    )
+                })
+            })
+            .collect::<Result<_, _>>()?,
+        other => return Err(wrong(key.to_owned(), "a text or a list of messages", kind_of(other))),
+    };
+    let normal = messages
+        .into_iter()
+        .map(|message| Message { content: normalise(&message.content), ..message })
+        .filter(|message| !message.content.is_empty());
+    Ok(merged(normal))
+}
+
+/// Consecutive messages of one role as one: chat templates want the roles to alternate.
+fn merged(messages: impl Iterator<Item = Message>) -> Vec<Message> {
+    let mut out: Vec<Message> = Vec::new();
+    for message in messages {
+        match out.last_mut() {
+            Some(last) if last.role == message.role => {
+                last.content.push_str("\n\n");
+                last.content.push_str(&message.content);
+            }
+            _ => out.push(message),
+        }
+    }
+    out
+}
+
+/// Keeps the opening question, or everything up to the last question.
+fn cut(mut messages: Vec<Message>, context: Context) -> Vec<Message> {
+    match context {
+        Context::Opening => {
+            messages.into_iter().find(|m| m.role == Role::User).into_iter().collect()
+        }
+        Context::Full => {
+            let end = messages.iter().rposition(|m| m.role == Role::User).map_or(0, |at| at + 1);
+            messages.truncate(end);
+            let greeting = messages.iter().take_while(|m| m.role == Role::Assistant).count();
+            messages.drain(..greeting); // templates want the human to begin
+            messages
+        }
+    }
+}
+
+pub(crate) fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn selection() -> Selection {
+        Selection { context: Context::Opening, limit: 0, max_chars: 4000, source: None, seed: 0 }
+    }
+
+    fn file(dir: &tempfile::TempDir, name: &str, text: &str) -> PathBuf {
+        let path = dir.path().join(name);
+        fs_err::write(&path, text).unwrap();
+        path
+    }
+
+    fn contents(rows: &[PromptRow]) -> Vec<String> {
+        let mut out: Vec<String> = rows.iter().map(|row| hh::format(&row.prompt)).collect();
+        out.sort();
+        out
+    }
+
+    #[test]
+    fn every_form_of_record_gives_its_opening_question() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(
+            &dir,
+            "x.jsonl",
+            concat!(
+                r#"{"chosen": "\n\nHuman: first: Human?\n\nAssistant: no\n\nHuman: second\n\nAssistant: yes", "rejected": "x"}"#,
+                "\n\n",
+                r#"{"prompt": "plain: question"}"#,
+                "\n",
+                r#"{"messages": [{"role":"system","content":"s"},{"role":"user","content":" listed "},{"role":"assistant","content":"a"}]}"#,
+                "\n",
+                r#"{"prompt": "plain: question", "source": "again"}"#,
+                "\n",
+                r#"{"prompt": "   "}"#,
+                "\n",
+            ),
+        );
+        let (rows, counts) = gather(&[path], &selection()).unwrap();
+        let expected =
+            ["\n\nHuman: first: Human?", "\n\nHuman: listed", "\n\nHuman: plain: question"];
+        assert_eq!(contents(&rows), expected);
+        assert_eq!(
+            counts,
+            Counts { read: 5, empty: 1, too_long: 0, duplicates: 1, beyond_limit: 0, kept: 3 }
+        );
+        assert!(rows.iter().all(|row| row.source == "x"));
+    }
+
+    #[test]
+    fn full_context_ends_at_the_last_question() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(
+            &dir,
+            "x.jsonl",
+            r#"{"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"}"#,
+        );
+        let full = Selection { context: Context::Full, ..selection() };
+        let (rows, _) = gather(&[path], &full).unwrap();
+        assert_eq!(contents(&rows), ["\n\nHuman: a\n\nAssistant: b\n\nHuman: c"]);
+    }
+
+    #[test]
+    fn a_limit_spreads_over_the_inputs_and_grows_by_adding() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "b"] {
+            let lines: String =
+                (0..50).map(|i| format!("{{\"prompt\": \"{name} {i}\"}}\n")).collect();
+            file(&dir, &format!("{name}.jsonl"), &lines);
+        }
+        let inputs = [dir.path().to_path_buf()];
+        let (small, counts) = gather(&inputs, &Selection { limit: 20, ..selection() }).unwrap();
+        let (large, _) = gather(&inputs, &Selection { limit: 40, ..selection() }).unwrap();
+        assert_eq!(small[..], large[..20]);
+        assert_eq!(counts.beyond_limit, 80);
+        let (sources, _) = tally(&small);
+        assert!(sources["a"] >= 4 && sources["b"] >= 4, "{sources:?}");
+        let other = Selection { limit: 20, seed: 1, ..selection() };
+        assert_ne!(gather(&inputs, &other).unwrap().0, small);
+    }
+
+    #[test]
+    fn a_megabyte_prompt_is_left_out_and_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!("{{\"prompt\": \"{}\"}}\n{{\"prompt\": \"ok\"}}\n", "x".repeat(1 << 20));
+        let (rows, counts) = gather(&[file(&dir, "x.jsonl", &text)], &selection()).unwrap();
+        assert_eq!((rows.len(), counts.too_long), (1, 1));
+    }
+
+    #[test]
+    fn damaged_input_is_refused_with_file_and_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |name: &str, text: &str| {
+            gather(&[file(&dir, name, text)], &selection()).unwrap_err().to_string()
+        };
+        let empty = error("empty.jsonl", "");
+        assert!(empty.contains("empty.jsonl") && empty.contains("at least one usable"), "{empty}");
+        let missing = error("missing.jsonl", "{\"question\": \"x\"}\n");
+        assert!(missing.contains("missing.jsonl:1") && missing.contains("only question"));
+        let number = error("number.jsonl", "{\"prompt\": \"x\"}\n{\"prompt\": 3}\n");
+        assert!(number.contains("number.jsonl:2") && number.contains("found a number"), "{number}");
+        let name = error("x.csv", "a,b");
+        assert!(name.contains("expected .jsonl"), "{name}");
+        let path = dir.path().join("utf8.jsonl");
+        fs_err::write(&path, b"{\"prompt\": \"\xff\"}\n").unwrap();
+        assert!(gather(&[path], &selection()).unwrap_err().to_string().contains("UTF-8"));
+    }
+
+    #[test]
+    fn a_cut_gzip_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines: String =
+            (0..2000).map(|i| format!("{{\"prompt\": \"question {i}\"}}\n")).collect();
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(lines.as_bytes()).unwrap();
+        let bytes = encoder.finish().unwrap();
+        let whole = dir.path().join("whole.jsonl.gz");
+        fs_err::write(&whole, &bytes).unwrap();
+        assert_eq!(gather(&[whole], &selection()).unwrap().1.kept, 2000);
+        let half = dir.path().join("half.jsonl.gz");
+        fs_err::write(&half, &bytes[..bytes.len() / 2]).unwrap();
+        let error = gather(&[half], &selection()).unwrap_err().to_string();
+        assert!(error.contains("half.jsonl.gz") && error.contains("gzip"), "{error}");
+    }
+}

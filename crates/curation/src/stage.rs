@@ -1,0 +1,204 @@
+//! What the subcommands share: opening an engine, finding an earlier stage's file, sharded runs.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_records::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
+use arete_records::{atomic, parquet, timings};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::Error;
+use crate::config::ComputeConfig;
+use crate::engine::server::ServerConfig;
+use crate::engine::{Engine, LocalEngine, ServerEngine};
+use crate::units::{SHARDS, Shard};
+
+/// How a stage's units come about.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// They are computed.
+    Compute,
+    /// They are taken from the parts of a job array.
+    Adopt(Vec<PathBuf>),
+}
+
+/// What a sharded run leaves beside its shards, so that `merge` can finish the stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Command {
+    /// The subcommand.
+    pub stage: String,
+    /// Its settings, the part of the array among them.
+    pub config: Value,
+    /// The earlier stage's directory.
+    pub input: PathBuf,
+    /// The model, as it was named.
+    pub model: Option<String>,
+}
+
+const COMMAND: &str = "command.json";
+
+impl Command {
+    /// Writes it beside the shards.
+    ///
+    /// # Errors
+    ///
+    /// I/O.
+    pub fn write(&self, output: &Path) -> Result<(), Error> {
+        fs_err::create_dir_all(output.join(SHARDS))?;
+        let mut bytes = serde_json::to_vec_pretty(self).expect("plain data always serialises");
+        bytes.push(b'\n');
+        Ok(atomic::write(output.join(SHARDS).join(COMMAND), &bytes)?)
+    }
+
+    /// The command of an array, from all of its parts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shards`] if a part is incomplete or the parts do not belong together.
+    pub fn of_parts(parts: &[PathBuf]) -> Result<Self, Error> {
+        let mut whole: Option<(Self, RunJson)> = None;
+        for part in parts {
+            let wrong = |reason: String| Error::Shards { path: part.clone(), reason };
+            let run = RunJson::read(part)
+                .map_err(|error| wrong(format!("not a complete part of a job array: {error}")))?;
+            let path = part.join(SHARDS).join(COMMAND);
+            let bytes = fs_err::read(&path)
+                .map_err(|error| wrong(format!("not made with --shard: {error}")))?;
+            let mut command: Self = serde_json::from_slice(&bytes)
+                .map_err(|error| wrong(format!("{COMMAND}: {error}")))?;
+            let shard = command.config.as_object_mut().and_then(|config| config.remove("shard"));
+            let shard: Option<Shard> = shard.and_then(|shard| serde_json::from_value(shard).ok());
+            if shard.is_none_or(|shard| shard.parts() != parts.len()) {
+                return Err(wrong(format!("expected a part of {}, got {shard:?}", parts.len())));
+            }
+            match &whole {
+                None => whole = Some((command, run)),
+                Some((first, first_run)) => {
+                    if (&first.stage, &first.config) != (&command.stage, &command.config) {
+                        return Err(wrong(
+                            "made with other settings than the first part".to_owned(),
+                        ));
+                    }
+                    if first_run.inputs != run.inputs {
+                        return Err(wrong("made from other inputs than the first part".to_owned()));
+                    }
+                }
+            }
+        }
+        whole.map(|(command, _)| command).ok_or_else(|| Error::Shards {
+            path: PathBuf::new(),
+            reason: "no parts given".to_owned(),
+        })
+    }
+}
+
+/// Opens the engine a stage was asked for.
+///
+/// # Errors
+///
+/// A model that cannot be loaded, a server that cannot be used, an adapter for a server.
+pub fn open_engine(
+    model: &str,
+    adapter: Option<&Path>,
+    url: Option<&str>,
+    compute: &ComputeConfig,
+    server: &ServerConfig,
+    needs_logprobs: bool,
+) -> Result<Engine, Error> {
+    match (url, adapter) {
+        (None, _) => {
+            let engine = LocalEngine::load(model, adapter, &compute.load_options()?)?;
+            Ok(Engine::Local(Box::new(engine)))
+        }
+        (Some(url), None) => {
+            Ok(Engine::Server(ServerEngine::connect(url, model, server, needs_logprobs)?))
+        }
+        (Some(_), Some(adapter)) => Err(Error::Setting {
+            name: "judge_adapter",
+            expected: "none together with judge_url: the server holds its adapters".to_owned(),
+            got: adapter.display().to_string(),
+        }),
+    }
+}
+
+/// An earlier stage's rows: of `DIR/NAME.parquet`, or of the file itself.
+///
+/// # Errors
+///
+/// A missing or damaged file, or one without rows.
+pub fn rows_of<T: parquet::Row>(input: &Path, name: &str) -> Result<Vec<T>, Error> {
+    let path = file_of(input, name);
+    let rows: Vec<T> = parquet::read(&path)?;
+    if rows.is_empty() {
+        return Err(Error::File {
+            path,
+            field: "rows".to_owned(),
+            expected: "at least one".to_owned(),
+            found: "none".to_owned(),
+        });
+    }
+    Ok(rows)
+}
+
+/// `DIR/NAME.parquet`, or the file itself.
+pub fn file_of(input: &Path, name: &str) -> PathBuf {
+    if input.is_dir() { input.join(format!("{name}.parquet")) } else { input.to_owned() }
+}
+
+/// Begins a stage; `None` if its results are up to date.
+///
+/// # Errors
+///
+/// Those of [`run::begin`].
+pub fn begin(spec: StageSpec<'_>) -> Result<Option<StageRun>, Error> {
+    let stage = spec.stage.to_owned();
+    let output = spec.output.to_owned();
+    match run::begin(spec)? {
+        Start::UpToDate(_) => {
+            tracing::info!(stage, output = %output.display(), "up to date");
+            Ok(None)
+        }
+        Start::Run(run) => Ok(Some(run)),
+    }
+}
+
+/// Writes `run.json`, and the wall time into `timings.jsonl`.
+///
+/// # Errors
+///
+/// I/O.
+pub fn finish(
+    run: StageRun,
+    stage: &str,
+    engine: Option<&Engine>,
+    counts: Map<String, Value>,
+    started: Instant,
+) -> Result<(), Error> {
+    let (device, dtype) =
+        engine.map_or_else(|| ("none".to_owned(), "none".to_owned()), Engine::device_and_dtype);
+    timings::log(run.output(), stage, started.elapsed().as_secs_f64(), &[])?;
+    Ok(run.finish(Completion { device, dtype, counts })?)
+}
+
+/// What `--dry-run` reports.
+#[derive(Debug, Serialize)]
+pub struct Estimate {
+    /// The stage.
+    pub stage: &'static str,
+    /// What will be done and what is done already, by name.
+    pub counts: Map<String, Value>,
+    /// Tokens to compute, prompts included.
+    pub n_tokens: Option<u64>,
+    /// Seconds this will take, measured on a few rows.
+    pub seconds: Option<f64>,
+}
+
+/// A share in per cent, for tables.
+pub fn percent(part: usize, whole: usize) -> Value {
+    if whole == 0 {
+        Value::Null
+    } else {
+        json!((1000.0 * part as f64 / whole as f64).round() / 10.0)
+    }
+}
