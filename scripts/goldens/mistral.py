@@ -4,7 +4,7 @@
     python -P scripts/goldens/mistral.py
 
 `mistral-common` ships the SentencePiece model (`tokenizer.model.v1`, Apache-2.0) that v0.1 and v0.2 were trained with.
-- `tokens`, `scores`, `types`: what a GGUF file would carry of it;
+- `tokens`, `score_steps`, `types`: what a GGUF file would carry of it (a score is the sum of the steps up to its token);
 - `ids`: transformers' ids of the texts, its LlamaTokenizer built from them as it does for a GGUF file;
 - `sentencepiece`: SentencePiece's own ids where they differ, else null (it knows no special tokens in text, and puts a space
   before any text, even one that begins with a space);
@@ -69,7 +69,7 @@ def main():
         OUT,
         {
             "tokens": vocabulary["tokens"],
-            "scores": vocabulary["scores"],
+            "score_steps": [b - a for a, b in zip([0, *vocabulary["scores"]], vocabulary["scores"])],
             "types": vocabulary["token_type"],
             "texts": texts,
             "ids": ids,

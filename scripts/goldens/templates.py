@@ -99,7 +99,7 @@ TEMPLATES = {
 {{ ns.last|tojson(indent=2) }}{{ {'b': [1, 2.5, none, true], 'a': '<&>\\''}|tojson(sort_keys=true) }}
 {{ [1, 'é😀']|tojson(ensure_ascii=true, separators=(',', ':')) }}{{ none }}{{ true }}{{ ['a', 1, none] }}
 {{ messages[-1].content.split(' ')[:3]|join('_') }}{{ messages[::-1][0].role }}{{ 'x'.startswith('x') and 'abc'[1:] }}
-{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join('|') }}{{ tools is none }}{{ nothing is defined }}
+{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join('|') }}{{ tools is none }}{{ nothing is defined }}{{ tools is iterable }}{{ 'abc' is iterable }}{{ messages is iterable }}
 {{ messages[0].content.replace('e', '3').lstrip().rstrip('!').upper() if messages else '' }}{{ '%s-%d'|format('a', 3) }}
 {{- ' tail' if add_generation_prompt else '' -}}
 """,

@@ -22,15 +22,16 @@ fn strings(value: &Value) -> Vec<String> {
 }
 
 pub(crate) fn mistral_vocabulary(golden: &Value) -> GgufVocabulary {
+    let mut score = 0.0;
+    let scores = golden["score_steps"].as_array().unwrap().iter().map(|step| {
+        score += step.as_f64().unwrap();
+        score as f32
+    });
+    let scores = scores.collect();
     GgufVocabulary {
         model: "llama".to_owned(),
         tokens: strings(&golden["tokens"]),
-        scores: golden["scores"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|s| s.as_f64().unwrap() as f32)
-            .collect(),
+        scores,
         token_types: ids_of(&golden["types"]).iter().map(|&t| i32::try_from(t).unwrap()).collect(),
         bos_id: Some(1),
         eos_id: Some(2),
