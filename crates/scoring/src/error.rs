@@ -1,0 +1,98 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+use arete_records::cli::{ExitClass, code};
+use arete_records::interrupt::Interrupted;
+
+/// Why scoring, reporting or diagnosing failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file failed; the message names the path.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+
+    /// A file of the pipeline is unusable.
+    #[error(transparent)]
+    Records(#[from] arete_records::Error),
+
+    /// A model could not be loaded or run.
+    #[error(transparent)]
+    Model(#[from] arete_model::Error),
+
+    /// A signal asked to stop.
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
+
+    /// A file does not hold what it should.
+    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The part of it.
+        field: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+
+    /// A setting cannot be used.
+    #[error("{name}: expected {expected}, got {got}")]
+    Setting {
+        /// The flag or recipe key.
+        name: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+
+    /// A reward model gave a score that is no number.
+    #[error("the {aspect} reward model's score of {model}'s reply to prompt {prompt_id} is {score}")]
+    NonFinite {
+        /// Which reward model (or `yardstick`).
+        aspect: String,
+        /// Whose reply.
+        model: String,
+        /// To which prompt.
+        prompt_id: String,
+        /// NaN or infinite.
+        score: f64,
+    },
+
+    /// A chart could not be drawn.
+    #[error("chart {name}: {reason}")]
+    Chart {
+        /// The chart's file name.
+        name: String,
+        /// What the drawing library says.
+        reason: String,
+    },
+}
+
+impl ExitClass for Error {
+    fn exit_class(&self) -> Option<u8> {
+        Some(match self {
+            Self::Io(_) => return None,
+            Self::Records(error) => return error.exit_class(),
+            Self::Model(error) => model_class(error),
+            Self::Interrupted(interrupted) => return u8::try_from(128 + interrupted.signal).ok(),
+            Self::File { .. } => code::BAD_DATA,
+            Self::Setting { .. } => code::USAGE,
+            Self::NonFinite { .. } | Self::Chart { .. } => code::FAILURE,
+        })
+    }
+}
+
+fn model_class(error: &arete_model::Error) -> u8 {
+    use arete_model::Error as Model;
+    match error {
+        Model::Io(_) => code::IO,
+        Model::Torch(_) | Model::NonFinite { .. } => code::FAILURE,
+        Model::Hub { .. } => code::UNAVAILABLE,
+        Model::Invalid { .. } | Model::Source { .. } => code::USAGE,
+        _ => code::BAD_DATA,
+    }
+}

@@ -1,0 +1,146 @@
+//! `arete-scoring`: see the library's documentation for what the subcommands do.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use arete_records::cli::{self, Usage};
+use arete_records::{Aspect, interrupt, recipe};
+use arete_scoring::{Error, ScoreConfig, ScoreInputs, policies};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// How a run's models compare, the page that shows it, and why a run went nowhere
+#[derive(Parser)]
+#[command(name = "arete-scoring", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Have models answer the test prompts and the reward models score them; print how they compare
+    #[command(after_help = "Examples:\n  arete-scoring score --run runs/demo\n  \
+        arete-scoring score --prompts runs/demo/prompts --original models/SmolLM2-135M-Instruct --sft runs/demo/sft/merged \
+        --final runs/demo/ppo --reward runs/demo/reward --output runs/demo/scoring")]
+    Score {
+        #[command(flatten)]
+        places: Places,
+        #[command(flatten)]
+        config: ScoreConfig,
+    },
+}
+
+/// Where everything is; with --run, what is not named is looked for in that directory.
+#[derive(Args)]
+struct Places {
+    /// Recipe (TOML) whose table [scoring] gives the settings; flags override it
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Directory of a run, with one directory a stage
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// Directory (or file) of the prompts [default: RUN/prompts]
+    #[arg(long, value_name = "PATH")]
+    prompts: Option<PathBuf>,
+    /// The untouched model: directory, GGUF file or hub id [default: what RUN/sft started from]
+    #[arg(long, value_name = "MODEL")]
+    original: Option<String>,
+    /// The fine-tuned model [default: RUN/sft/merged]
+    #[arg(long, value_name = "MODEL")]
+    sft: Option<String>,
+    /// The model after PPO: its stage, adapter or merged directory [default: RUN/ppo]
+    #[arg(long = "final", value_name = "MODEL")]
+    last: Option<String>,
+    /// Another model, as NAME=PLACE; may be repeated
+    #[arg(long, value_name = "NAME=MODEL")]
+    model: Vec<String>,
+    /// The model that reward models and adapters belong to [default: the fine-tuned one, else the original]
+    #[arg(long, value_name = "MODEL")]
+    base: Option<String>,
+    /// Directory with one reward model an aspect [default: RUN/reward]
+    #[arg(long, visible_alias = "rewards", value_name = "DIR")]
+    reward: Option<PathBuf>,
+    /// A reward model that no training saw: merged, or an adapter's directory [default: RUN/yardstick]
+    #[arg(long, value_name = "DIR")]
+    yardstick: Option<PathBuf>,
+    /// Base of the yardstick's adapter [default: what the adapter names]
+    #[arg(long, value_name = "MODEL")]
+    yardstick_base: Option<String>,
+    /// Labelled pairs (hh-rlhf's form, JSON lines, .gz too, or Parquet): which side does each model find likelier?
+    #[arg(long, value_name = "FILE")]
+    pairs: Option<PathBuf>,
+    /// Directory that receives the results [default: RUN/scoring]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+impl Places {
+    fn inputs(self) -> anyhow::Result<ScoreInputs> {
+        let in_run = |name: &str| self.run.as_ref().map(|run| run.join(name));
+        let existing = |name: &str| in_run(name).filter(|path| path.exists());
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let need = |found: Option<PathBuf>, name: &str| {
+            found.ok_or_else(|| Usage(format!("--{name} is needed, or --run")))
+        };
+        let sft = self.sft.or_else(|| existing("sft/merged").map(text));
+        let last = self.last.or_else(|| existing("ppo").map(text));
+        let original = match (self.original, &self.run) {
+            (Some(original), _) => Some(original),
+            (None, Some(run)) => original_of(run)?,
+            (None, None) => None,
+        };
+        let base = self.base.or_else(|| sft.clone()).or_else(|| original.clone());
+        let base = base.ok_or_else(|| Usage("--base, --sft or --original is needed".to_owned()))?;
+        let mut models = Vec::new();
+        for (name, place) in [("original", original), ("sft", sft), ("final", last)] {
+            models.extend(place.map(|place| (name.to_owned(), place)));
+        }
+        for model in self.model {
+            let (name, place) = model
+                .split_once('=')
+                .ok_or_else(|| Usage(format!("--model: expected NAME=MODEL, got {model}")))?;
+            models.push((name.to_owned(), place.to_owned()));
+        }
+        Ok(ScoreInputs {
+            prompts: need(self.prompts.clone().or_else(|| in_run("prompts")), "prompts")?,
+            models,
+            base,
+            rewards: need(self.reward.clone().or_else(|| in_run("reward")), "reward")?,
+            yardstick: self.yardstick.clone().or_else(|| existing("yardstick")),
+            yardstick_base: self.yardstick_base,
+            pairs: self.pairs,
+            output: need(self.output.clone().or_else(|| in_run("scoring")), "output")?,
+        })
+    }
+}
+
+/// What a run started from, as its first adapter says.
+fn original_of(run: &Path) -> Result<Option<String>, Error> {
+    let first_reward = run.join("reward").join(Aspect::Action.name()).join("adapter");
+    let adapters = [run.join("sft/adapter"), first_reward];
+    adapters.iter().find(|dir| dir.is_dir()).map(|dir| policies::base_of_adapter(dir)).transpose()
+}
+
+fn main() -> ExitCode {
+    let matches = Cli::command().get_matches();
+    cli::init_tracing();
+    cli::exit_code_of::<Error>(run(&matches))
+}
+
+fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
+    interrupt::install()?;
+    let parsed = Cli::from_arg_matches(matches)?;
+    let (_, matches) = matches.subcommand().context("no subcommand")?;
+    let text = match parsed.command {
+        Command::Score { places, .. } => {
+            let config: ScoreConfig = recipe::resolve(matches, "scoring", places.recipe.as_deref())?;
+            let inputs = places.inputs()?;
+            arete_scoring::score(&config, &inputs)
+                .with_context(|| format!("scoring into {}", inputs.output.display()))?
+        }
+    };
+    std::io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(())
+}

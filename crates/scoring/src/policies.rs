@@ -1,0 +1,197 @@
+//! The models that are compared: where they are, and one of them in memory at a time.
+
+use std::path::{Path, PathBuf};
+
+use arete_model::adapter_files::{self, LoadedAdapter};
+use arete_model::{LoadOptions, Model, Source};
+use serde_json::Value;
+
+use crate::Error;
+use crate::config::setting;
+
+/// What marks a directory as a peft adapter.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// What marks a directory as a model.
+const MODEL_CONFIG: &str = "config.json";
+/// Largest `adapter_config.json` that is read, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// A model to compare.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// `original`, `sft`, `final`, …
+    pub name: String,
+    /// As the user named it.
+    pub given: String,
+    /// The weights.
+    pub source: Source,
+    /// An adapter over them.
+    pub adapter: Option<PathBuf>,
+}
+
+impl Policy {
+    /// Finds out what `given` is: a model (directory, GGUF file, hub id), an adapter over `base`, or a stage's directory
+    /// with `adapter/` or `merged/` in it (the adapter is taken, since the base is loaded anyway, unless
+    /// the base is that merged model).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Model`] if it is none of these; [`Error::Setting`] if an adapter has no base.
+    pub fn resolve(name: &str, given: &str, base: Option<&Source>) -> Result<Self, Error> {
+        let path = Path::new(given);
+        let policy = |source: Source, adapter: Option<PathBuf>| Self {
+            name: name.to_owned(),
+            given: given.to_owned(),
+            source,
+            adapter,
+        };
+        let over_base = |adapter: PathBuf| match base {
+            Some(base) => Ok(policy(base.clone(), Some(adapter))),
+            None => Err(setting("base", "the model that the adapters belong to", "none")),
+        };
+        if path.join(ADAPTER_CONFIG).is_file() {
+            return over_base(path.to_owned());
+        }
+        if path.is_dir() && !path.join(MODEL_CONFIG).is_file() {
+            let (adapter, merged) = (path.join("adapter"), path.join("merged"));
+            let has_merged = merged.join(MODEL_CONFIG).is_file();
+            let merged_is_base = base.is_some_and(|base| same_place(base, &merged));
+            if adapter.join(ADAPTER_CONFIG).is_file() && !(has_merged && merged_is_base) && base.is_some() {
+                return over_base(adapter);
+            }
+            if has_merged {
+                return Ok(policy(Source::Directory(merged), None));
+            }
+        }
+        Ok(policy(Source::parse(given)?, None))
+    }
+
+    /// The files that the policy is made of, for hashing; none for what lies on the hub.
+    pub fn files(&self) -> Option<&Path> {
+        self.adapter.as_deref().or_else(|| local_path(&self.source))
+    }
+}
+
+/// Where a source lies on this machine.
+pub(crate) fn local_path(source: &Source) -> Option<&Path> {
+    match source {
+        Source::Directory(path) | Source::Gguf(path) => Some(path),
+        Source::Hub { .. } => None,
+    }
+}
+
+/// Whether a source is this path, however it is spelled.
+fn same_place(source: &Source, path: &Path) -> bool {
+    let canonical = |path: &Path| fs_err::canonicalize(path).ok();
+    local_path(source).and_then(canonical).is_some_and(|place| Some(place) == canonical(path))
+}
+
+/// Whether two sources are the same model.
+pub(crate) fn same_source(a: &Source, b: &Source) -> bool {
+    a == b || local_path(b).is_some_and(|path| same_place(a, path))
+}
+
+/// The base that an adapter says it was trained on (peft's `base_model_name_or_path`).
+///
+/// # Errors
+///
+/// [`Error::Io`], [`Error::File`] if the adapter's configuration is missing or says nothing.
+pub fn base_of_adapter(adapter: &Path) -> Result<String, Error> {
+    let path = adapter.join(ADAPTER_CONFIG);
+    let wrong = |field: &str, found: String| Error::File {
+        path: path.clone(),
+        field: field.to_owned(),
+        expected: "peft's configuration with base_model_name_or_path".to_owned(),
+        found,
+    };
+    let size = fs_err::metadata(&path)?.len();
+    if size > MAX_CONFIG_BYTES {
+        return Err(wrong("size", format!("{size} bytes")));
+    }
+    let config: Value = serde_json::from_slice(&fs_err::read(&path)?)
+        .map_err(|error| wrong("JSON", error.to_string()))?;
+    match config.get("base_model_name_or_path").and_then(Value::as_str) {
+        Some(base) if !base.is_empty() => Ok(base.to_owned()),
+        _ => Err(wrong("base_model_name_or_path", "nothing".to_owned())),
+    }
+}
+
+/// Holds one model at a time.
+#[derive(Debug)]
+pub(crate) struct Shelf {
+    options: LoadOptions,
+    held: Option<(Source, Model)>,
+}
+
+impl Shelf {
+    pub(crate) fn new(options: LoadOptions) -> Self {
+        Self { options, held: None }
+    }
+
+    /// The model, loaded unless it is the one held; the one held before goes first.
+    pub(crate) fn get(&mut self, source: &Source) -> Result<&Model, Error> {
+        let held = self.held.take_if(|(held, _)| same_source(held, source));
+        let entry = match held {
+            Some(entry) => entry,
+            None => {
+                self.held = None;
+                tracing::info!(model = %source, "loading");
+                (source.clone(), Model::load(source, &self.options)?)
+            }
+        };
+        Ok(&self.held.insert(entry).1)
+    }
+}
+
+/// Reads an adapter and checks that it belongs to `model`.
+pub(crate) fn load_adapter(dir: &Path, name: &str, model: &Model) -> Result<LoadedAdapter, Error> {
+    let loaded = adapter_files::load(dir, name, &model.config, model.decoder.device())?;
+    loaded.meta.check_base(model)?;
+    Ok(loaded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touch(path: &Path) {
+        fs_err::create_dir_all(path.parent().unwrap()).unwrap();
+        fs_err::write(path, b"{}").unwrap();
+    }
+
+    #[test]
+    fn a_stage_is_its_adapter_over_the_base_and_the_base_is_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        touch(&at("sft/adapter/adapter_config.json"));
+        touch(&at("sft/merged/config.json"));
+        touch(&at("ppo/adapter/adapter_config.json"));
+        touch(&at("ppo/merged/config.json"));
+        touch(&at("other/merged/config.json"));
+        let base = Source::Directory(at("sft/merged"));
+        let resolve = |name: &str, base: Option<&Source>| {
+            Policy::resolve("x", at(name).to_str().unwrap(), base).map(|p| (p.source, p.adapter))
+        };
+        let over = |adapter: &str| (base.clone(), Some(at(adapter)));
+        assert_eq!(resolve("ppo", Some(&base)).unwrap(), over("ppo/adapter"));
+        assert_eq!(resolve("ppo/adapter", Some(&base)).unwrap(), over("ppo/adapter"));
+        assert_eq!(resolve("ppo/merged", Some(&base)).unwrap(), (Source::Directory(at("ppo/merged")), None));
+        // However it is spelled, the merged SFT model is the base.
+        let respelled = Source::Directory(at("sft/../sft/merged"));
+        assert_eq!(resolve("sft", Some(&respelled)).unwrap(), (base.clone(), None));
+        assert_eq!(resolve("other", Some(&base)).unwrap(), (Source::Directory(at("other/merged")), None));
+        assert_eq!(resolve("ppo", None).unwrap(), (Source::Directory(at("ppo/merged")), None));
+        assert!(matches!(resolve("ppo/adapter", None), Err(Error::Setting { name: "base", .. })));
+        assert!(resolve("nowhere", Some(&base)).is_err());
+    }
+
+    #[test]
+    fn an_adapter_names_its_base() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(ADAPTER_CONFIG);
+        fs_err::write(&path, br#"{"base_model_name_or_path": "models/x"}"#).unwrap();
+        assert_eq!(base_of_adapter(dir.path()).unwrap(), "models/x");
+        fs_err::write(&path, b"{}").unwrap();
+        assert!(base_of_adapter(dir.path()).unwrap_err().to_string().contains("found nothing"));
+    }
+}

@@ -1,0 +1,128 @@
+//! Rows of this stage's own files, beside the `scores.parquet` that all stages know.
+
+use std::sync::Arc;
+
+use arete_records::Aspect;
+use arete_records::parquet::{FieldRef, Row};
+use arrow::datatypes::{DataType, Field};
+use serde::{Deserialize, Serialize};
+
+/// A row of `coherence.parquet`: one reply, and how the base finds it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CoherenceRow {
+    /// Who replied.
+    pub model: String,
+    /// To which prompt.
+    pub prompt_id: String,
+    /// In which turn.
+    pub aspect: Aspect,
+    /// log P of the reply's tokens (end of turn included) under the base, summed, nats.
+    pub base_logprob: f32,
+    /// Number of those tokens.
+    pub n_base_tokens: i32,
+    /// Part of its runs of four words that stood in it before; null below four words.
+    pub repeated_4grams: Option<f32>,
+    /// Whether it has no text.
+    pub empty: bool,
+}
+
+/// A row of `policy_preferences.parquet`: how probable a policy finds the two sides of a labelled pair.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PolicyPreferenceRow {
+    /// The policy.
+    pub model: String,
+    /// Row or line of the pair in its file, from 1.
+    pub pair: i32,
+    /// Mean log P per token of the chosen reply, nats.
+    pub logprob_chosen: f32,
+    /// Mean log P per token of the rejected reply, nats.
+    pub logprob_rejected: f32,
+    /// Tokens of the chosen reply.
+    pub n_tokens_chosen: i32,
+    /// Tokens of the rejected reply.
+    pub n_tokens_rejected: i32,
+}
+
+/// What a unit of scoring leaves behind until all are done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct MeasureRow {
+    pub(crate) prompt_id: String,
+    pub(crate) aspect: Aspect,
+    pub(crate) score: f32,
+    pub(crate) base_logprob: f32,
+    pub(crate) n_base_tokens: i32,
+}
+
+/// What a unit of the yardstick's scoring leaves behind until all are done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct YardstickRow {
+    pub(crate) prompt_id: String,
+    pub(crate) aspect: Aspect,
+    pub(crate) score: f32,
+}
+
+fn fields(columns: &[(&str, DataType, bool)]) -> Vec<FieldRef> {
+    columns
+        .iter()
+        .map(|(name, kind, nullable)| Arc::new(Field::new(*name, kind.clone(), *nullable)))
+        .collect()
+}
+
+const TEXT: DataType = DataType::Utf8;
+
+impl Row for CoherenceRow {
+    const NAME: &'static str = "coherence";
+
+    fn fields() -> Vec<FieldRef> {
+        fields(&[
+            ("model", TEXT, false),
+            ("prompt_id", TEXT, false),
+            ("aspect", TEXT, false),
+            ("base_logprob", DataType::Float32, false),
+            ("n_base_tokens", DataType::Int32, false),
+            ("repeated_4grams", DataType::Float32, true),
+            ("empty", DataType::Boolean, false),
+        ])
+    }
+}
+
+impl Row for PolicyPreferenceRow {
+    const NAME: &'static str = "policy preference";
+
+    fn fields() -> Vec<FieldRef> {
+        fields(&[
+            ("model", TEXT, false),
+            ("pair", DataType::Int32, false),
+            ("logprob_chosen", DataType::Float32, false),
+            ("logprob_rejected", DataType::Float32, false),
+            ("n_tokens_chosen", DataType::Int32, false),
+            ("n_tokens_rejected", DataType::Int32, false),
+        ])
+    }
+}
+
+impl Row for MeasureRow {
+    const NAME: &'static str = "measure";
+
+    fn fields() -> Vec<FieldRef> {
+        fields(&[
+            ("prompt_id", TEXT, false),
+            ("aspect", TEXT, false),
+            ("score", DataType::Float32, false),
+            ("base_logprob", DataType::Float32, false),
+            ("n_base_tokens", DataType::Int32, false),
+        ])
+    }
+}
+
+impl Row for YardstickRow {
+    const NAME: &'static str = "yardstick score";
+
+    fn fields() -> Vec<FieldRef> {
+        fields(&[
+            ("prompt_id", TEXT, false),
+            ("aspect", TEXT, false),
+            ("score", DataType::Float32, false),
+        ])
+    }
+}

@@ -1,0 +1,736 @@
+//! The stage `score`: every model answers the test prompts, every reward model scores its aspect.
+//!
+//! One model is in memory at a time. Work proceeds in units of 32 prompts whose rows go to `shards/`; a killed run
+//! continues with what is missing, and the joined files are the same.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use arete_model::{Adapter, Source};
+use arete_records::parquet::{self, Row};
+use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
+use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
+use arete_records::stats::{self, Resampling};
+use arete_records::{Aspect, Split, atomic, cli, interrupt};
+use serde_json::{Map, Value};
+
+use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
+use crate::config::{ScoreConfig, device_name, dtype_name, setting};
+use crate::pairs::{self, LabelledPair};
+use crate::policies::{Policy, Shelf, load_adapter, local_path};
+use crate::replies::{Drawing, sample_chains};
+use crate::rewards::{self, RewardModel, ScoreStats, adapter_dir};
+use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, YardstickRow};
+use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
+use crate::{Error, table};
+
+/// Prompts (or pairs) in a unit.
+pub const UNIT: usize = 32;
+/// Units sampled together: completions do not depend on their neighbours, full batches are faster.
+const UNITS_TOGETHER: usize = 2;
+/// Mass inside the intervals.
+const LEVEL: f64 = 0.95;
+
+/// The stage's directory of finished units.
+const SHARDS: &str = "shards";
+/// The directory with one file of replies a model.
+pub const REPLIES: &str = "replies";
+/// The scores' file.
+pub const SCORES: &str = "scores.parquet";
+/// The coherence's file.
+pub const COHERENCE: &str = "coherence.parquet";
+/// The file of policies on labelled pairs.
+pub const POLICY_PREFERENCES: &str = "policy_preferences.parquet";
+/// The file of everything that is said about the models.
+pub const SUMMARY: &str = "summary.json";
+
+/// What the stage reads besides its settings.
+#[derive(Clone, Debug)]
+pub struct ScoreInputs {
+    /// Directory (or file) of the prompts.
+    pub prompts: PathBuf,
+    /// Names and places of the models, the most untouched first.
+    pub models: Vec<(String, String)>,
+    /// The model that the reward models, and adapters among the models, belong to.
+    pub base: String,
+    /// Directory with one reward model an aspect.
+    pub rewards: PathBuf,
+    /// A merged reward model, or an adapter's directory, used for comparison only.
+    pub yardstick: Option<PathBuf>,
+    /// The base of the yardstick, if it is an adapter.
+    pub yardstick_base: Option<String>,
+    /// Labelled pairs.
+    pub pairs: Option<PathBuf>,
+    /// Where the results go.
+    pub output: PathBuf,
+}
+
+/// Runs the stage; the table that says how the models compare.
+///
+/// # Errors
+///
+/// Bad settings or data, a model that cannot be used, an interrupt, a full disk: see [`Error`].
+pub fn score(config: &ScoreConfig, inputs: &ScoreInputs) -> Result<String, Error> {
+    config.check()?;
+    let plan = Plan::new(config, inputs)?;
+    let output = &inputs.output;
+    match run::begin(plan.spec(output))? {
+        Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
+        Start::Run(run) => plan.run(run)?,
+    }
+    Ok(table::of(&read_summary(output)?))
+}
+
+/// The contents of `summary.json` of a stage's directory.
+///
+/// # Errors
+///
+/// [`Error::Io`] if there is none, [`Error::File`] if it is damaged.
+pub fn read_summary(dir: &Path) -> Result<Summary, Error> {
+    let path = dir.join(SUMMARY);
+    serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
+        path,
+        field: "JSON".to_owned(),
+        expected: "what `arete-scoring score` writes".to_owned(),
+        found: error.to_string(),
+    })
+}
+
+/// Everything resolved, nothing loaded.
+struct Plan<'a> {
+    config: &'a ScoreConfig,
+    inputs: &'a ScoreInputs,
+    base: Source,
+    policies: Vec<Policy>,
+    /// A merged model, or a base with an adapter.
+    yardstick: Option<(Source, Option<PathBuf>)>,
+    prompts_file: PathBuf,
+}
+
+impl<'a> Plan<'a> {
+    fn new(config: &'a ScoreConfig, inputs: &'a ScoreInputs) -> Result<Self, Error> {
+        let base = Policy::resolve("base", &inputs.base, None)?.source;
+        let mut names = BTreeSet::new();
+        let mut policies = Vec::new();
+        for (name, given) in &inputs.models {
+            let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            if name.is_empty() || name.starts_with('.') || !name.chars().all(is_name) {
+                return Err(setting("model", "a name of letters, digits, - _ and dots", name));
+            }
+            if !names.insert(name.as_str()) {
+                return Err(setting("model", "every name once", name));
+            }
+            policies.push(Policy::resolve(name, given, Some(&base))?);
+        }
+        if policies.is_empty() {
+            return Err(setting("model", "at least one model to score", "none"));
+        }
+        let yardstick = match &inputs.yardstick {
+            None => None,
+            Some(dir) if dir.join("config.json").is_file() => {
+                Some((Source::Directory(dir.clone()), None))
+            }
+            Some(dir) => {
+                let adapter = adapter_dir(dir);
+                let base = match &inputs.yardstick_base {
+                    Some(base) => base.clone(),
+                    None => crate::policies::base_of_adapter(&adapter)?,
+                };
+                Some((Source::parse(&base)?, Some(adapter)))
+            }
+        };
+        let prompts_file = if inputs.prompts.is_dir() {
+            inputs.prompts.join("prompts.parquet")
+        } else {
+            inputs.prompts.clone()
+        };
+        Ok(Self { config, inputs, base, policies, yardstick, prompts_file })
+    }
+
+    fn spec(&self, output: &'a Path) -> StageSpec<'a> {
+        let mut config = serde_json::to_value(self.config).expect("settings are numbers and words");
+        // These change no result.
+        let settings = config.as_object_mut().expect("settings are a table");
+        settings.remove("threads");
+        let mut files = vec![("prompts".to_owned(), self.prompts_file.clone())];
+        let mut named = Map::new();
+        let mut record = |name: String, path: Option<&Path>, given: &str| match path {
+            Some(path) => files.push((name, path.to_owned())),
+            None => drop(named.insert(name, given.into())), // the hub: its name is all there is
+        };
+        for policy in &self.policies {
+            record(format!("model {}", policy.name), policy.files(), &policy.given);
+        }
+        record("base".to_owned(), local_path(&self.base), &self.inputs.base);
+        if let Some((source, adapter)) = &self.yardstick {
+            record("yardstick base".to_owned(), local_path(source), &source.to_string());
+            if let Some(adapter) = adapter {
+                record("yardstick".to_owned(), Some(adapter), "");
+            }
+        }
+        let order: Vec<Value> = self.policies.iter().map(|p| p.name.as_str().into()).collect();
+        for aspect in Aspect::ALL {
+            let dir = self.reward_dir(aspect);
+            files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+            let stats = dir.join("score_stats.json");
+            if stats.is_file() {
+                files.push((format!("score_stats {aspect}"), stats));
+            }
+        }
+        if let Some(pairs) = &self.inputs.pairs {
+            files.push(("pairs".to_owned(), pairs.clone()));
+        }
+        let settings = config.as_object_mut().expect("settings are a table");
+        settings.insert("models".to_owned(), Value::Array(order));
+        if !named.is_empty() {
+            settings.insert("hub".to_owned(), Value::Object(named));
+        }
+        StageSpec { stage: "scoring", output, config, seed: self.config.seed, inputs: files }
+    }
+
+    fn reward_dir(&self, aspect: Aspect) -> PathBuf {
+        self.inputs.rewards.join(aspect.name())
+    }
+
+    fn run(&self, run: StageRun) -> Result<(), Error> {
+        let output = run.output().to_owned();
+        let options = self.config.load_options()?;
+        let prompts = self.prompts()?;
+        // The summary is written last: if it is there, a kill came between it and run.json.
+        if !(run.is_resumed() && output.join(SUMMARY).is_file()) {
+            let mut work = Work {
+                plan: self,
+                prompts: &prompts,
+                output: &output,
+                shelf: Shelf::new(options),
+            };
+            work.all()?;
+        }
+        let shards = output.join(SHARDS);
+        if shards.is_dir() {
+            fs_err::remove_dir_all(shards)?;
+        }
+        let summary = read_summary(&output)?;
+        let mut counts = Map::new();
+        counts.insert("prompts".to_owned(), summary.n_prompts.into());
+        counts.insert("prompts_left_out".to_owned(), summary.n_left_out.into());
+        counts.insert("models".to_owned(), summary.models.len().into());
+        run.finish(Completion {
+            device: device_name(options.device),
+            dtype: dtype_name(options.dtype).to_owned(),
+            counts,
+        })?;
+        Ok(())
+    }
+
+    /// The policies, those of the base last.
+    fn in_loading_order(&self) -> Vec<&Policy> {
+        let mut policies: Vec<&Policy> = self.policies.iter().collect();
+        policies.sort_by_key(|policy| crate::policies::same_source(&policy.source, &self.base));
+        policies
+    }
+
+    /// The test prompts.
+    fn prompts(&self) -> Result<Vec<PromptRow>, Error> {
+        let mut prompts: Vec<PromptRow> = parquet::read(&self.prompts_file)?;
+        let n_rows = prompts.len();
+        prompts.retain(|prompt| prompt.split == Split::Test);
+        let mut ids = BTreeSet::new();
+        prompts.retain(|prompt| ids.insert(prompt.prompt_id.clone()));
+        if self.config.n_prompts > 0 {
+            prompts.truncate(self.config.n_prompts);
+        }
+        if prompts.is_empty() {
+            return Err(Error::File {
+                path: self.prompts_file.clone(),
+                field: "split".to_owned(),
+                expected: "at least one test prompt".to_owned(),
+                found: format!("none among {n_rows} rows"),
+            });
+        }
+        Ok(prompts)
+    }
+}
+
+/// The stage at work.
+struct Work<'a> {
+    plan: &'a Plan<'a>,
+    prompts: &'a [PromptRow],
+    output: &'a Path,
+    shelf: Shelf,
+}
+
+impl Work<'_> {
+    fn all(&mut self) -> Result<(), Error> {
+        for policy in self.plan.in_loading_order() {
+            self.reply(policy)?;
+        }
+        // The base was loaded last: the reward models read with it.
+        for policy in &self.plan.policies {
+            self.measure(policy)?;
+        }
+        let labelled = match &self.plan.inputs.pairs {
+            Some(path) => {
+                let mut labelled = pairs::read(path)?;
+                if self.plan.config.max_pairs > 0 {
+                    labelled.truncate(self.plan.config.max_pairs);
+                }
+                labelled
+            }
+            None => Vec::new(),
+        };
+        for policy in self.plan.in_loading_order().into_iter().rev() {
+            self.judge_pairs(policy, &labelled)?;
+        }
+        for policy in &self.plan.policies {
+            self.measure_by_yardstick(policy)?;
+        }
+        self.join(labelled.len())
+    }
+
+    fn reply(&mut self, policy: &Policy) -> Result<(), Error> {
+        let units = Units { output: self.output, name: format!("replies-{}", policy.name), n_items: self.prompts.len() };
+        let missing = units.missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let config = self.plan.config;
+        let drawing = Drawing {
+            sampling: config.sampling(),
+            max_new_tokens: config.max_new_tokens,
+            seed: config.seed,
+            n_samples: 1,
+        };
+        let model = self.shelf.get(&policy.source)?;
+        let adapter = match &policy.adapter {
+            Some(dir) => Some(load_adapter(dir, &policy.name, model)?.adapter),
+            None => None,
+        };
+        let progress = cli::progress("replies", "prompts", self.prompts.len() as u64);
+        progress.message(&policy.name);
+        let n_missing: usize = missing.iter().map(|&unit| units.items(unit).len()).sum();
+        progress.skip((self.prompts.len() - n_missing) as u64);
+        for together in missing.chunks(UNITS_TOGETHER) {
+            interrupt::check()?;
+            let items: Vec<PromptRow> = together
+                .iter()
+                .flat_map(|&unit| self.prompts[units.items(unit)].iter().cloned())
+                .collect();
+            let rows = sample_chains(model, adapter.as_ref(), &items, &drawing)?;
+            for &unit in together {
+                let ids: BTreeSet<&str> =
+                    self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
+                let own: Vec<ConversationRow> =
+                    rows.iter().filter(|row| ids.contains(row.prompt_id.as_str())).cloned().collect();
+                units.write(unit, &own)?;
+            }
+            progress.inc(items.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// The replies of a policy to the prompts of one unit.
+    fn replies(&self, policy: &Policy, unit: usize) -> Result<Vec<ConversationRow>, Error> {
+        let units = Units { output: self.output, name: format!("replies-{}", policy.name), n_items: self.prompts.len() };
+        units.read(unit)
+    }
+
+    /// Scores by the three reward models, and log-probabilities under the base.
+    fn measure(&mut self, policy: &Policy) -> Result<(), Error> {
+        let units = Units { output: self.output, name: format!("scores-{}", policy.name), n_items: self.prompts.len() };
+        let missing = units.missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let replies: Vec<Vec<ConversationRow>> =
+            missing.iter().map(|&unit| self.replies(policy, unit)).collect::<Result<_, _>>()?;
+        let budget = self.plan.config.micro_batch_tokens;
+        let model = self.shelf.get(&self.plan.base)?;
+        let limit = model.config.max_position_embeddings;
+        let chat = model.chat()?;
+        let mut reward_models = Vec::new();
+        for aspect in Aspect::ALL {
+            reward_models.push((aspect, RewardModel::load(&self.plan.reward_dir(aspect), aspect.name(), model)?));
+        }
+        let progress = cli::progress("scores", "prompts", self.prompts.len() as u64);
+        progress.message(&policy.name);
+        let n_missing: usize = missing.iter().map(|&unit| units.items(unit).len()).sum();
+        progress.skip((self.prompts.len() - n_missing) as u64);
+        for (&unit, replies) in missing.iter().zip(&replies) {
+            interrupt::check()?;
+            let mut marked = Vec::new();
+            for row in replies {
+                marked.push(rewards::marked_chain(&chat, row, limit)?);
+            }
+            let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, budget)?;
+            let mut rows = Vec::new();
+            for (aspect, reward) in &reward_models {
+                let mut sequences = Vec::new();
+                for row in replies {
+                    sequences.push(rewards::reward_input(&chat, row, *aspect, limit)?);
+                }
+                let scores = reward.scores(&model.decoder, &sequences, budget)?;
+                for ((row, score), logprobs) in replies.iter().zip(scores).zip(&logprobs) {
+                    let own = logprobs[aspect.index()];
+                    rows.push(MeasureRow {
+                        prompt_id: row.prompt_id.clone(),
+                        aspect: *aspect,
+                        score: finite(score, aspect.name(), policy, row)?,
+                        base_logprob: own.sum as f32,
+                        n_base_tokens: i32::try_from(own.n_tokens).unwrap_or(i32::MAX),
+                    });
+                }
+            }
+            units.write(unit, &rows)?;
+            progress.inc(units.items(unit).len() as u64);
+        }
+        Ok(())
+    }
+
+    fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<(), Error> {
+        let Some((source, adapter)) = &self.plan.yardstick else { return Ok(()) };
+        let units = Units { output: self.output, name: format!("yardstick-{}", policy.name), n_items: self.prompts.len() };
+        let missing = units.missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let replies: Vec<Vec<ConversationRow>> =
+            missing.iter().map(|&unit| self.replies(policy, unit)).collect::<Result<_, _>>()?;
+        let budget = self.plan.config.micro_batch_tokens;
+        let model = self.shelf.get(source)?;
+        let limit = model.config.max_position_embeddings;
+        let chat = model.chat()?;
+        let reward = match adapter {
+            Some(dir) => RewardModel::load(dir, "yardstick", model)?,
+            None => RewardModel::merged(model, local_path(source).unwrap_or(Path::new("yardstick")))?,
+        };
+        for (&unit, replies) in missing.iter().zip(&replies) {
+            interrupt::check()?;
+            let mut rows = Vec::new();
+            for aspect in Aspect::ALL {
+                let mut sequences = Vec::new();
+                for row in replies {
+                    sequences.push(rewards::reward_input(&chat, row, aspect, limit)?);
+                }
+                let scores = reward.scores(&model.decoder, &sequences, budget)?;
+                for (row, score) in replies.iter().zip(scores) {
+                    let score = finite(score, "yardstick", policy, row)?;
+                    rows.push(YardstickRow { prompt_id: row.prompt_id.clone(), aspect, score });
+                }
+            }
+            units.write(unit, &rows)?;
+        }
+        Ok(())
+    }
+
+    /// How probable a policy finds either side of the labelled pairs.
+    fn judge_pairs(&mut self, policy: &Policy, labelled: &[LabelledPair]) -> Result<(), Error> {
+        let units = Units { output: self.output, name: format!("pairs-{}", policy.name), n_items: labelled.len() };
+        let missing = units.missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let budget = self.plan.config.micro_batch_tokens;
+        let model = self.shelf.get(&policy.source)?;
+        let limit = model.config.max_position_embeddings;
+        let chat = model.chat()?;
+        let adapter: Option<Adapter> = match &policy.adapter {
+            Some(dir) => Some(load_adapter(dir, &policy.name, model)?.adapter),
+            None => None,
+        };
+        let progress = cli::progress("pairs", "pairs", labelled.len() as u64);
+        progress.message(&policy.name);
+        for &unit in &missing {
+            interrupt::check()?;
+            let pairs = &labelled[units.items(unit)];
+            let mut marked = Vec::new();
+            for side in pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]) {
+                marked.push(rewards::marked_last(&chat, side, limit)?);
+            }
+            let logprobs = rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, budget)?;
+            let mut rows = Vec::new();
+            for (pair, sides) in pairs.iter().zip(logprobs.chunks_exact(2)) {
+                let [chosen, rejected] = [sides[0][0], sides[1][0]];
+                // A conversation beyond the model's positions has nothing left to compare.
+                let (Some(logprob_chosen), Some(logprob_rejected)) = (chosen.mean(), rejected.mean()) else {
+                    continue;
+                };
+                rows.push(PolicyPreferenceRow {
+                    model: policy.name.clone(),
+                    pair: i32::try_from(pair.row).unwrap_or(i32::MAX),
+                    logprob_chosen: logprob_chosen as f32,
+                    logprob_rejected: logprob_rejected as f32,
+                    n_tokens_chosen: i32::try_from(chosen.n_tokens).unwrap_or(i32::MAX),
+                    n_tokens_rejected: i32::try_from(rejected.n_tokens).unwrap_or(i32::MAX),
+                });
+            }
+            units.write(unit, &rows)?;
+            progress.inc(pairs.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Joins the units and says what they show.
+    fn join(&self, n_pairs: usize) -> Result<(), Error> {
+        let plan = self.plan;
+        let n_items = self.prompts.len();
+        let read = |name: &str, policy: &Policy| Units {
+            output: self.output,
+            name: format!("{name}-{}", policy.name),
+            n_items,
+        };
+        let mut conversations = Vec::new();
+        for policy in &plan.policies {
+            conversations.push(read("replies", policy).read_all::<ConversationRow>()?);
+        }
+        let shared = shared_prompts(self.prompts, &conversations);
+        if shared.is_empty() {
+            return Err(setting(
+                "max_new_tokens",
+                "so few that a test prompt and its replies fit every model",
+                &plan.config.max_new_tokens.to_string(),
+            ));
+        }
+        let keeps = |prompt_id: &str| shared.contains(prompt_id);
+        let mut measures = Vec::new();
+        for policy in &plan.policies {
+            let mut rows = read("scores", policy).read_all::<MeasureRow>()?;
+            rows.retain(|row| keeps(&row.prompt_id));
+            measures.push(rows);
+        }
+        for rows in &mut conversations {
+            rows.retain(|row| keeps(&row.prompt_id));
+        }
+        let mut yardstick: Vec<HashMap<(String, Aspect), f32>> = Vec::new();
+        for policy in &plan.policies {
+            let rows = match plan.yardstick {
+                Some(_) => read("yardstick", policy).read_all::<YardstickRow>()?,
+                None => Vec::new(),
+            };
+            yardstick.push(rows.into_iter().map(|row| ((row.prompt_id, row.aspect), row.score)).collect());
+        }
+        let mut preferences: Vec<PolicyPreferenceRow> = Vec::new();
+        for policy in &plan.policies {
+            let units = Units { output: self.output, name: format!("pairs-{}", policy.name), n_items: n_pairs };
+            preferences.extend(units.read_all::<PolicyPreferenceRow>()?);
+        }
+
+        let standardisation = self.standardisation(&measures)?;
+        let (mut scores, mut coherence) = (Vec::new(), Vec::new());
+        for (((policy, measures), conversations), yardstick) in
+            plan.policies.iter().zip(&measures).zip(&conversations).zip(&yardstick)
+        {
+            let by_prompt: HashMap<&str, &ConversationRow> =
+                conversations.iter().map(|row| (row.prompt_id.as_str(), row)).collect();
+            for row in measures {
+                let conversation = by_prompt[row.prompt_id.as_str()];
+                let Standardisation { mean, std, .. } = standardisation[&row.aspect];
+                scores.push(ScoreRow {
+                    model: policy.name.clone(),
+                    prompt_id: row.prompt_id.clone(),
+                    aspect: row.aspect,
+                    score: row.score,
+                    z: ((f64::from(row.score) - mean) / std) as f32,
+                    yardstick: yardstick.get(&(row.prompt_id.clone(), row.aspect)).copied(),
+                    n_tokens: conversation.n_tokens(row.aspect),
+                    finish_reason: conversation.finish_reason(row.aspect),
+                });
+                let text = conversation.reply(row.aspect);
+                coherence.push(CoherenceRow {
+                    model: policy.name.clone(),
+                    prompt_id: row.prompt_id.clone(),
+                    aspect: row.aspect,
+                    base_logprob: row.base_logprob,
+                    n_base_tokens: row.n_base_tokens,
+                    repeated_4grams: repeated_4grams(text).map(|rate| rate as f32),
+                    empty: text.trim().is_empty(),
+                });
+            }
+        }
+        let summary = self.summarise(&scores, &coherence, &conversations, &preferences, standardisation, shared.len());
+        fs_err::create_dir_all(self.output.join(REPLIES))?;
+        for (policy, rows) in plan.policies.iter().zip(&conversations) {
+            parquet::write(self.output.join(REPLIES).join(format!("{}.parquet", policy.name)), rows)?;
+        }
+        parquet::write(self.output.join(SCORES), &scores)?;
+        parquet::write(self.output.join(COHERENCE), &coherence)?;
+        if !preferences.is_empty() {
+            parquet::write(self.output.join(POLICY_PREFERENCES), &preferences)?;
+        }
+        let mut bytes = serde_json::to_vec_pretty(&summary).expect("numbers and words serialise");
+        bytes.push(b'\n');
+        Ok(atomic::write(self.output.join(SUMMARY), &bytes)?)
+    }
+
+    /// The reward models' own statistics; where there are none, those of the first model's replies.
+    fn standardisation(
+        &self,
+        measures: &[Vec<MeasureRow>],
+    ) -> Result<BTreeMap<Aspect, Standardisation>, Error> {
+        let mut out = BTreeMap::new();
+        for aspect in Aspect::ALL {
+            let standardisation = match ScoreStats::read(&self.plan.reward_dir(aspect))? {
+                Some(ScoreStats { mean, std, n, split, .. }) => {
+                    Standardisation { mean, std, n, from: format!("{split} conversations of the base") }
+                }
+                None => {
+                    let name = &self.plan.policies[0].name;
+                    tracing::warn!(
+                        aspect = aspect.name(),
+                        model = name,
+                        "no score statistics: standardised by this model's replies"
+                    );
+                    let scores: Vec<f64> = measures[0]
+                        .iter()
+                        .filter(|row| row.aspect == aspect)
+                        .map(|row| f64::from(row.score))
+                        .collect();
+                    let std = stats::std(&scores);
+                    Standardisation {
+                        mean: stats::mean(&scores),
+                        std: if std > 0.0 { std } else { 1.0 },
+                        n: scores.len(),
+                        from: format!("replies of {name}"),
+                    }
+                }
+            };
+            out.insert(aspect, standardisation);
+        }
+        Ok(out)
+    }
+
+    fn summarise(
+        &self,
+        scores: &[ScoreRow],
+        coherence: &[CoherenceRow],
+        conversations: &[Vec<ConversationRow>],
+        preferences: &[PolicyPreferenceRow],
+        standardisation: BTreeMap<Aspect, Standardisation>,
+        n_prompts: usize,
+    ) -> Summary {
+        let config = self.plan.config;
+        let resampling = Resampling { draws: config.draws, level: LEVEL, seed: config.seed };
+        let mut models = Vec::new();
+        for ((policy, (_, own_scores)), conversations) in
+            self.plan.policies.iter().zip(summary::scores(scores, resampling)).zip(conversations)
+        {
+            let by_prompt: HashMap<&str, &ConversationRow> =
+                conversations.iter().map(|row| (row.prompt_id.as_str(), row)).collect();
+            let own: Vec<(Aspect, ReplyFacts<'_>)> = coherence
+                .iter()
+                .filter(|row| row.model == policy.name)
+                .map(|row| {
+                    let conversation = by_prompt[row.prompt_id.as_str()];
+                    let facts = ReplyFacts {
+                        text: conversation.reply(row.aspect),
+                        n_tokens: conversation.n_tokens(row.aspect),
+                        finish_reason: conversation.finish_reason(row.aspect),
+                        base_logprob: f64::from(row.base_logprob),
+                        n_base_tokens: row.n_base_tokens,
+                    };
+                    (row.aspect, facts)
+                })
+                .collect();
+            let of = |wanted: Option<Aspect>| {
+                let facts: Vec<ReplyFacts<'_>> = own
+                    .iter()
+                    .filter(|(aspect, _)| wanted.is_none_or(|wanted| wanted == *aspect))
+                    .map(|(_, facts)| facts.clone())
+                    .collect();
+                Coherence::of(&facts)
+            };
+            let logprobs: Vec<(f64, f64)> = preferences
+                .iter()
+                .filter(|row| row.model == policy.name)
+                .map(|row| (f64::from(row.logprob_chosen), f64::from(row.logprob_rejected)))
+                .collect();
+            models.push(ModelSummary {
+                name: policy.name.clone(),
+                source: policy.given.clone(),
+                scores: own_scores,
+                coherence: of(None),
+                coherence_by_aspect: Aspect::ALL.map(|aspect| (aspect, of(Some(aspect)))).into(),
+                preference_accuracy: PreferenceAccuracy::of(&logprobs),
+            });
+        }
+        Summary {
+            n_prompts,
+            n_left_out: self.prompts.len() - n_prompts,
+            draws: config.draws,
+            level: LEVEL,
+            base: self.plan.inputs.base.clone(),
+            yardstick: self.plan.inputs.yardstick.as_ref().map(|path| path.display().to_string()),
+            standardisation,
+            models,
+            differences: summary::differences(scores, resampling),
+        }
+    }
+}
+
+/// Ids of the prompts that every model has replied to.
+fn shared_prompts<'a>(
+    prompts: &'a [PromptRow],
+    conversations: &[Vec<ConversationRow>],
+) -> BTreeSet<&'a str> {
+    let mut shared: BTreeSet<&str> = prompts.iter().map(|prompt| prompt.prompt_id.as_str()).collect();
+    for rows in conversations {
+        let own: BTreeSet<&str> = rows.iter().map(|row| row.prompt_id.as_str()).collect();
+        shared.retain(|prompt_id| own.contains(prompt_id));
+    }
+    shared
+}
+
+fn finite(score: f64, aspect: &str, policy: &Policy, row: &ConversationRow) -> Result<f32, Error> {
+    if score.is_finite() {
+        return Ok(score as f32);
+    }
+    Err(Error::NonFinite {
+        aspect: aspect.to_owned(),
+        model: policy.name.clone(),
+        prompt_id: row.prompt_id.clone(),
+        score,
+    })
+}
+
+/// Units of one kind of work, each with a file once it is done.
+struct Units<'a> {
+    output: &'a Path,
+    name: String,
+    n_items: usize,
+}
+
+impl Units<'_> {
+    fn count(&self) -> usize {
+        self.n_items.div_ceil(UNIT)
+    }
+
+    fn items(&self, unit: usize) -> Range<usize> {
+        unit * UNIT..((unit + 1) * UNIT).min(self.n_items)
+    }
+
+    fn path(&self, unit: usize) -> PathBuf {
+        self.output.join(SHARDS).join(format!("{}-{unit:06}.parquet", self.name))
+    }
+
+    fn missing(&self) -> Vec<usize> {
+        (0..self.count()).filter(|&unit| !self.path(unit).exists()).collect()
+    }
+
+    fn write<T: Row>(&self, unit: usize, rows: &[T]) -> Result<(), Error> {
+        fs_err::create_dir_all(self.output.join(SHARDS))?;
+        Ok(parquet::write(self.path(unit), rows)?)
+    }
+
+    fn read<T: Row>(&self, unit: usize) -> Result<Vec<T>, Error> {
+        Ok(parquet::read(self.path(unit))?)
+    }
+
+    fn read_all<T: Row>(&self) -> Result<Vec<T>, Error> {
+        let mut rows = Vec::new();
+        for unit in 0..self.count() {
+            rows.extend(self.read(unit)?);
+        }
+        Ok(rows)
+    }
+}
