@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::Value;
 
 /// What to send back.
-pub enum Answer {
+pub(crate) enum Answer {
     /// Status, extra headers, body.
     Http(u16, &'static str, String),
     /// Headers that promise more than comes.
@@ -16,14 +16,14 @@ pub enum Answer {
 }
 
 /// A running server.
-pub struct Server {
-    pub url: String,
-    pub requests: Arc<Mutex<Vec<Value>>>,
-    pub most_at_once: Arc<AtomicUsize>,
+pub(crate) struct Server {
+    pub(crate) url: String,
+    pub(crate) requests: Arc<Mutex<Vec<Value>>>,
+    pub(crate) most_at_once: Arc<AtomicUsize>,
 }
 
 /// Serves until the test process ends. `answer` gets a request's number (from 0) and body.
-pub fn serve(answer: impl Fn(usize, &Value) -> Answer + Send + Sync + 'static) -> Server {
+pub(crate) fn serve(answer: impl Fn(usize, &Value) -> Answer + Send + Sync + 'static) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let requests = Arc::new(Mutex::new(Vec::new()));
