@@ -38,7 +38,7 @@ def make_base() -> None:
     config = LlamaConfig(
         vocab_size=common.VOCABULARY_SIZE,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -622,11 +622,17 @@ void sample(const void* logits_, const double* uniform, const SampleSettings* se
 
 // ---- NF4 ----
 
-// Halfway points between neighbouring codebook entries, as bitsandbytes' decision tree has them.
-constexpr float kNf4Thresholds[15] = {
-    -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
-    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
-    0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+constexpr float kNf4Codebook[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// The nearest code to x, the lower one at a halfway point. Halfway points are rounded to f32, as bitsandbytes does on the CPU.
+inline int nearest_nf4(float x) {
+  int index = 0;
+  for (int c = 0; c < 15; c++) index += x > (kNf4Codebook[c] + kNf4Codebook[c + 1]) * 0.5f;
+  return index;
+}
 
 template <class T>
 void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin, int64_t end, int64_t block_size,
@@ -637,14 +643,12 @@ void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin,
     float largest = 0;
     for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::fabs(to_float(in[i])));
     absmax[block] = largest;
-    float inverse = largest > 0 ? 1.0f / largest : 0.0f;
+    float inverse = 1.0f / std::max(largest, 1e-38f);
     uint8_t* out = codes + block * block_size / 2;
     for (int64_t i = 0; i < n; i += 2) {
-      float pair[2] = {to_float(in[i]) * inverse, i + 1 < n ? to_float(in[i + 1]) * inverse : 0.0f};
-      int index[2] = {0, 0};
-      for (int t = 0; t < 15; t++)
-        for (int p = 0; p < 2; p++) index[p] += pair[p] > kNf4Thresholds[t];
-      out[i / 2] = uint8_t(index[0] << 4 | index[1]);
+      int high = nearest_nf4(to_float(in[i]) * inverse);
+      int low = i + 1 < n ? nearest_nf4(to_float(in[i + 1]) * inverse) : 0;
+      out[i / 2] = uint8_t(high << 4 | low);
     }
   }
 }

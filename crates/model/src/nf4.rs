@@ -210,24 +210,30 @@ fn nearest(map: &[f32; 256], x: f32) -> u8 {
 ///
 /// bitsandbytes `functional.create_dynamic_map`; Dettmers 2016 (arXiv:1511.04561).
 pub fn dynamic_map() -> [f32; 256] {
-    let mut entries: Vec<f64> = vec![0.0, 1.0];
+    let mut entries: Vec<f32> = vec![0.0, 1.0]; // all arithmetic in f32, as in PyTorch
     for exponent in 0..7i32 {
         let items = (1usize << exponent) + 1; // boundaries; their midpoints are the entries
-        let boundaries: Vec<f64> =
-            (0..items).map(|k| 0.1 + 0.9 * k as f64 / (items - 1) as f64).collect();
+        let boundaries = linspace(0.1, 1.0, items);
         let scale = 10f64.powi(exponent - 6);
         for pair in boundaries.windows(2) {
-            // bitsandbytes computes the midpoints in f32.
-            let middle = f64::from((pair[0] as f32 + pair[1] as f32) / 2.0);
-            entries.push(scale * middle);
-            entries.push(-scale * middle);
+            let entry = scale as f32 * ((pair[0] + pair[1]) / 2.0);
+            entries.push(entry);
+            entries.push(-entry);
         }
     }
     let mut out = [0f32; 256];
     assert_eq!(entries.len(), 256, "127 midpoints of each sign, 0 and 1");
-    entries.sort_by(f64::total_cmp);
-    for (slot, entry) in out.iter_mut().zip(entries) {
-        *slot = entry as f32;
-    }
+    entries.sort_by(f32::total_cmp);
+    out.copy_from_slice(&entries);
     out
+}
+
+/// PyTorch's `linspace` in f32: from both ends towards the middle, with fused multiply-adds.
+fn linspace(start: f32, end: f32, n: usize) -> Vec<f32> {
+    let step = (end - start) / (n - 1) as f32;
+    let at = |i: usize| match i < n / 2 {
+        true => step.mul_add(i as f32, start),
+        false => (-step).mul_add((n - 1 - i) as f32, end),
+    };
+    (0..n).map(at).collect()
 }
