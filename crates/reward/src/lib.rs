@@ -1,1 +1,24 @@
-//! Reward models: Bradley-Terry on preference pairs.
+//! Reward models: a scalar head and a LoRA adapter that prefer the better of two conversations.
+//!
+//! Inputs: `preferences/<aspect>/{train,validation}.parquet`, or human pairs in the hub's hh-rlhf form; a base model.
+//! Outputs, in one directory an aspect: `adapter/` (peft, SEQ_CLS with the head), `score_stats.json`, `evaluation.json`,
+//! with `--merge` `merged/` (a `…ForSequenceClassification` directory), `metrics.jsonl`, `run.json`.
+//!
+//! Method: Bradley–Terry (see [`loss`]); the input is the whole chat template of a conversation, the score is read at its
+//! last token. Deviations from TRL's `RewardTrainer`: chosen and rejected are one packed tree whose common tokens
+//! are computed once; over-long conversations are cut or dropped as told, not silently dropped; rows whose sides
+//! are identical after cutting are left out and counted; labels may be soft.
+
+pub mod config;
+pub mod data;
+mod error;
+pub mod evaluation;
+pub mod loss;
+pub mod model;
+pub mod objective;
+pub mod score;
+mod stage;
+
+pub use config::Config;
+pub use error::Error;
+pub use stage::{PreferenceSource, TrainInputs, train};

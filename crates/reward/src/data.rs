@@ -1,0 +1,456 @@
+//! Preference pairs: read, rendered, cut, and their common tokens found.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use arete_model::Chat;
+use arete_records::rows::PreferenceRow;
+use arete_records::{Message, Role, Split, jsonl, parquet, split_of};
+use arete_training::order;
+use serde_json::{Map, Value};
+
+use crate::Error;
+use crate::config::{Label, OverLength};
+
+/// A conversation to score.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Conversation {
+    /// Every turn; the last is the assistant's.
+    pub messages: Vec<Message>,
+    /// The last reply was cut off: it is rendered without the end of turn.
+    pub truncated: bool,
+}
+
+/// Two conversations, the first preferred.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preference {
+    /// Row or line in its file, counted from 1.
+    pub row: usize,
+    /// The better side.
+    pub chosen: Conversation,
+    /// The worse side.
+    pub rejected: Conversation,
+    /// Probability that the chosen side is the better one.
+    pub chosen_prob: f32,
+    /// Votes for the chosen side less those for the rejected.
+    pub vote_lead: i32,
+}
+
+/// A tokenised conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// The tokens, cut to the longest length.
+    pub token_ids: Vec<i64>,
+    /// Tokens of the assistant's own in the whole conversation, before cutting.
+    pub n_own_tokens: usize,
+}
+
+/// A tokenised pair.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pair {
+    /// The better side.
+    pub chosen: Sequence,
+    /// The worse side.
+    pub rejected: Sequence,
+    /// Leading tokens that both share and that are computed once; each side has at least one token of its own.
+    pub n_shared: usize,
+    /// What the loss aims at.
+    pub chosen_prob: f32,
+    /// Lead demanded of the winner's score.
+    pub margin: f32,
+}
+
+impl Pair {
+    fn new(chosen: Sequence, rejected: Sequence, chosen_prob: f32, margin: f32) -> Self {
+        let common =
+            chosen.token_ids.iter().zip(&rejected.token_ids).take_while(|(a, b)| a == b).count();
+        let shorter = chosen.token_ids.len().min(rejected.token_ids.len());
+        let n_shared = common.min(shorter - 1);
+        Self { chosen, rejected, n_shared, chosen_prob, margin }
+    }
+
+    /// Tokens that go through the model.
+    pub fn n_tokens(&self) -> usize {
+        self.chosen.token_ids.len() + self.rejected.token_ids.len() - self.n_shared
+    }
+}
+
+/// Tokenised pairs, and what happened to the others.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Pairs {
+    /// In file order.
+    pub pairs: Vec<Pair>,
+    /// Pairs of which a side was cut.
+    pub n_cut: usize,
+    /// Pairs left out for their length.
+    pub n_dropped: usize,
+    /// Pairs left out because their sides are the same tokens (after cutting).
+    pub n_identical: usize,
+}
+
+/// Reads `preferences/<aspect>/<split>.parquet`.
+///
+/// # Errors
+///
+/// [`Error::Records`] if the file is unusable, [`Error::Row`] if a probability or a side is.
+pub fn read_preferences(path: &Path) -> Result<Vec<Preference>, Error> {
+    let rows: Vec<PreferenceRow> = parquet::read(path)?;
+    let mut out = Vec::with_capacity(rows.len());
+    for (idx, row) in rows.into_iter().enumerate() {
+        let whole = |side: &[Message], truncated| {
+            let messages = [row.prompt.as_slice(), side].concat();
+            Conversation { messages, truncated }
+        };
+        let preference = Preference {
+            row: idx + 1,
+            chosen: whole(&row.chosen, row.truncated_chosen),
+            rejected: whole(&row.rejected, row.truncated_rejected),
+            chosen_prob: row.chosen_prob,
+            vote_lead: row.score_chosen - row.score_rejected,
+        };
+        check(path, &preference)?;
+        out.push(preference);
+    }
+    Ok(out)
+}
+
+/// Reads pairs as the hub has them: JSON lines (`.gz` too) or Parquet with `chosen` and `rejected`, each a text
+/// `"\n\nHuman: …\n\nAssistant: …"` or a list of messages, and optionally a shared `prompt` before both and `chosen_prob`.
+/// Repeated pairs are read once; pairs with a side that does not end with a reply are counted and left out.
+///
+/// # Errors
+///
+/// [`Error::Records`] if the file is unusable, [`Error::Row`] if a row is not such a pair.
+pub fn read_pairs(path: &Path) -> Result<(Vec<Preference>, usize), Error> {
+    let mut seen = HashSet::new();
+    let mut n_unfinished = 0;
+    let mut out = Vec::new();
+    for (row, object) in read_objects(path)? {
+        let [chosen, rejected] = sides(path, row, &object)?;
+        if !(ends_with_reply(&chosen) && ends_with_reply(&rejected)) {
+            n_unfinished += 1;
+            continue;
+        }
+        if !seen.insert((chosen.clone(), rejected.clone())) {
+            continue;
+        }
+        let chosen_prob = match object.get("chosen_prob") {
+            None | Some(Value::Null) => 1.0,
+            Some(value) => value
+                .as_f64()
+                .ok_or_else(|| row_error(path, row, "chosen_prob", "a number", value))?,
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "a probability")]
+        let preference =
+            Preference { row, chosen, rejected, chosen_prob: chosen_prob as f32, vote_lead: 0 };
+        check(path, &preference)?;
+        out.push(preference);
+    }
+    Ok((out, n_unfinished))
+}
+
+/// Rows of a JSON-lines or Parquet file, counted from 1.
+pub(crate) fn read_objects(path: &Path) -> Result<Vec<(usize, Map<String, Value>)>, Error> {
+    if path.extension().is_some_and(|extension| extension == "parquet") {
+        let rows = parquet::read_json(path)?;
+        return Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect());
+    }
+    let object = |(line, value)| match value {
+        Value::Object(object) => Ok((line, object)),
+        other => Err(row_error(path, line, "the line", "an object", &other)),
+    };
+    jsonl::read(path)?.into_iter().map(object).collect()
+}
+
+/// The two conversations of a row, each with the shared prompt before it.
+pub(crate) fn sides(
+    path: &Path,
+    row: usize,
+    object: &Map<String, Value>,
+) -> Result<[Conversation; 2], Error> {
+    let prompt = match object.get("prompt") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(value) => messages(path, row, "prompt", value, Role::User)?,
+    };
+    let side = |field: &'static str, truncated: &str| {
+        let Some(value) = object.get(field) else {
+            let names: Vec<&str> = object.keys().map(String::as_str).collect();
+            let got = Value::String(names.join(", "));
+            return Err(row_error(path, row, field, "columns `chosen` and `rejected`", &got));
+        };
+        let own = messages(path, row, field, value, Role::Assistant)?;
+        let truncated = object.get(truncated).and_then(Value::as_bool).unwrap_or(false);
+        Ok(Conversation { messages: [prompt.as_slice(), &own].concat(), truncated })
+    };
+    Ok([side("chosen", "truncated_chosen")?, side("rejected", "truncated_rejected")?])
+}
+
+/// A list of messages; a text in the hh-rlhf form; or a plain text that `role` says.
+pub(crate) fn messages(
+    path: &Path,
+    row: usize,
+    field: &'static str,
+    value: &Value,
+    role: Role,
+) -> Result<Vec<Message>, Error> {
+    match value {
+        Value::String(text) => {
+            Ok(parse_dialogue(text)
+                .unwrap_or_else(|| vec![Message { role, content: text.clone() }]))
+        }
+        list => serde_json::from_value(list.clone()).map_err(|error| {
+            let expected = format!("a text or a list of {{role, content}} ({error})");
+            row_error(path, row, field, &expected, value)
+        }),
+    }
+}
+
+/// Reads `"\n\nHuman: …\n\nAssistant: …"`; none if the text does not start with a speaker. A speaker counts only at the
+/// start and after a blank line.
+fn parse_dialogue(text: &str) -> Option<Vec<Message>> {
+    const SPEAKERS: [(&str, Role); 2] = [("Human:", Role::User), ("Assistant:", Role::Assistant)];
+    let text = text.replace("\r\n", "\n");
+    let text = format!("\n\n{}", text.trim());
+    let mut starts: Vec<(usize, usize, Role)> = Vec::new(); // start of the marker, of the content
+    for (name, role) in SPEAKERS {
+        let marker = format!("\n\n{name}");
+        starts.extend(text.match_indices(&marker).map(|(at, _)| (at, at + marker.len(), role)));
+    }
+    starts.sort_unstable_by_key(|start| start.0);
+    if starts.first()?.0 != 0 {
+        return None;
+    }
+    let ends = starts.iter().skip(1).map(|start| start.0).chain([text.len()]);
+    let turn = |((_, start, role), end): (&(usize, usize, Role), usize)| Message {
+        role: *role,
+        content: text[*start..end].trim().to_owned(),
+    };
+    Some(starts.iter().zip(ends).map(turn).collect())
+}
+
+fn ends_with_reply(conversation: &Conversation) -> bool {
+    conversation
+        .messages
+        .last()
+        .is_some_and(|last| last.role == Role::Assistant && !last.content.trim().is_empty())
+}
+
+fn check(path: &Path, preference: &Preference) -> Result<(), Error> {
+    let Preference { row, chosen, rejected, chosen_prob, .. } = preference;
+    if !(0.0..=1.0).contains(chosen_prob) {
+        let got = Value::String(chosen_prob.to_string());
+        return Err(row_error(path, *row, "chosen_prob", "a number within 0 to 1", &got));
+    }
+    for (field, side) in [("chosen", chosen), ("rejected", rejected)] {
+        if side.messages.last().is_none_or(|last| last.role != Role::Assistant) {
+            let roles: Vec<&str> = side.messages.iter().map(|m| m.role.name()).collect();
+            let expected = "a conversation that ends with the assistant's reply";
+            return Err(row_error(path, *row, field, expected, &Value::String(roles.join(", "))));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn row_error(
+    path: &Path,
+    row: usize,
+    field: &'static str,
+    expected: &str,
+    got: &Value,
+) -> Error {
+    const MOST: usize = 200;
+    let mut got = got.as_str().map_or_else(|| got.to_string(), str::to_owned);
+    if got.chars().count() > MOST {
+        got = got.chars().take(MOST).collect::<String>() + "…";
+    }
+    Error::Row { path: path.to_owned(), row, field, expected: expected.to_owned(), got }
+}
+
+/// The split of a pair that names none: that of its opening question.
+pub fn split_of_pair(preference: &Preference) -> Split {
+    split_of(&preference.chosen.messages)
+}
+
+/// Swaps the sides of every pair for which a seeded coin shows tails: the control that has nothing to learn.
+pub fn shuffle_labels(preferences: &mut [Preference], seed: u64) {
+    let coins = order::permutation(seed, "shuffled labels", 2 * preferences.len());
+    for (preference, coin) in preferences.iter_mut().zip(coins) {
+        if coin % 2 == 1 {
+            std::mem::swap(&mut preference.chosen, &mut preference.rejected);
+        }
+    }
+}
+
+/// How pairs become tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Rendering {
+    /// Most tokens of a conversation.
+    pub max_length: usize,
+    /// What happens to longer ones.
+    pub over_length: OverLength,
+    /// What the loss aims at.
+    pub label: Label,
+    /// Lead demanded for every vote.
+    pub margin_per_vote: f64,
+}
+
+/// Tokenises a conversation: the whole template, without an end of turn if the reply was cut off; then cuts it. None if
+/// it is to be dropped; whether it was cut.
+///
+/// # Errors
+///
+/// What the template or the tokenizer say.
+pub fn tokenize_conversation(
+    conversation: &Conversation,
+    chat: &Chat<'_>,
+    max_length: usize,
+    over_length: OverLength,
+) -> Result<Option<(Sequence, bool)>, arete_model::Error> {
+    let rendered = if conversation.truncated {
+        chat.render_truncated(&conversation.messages)?
+    } else {
+        chat.render(&conversation.messages)?
+    };
+    let mut token_ids = rendered.token_ids;
+    let n_own_tokens = rendered.own.iter().filter(|&&own| own).count();
+    let is_cut = token_ids.len() > max_length;
+    if is_cut {
+        match over_length {
+            OverLength::TruncateLeft => drop(token_ids.drain(..token_ids.len() - max_length)),
+            OverLength::TruncateRight => token_ids.truncate(max_length),
+            OverLength::Drop => return Ok(None),
+        }
+    }
+    Ok(Some((Sequence { token_ids, n_own_tokens }, is_cut)))
+}
+
+/// Tokenises pairs.
+///
+/// # Errors
+///
+/// [`Error::Rendering`] if the template refuses a conversation.
+pub fn tokenize(
+    path: &Path,
+    preferences: &[Preference],
+    chat: &Chat<'_>,
+    rendering: &Rendering,
+) -> Result<Pairs, Error> {
+    let Rendering { max_length, over_length, label, margin_per_vote } = *rendering;
+    let mut out = Pairs::default();
+    for preference in preferences {
+        let side = |conversation| {
+            tokenize_conversation(conversation, chat, max_length, over_length).map_err(|source| {
+                let source = Box::new(source);
+                Error::Rendering { path: path.to_owned(), row: preference.row, source }
+            })
+        };
+        let (Some((chosen, chosen_cut)), Some((rejected, rejected_cut))) =
+            (side(&preference.chosen)?, side(&preference.rejected)?)
+        else {
+            out.n_dropped += 1;
+            continue;
+        };
+        if chosen.token_ids == rejected.token_ids {
+            out.n_identical += 1;
+            continue;
+        }
+        out.n_cut += usize::from(chosen_cut || rejected_cut);
+        let chosen_prob = match label {
+            Label::Soft => preference.chosen_prob,
+            Label::Hard => 1.0,
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "a small number")]
+        let margin = (margin_per_vote * f64::from(preference.vote_lead)) as f32;
+        out.pairs.push(Pair::new(chosen, rejected, chosen_prob, margin));
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sequence(token_ids: &[i64]) -> Sequence {
+        Sequence { token_ids: token_ids.to_vec(), n_own_tokens: 1 }
+    }
+
+    #[test]
+    fn each_side_keeps_a_token_of_its_own() {
+        let shared = |a: &[i64], b: &[i64]| Pair::new(sequence(a), sequence(b), 1.0, 0.0).n_shared;
+        assert_eq!(shared(&[1, 2, 3, 4], &[1, 2, 9]), 2);
+        assert_eq!(shared(&[1, 2], &[1, 2, 3]), 1); // one is a prefix of the other
+        assert_eq!(shared(&[5], &[6]), 0);
+        assert_eq!(shared(&[5], &[5, 6]), 0);
+        let pair = Pair::new(sequence(&[1, 2, 3, 4]), sequence(&[1, 2, 9]), 1.0, 0.0);
+        assert_eq!(pair.n_tokens(), 5);
+    }
+
+    #[test]
+    fn dialogues_are_parsed_at_blank_lines_only() {
+        let text =
+            "\n\nHuman: Is Human: a word?\n\nAssistant: Yes.\n\nIndeed.\n\nHuman: ok\n\nAssistant:";
+        let expected = [
+            Message::user("Is Human: a word?"),
+            Message::assistant("Yes.\n\nIndeed."),
+            Message::user("ok"),
+            Message::assistant(""),
+        ];
+        assert_eq!(parse_dialogue(text).unwrap(), expected);
+        assert!(parse_dialogue("Just text\n\nHuman: no").is_none());
+        assert!(parse_dialogue("").is_none());
+    }
+
+    #[test]
+    fn about_half_of_the_labels_are_flipped() {
+        let side = |text: &str| Conversation {
+            messages: vec![Message::user("q"), Message::assistant(text)],
+            truncated: false,
+        };
+        let pair = |row| Preference {
+            row,
+            chosen: side("good"),
+            rejected: side("bad"),
+            chosen_prob: 1.0,
+            vote_lead: 0,
+        };
+        let mut pairs: Vec<Preference> = (1..=200).map(pair).collect();
+        shuffle_labels(&mut pairs, 3);
+        let n_flipped = pairs.iter().filter(|pair| pair.chosen == side("bad")).count();
+        assert!((70..=130).contains(&n_flipped), "{n_flipped}");
+        assert!(pairs.iter().all(|pair| pair.chosen != pair.rejected));
+    }
+
+    #[test]
+    fn pairs_are_read_once_and_unfinished_ones_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        let good = r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#;
+        let empty = r#"{"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#;
+        let lists = r#"{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "x"}], "rejected": "y", "chosen_prob": 0.7}"#;
+        fs_err::write(&path, format!("{good}\n{good}\n{empty}\n{lists}\n")).unwrap();
+        let (pairs, n_unfinished) = read_pairs(&path).unwrap();
+        assert_eq!((pairs.len(), n_unfinished), (2, 1));
+        assert_eq!(pairs[0].chosen.messages, [Message::user("a"), Message::assistant("b")]);
+        assert_eq!(pairs[1].rejected.messages, [Message::user("q"), Message::assistant("y")]);
+        assert_eq!(pairs[1].chosen_prob, 0.7);
+    }
+
+    #[test]
+    fn bad_rows_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        let read = |line: &str| {
+            fs_err::write(&path, line).unwrap();
+            let error = read_pairs(&path).unwrap_err().to_string();
+            error.split_once("pairs.jsonl").unwrap().1.to_owned()
+        };
+        assert_eq!(
+            read(r#"{"chosen": "x"}"#),
+            ": row 1: rejected: expected columns `chosen` and `rejected`, got chosen"
+        );
+        let range =
+            r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c", "chosen_prob": 1.5}"#;
+        assert!(read(range).contains("chosen_prob: expected a number within 0 to 1, got 1.5"));
+        assert!(read("[1]").contains("expected an object"));
+    }
+}

@@ -1,0 +1,105 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+use arete_records::cli::{ExitClass, code};
+use arete_training::error::model_exit_class;
+
+/// Why training or using a reward model failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file failed; the message names the path.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+
+    /// A file of the pipeline is unusable.
+    #[error(transparent)]
+    Records(#[from] arete_records::Error),
+
+    /// The model could not be loaded, run or written.
+    #[error(transparent)]
+    Model(#[from] arete_model::Error),
+
+    /// Training stopped.
+    #[error(transparent)]
+    Training(#[from] arete_training::Error),
+
+    /// A row is not what it should be.
+    #[error("{}: row {row}: {field}: expected {expected}, got {got}", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The row (Parquet) or line (JSON lines), counted from 1.
+        row: usize,
+        /// The column.
+        field: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+
+    /// A conversation cannot be rendered with the model's chat template.
+    #[error("{}: row {row} cannot be rendered", path.display())]
+    Rendering {
+        /// The file.
+        path: PathBuf,
+        /// The row or line, counted from 1.
+        row: usize,
+        /// What the template or tokenizer said.
+        #[source]
+        source: Box<arete_model::Error>,
+    },
+
+    /// Too few pairs to train on.
+    #[error("{}: expected at least {expected} pairs to train on, got {got} ({reason})", path.display())]
+    TooFewPairs {
+        /// The file.
+        path: PathBuf,
+        /// The least that is accepted.
+        expected: usize,
+        /// How many are left.
+        got: usize,
+        /// Where the others went.
+        reason: String,
+    },
+
+    /// A model directory lacks what a reward model needs.
+    #[error("{}: expected {expected}, got {got}", path.display())]
+    NotAReward {
+        /// The directory.
+        path: PathBuf,
+        /// What would have been accepted.
+        expected: &'static str,
+        /// What is there.
+        got: String,
+    },
+
+    /// A setting cannot be used.
+    #[error("{name}: expected {expected}, got {got}")]
+    Setting {
+        /// The flag or recipe key.
+        name: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+}
+
+impl ExitClass for Error {
+    fn exit_class(&self) -> Option<u8> {
+        match self {
+            Self::Io(_) => None,
+            Self::Records(error) => error.exit_class(),
+            Self::Model(error) => model_exit_class(error),
+            Self::Training(error) => error.exit_class(),
+            Self::Setting { .. } => Some(code::USAGE),
+            Self::Row { .. }
+            | Self::Rendering { .. }
+            | Self::TooFewPairs { .. }
+            | Self::NotAReward { .. } => Some(code::BAD_DATA),
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! How good a reward model is on pairs it has not seen, and where its scores lie.
+
+use std::path::Path;
+
+use arete_records::atomic;
+use arete_records::stats::{self, Interval, Resampling};
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+use crate::data::Pair;
+use crate::loss::win_probability;
+
+/// 95 %, two-sided.
+const Z: f64 = 1.96;
+/// Bins of the calibration error.
+const N_BINS: usize = 10;
+
+/// The contents of `evaluation.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// What was evaluated on.
+    pub split: String,
+    /// Number of pairs.
+    pub n: usize,
+    /// Part of the pairs whose chosen side scores higher, with Wilson's 95 % interval. A tie is no win.
+    pub accuracy: Interval,
+    /// The same for always choosing the shorter answer (in the model's own tokens); a tie is half a win.
+    pub shorter_answer: Interval,
+    /// `accuracy − shorter_answer`, with a paired bootstrap's 95 % interval.
+    pub lead_over_shorter_answer: Interval,
+    /// Gap between the probability of the predicted side and how often it is right.
+    pub expected_calibration_error: f64,
+    /// Pearson's correlation of score with length; null if either does not vary.
+    pub pearson_score_length: Option<f64>,
+    /// Spearman's.
+    pub spearman_score_length: Option<f64>,
+    /// Mean lead of the chosen side.
+    pub mean_margin: f64,
+}
+
+/// Compares the scores of pairs (`[chosen, rejected]`) with which side was chosen.
+///
+/// # Panics
+///
+/// If there is no pair, or not one score pair each.
+pub fn report(split: &str, pairs: &[&Pair], scores: &[[f64; 2]], seed: u64) -> Report {
+    assert!(!pairs.is_empty() && pairs.len() == scores.len(), "one pair of scores a pair");
+    let wins: Vec<f64> = scores.iter().map(|[c, r]| f64::from(u8::from(c > r))).collect();
+    let shorter: Vec<f64> = pairs
+        .iter()
+        .map(|pair| match pair.chosen.n_own_tokens.cmp(&pair.rejected.n_own_tokens) {
+            std::cmp::Ordering::Less => 1.0,
+            std::cmp::Ordering::Equal => 0.5,
+            std::cmp::Ordering::Greater => 0.0,
+        })
+        .collect();
+    let confidences: Vec<f64> = scores
+        .iter()
+        .map(|&[c, r]| win_probability(c, r))
+        .map(|probability| probability.max(1.0 - probability))
+        .collect();
+    let is_right: Vec<bool> = wins.iter().map(|&win| win > 0.0).collect();
+    #[expect(clippy::cast_precision_loss, reason = "token counts are small")]
+    let lengths: Vec<f64> = pairs
+        .iter()
+        .flat_map(|pair| [pair.chosen.n_own_tokens as f64, pair.rejected.n_own_tokens as f64])
+        .collect();
+    let flat: Vec<f64> = scores.iter().flatten().copied().collect();
+    let margins: Vec<f64> = scores.iter().map(|[c, r]| c - r).collect();
+    let cluster = |values: &[f64]| -> Vec<Vec<f64>> { values.iter().map(|&v| vec![v]).collect() };
+    let lead = stats::paired_difference_of(
+        &cluster(&shorter),
+        &cluster(&wins),
+        stats::mean,
+        Resampling::seeded(seed),
+    );
+    Report {
+        split: split.to_owned(),
+        n: pairs.len(),
+        accuracy: proportion(&wins),
+        shorter_answer: proportion(&shorter),
+        lead_over_shorter_answer: lead.interval,
+        expected_calibration_error: stats::expected_calibration_error(
+            &confidences,
+            &is_right,
+            N_BINS,
+        ),
+        pearson_score_length: finite(stats::pearson(&flat, &lengths)),
+        spearman_score_length: finite(stats::spearman(&flat, &lengths)),
+        mean_margin: stats::mean(&margins),
+    }
+}
+
+/// Wilson's interval of wins (half wins rounded down for the interval, exact in the estimate).
+fn proportion(wins: &[f64]) -> Interval {
+    let total: f64 = wins.iter().sum();
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "between 0 and the number of pairs"
+    )]
+    let whole = total as u64;
+    Interval { estimate: stats::mean(wins), ..stats::wilson(whole, wins.len() as u64, Z) }
+}
+
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+/// The contents of `score_stats.json`: where the scores of a base's own conversations lie.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreStats {
+    /// Mean score.
+    pub mean: f64,
+    /// Population standard deviation.
+    pub std: f64,
+    /// Number of conversations.
+    pub n: usize,
+    /// The split they are of.
+    pub split: String,
+    /// The base that the reward model reads with.
+    pub base_sha256: String,
+}
+
+impl ScoreStats {
+    /// Mean and standard deviation of scores.
+    pub fn of(scores: &[f64], split: &str, base_sha256: &str) -> Self {
+        Self {
+            mean: stats::mean(scores),
+            std: stats::std(scores),
+            n: scores.len(),
+            split: split.to_owned(),
+            base_sha256: base_sha256.to_owned(),
+        }
+    }
+}
+
+/// Writes a value as readable JSON.
+///
+/// # Errors
+///
+/// [`Error::Records`] if the disk refuses.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+    let mut bytes =
+        serde_json::to_vec_pretty(value).expect("structs of numbers and words always serialise");
+    bytes.push(b'\n');
+    Ok(atomic::write(path, &bytes)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Sequence;
+
+    fn pair(chosen_length: usize, rejected_length: usize) -> Pair {
+        let side = |n_own_tokens| Sequence { token_ids: vec![1, 2], n_own_tokens };
+        Pair {
+            chosen: side(chosen_length),
+            rejected: side(rejected_length),
+            n_shared: 0,
+            chosen_prob: 1.0,
+            margin: 0.0,
+        }
+    }
+
+    #[test]
+    fn a_report_by_hand() {
+        let pairs = [pair(5, 9), pair(9, 5), pair(7, 7), pair(3, 4)];
+        let pairs: Vec<&Pair> = pairs.iter().collect();
+        // Wins: yes, no, tie, yes.
+        let scores = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 0.0]];
+        let report = report("validation", &pairs, &scores, 0);
+        assert_eq!(report.n, 4);
+        assert_eq!(report.accuracy.estimate, 0.5);
+        // Wilson at 2 of 4, z = 1.96: centre 0.5, half-width 0.3499…
+        assert!((report.accuracy.low - 0.150_04).abs() < 1e-4, "{:?}", report.accuracy);
+        assert_eq!(report.shorter_answer.estimate, (1.0 + 0.0 + 0.5 + 1.0) / 4.0);
+        assert_eq!(report.lead_over_shorter_answer.estimate, 0.5 - 0.625);
+        // Confidences: σ(1) = 0.7311 right, 0.7311 wrong, 0.5 "wrong", σ(2) = 0.8808 right.
+        // Bins: [0.7, 0.8): |1.4621 − 1|, [0.5, 0.6): 0.5, [0.8, 0.9): |0.8808 − 1|.
+        let expected = (0.462_117_157 + 0.5 + 0.119_202_922) / 4.0;
+        assert!((report.expected_calibration_error - expected).abs() < 1e-8);
+        assert_eq!(report.mean_margin, 0.5);
+        assert!(report.pearson_score_length.is_some());
+    }
+
+    #[test]
+    fn score_stats_are_population_moments() {
+        let stats = ScoreStats::of(&[1.0, 2.0, 3.0, 4.0], "validation", "b");
+        assert_eq!((stats.mean, stats.n), (2.5, 4));
+        assert!((stats.std - 1.25f64.sqrt()).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,113 @@
+//! `arete-reward`: train reward models, score conversations with them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use arete_records::cli::{self, StageArgs};
+use arete_records::{Aspect, interrupt, recipe};
+use arete_reward::score::ScoreConfig;
+use arete_reward::{Config, Error, PreferenceSource, TrainInputs};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+/// Reward models: learn which of two conversations is better, and score conversations.
+#[derive(Debug, Parser)]
+#[command(name = "arete-reward", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Which reward models to train.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Wanted {
+    /// That of the answer.
+    Action,
+    /// That of the reply about the motivation.
+    Motivation,
+    /// That of the reply about the consequence.
+    Consequence,
+    /// All three, the base loaded once.
+    All,
+}
+
+impl Wanted {
+    fn aspects(self) -> Vec<Aspect> {
+        match self {
+            Self::Action => vec![Aspect::Action],
+            Self::Motivation => vec![Aspect::Motivation],
+            Self::Consequence => vec![Aspect::Consequence],
+            Self::All => Aspect::ALL.to_vec(),
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train reward models on preferences (recipe table [reward]), or one on human pairs ([yardstick])
+    #[command(
+        after_help = "Examples:\n  arete-reward train --aspect all --preferences runs/demo/preferences \
+        --conversations runs/demo/conversations --model runs/demo/sft/merged --output runs/demo/reward\n  \
+        arete-reward train --pairs hh-rlhf.jsonl.gz --model models/SmolLM2-135M-Instruct --output runs/yardstick"
+    )]
+    Train {
+        #[command(flatten)]
+        stage: StageArgs,
+        /// The reward models to train; each goes into its own directory in --output
+        #[arg(long, value_enum, default_value_t = Wanted::All)]
+        aspect: Wanted,
+        /// Directory with <aspect>/{train,validation}.parquet
+        #[arg(
+            long,
+            value_name = "DIR",
+            required_unless_present = "pairs",
+            conflicts_with = "pairs"
+        )]
+        preferences: Option<PathBuf>,
+        /// Human pairs (hh-rlhf's form, JSON lines, .gz too, or Parquet) instead: one reward model, into --output itself
+        #[arg(long, value_name = "FILE")]
+        pairs: Option<PathBuf>,
+        /// Directory with conversations.parquet, to standardise scores with (default: both sides of the validation pairs)
+        #[arg(long, value_name = "DIR")]
+        conversations: Option<PathBuf>,
+        #[command(flatten)]
+        config: Config,
+    },
+    /// Score conversations
+    #[command(after_help = "Example:\n  arete-reward score --model runs/demo/sft/merged \
+        --adapter runs/demo/reward/action/adapter --input conversations.jsonl --output scores.jsonl")]
+    Score {
+        #[command(flatten)]
+        config: ScoreConfig,
+    },
+}
+
+fn main() -> ExitCode {
+    cli::init_tracing();
+    cli::exit_code_of::<Error>(run())
+}
+
+fn run() -> anyhow::Result<()> {
+    let matches = Cli::command().get_matches();
+    match Cli::from_arg_matches(&matches)?.command {
+        Command::Train { stage, aspect, preferences, pairs, conversations, .. } => {
+            let matches = matches.subcommand_matches("train").expect("the command parsed");
+            let table = if pairs.is_some() { "yardstick" } else { "reward" };
+            let config: Config = recipe::resolve(matches, table, stage.recipe.as_deref())?;
+            let (preferences, from) = match (preferences, pairs) {
+                (_, Some(file)) => (PreferenceSource::Pairs(file.clone()), file),
+                (Some(dir), None) => {
+                    let aspects = aspect.aspects();
+                    (PreferenceSource::Stage { dir: dir.clone(), aspects }, dir)
+                }
+                (None, None) => unreachable!("clap demands one of them"),
+            };
+            interrupt::install()?;
+            let inputs = TrainInputs { preferences, conversations, output: stage.output };
+            arete_reward::train(&config, &inputs)
+                .with_context(|| format!("training on {}", from.display()))
+        }
+        Command::Score { config } => arete_reward::score::run(&config)
+            .with_context(|| format!("scoring {}", config.input.display())),
+    }
+}

@@ -1,0 +1,485 @@
+//! The stage: from files to files.
+
+use std::path::{Path, PathBuf};
+
+use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::chain::aspect_conversation;
+use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
+use arete_records::rows::ConversationRow;
+use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
+use arete_records::{Aspect, FinishReason, Split, parquet, timings};
+use arete_training::order::Plan;
+use arete_training::{
+    AdamW, AdamWConfig, LoopConfig, Outcome, Schedule, runtime, train as train_loop,
+};
+use serde_json::{Map, Value};
+use tch::Kind;
+
+use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
+use crate::evaluation::{self, ScoreStats, write_json};
+use crate::model::{RewardModel, pair_scores, sequence_scores};
+use crate::objective::BradleyTerry;
+use crate::{Config, Error};
+
+/// Name of the head among the trained tensors (peft's key of a saved module).
+const HEAD: &str = "base_model.model.score.weight";
+/// Name of the file in a conversations directory.
+const CONVERSATIONS: &str = "conversations.parquet";
+/// Conversations whose scores are compared between the merged model and the adapter.
+const N_COMPARED: usize = 16;
+
+/// Where preferences come from.
+#[derive(Clone, Debug)]
+pub enum PreferenceSource {
+    /// `DIR/<aspect>/{train,validation}.parquet`, for these aspects.
+    Stage {
+        /// The directory.
+        dir: PathBuf,
+        /// One reward model each.
+        aspects: Vec<Aspect>,
+    },
+    /// A file of pairs, for one reward model.
+    Pairs(PathBuf),
+}
+
+/// What to train on and where to write.
+#[derive(Clone, Debug)]
+pub struct TrainInputs {
+    /// The pairs.
+    pub preferences: PreferenceSource,
+    /// Directory with `conversations.parquet`, from which the score statistics are taken; without it, from both sides
+    /// of the validation pairs.
+    pub conversations: Option<PathBuf>,
+    /// For aspects, the directory with one directory each; for pairs, the directory itself.
+    pub output: PathBuf,
+}
+
+/// One reward model to train.
+struct Job {
+    name: String,
+    aspect: Option<Aspect>,
+    /// The files of the stage, or the pairs twice.
+    train: PathBuf,
+    validation: PathBuf,
+    conversations: Option<PathBuf>,
+    run: StageRun,
+}
+
+/// Trains a reward model for every aspect (or for the pairs), the base loaded once.
+///
+/// # Errors
+///
+/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
+pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
+    check(config)?;
+    let model_name =
+        config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
+    let source = Source::parse(model_name)?;
+    let jobs = open_jobs(config, inputs, &source)?;
+    if jobs.is_empty() {
+        return Ok(());
+    }
+    runtime::set_threads(config.threads);
+    let device = runtime::device(&config.device)?;
+    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
+    let model = Model::load(&source, &options)?;
+    let base = Base { config, name: model_name, source, options, model };
+    for job in jobs {
+        let name = job.name.clone();
+        base.train(job)?;
+        tracing::info!(name, "reward model written");
+    }
+    Ok(())
+}
+
+fn setting(name: &'static str, expected: &str, got: &str) -> Error {
+    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
+}
+
+fn check(config: &Config) -> Result<(), Error> {
+    if config.max_length < 2 {
+        return Err(setting("max_length", "at least 2", &config.max_length.to_string()));
+    }
+    for (name, value) in [
+        ("center_rewards_coefficient", config.center_rewards_coefficient),
+        ("margin_per_vote", config.margin_per_vote),
+    ] {
+        if !(value.is_finite() && value >= 0.0) {
+            return Err(setting(name, "a number of at least 0", &value.to_string()));
+        }
+    }
+    Ok(())
+}
+
+/// Opens the run of every reward model that is not up to date.
+fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Vec<Job>, Error> {
+    let mut jobs = Vec::new();
+    let conversations = inputs
+        .conversations
+        .as_ref()
+        .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
+    let wanted = match &inputs.preferences {
+        PreferenceSource::Stage { dir, aspects } => aspects
+            .iter()
+            .map(|&aspect| {
+                (Some(aspect), dir.join(aspect.name()), inputs.output.join(aspect.name()))
+            })
+            .collect(),
+        PreferenceSource::Pairs(file) => vec![(None, file.clone(), inputs.output.clone())],
+    };
+    for (aspect, data, output) in wanted {
+        let (train, validation) = match aspect {
+            Some(_) => (data.join("train.parquet"), data.join("validation.parquet")),
+            None => (data.clone(), data),
+        };
+        let mut files = vec![("train".to_owned(), train.clone())];
+        if aspect.is_some() {
+            files.push(("validation".to_owned(), validation.clone()));
+            files.extend(
+                conversations.iter().map(|file| ("conversations".to_owned(), file.clone())),
+            );
+        }
+        let mut recorded = config.clone();
+        if let Some(path) = runtime::local_path(source) {
+            files.push(("model".to_owned(), path.to_owned()));
+            recorded.model = None; // its contents are an input; where they lie changes nothing
+        }
+        let name = aspect.map_or("yardstick".to_owned(), |aspect| aspect.name().to_owned());
+        let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
+        recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
+        let stage = if aspect.is_some() { "reward" } else { "yardstick" };
+        let spec = StageSpec {
+            stage,
+            output: &output,
+            config: recorded,
+            seed: config.seed,
+            inputs: files,
+        };
+        match run::begin(spec)? {
+            Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
+            Start::Run(run) => {
+                let conversations = aspect.and(conversations.clone());
+                jobs.push(Job { name, aspect, train, validation, conversations, run });
+            }
+        }
+    }
+    Ok(jobs)
+}
+
+/// Pairs of both splits as tokens.
+struct Data {
+    train: Pairs,
+    validation: Pairs,
+    /// What the validation pairs are called in reports.
+    validation_name: &'static str,
+}
+
+/// What every reward model shares.
+struct Base<'a> {
+    config: &'a Config,
+    name: &'a str,
+    source: Source,
+    options: LoadOptions,
+    model: Model,
+}
+
+impl Base<'_> {
+    fn train(&self, job: Job) -> Result<(), Error> {
+        let (config, model) = (self.config, &self.model);
+        let output = job.run.output().to_owned();
+        let chat = model.chat()?;
+        let data = self.read(&job, &chat)?;
+        report_losses(&data, &job.name);
+        if data.train.pairs.len() < config.min_pairs.max(1) {
+            let Pairs { n_dropped, n_identical, .. } = data.train;
+            return Err(Error::TooFewPairs {
+                path: job.train,
+                expected: config.min_pairs.max(1),
+                got: data.train.pairs.len(),
+                reason: format!(
+                    "{n_dropped} dropped for their length, {n_identical} identical after cutting"
+                ),
+            });
+        }
+
+        let device = self.options.device;
+        let mut adapter =
+            Adapter::new(&job.name, &model.config, &config.lora(), config.seed, device)?;
+        adapter.set_trainable(true);
+        // Each aspect's head starts elsewhere: an ensemble whose members start alike errs alike.
+        let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |a| a.index() as u64));
+        let mut head = ScalarHead::normal(model.config.hidden_size, head_seed, device);
+        head.set_trainable(true);
+        let outcome = self.optimise(&job, &data, &adapter, &head)?;
+        adapter.set_trainable(false);
+        head.set_trainable(false);
+
+        let stats = self.score_stats(&job, &data, &chat, &adapter, &head)?;
+        write_json(&output.join("score_stats.json"), &stats)?;
+        let evaluation = self.evaluate(&data, &adapter, &head)?;
+        if let Some(report) = &evaluation {
+            write_json(&output.join("evaluation.json"), report)?;
+            tracing::info!(
+                n = report.n,
+                accuracy = report.accuracy.estimate,
+                low = report.accuracy.low,
+                high = report.accuracy.high,
+                shorter_answer = report.shorter_answer.estimate,
+                "evaluated on pairs not trained on"
+            );
+        }
+        let meta = AdapterMeta::of(model, self.name, Task::SequenceClassification);
+        adapter_files::save(&output.join("adapter"), &adapter, Some(&head), &meta)?;
+        let mut counts = counts(&data, &outcome);
+        if config.merge {
+            let difference = self.merge(&data, &adapter, &head, &stats, &output.join("merged"))?;
+            counts.insert("max_score_difference_merged".to_owned(), difference.into());
+        }
+        if let Some(bytes) = runtime::peak_rss_bytes() {
+            tracing::info!(mib = bytes >> 20, "peak memory");
+            timings::log(&output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
+        }
+        job.run.finish(Completion {
+            device: runtime::device_name(device),
+            dtype: runtime::dtype_name(self.options.dtype).to_owned(),
+            counts,
+        })?;
+        Ok(())
+    }
+
+    fn read(&self, job: &Job, chat: &Chat<'_>) -> Result<Data, Error> {
+        let config = self.config;
+        let rendering = Rendering {
+            max_length: config.max_length,
+            over_length: config.over_length,
+            label: config.label,
+            margin_per_vote: config.margin_per_vote,
+        };
+        let (mut train, validation, validation_name) = if job.aspect.is_some() {
+            let train = data::read_preferences(&job.train)?;
+            (train, data::read_preferences(&job.validation)?, Split::Validation.name())
+        } else {
+            let (pairs, n_unfinished) = data::read_pairs(&job.train)?;
+            if n_unfinished > 0 {
+                tracing::warn!(n_unfinished, "pairs left out: a side does not end with a reply");
+            }
+            let is_train = |pair: &Preference| data::split_of_pair(pair) == Split::Train;
+            let (train, held_out): (Vec<_>, Vec<_>) = pairs.into_iter().partition(is_train);
+            if config.all_pairs {
+                ([train, held_out.clone()].concat(), held_out, "held-out (trained on as well)")
+            } else {
+                (train, held_out, "held-out")
+            }
+        };
+        if config.shuffle_labels {
+            data::shuffle_labels(&mut train, config.seed);
+        }
+        Ok(Data {
+            train: data::tokenize(&job.train, &train, chat, &rendering)?,
+            validation: data::tokenize(&job.validation, &validation, chat, &rendering)?,
+            validation_name,
+        })
+    }
+
+    fn optimise(
+        &self,
+        job: &Job,
+        data: &Data,
+        adapter: &Adapter,
+        head: &ScalarHead,
+    ) -> Result<Outcome, Error> {
+        let config = self.config;
+        let mut parameters = adapter.parameters();
+        parameters.push((HEAD.to_owned(), head.weight.shallow_clone()));
+        let optimiser_config =
+            AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
+        let mut optimiser = AdamW::new(parameters, optimiser_config)?;
+        let plan = Plan {
+            n_examples: data.train.pairs.len(),
+            batch_size: config.batch_size,
+            epochs: config.epochs,
+            max_steps: config.max_steps,
+            seed: config.seed,
+        };
+        plan.check()?;
+        let n_steps = plan.total_steps();
+        tracing::info!(
+            name = job.name,
+            pairs = data.train.pairs.len(),
+            steps = n_steps,
+            parameters = optimiser.n_parameters(),
+            dtype = runtime::dtype_name(self.options.dtype),
+            nf4 = config.nf4,
+            "training"
+        );
+        let loop_config = LoopConfig {
+            schedule: Schedule::new(
+                config.schedule,
+                config.learning_rate,
+                config.warmup_ratio,
+                n_steps,
+            )?,
+            max_grad_norm: (config.max_grad_norm > 0.0).then_some(config.max_grad_norm),
+            eval_every: config.eval_every,
+            checkpoint_every: config.checkpoint_every,
+            keep_checkpoints: config.keep_checkpoints,
+            select: config.select,
+            scale_loss: self.options.dtype == Kind::Half,
+        };
+        let mut objective = BradleyTerry {
+            decoder: &self.model.decoder,
+            adapter,
+            head,
+            train: &data.train.pairs,
+            validation: &data.validation.pairs,
+            center: config.center_rewards_coefficient,
+            micro_batch_tokens: config.micro_batch_tokens,
+            recompute: config.recompute,
+        };
+        let fingerprint = job.run.fingerprint().to_owned();
+        let output = job.run.output();
+        Ok(train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, &fingerprint)?)
+    }
+
+    fn evaluate(
+        &self,
+        data: &Data,
+        adapter: &Adapter,
+        head: &ScalarHead,
+    ) -> Result<Option<evaluation::Report>, Error> {
+        if data.validation.pairs.is_empty() {
+            return Ok(None);
+        }
+        let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
+        let budget = self.config.micro_batch_tokens;
+        let scores = pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?;
+        Ok(Some(evaluation::report(data.validation_name, &pairs, &scores, self.config.seed)))
+    }
+
+    /// Statistics of the scores of validation conversations.
+    fn score_stats(
+        &self,
+        job: &Job,
+        data: &Data,
+        chat: &Chat<'_>,
+        adapter: &Adapter,
+        head: &ScalarHead,
+    ) -> Result<ScoreStats, Error> {
+        let sequences = match (&job.conversations, job.aspect) {
+            (Some(path), Some(aspect)) => self.conversations(path, aspect, chat)?,
+            _ => both_sides(&data.validation.pairs),
+        };
+        let (sequences, split) = if sequences.is_empty() {
+            tracing::warn!("no validation conversations: score statistics are of training pairs");
+            (both_sides(&data.train.pairs), Split::Train.name())
+        } else {
+            (sequences, data.validation_name)
+        };
+        let budget = self.config.micro_batch_tokens;
+        let scores = sequence_scores(&self.model.decoder, Some(adapter), head, &sequences, budget)?;
+        Ok(ScoreStats::of(&scores, split, &self.model.base_sha256))
+    }
+
+    /// Both samples of the validation prompts, through the aspect's reply, cut like the pairs.
+    fn conversations(
+        &self,
+        path: &Path,
+        aspect: Aspect,
+        chat: &Chat<'_>,
+    ) -> Result<Vec<Vec<i64>>, Error> {
+        let rows: Vec<ConversationRow> = parquet::read(path)?;
+        let mut out = Vec::new();
+        for (idx, row) in rows.iter().enumerate().filter(|(_, row)| row.split == Split::Validation)
+        {
+            let in_row = |source| Error::Rendering {
+                path: path.to_owned(),
+                row: idx + 1,
+                source: Box::new(source),
+            };
+            let conversation = Conversation {
+                messages: aspect_conversation(&row.messages, aspect).map_err(in_row)?.to_vec(),
+                truncated: row.finish_reason(aspect) == FinishReason::Length,
+            };
+            let Config { max_length, over_length, .. } = *self.config;
+            let tokens = data::tokenize_conversation(&conversation, chat, max_length, over_length)
+                .map_err(in_row)?;
+            out.extend(tokens.map(|(sequence, _)| sequence.token_ids));
+        }
+        Ok(out)
+    }
+
+    /// Writes the merged model; the largest difference between its scores and the adapter's.
+    fn merge(
+        &self,
+        data: &Data,
+        adapter: &Adapter,
+        head: &ScalarHead,
+        stats: &ScoreStats,
+        output: &Path,
+    ) -> Result<f64, Error> {
+        let mut extra = Map::new();
+        extra.insert("score_mean".to_owned(), stats.mean.into());
+        extra.insert("score_std".to_owned(), stats.std.into());
+        extra.insert("pad_token_id".to_owned(), self.pad_token_id().into());
+        let dtype = self.options.dtype;
+        merge::merge(&self.source, adapter, Some(head), output, dtype, extra)?;
+
+        let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
+        let sequences = both_sides(&pairs.pairs[..pairs.pairs.len().min(N_COMPARED / 2)]);
+        let budget = self.config.micro_batch_tokens;
+        let unmerged =
+            sequence_scores(&self.model.decoder, Some(adapter), head, &sequences, budget)?;
+        let options = LoadOptions { nf4: None, ..self.options };
+        let merged = RewardModel::load(&Source::Directory(output.to_owned()), None, &options)?;
+        let merged = merged.scores(&sequences, budget)?;
+        let difference =
+            unmerged.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        tracing::info!(difference, "largest |Δscore| between merged model and adapter");
+        Ok(difference)
+    }
+
+    /// A padding token that is never the end of a text: transformers reads the score before the first padding token.
+    fn pad_token_id(&self) -> i64 {
+        let config = &self.model.config;
+        let is_end = |id: &i64| config.eos_token_ids.contains(id);
+        config
+            .pad_token_id
+            .filter(|id| !is_end(id))
+            .unwrap_or_else(|| (0..).find(|id| !is_end(id)).expect("some id is no end of text"))
+    }
+}
+
+fn both_sides(pairs: &[Pair]) -> Vec<Vec<i64>> {
+    pairs
+        .iter()
+        .flat_map(|pair| [pair.chosen.token_ids.clone(), pair.rejected.token_ids.clone()])
+        .collect()
+}
+
+fn report_losses(data: &Data, name: &str) {
+    let both = [&data.train, &data.validation];
+    let sum = |count: fn(&Pairs) -> usize| both.map(count).iter().sum::<usize>();
+    let (cut, dropped) = (sum(|p| p.n_cut), sum(|p| p.n_dropped));
+    let identical = sum(|p| p.n_identical);
+    if cut + dropped + identical > 0 {
+        tracing::warn!(name, cut, dropped, identical, "pairs longer than max_length, or identical");
+    }
+    if data.validation.pairs.is_empty() {
+        tracing::warn!(name, "no validation pairs: the run is not evaluated");
+    }
+}
+
+fn counts(data: &Data, outcome: &Outcome) -> Map<String, Value> {
+    let numbers: [(&str, Value); 9] = [
+        ("train", data.train.pairs.len().into()),
+        ("validation", data.validation.pairs.len().into()),
+        ("cut", (data.train.n_cut + data.validation.n_cut).into()),
+        ("dropped", (data.train.n_dropped + data.validation.n_dropped).into()),
+        ("identical", (data.train.n_identical + data.validation.n_identical).into()),
+        ("with_shared_prefix", data.train.pairs.iter().filter(|p| p.n_shared > 0).count().into()),
+        ("steps", outcome.state.global_step.into()),
+        ("num_tokens", outcome.state.num_tokens.into()),
+        ("selected_step", outcome.selected_step.into()),
+    ];
+    numbers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}

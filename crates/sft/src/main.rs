@@ -1,0 +1,49 @@
+//! `arete-sft`: supervised fine-tuning on demonstrations.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use arete_records::cli::{self, StageArgs};
+use arete_records::{interrupt, recipe};
+use arete_sft::{Config, Error};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Teach a chat model to answer as demonstrations do.
+#[derive(Debug, Parser)]
+#[command(name = "arete-sft", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a LoRA adapter on demonstrations; write it and the merged model
+    #[command(after_help = "Example:\n  arete-sft train --recipe recipes/recommended.toml \
+        --demonstrations runs/demo/demonstrations --model models/SmolLM2-135M-Instruct --output runs/demo/sft")]
+    Train {
+        #[command(flatten)]
+        stage: StageArgs,
+        /// Directory with demonstrations.parquet, or a Parquet or JSON-lines file with `messages`, or `prompt` and `completion`
+        #[arg(long, value_name = "PATH")]
+        demonstrations: PathBuf,
+        #[command(flatten)]
+        config: Config,
+    },
+}
+
+fn main() -> ExitCode {
+    cli::init_tracing();
+    cli::exit_code_of::<Error>(run())
+}
+
+fn run() -> anyhow::Result<()> {
+    let matches = Cli::command().get_matches();
+    let Command::Train { stage, demonstrations, .. } = Cli::from_arg_matches(&matches)?.command;
+    let matches = matches.subcommand_matches("train").expect("the only command");
+    let config: Config = recipe::resolve(matches, "sft", stage.recipe.as_deref())?;
+    interrupt::install()?;
+    arete_sft::train(&config, &demonstrations, &stage.output)
+        .with_context(|| format!("training on {}", demonstrations.display()))
+}

@@ -1,0 +1,221 @@
+//! The stage: from files to files.
+
+use std::path::Path;
+
+use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
+use arete_records::Split;
+use arete_records::run::{self, Completion, StageSpec, Start};
+use arete_training::order::Plan;
+use arete_training::runtime;
+use arete_training::{AdamW, AdamWConfig, LoopConfig, Schedule, train as train_loop};
+use serde_json::{Map, Value};
+use tch::{Kind, Tensor};
+
+use crate::data::{self, Example, Examples};
+use crate::objective::CrossEntropy;
+use crate::{Config, Error};
+
+/// Rows whose logits are compared between the merged and the unmerged model.
+const COMPARED_ROWS: usize = 128;
+
+/// Trains on `demonstrations` (a file, or the directory of that stage) and writes adapter and merged model into `output`.
+///
+/// # Errors
+///
+/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
+pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<(), Error> {
+    let model_name = config.model.as_deref().ok_or_else(|| Error::Setting {
+        name: "model",
+        expected: "a model to start from".to_owned(),
+        got: "none".to_owned(),
+    })?;
+    let source = Source::parse(model_name)?;
+    let file = data::file_of(demonstrations);
+    let mut inputs = vec![("demonstrations".to_owned(), file.clone())];
+    let mut recorded = config.clone();
+    if let Some(path) = runtime::local_path(&source) {
+        inputs.push(("model".to_owned(), path.to_owned()));
+        recorded.model = None; // its contents are an input; where they lie changes nothing
+    }
+    let run = match run::begin(StageSpec {
+        stage: "sft",
+        output,
+        config: serde_json::to_value(&recorded).expect("settings are numbers and words"),
+        seed: config.seed,
+        inputs,
+    })? {
+        Start::UpToDate(_) => {
+            tracing::info!(output = %output.display(), "up to date");
+            return Ok(());
+        }
+        Start::Run(run) => run,
+    };
+
+    runtime::set_threads(config.threads);
+    let device = runtime::device(&config.device)?;
+    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
+    let rows = data::read(&file)?;
+    let model = Model::load(&source, &options)?;
+    let chat = model.chat()?;
+    let tokenize = |split: Split| {
+        data::tokenize(&file, &rows, split, &chat, config.max_length, config.over_length)
+    };
+    let (train, validation) = (tokenize(Split::Train)?, tokenize(Split::Validation)?);
+    report(&train, &validation);
+    if train.examples.is_empty() {
+        return Err(nothing_left(&file, rows.len(), &train));
+    }
+
+    let mut adapter = Adapter::new("sft", &model.config, &config.lora(), config.seed, device)?;
+    adapter.set_trainable(true);
+    let optimiser_config =
+        AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
+    let mut optimiser = AdamW::new(adapter.parameters(), optimiser_config)?;
+    let plan = Plan {
+        n_examples: train.examples.len(),
+        batch_size: config.batch_size,
+        epochs: config.epochs,
+        max_steps: config.max_steps,
+        seed: config.seed,
+    };
+    let n_steps = plan.total_steps();
+    tracing::info!(
+        examples = train.examples.len(),
+        steps = n_steps,
+        parameters = optimiser.n_parameters(),
+        dtype = runtime::dtype_name(options.dtype),
+        nf4 = config.nf4,
+        "training"
+    );
+    let loop_config = LoopConfig {
+        schedule: Schedule::new(
+            config.schedule,
+            config.learning_rate,
+            config.warmup_ratio,
+            n_steps,
+        )?,
+        max_grad_norm: (config.max_grad_norm > 0.0).then_some(config.max_grad_norm),
+        eval_every: config.eval_every,
+        checkpoint_every: config.checkpoint_every,
+        keep_checkpoints: config.keep_checkpoints,
+        select: config.select,
+        scale_loss: options.dtype == Kind::Half,
+    };
+    let mut objective = CrossEntropy {
+        decoder: &model.decoder,
+        adapter: &adapter,
+        train: &train.examples,
+        validation: &validation.examples,
+        micro_batch_tokens: config.micro_batch_tokens,
+        recompute: config.recompute,
+    };
+    let outcome =
+        train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, run.fingerprint())?;
+
+    let meta = AdapterMeta::of(&model, model_name, Task::CausalLm);
+    adapter_files::save(&output.join("adapter"), &adapter, None, &meta)?;
+    let compared = if validation.examples.is_empty() { &train } else { &validation };
+    let compared = probe(&compared.examples);
+    let unmerged = logits(&model, Some(&adapter), &compared)?;
+    drop(optimiser);
+    drop(model);
+    let merged = output.join("merged");
+    merge::merge(&source, &adapter, None, &merged, options.dtype, Map::new())?;
+    let merged_options = LoadOptions { nf4: None, ..options };
+    let merged_model = Model::load(&Source::Directory(merged), &merged_options)?;
+    let difference = largest_difference(&unmerged, &logits(&merged_model, None, &compared)?)?;
+    tracing::info!(difference, "largest |Δlogit| between merged model and adapter");
+
+    let mut counts = Map::new();
+    let mut count = |name: &str, value: Value| counts.insert(name.to_owned(), value);
+    count("train", train.examples.len().into());
+    count("validation", validation.examples.len().into());
+    count("truncated", (train.n_truncated + validation.n_truncated).into());
+    count("dropped", (train.n_dropped + validation.n_dropped).into());
+    count("nothing_to_imitate", (train.n_empty + validation.n_empty).into());
+    count("steps", outcome.state.global_step.into());
+    count("num_tokens", outcome.state.num_tokens.into());
+    count("selected_step", outcome.selected_step.into());
+    count("max_logit_difference", difference.into());
+    if let Some(bytes) = runtime::peak_rss_bytes() {
+        tracing::info!(mib = bytes >> 20, "peak memory");
+        let fields = [("peak_rss_bytes", bytes.into())];
+        arete_records::timings::log(output, "memory", 0.0, &fields)?;
+    }
+    run.finish(Completion {
+        device: runtime::device_name(device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        counts,
+    })?;
+    Ok(())
+}
+
+fn report(train: &Examples, validation: &Examples) {
+    let n_truncated = train.n_truncated + validation.n_truncated;
+    let n_dropped = train.n_dropped + validation.n_dropped;
+    let n_empty = train.n_empty + validation.n_empty;
+    if n_truncated + n_dropped + n_empty > 0 {
+        tracing::warn!(
+            truncated = n_truncated,
+            dropped = n_dropped,
+            nothing_to_imitate = n_empty,
+            "demonstrations longer than max_length"
+        );
+    }
+    if validation.examples.is_empty() {
+        tracing::warn!("no demonstrations of split validation: the run is not evaluated");
+    }
+}
+
+fn nothing_left(path: &Path, n_rows: usize, train: &Examples) -> Error {
+    let Examples { n_dropped, n_empty, .. } = train;
+    let reason = format!(
+        "{n_rows} rows; of split train {n_dropped} dropped for their length, {n_empty} with nothing left to imitate"
+    );
+    Error::Empty { path: path.to_owned(), reason }
+}
+
+/// The first examples with [`COMPARED_ROWS`] target tokens between them, cut there.
+fn probe(examples: &[Example]) -> Vec<Example> {
+    let mut n_left = COMPARED_ROWS;
+    let mut out = Vec::new();
+    for example in examples {
+        if n_left == 0 {
+            break;
+        }
+        let mut example = example.clone();
+        for target in &mut example.target {
+            *target = *target && n_left > 0;
+            n_left -= usize::from(*target);
+        }
+        let end = example.target.iter().rposition(|&target| target).map_or(0, |last| last + 1);
+        example.token_ids.truncate(end);
+        example.target.truncate(end);
+        out.push(example);
+    }
+    out
+}
+
+/// Logits of the examples' target tokens, `[n, V]` f32.
+fn logits(model: &Model, adapter: Option<&Adapter>, examples: &[Example]) -> Result<Tensor, Error> {
+    let _guard = tch::no_grad_guard();
+    let mut parts = Vec::new();
+    for example in examples {
+        let batch = Batch::from_sequences(&[&example.token_ids]);
+        let hidden = model.decoder.forward(&batch, adapter)?;
+        let rows: Vec<i64> = (0..)
+            .zip(&example.target)
+            .filter_map(|(row, &target)| target.then_some(row - 1))
+            .collect();
+        let rows = Tensor::from_slice(&rows).to_device(hidden.device());
+        let logits = model.decoder.logits(&hidden.index_select(0, &rows))?; // [n, V]
+        parts.push(logits.to_kind(Kind::Float));
+    }
+    Ok(Tensor::cat(&parts, 0))
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64, Error> {
+    let difference = f64::try_from((a - b).abs().max()).map_err(arete_model::Error::from)?;
+    Ok(difference)
+}
