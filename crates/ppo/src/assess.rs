@@ -1,0 +1,274 @@
+//! What a rollout is worth: scores, KL and token rewards, and its rows on disk.
+
+use arete_records::Aspect;
+use arete_records::rows::RolloutRow;
+use tch::{Kind, Tensor};
+
+use crate::config::{Config, RolloutKind};
+use crate::prompts::Prompt;
+use crate::reward::{Placement, combine, missing_eos, place, token_rewards};
+use crate::rollout::{Conversation, Layout};
+use crate::scorer::Scores;
+use crate::Error;
+use arete_records::FinishReason;
+
+/// A rollout with its rewards.
+#[derive(Debug)]
+pub(crate) struct Assessment {
+    /// Raw and standardised scores.
+    pub(crate) scores: Scores,
+    /// `[B]`: what was paid out for scores.
+    pub(crate) paid: Vec<f64>,
+    /// `[B]`: k1 summed over own tokens, nats.
+    pub(crate) kl: Vec<f64>,
+    /// `[B]`: Σ of the token rewards.
+    pub(crate) reward: Vec<f64>,
+    /// `[B, T]` f32.
+    pub(crate) token_rewards: Tensor,
+}
+
+/// Standardised scores as they are paid out.
+///
+/// # Shapes
+///
+/// - result: `[B, T]` f32.
+fn pay(
+    scores: &Scores,
+    conversations: &[Conversation],
+    layout: &Layout,
+    config: &Config,
+) -> Result<Tensor, Error> {
+    let mut z = scores.z_tensor(); // [B, K]
+    if config.score_clip > 0.0 {
+        z = z.clamp(-config.score_clip, config.score_clip);
+    }
+    let truncated: Vec<bool> = conversations
+        .iter()
+        .flat_map(|c| c.replies.iter().map(|reply| reply.finish_reason == FinishReason::Length))
+        .collect();
+    let truncated = Tensor::from_slice(&truncated).view([conversations.len() as i64, -1]); // [B, turns]
+    let penalty = missing_eos(&truncated, config.missing_eos_penalty); // [B, turns]
+    let per_turn = config.placement == Placement::PerTurn && config.rollout == RolloutKind::Chain;
+    if per_turn {
+        let n_members = z.size()[1] as f64;
+        return place(&((z - penalty) / n_members), &layout.last_token, layout.n_columns());
+    }
+    let score = combine(&z, config.ensemble, config.ensemble_std_weight)?
+        - penalty.mean_dim(1, false, Kind::Float); // [B]
+    let last = layout.last_token.amax(1, true); // [B, 1]
+    place(&score.unsqueeze(1), &last, layout.n_columns())
+}
+
+/// Rewards of a rollout whose own tokens have these log-probability differences.
+///
+/// # Shapes
+///
+/// - `kl`: `[n]` f32, nats, in the order of conversations.
+pub(crate) fn assess(
+    scores: Scores,
+    conversations: &[Conversation],
+    layout: &Layout,
+    kl: &Tensor,
+    kl_coef: f64,
+    config: &Config,
+) -> Result<Assessment, Error> {
+    let placed = pay(&scores, conversations, layout, config)?;
+    let kl = layout.spread(kl); // [B, T]
+    let rewards = token_rewards(&kl, &placed, &layout.valid(), kl_coef)?;
+    let sums = |tensor: &Tensor| -> Result<Vec<f64>, Error> {
+        let sums = tensor.to_kind(Kind::Double).sum_dim_intlist(1, false, Kind::Double);
+        Ok(Vec::try_from(sums)?)
+    };
+    Ok(Assessment {
+        paid: sums(&placed)?,
+        kl: sums(&kl)?,
+        reward: sums(&rewards)?,
+        token_rewards: rewards,
+        scores,
+    })
+}
+
+/// The rows of a rollout or probe.
+pub(crate) fn rows(
+    iteration: u64,
+    conversations: &[Conversation],
+    prompts: &[&Prompt],
+    assessment: &Assessment,
+) -> Vec<RolloutRow> {
+    let turn = |c: &Conversation, aspect: Aspect| c.replies.get(aspect.index()).cloned();
+    let n_tokens =
+        |c: &Conversation, aspect| turn(c, aspect).map(|reply| reply.tokens.len() as i32);
+    let finish = |c: &Conversation, aspect| turn(c, aspect).map(|reply| reply.finish_reason);
+    let [action, motivation, consequence] = Aspect::ALL;
+    conversations
+        .iter()
+        .enumerate()
+        .map(|(idx, c)| {
+            let number = |of: &[Vec<f64>], aspect: Aspect| {
+                of[idx].get(aspect.index()).map(|&number| number as f32)
+            };
+            let (raw, z) = (&assessment.scores.raw, &assessment.scores.z);
+            RolloutRow {
+                iteration: i32::try_from(iteration).expect("iterations are few"),
+                prompt_id: prompts[c.prompt].prompt_id.clone(),
+                messages: c.messages.clone(),
+                score_action: number(raw, action),
+                score_motivation: number(raw, motivation),
+                score_consequence: number(raw, consequence),
+                z_action: number(z, action),
+                z_motivation: number(z, motivation),
+                z_consequence: number(z, consequence),
+                reward: assessment.reward[idx] as f32,
+                kl: assessment.kl[idx] as f32,
+                n_tokens_action: n_tokens(c, action),
+                n_tokens_motivation: n_tokens(c, motivation),
+                n_tokens_consequence: n_tokens(c, consequence),
+                finish_reason_action: finish(c, action),
+                finish_reason_motivation: finish(c, motivation),
+                finish_reason_consequence: finish(c, consequence),
+            }
+        })
+        .collect()
+}
+
+/// What can be said of a rollout or a probe alike: scores, lengths, truncation.
+pub(crate) fn describe(
+    conversations: &[Conversation],
+    aspects: &[Aspect],
+    scores: &Scores,
+) -> Vec<(String, f64)> {
+    let mean = arete_records::stats::mean;
+    let mut out = Vec::new();
+    for (idx, aspect) in aspects.iter().enumerate() {
+        let column = |of: &[Vec<f64>]| of.iter().map(|row| row[idx]).collect::<Vec<_>>();
+        out.push((format!("score_{aspect}"), mean(&column(&scores.raw))));
+        out.push((format!("z_{aspect}"), mean(&column(&scores.z))));
+    }
+    out.push(("z_mean".to_owned(), mean(&scores.z_means())));
+    let spread: Vec<f64> = scores.z.iter().map(|row| arete_records::stats::std(row)).collect();
+    out.push(("ensemble_disagreement".to_owned(), mean(&spread)));
+    let n_turns = conversations.first().map_or(0, |c| c.replies.len());
+    for (turn, aspect) in Aspect::ALL.iter().enumerate().take(n_turns) {
+        let lengths: Vec<f64> =
+            conversations.iter().map(|c| c.replies[turn].tokens.len() as f64).collect();
+        let is_cut = |c: &Conversation| c.replies[turn].finish_reason == FinishReason::Length;
+        let cut: Vec<f64> =
+            conversations.iter().map(|c| f64::from(u8::from(is_cut(c)))).collect();
+        out.push((format!("length_{aspect}"), mean(&lengths)));
+        out.push((format!("truncated_{aspect}"), mean(&cut)));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use arete_records::Message;
+    use clap::Parser;
+
+    use super::*;
+    use crate::rollout::Reply;
+    use crate::test_tensors::values_of;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        config: Config,
+    }
+
+    fn config(args: &[&str]) -> Config {
+        let config = Cli::try_parse_from([&["ppo"], args].concat()).unwrap().config;
+        config.check().unwrap();
+        config
+    }
+
+    /// Prompt of two tokens, then replies with one token of the user's between them.
+    fn conversation(replies: &[(usize, FinishReason)]) -> Conversation {
+        let mut at = 2;
+        let replies: Vec<Reply> = replies
+            .iter()
+            .map(|&(n, finish_reason)| {
+                let tokens = at..at + n;
+                at += n + 1;
+                Reply { tokens, finish_reason }
+            })
+            .collect();
+        let mut messages = vec![Message::user("q")];
+        for _ in &replies {
+            messages.extend([Message::assistant("a"), Message::user("q")]);
+        }
+        messages.pop();
+        Conversation {
+            prompt: 0,
+            token_ids: vec![7; at - 1],
+            n_prompt: 2,
+            replies,
+            sampled_logprob: Vec::new(),
+            messages,
+        }
+    }
+
+    const STOP: FinishReason = FinishReason::Stop;
+    const LENGTH: FinishReason = FinishReason::Length;
+
+    #[test]
+    fn own_tokens_have_places_and_user_turns_have_none() {
+        let conversations = [
+            conversation(&[(2, STOP), (1, STOP), (1, STOP)]), // own columns 0 1, 3, 5
+            conversation(&[(1, STOP), (2, STOP), (1, STOP)]), // 0, 2 3, 5
+        ];
+        let layout = Layout::new(&conversations);
+        assert_eq!(layout.n_columns(), 6);
+        assert_eq!(values_of(&layout.last_token), [1.0, 3.0, 5.0, 0.0, 3.0, 5.0]);
+        let flat = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
+        let spread = layout.spread(&flat);
+        let expected = [1.0, 2.0, 0.0, 3.0, 0.0, 4.0, 5.0, 0.0, 6.0, 7.0, 0.0, 8.0];
+        assert_eq!(values_of(&spread), expected);
+        assert_eq!(values_of(&layout.gather(&spread)), values_of(&flat));
+        let valid: Vec<f64> = expected.iter().map(|&x| f64::from(u8::from(x > 0.0))).collect();
+        assert_eq!(values_of(&layout.valid()), valid);
+    }
+
+    #[test]
+    fn scores_are_paid_per_turn_or_at_the_end() {
+        let conversations = [conversation(&[(2, STOP), (1, LENGTH), (1, STOP)])];
+        let layout = Layout::new(&conversations);
+        let scores = Scores { raw: vec![vec![0.0; 3]], z: vec![vec![3.0, 6.0, -1.5]] };
+        // Penalty 1.5 for the second reply, thirds: 1, (6 − 1.5)/3 = 1.5, −0.5.
+        let config_of = |args: &[&str]| config(&[&["--missing-eos-penalty", "1.5"], args].concat());
+        let paid = pay(&scores, &conversations, &layout, &config_of(&[])).unwrap();
+        assert_eq!(values_of(&paid), [0.0, 1.0, 0.0, 1.5, 0.0, -0.5]);
+        // At the end: the mean 2.5 (or the minimum −1.5) less a third of the penalty.
+        let at_end = config_of(&["--placement", "final"]);
+        let paid = pay(&scores, &conversations, &layout, &at_end).unwrap();
+        assert_eq!(values_of(&paid), [0.0, 0.0, 0.0, 0.0, 0.0, 2.0]);
+        let min = config_of(&["--placement", "final", "--ensemble", "min"]);
+        let paid = pay(&scores, &conversations, &layout, &min).unwrap();
+        assert_eq!(values_of(&paid), [0.0, 0.0, 0.0, 0.0, 0.0, -2.0]);
+        // Clipped at ±2: (2 + 2 − 1.5)/3 is what the mean becomes, both ways.
+        let clipped = config_of(&["--placement", "final", "--score-clip", "2"]);
+        let paid = values_of(&pay(&scores, &conversations, &layout, &clipped).unwrap());
+        assert!((paid[5] - (2.5 / 3.0 - 0.5)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn an_answer_is_paid_by_every_reward_model_at_its_end() {
+        let conversations = [conversation(&[(3, STOP)]), conversation(&[(1, LENGTH)])];
+        let layout = Layout::new(&conversations);
+        let scores =
+            Scores { raw: vec![vec![0.0; 3]; 2], z: vec![vec![1.0, 2.0, 3.0], vec![0.5, 0.5, 0.5]] };
+        let config = config(&["--rollout", "answer"]);
+        let kl = Tensor::from_slice(&[0.5f32, 0.25, -0.25, 1.0]);
+        let out = assess(scores, &conversations, &layout, &kl, 0.5, &config).unwrap();
+        let expected = [-0.25, -0.125, 2.125, -1.0, 0.0, 0.0];
+        assert_eq!(values_of(&out.token_rewards), expected);
+        assert_eq!(out.paid, [2.0, -0.5]);
+        assert_eq!(out.kl, [0.5, 1.0]);
+        assert_eq!(out.reward, [1.75, -1.0]);
+        let prompt =
+            Prompt { prompt_id: "p".to_owned(), messages: Vec::new(), token_ids: Vec::new() };
+        let rows = rows(3, &conversations, &[&prompt], &out);
+        assert_eq!(rows[1].finish_reason_action, Some(LENGTH));
+        assert_eq!((rows[0].n_tokens_action, rows[0].n_tokens_motivation), (Some(3), None));
+        assert_eq!((rows[0].z_consequence, rows[0].reward), (Some(3.0), 1.75));
+    }
+}

@@ -1,0 +1,172 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+use arete_records::cli::{ExitClass, code};
+use arete_records::interrupt::Interrupted;
+use arete_training::error::model_exit_class;
+
+/// Why PPO stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Reading or writing a file failed; the message names the path.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+
+    /// A file of the pipeline is unusable.
+    #[error(transparent)]
+    Records(#[from] arete_records::Error),
+
+    /// The model could not be loaded, run or written.
+    #[error(transparent)]
+    Model(#[from] arete_model::Error),
+
+    /// The optimiser, the schedule or a checkpoint refused.
+    #[error(transparent)]
+    Training(#[from] arete_training::Error),
+
+    /// libtorch refused an operation (out of memory, no such device, …).
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+
+    /// SIGINT or SIGTERM; the last iteration's checkpoint was written.
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
+
+    /// A tensor's shape is not what a function asks for.
+    #[error("{name}: expected shape {expected:?}, got {got:?}")]
+    Shape {
+        /// The argument.
+        name: &'static str,
+        /// The shape asked for.
+        expected: Vec<i64>,
+        /// The shape given.
+        got: Vec<i64>,
+    },
+
+    /// A setting cannot be used.
+    #[error("{name}: expected {expected}, got {got}")]
+    Setting {
+        /// The flag or recipe key.
+        name: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+
+    /// The prompts are not usable.
+    #[error("{}: {field}: expected {expected}, got {got}", path.display())]
+    Prompts {
+        /// The file.
+        path: PathBuf,
+        /// The column or the rows meant.
+        field: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+
+    /// A prompt leaves no room for the replies.
+    #[error(
+        "{}: prompt {prompt_id}: expected at most {expected} tokens ({context} of the model less {reserved} for the \
+         replies), got {got}",
+        path.display()
+    )]
+    PromptTooLong {
+        /// The file.
+        path: PathBuf,
+        /// The prompt.
+        prompt_id: String,
+        /// Tokens there is room for.
+        expected: usize,
+        /// The model's positions.
+        context: usize,
+        /// Tokens the replies and questions may take.
+        reserved: usize,
+        /// Tokens of the prompt.
+        got: usize,
+    },
+
+    /// A directory is not a reward model that can be used here.
+    #[error("{}: expected {expected}, got {got}", path.display())]
+    NotAReward {
+        /// The directory or file.
+        path: PathBuf,
+        /// What would have been accepted.
+        expected: &'static str,
+        /// What is there.
+        got: String,
+    },
+
+    /// A reward model gave no number.
+    #[error("iteration {iteration}: the {what} for prompt {prompt_id} is {got}, not a finite number")]
+    NonFiniteScore {
+        /// The iteration; 0 = before the first.
+        iteration: u64,
+        /// Which score.
+        what: String,
+        /// The prompt.
+        prompt_id: String,
+        /// The score.
+        got: f64,
+    },
+
+    /// All conversations score the same: there is nothing to learn from.
+    #[error(
+        "{what}: expected scores that differ between conversations, got {got} for all {n}; is the reward model trained?"
+    )]
+    ZeroVariance {
+        /// Whose scores.
+        what: String,
+        /// The score.
+        got: f64,
+        /// Number of conversations.
+        n: usize,
+    },
+
+    /// The trainer's first forward pass does not repeat the log-probabilities of the rollout.
+    #[error(
+        "iteration {iteration}: expected ratio 1 before the first update, got a log-ratio of {got:e}: the forward pass is \
+         not deterministic"
+    )]
+    Ratio {
+        /// The iteration.
+        iteration: u64,
+        /// Largest |log ratio|.
+        got: f64,
+    },
+}
+
+impl ExitClass for Error {
+    fn exit_class(&self) -> Option<u8> {
+        match self {
+            Self::Io(_) => None,
+            Self::Records(error) => error.exit_class(),
+            Self::Model(error) => model_exit_class(error),
+            Self::Training(error) => error.exit_class(),
+            Self::Interrupted(interrupted) => u8::try_from(128 + interrupted.signal).ok(),
+            Self::Setting { .. } => Some(code::USAGE),
+            Self::Prompts { .. }
+            | Self::PromptTooLong { .. }
+            | Self::NotAReward { .. }
+            | Self::NonFiniteScore { .. }
+            | Self::ZeroVariance { .. } => Some(code::BAD_DATA),
+            Self::Torch(_) | Self::Shape { .. } | Self::Ratio { .. } => Some(code::FAILURE),
+        }
+    }
+}
+
+/// Checks a tensor's shape at a function's boundary.
+pub(crate) fn check_shape(
+    name: &'static str,
+    tensor: &tch::Tensor,
+    expected: &[i64],
+) -> Result<(), Error> {
+    if tensor.size() == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { name, expected: expected.to_vec(), got: tensor.size() })
+}

@@ -1,0 +1,119 @@
+//! Prompts as tokens, and the order in which they are drawn.
+
+use std::path::Path;
+
+use arete_model::Chat;
+use arete_records::rows::PromptRow;
+use arete_records::{Message, Split, parquet};
+use arete_training::order::permutation;
+
+use crate::Error;
+
+/// Name of the file in a prompts directory.
+const PROMPTS: &str = "prompts.parquet";
+
+/// A prompt to answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prompt {
+    /// Its id.
+    pub prompt_id: String,
+    /// Its messages; the last is the user's.
+    pub messages: Vec<Message>,
+    /// The tokens to sample after.
+    pub token_ids: Vec<i64>,
+}
+
+/// The prompts of the splits that training may look at.
+#[derive(Clone, Debug, Default)]
+pub struct Prompts {
+    /// What rollouts answer.
+    pub train: Vec<Prompt>,
+    /// What probes and score statistics answer.
+    pub validation: Vec<Prompt>,
+}
+
+impl Prompts {
+    /// Reads `DIR/prompts.parquet` (or a file) and renders the prompts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Records`] if the file is unusable; [`Error::Prompts`] if there is no prompt to train on;
+    /// [`Error::PromptTooLong`] if `reserved` further tokens do not fit behind one; [`Error::Model`] if the chat template
+    /// refuses one.
+    pub fn read(
+        path: &Path,
+        chat: &Chat<'_>,
+        context: usize,
+        reserved: usize,
+    ) -> Result<Self, Error> {
+        let path = if path.is_dir() { path.join(PROMPTS) } else { path.to_owned() };
+        let rows: Vec<PromptRow> = parquet::read(&path)?;
+        let mut out = Self::default();
+        for row in rows {
+            let list = match row.split {
+                Split::Train => &mut out.train,
+                Split::Validation => &mut out.validation,
+                Split::Test => continue,
+            };
+            let token_ids = chat.render_prompt(&row.prompt)?;
+            if token_ids.len() + reserved > context {
+                return Err(Error::PromptTooLong {
+                    path,
+                    prompt_id: row.prompt_id,
+                    expected: context.saturating_sub(reserved),
+                    context,
+                    reserved,
+                    got: token_ids.len(),
+                });
+            }
+            list.push(Prompt { prompt_id: row.prompt_id, messages: row.prompt, token_ids });
+        }
+        if out.train.is_empty() {
+            return Err(Error::Prompts {
+                path,
+                field: "split".to_owned(),
+                expected: "at least one prompt of the train split".to_owned(),
+                got: format!("none, and {} of the validation split", out.validation.len()),
+            });
+        }
+        Ok(out)
+    }
+}
+
+/// The prompts of an iteration: every pass over them has an order of its own, and rollouts follow each other through
+/// the passes without gaps.
+pub fn draw(n_prompts: usize, rollout_size: usize, iteration: u64, seed: u64) -> Vec<usize> {
+    let n = n_prompts as u64;
+    let mut order: Option<(u64, Vec<usize>)> = None;
+    let first = (iteration - 1) * rollout_size as u64;
+    (first..first + rollout_size as u64)
+        .map(|counter| {
+            let (pass, within) = (counter / n, counter % n);
+            if order.as_ref().is_none_or(|(known, _)| *known != pass) {
+                order = Some((pass, permutation(seed, &format!("prompts/{pass}"), n_prompts)));
+            }
+            let (_, order) = order.as_ref().expect("it was just made");
+            order[usize::try_from(within).expect("below the number of prompts")]
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pass_sees_every_prompt_once() {
+        let drawn: Vec<usize> = (1..=7).flat_map(|iteration| draw(14, 6, iteration, 3)).collect();
+        assert_eq!(drawn.len(), 42);
+        for pass in drawn.chunks(14) {
+            let mut pass = pass.to_vec();
+            pass.sort_unstable();
+            assert_eq!(pass, (0..14).collect::<Vec<_>>());
+        }
+        assert_ne!(drawn[..14], drawn[14..28]);
+        assert_ne!(drawn[..14], (1..=7).flat_map(|i| draw(14, 6, i, 4)).collect::<Vec<_>>()[..14]);
+        // More conversations than prompts: the passes follow each other within the iteration.
+        assert_eq!(draw(2, 4, 1, 0).len(), 4);
+    }
+}

@@ -1,0 +1,811 @@
+//! The stage: from files to files, an iteration at a time.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::{Batch, Chat, LoadOptions, Model, Source, Tensor, merge};
+use arete_records::metrics::MetricsWriter;
+use arete_records::rows::RolloutRow;
+use arete_records::run::{self, Completion, Start, StageRun, StageSpec};
+use arete_records::stats::{self, Resampling};
+use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet, timings};
+use arete_training::{CheckpointStore, Schedule, Select, runtime};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind};
+
+use crate::assess::{self, Assessment};
+use crate::gae::estimate_advantages;
+use crate::probe::Probe;
+use crate::prompts::{Prompt, Prompts, draw};
+use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
+use crate::scorer::{Ensemble, ScoreStats, Scoring, Yardstick};
+use crate::update::{
+    FirstPass, Learning, Lessons, LossScale, Models, Optimisers, Rates, Targets, UpdateReport, update,
+};
+use crate::whiten::{rescale, whiten};
+use crate::{Config, Error};
+
+/// Names of the optimisers inside checkpoints.
+const POLICY: &str = "policy";
+const CRITIC: &str = "critic";
+/// File with the statistics that this stage had to take itself.
+const SCORE_STATS: &str = "score_stats.json";
+/// Prompts whose logits are compared between the merged model and the adapter.
+const N_COMPARED: usize = 8;
+/// Conversations shown in the log after a probe.
+const N_SHOWN: usize = 2;
+
+/// What to train on and where to write.
+#[derive(Clone, Debug)]
+pub struct TrainInputs {
+    /// Directory with `prompts.parquet`.
+    pub prompts: PathBuf,
+    /// Directory with `<aspect>/adapter`; none for a programmed reward.
+    pub rewards: Option<PathBuf>,
+    /// Directory of a reward model that only watches.
+    pub yardstick: Option<PathBuf>,
+    /// Where the results go.
+    pub output: PathBuf,
+}
+
+/// Trains the policy, from the newest checkpoint in the output directory if there is one.
+///
+/// The same inputs, settings and seed give the same bytes (but for times) however often the run was interrupted.
+///
+/// # Errors
+///
+/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
+pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
+    config.check()?;
+    let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model"))?;
+    if inputs.rewards.is_some() == config.programmed_reward.is_some() {
+        return Err(setting("rewards", "either --rewards or --programmed-reward"));
+    }
+    let source = Source::parse(name)?;
+    let run = match open(config, inputs, &source)? {
+        Start::UpToDate(_) => {
+            tracing::info!(output = %inputs.output.display(), "up to date");
+            return Ok(());
+        }
+        Start::Run(run) => run,
+    };
+    runtime::set_threads(config.threads);
+    let device = runtime::device(&config.device)?;
+    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
+    let model = Model::load(&source, &options)?;
+    let counts = Stage::new(config, inputs, &model, &options, &run)?.train(name, &source)?;
+    if let Some(bytes) = runtime::peak_rss_bytes() {
+        tracing::info!(mib = bytes >> 20, "peak memory");
+        timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
+    }
+    run.finish(Completion {
+        device: runtime::device_name(device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        counts,
+    })?;
+    Ok(())
+}
+
+fn setting(name: &'static str, expected: &str) -> Error {
+    let got = if name == "rewards" { "both or neither" } else { "none" };
+    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
+}
+
+fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start, Error> {
+    let mut files = vec![("prompts".to_owned(), inputs.prompts.clone())];
+    let mut push = |name: String, path: PathBuf| {
+        if path.exists() {
+            files.push((name, path));
+        }
+    };
+    for aspect in Aspect::ALL {
+        if let Some(dir) = &inputs.rewards {
+            let dir = dir.join(aspect.name());
+            push(format!("reward_{aspect}"), dir.join("adapter"));
+            push(format!("reward_{aspect}_stats"), dir.join(SCORE_STATS));
+        }
+    }
+    if let Some(dir) = &inputs.yardstick {
+        for part in ["adapter", "merged", SCORE_STATS] {
+            push(format!("yardstick_{part}"), dir.join(part));
+        }
+    }
+    let mut recorded = config.clone();
+    if let Some(path) = runtime::local_path(source) {
+        push("model".to_owned(), path.to_owned());
+        recorded.model = None; // its contents are an input; where they lie changes nothing
+    }
+    let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
+    if let Value::Object(recorded) = &mut recorded {
+        // A run may be continued with other values of these: they cannot change a result.
+        for key in ["max_rows", "keep_graph_tokens", "checkpoint_every", "keep_checkpoints"] {
+            recorded.remove(key);
+        }
+    }
+    Ok(run::begin(StageSpec {
+        stage: "ppo",
+        output: &inputs.output,
+        config: recorded,
+        seed: config.seed,
+        inputs: files,
+    })?)
+}
+
+/// What a checkpoint holds beside the tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct State {
+    /// Iterations finished.
+    iteration: u64,
+    /// Conversations sampled in all of them.
+    episodes: u64,
+    /// Weight of the KL penalty from here on.
+    #[serde(with = "exact")]
+    kl_coef: f64,
+    /// Iteration and ensemble mean of the best probe.
+    best: Option<(u64, f64)>,
+    /// Ensemble mean of the probe before the first iteration.
+    first_probe: Option<f64>,
+    /// Loss scale of an f16 run.
+    loss_scale: LossScale,
+}
+
+/// A float as text that parses to the same bits: `serde_json` may miss the last one.
+mod exact {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&value.to_string())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// The learning rates of policy and critic.
+struct Schedules {
+    policy: Schedule,
+    critic: Schedule,
+}
+
+impl Schedules {
+    fn new(config: &Config) -> Result<Self, Error> {
+        let of = |peak| Schedule::new(config.schedule, peak, config.warmup_ratio, config.iterations);
+        Ok(Self { policy: of(config.learning_rate)?, critic: of(config.value_learning_rate)? })
+    }
+
+    fn rates(&self, n_done: u64) -> Rates {
+        Rates {
+            policy: self.policy.learning_rate(n_done),
+            critic: self.critic.learning_rate(n_done),
+        }
+    }
+}
+
+/// Everything a run holds.
+struct Stage<'a> {
+    config: &'a Config,
+    model: &'a Model,
+    options: LoadOptions,
+    output: PathBuf,
+    chat: Chat<'a>,
+    prompts: Prompts,
+    ensemble: Ensemble,
+    yardstick: Option<Yardstick>,
+    sampler: Sampler,
+    models: Models<'a>,
+    optimisers: Optimisers,
+    schedules: Schedules,
+    store: CheckpointStore,
+    metrics: MetricsWriter,
+    state: State,
+    /// The newest iteration that has a checkpoint.
+    saved: Option<u64>,
+}
+
+impl<'a> Stage<'a> {
+    fn new(
+        config: &'a Config,
+        inputs: &TrainInputs,
+        model: &'a Model,
+        options: &LoadOptions,
+        run: &StageRun,
+    ) -> Result<Self, Error> {
+        let output = run.output().to_owned();
+        let chat = model.chat()?;
+        let sampler = Sampler {
+            kind: config.rollout,
+            max_new_tokens: config.max_new_tokens,
+            temperature: config.temperature,
+            stop_ids: model.stop_ids()?,
+            max_rows: config.max_rows,
+            seed: config.seed,
+        };
+        // Reward models also read what closes the last turn.
+        let reserved = config.rollout.n_turns() * config.max_new_tokens
+            + sampler.n_question_tokens(&chat)?
+            + chat.next_turn(false, "")?.len();
+        let context = model.config.max_position_embeddings;
+        let prompts = Prompts::read(&inputs.prompts, &chat, context, reserved)?;
+        let ensemble = match (&inputs.rewards, &config.programmed_reward) {
+            (Some(dir), _) => Ensemble::load(dir, model, config.rollout)?,
+            (None, Some(rule)) => Ensemble::programmed(rule, config.rollout),
+            (None, None) => unreachable!("checked in train"),
+        };
+        let yardstick = match &inputs.yardstick {
+            Some(dir) => Some(Yardstick::load(dir, model, options)?),
+            None => None,
+        };
+
+        let models = Models::new(&model.decoder, config)?;
+        let mut optimisers = Optimisers::new(&models, config)?;
+        let store = CheckpointStore::new(&output, run.fingerprint(), config.keep_checkpoints);
+        let loaded = store.latest::<State>()?;
+        let saved = loaded.as_ref().map(|loaded| loaded.step);
+        let state = match loaded {
+            Some(loaded) => {
+                optimisers.policy.load_state(POLICY, &loaded.tensors)?;
+                optimisers.critic.load_state(CRITIC, &loaded.tensors)?;
+                optimisers.scale = loaded.state.loss_scale;
+                tracing::info!(iteration = loaded.step, "resuming from checkpoint");
+                loaded.state
+            }
+            None => State {
+                iteration: 0,
+                episodes: 0,
+                kl_coef: config.kl_coef,
+                best: None,
+                first_probe: None,
+                loss_scale: optimisers.scale,
+            },
+        };
+        tracing::info!(
+            prompts = prompts.train.len(),
+            validation = prompts.validation.len(),
+            policy_parameters = optimisers.policy.n_parameters(),
+            critic_parameters = optimisers.critic.n_parameters(),
+            dtype = runtime::dtype_name(options.dtype),
+            "policy, critic and reward models over one base"
+        );
+        let metrics = MetricsWriter::open_at(&output, saved)?;
+        Ok(Self {
+            schedules: Schedules::new(config)?,
+            options: *options,
+            config,
+            model,
+            output,
+            chat,
+            prompts,
+            ensemble,
+            yardstick,
+            sampler,
+            models,
+            optimisers,
+            store,
+            metrics,
+            state,
+            saved,
+        })
+    }
+
+    /// Every iteration that is left, and the results.
+    fn train(mut self, name: &str, source: &Source) -> Result<Map<String, Value>, Error> {
+        self.calibrate()?;
+        if self.state.iteration == 0 && self.saved.is_none() {
+            self.probe()?;
+            self.checkpoint()?;
+        }
+        let total = self.config.iterations;
+        let progress = cli::progress("ppo", "iterations", total);
+        progress.skip(self.state.iteration);
+        while self.state.iteration < total {
+            match self.iterate() {
+                // Raised before the first step: the weights are still those of the last whole iteration.
+                Err(Error::Interrupted(interrupted)) => {
+                    self.checkpoint()?;
+                    return Err(interrupted.into());
+                }
+                other => progress.message(other?),
+            }
+            progress.inc(1);
+            let n_done = self.state.iteration;
+            let is_due =
+                |every: u64| n_done == total || (every > 0 && n_done.is_multiple_of(every));
+            if is_due(self.config.probe_every) {
+                self.probe()?;
+            }
+            if is_due(self.config.checkpoint_every) || is_due(self.config.probe_every) {
+                self.checkpoint()?;
+            }
+        }
+        drop(progress);
+        self.finish(name, source)
+    }
+
+    /// Takes the statistics of reward models that came without, once: a resumed run reads them back.
+    fn calibrate(&mut self) -> Result<(), Error> {
+        let missing: Vec<&str> = self
+            .ensemble
+            .members
+            .iter()
+            .filter(|member| member.stats.is_none())
+            .map(|member| member.aspect.name())
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let path = self.output.join(SCORE_STATS);
+        if !path.exists() {
+            let missing = missing.join(", ");
+            tracing::info!(missing, "no score statistics: taking them on the reference's replies");
+            self.timed("statistics", 0, |stage| stage.measure_scores(&path))?;
+        }
+        // Read back even when they were just written, so that a resumed run uses the same bits.
+        let bytes = fs_err::read(&path)?;
+        let stored: BTreeMap<Aspect, ScoreStats> =
+            serde_json::from_slice(&bytes).map_err(|error| Error::NotAReward {
+                path,
+                expected: "the score statistics this stage wrote",
+                got: error.to_string(),
+            })?;
+        for member in &mut self.ensemble.members {
+            if member.stats.is_none() {
+                member.stats = stored.get(&member.aspect).cloned();
+            }
+        }
+        Ok(())
+    }
+
+    fn measure_scores(&mut self, path: &Path) -> Result<(), Error> {
+        let (prompts, split) = if self.prompts.validation.is_empty() {
+            tracing::warn!("no validation prompts: score statistics are of training prompts");
+            (&self.prompts.train, Split::Train)
+        } else {
+            (&self.prompts.validation, Split::Validation)
+        };
+        let prompts: Vec<&Prompt> = prompts.iter().cycle().take(self.config.stats_samples).collect();
+        let conversations =
+            self.sampler.sample(self.model, &self.chat, None, &prompts, Purpose::Statistics, 0)?;
+        let raw = self.ensemble.raw_scores(self.scoring(), &conversations)?;
+        self.ensemble.calibrate(&raw, split.name(), &self.model.base_sha256)?;
+        let stats: BTreeMap<Aspect, &ScoreStats> = self
+            .ensemble
+            .members
+            .iter()
+            .filter_map(|member| Some((member.aspect, member.stats.as_ref()?)))
+            .collect();
+        let json = serde_json::to_vec_pretty(&stats).expect("finite numbers serialise");
+        atomic::write(path, &json)?;
+        for member in &mut self.ensemble.members {
+            member.stats = None;
+        }
+        Ok(())
+    }
+
+    fn scoring(&self) -> Scoring<'_> {
+        Scoring {
+            decoder: &self.model.decoder,
+            chat: &self.chat,
+            budget: self.config.micro_batch_tokens,
+        }
+    }
+
+    /// One rollout and its updates; a note for the progress bar.
+    fn iterate(&mut self) -> Result<String, Error> {
+        let started = Instant::now();
+        interrupt::check()?;
+        let config = self.config;
+        let iteration = self.state.iteration + 1;
+        let rates = self.schedules.rates(self.state.iteration);
+        let learning = if iteration > config.value_warmup {
+            Learning::Both
+        } else {
+            Learning::Critic
+        };
+        let drawn = draw(self.prompts.train.len(), config.rollout_size, iteration, config.seed);
+        let prompts: Vec<&Prompt> = drawn.iter().map(|&idx| &self.prompts.train[idx]).collect();
+        let clock = Clock { output: &self.output, iteration };
+
+        let conversations = clock.time("sampling", |n_tokens| {
+            let first = (iteration - 1) * config.rollout_size as u64;
+            let adapter = Some(&self.models.policy);
+            let purpose = Purpose::Rollout;
+            let out =
+                self.sampler.sample(self.model, &self.chat, adapter, &prompts, purpose, first)?;
+            *n_tokens = out.iter().map(Conversation::n_own).sum();
+            Ok(out)
+        })?;
+        let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
+        let scores = clock.time("scoring", |n| {
+            *n = n_tokens * self.ensemble.members.len();
+            let prompt_id = |c: &Conversation| prompts[c.prompt].prompt_id.clone();
+            self.ensemble.scores(self.scoring(), &conversations, iteration, prompt_id)
+        })?;
+        interrupt::check()?;
+        let ref_logprob = clock.time("reference", |n| {
+            *n = n_tokens;
+            let decoder = &self.model.decoder;
+            let budget = config.micro_batch_tokens;
+            own_logprobs(decoder, None, &conversations, config.temperature, budget)
+        })?;
+        interrupt::check()?;
+        let lessons = Lessons::new(&conversations, config, iteration)?;
+        let first = clock.time("first pass", |n| {
+            *n = n_tokens;
+            lessons.first_pass(&self.models, learning)
+        })?;
+
+        let layout = Layout::new(&conversations);
+        let kl = &first.old_logprob - ref_logprob; // [n]
+        let kl_coef = self.state.kl_coef;
+        let assessment =
+            assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
+        check_variance(&assessment.paid, iteration)?;
+        let valid = layout.valid();
+        let rewards = if config.whiten_rewards {
+            rescale(&assessment.token_rewards, &valid)?
+        } else {
+            assessment.token_rewards.shallow_clone()
+        };
+        let values = layout.spread(&first.old_value); // [B, T]
+        let raw = estimate_advantages(&rewards, &values, &valid, config.gamma, config.lambda)?;
+        let advantage =
+            if config.whiten_advantages { whiten(&raw.advantage, &valid)? } else { raw.advantage };
+        let targets = Targets {
+            advantage: layout.gather(&advantage),
+            returns: layout.gather(&raw.returns),
+        };
+        interrupt::check()?;
+        let mut line = {
+            let kind = self.model.decoder.kind();
+            summary(&conversations, &assessment, &first, &targets, kl_coef, kind)?
+        };
+        let n_passes = config.epochs as usize;
+        let report = clock.time("update", |n| {
+            *n = n_tokens * n_passes;
+            let (models, optimisers) = (&self.models, &mut self.optimisers);
+            update(
+                models, optimisers, &lessons, first, &targets, config, learning, rates, iteration,
+            )
+        })?;
+
+        let name = format!("rollouts/iteration-{iteration:06}.parquet");
+        let rows = assess::rows(iteration, &conversations, &prompts, &assessment);
+        write_rows(&self.output.join(name), &rows)?;
+        let aspects: Vec<Aspect> =
+            self.ensemble.members.iter().map(|member| member.aspect).collect();
+        let mean_kl = stats::mean(&assessment.kl);
+        self.state.iteration = iteration;
+        self.state.episodes += conversations.len() as u64;
+        self.state.kl_coef =
+            config.kl_controller().next(kl_coef, mean_kl, conversations.len());
+        self.state.loss_scale = self.optimisers.scale;
+        line.extend(of_update(&report));
+        line.extend(assess::describe(&conversations, &aspects, &assessment.scores));
+        line.push(("lr".to_owned(), rates.policy));
+        line.push(("value_lr".to_owned(), rates.critic));
+        line.push(("episode".to_owned(), self.state.episodes as f64));
+        log(&mut self.metrics, iteration, &line)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let fields = [
+            ("iteration", iteration.into()),
+            ("n_tokens", n_tokens.into()),
+            ("eps", (conversations.len() as f64 / seconds).into()),
+        ];
+        timings::log(&self.output, "iteration", seconds, &fields)?;
+        let (paid, reward) = (stats::mean(&assessment.paid), stats::mean(&assessment.reward));
+        tracing::info!(
+            iteration,
+            score = round(paid),
+            reward = round(reward),
+            kl = round(mean_kl),
+            approx_kl = round(report.approx_kl),
+            value_loss = round(report.value_loss),
+            seconds = round(seconds),
+            "iteration"
+        );
+        Ok(format!("score {paid:.3}, KL {mean_kl:.2}"))
+    }
+
+    /// Answers validation prompts, logs how that went, and keeps the best.
+    fn probe(&mut self) -> Result<(), Error> {
+        if self.prompts.validation.is_empty() {
+            tracing::warn!("no validation prompts: nothing is probed");
+            return Ok(());
+        }
+        let iteration = self.state.iteration;
+        let config = self.config;
+        let clock = Clock { output: &self.output, iteration };
+        let n_prompts = config.probe_prompts;
+        let probe = Probe {
+            model: self.model,
+            chat: &self.chat,
+            ensemble: &self.ensemble,
+            yardstick: self.yardstick.as_ref(),
+            prompts: self.prompts.validation.iter().take(n_prompts).collect(),
+            sampler: Sampler { temperature: config.probe_temperature(), ..self.sampler.clone() },
+        };
+        let report = clock.time("probe", |n| {
+            let report = probe.run(&self.models.policy, config, self.state.kl_coef, iteration)?;
+            *n = report.rows.len();
+            Ok(report)
+        })?;
+        write_rows(&completions_path(&self.output, iteration), &report.rows)?;
+        log(&mut self.metrics, iteration, &report.metrics)?;
+        for row in report.rows.iter().take(N_SHOWN) {
+            let reply = row.messages.last().map_or("", |message| message.content.as_str());
+            let prompt = &self.prompts.validation[0].messages;
+            let question = row.messages.get(prompt.len().saturating_sub(1));
+            let question = question.map_or("", |message| message.content.as_str());
+            tracing::info!(iteration, prompt_id = row.prompt_id, question, reply, "completion");
+        }
+        tracing::info!(iteration, z_mean = round(report.z_mean), "probe");
+        if iteration == 0 {
+            self.state.first_probe = Some(report.z_mean);
+        } else if self.state.best.is_none_or(|(_, best)| report.z_mean > best) {
+            self.state.best = Some((iteration, report.z_mean));
+        }
+        Ok(())
+    }
+
+    /// Writes the state after the last whole iteration, unless that was done.
+    fn checkpoint(&mut self) -> Result<(), Error> {
+        let iteration = self.state.iteration;
+        if self.saved == Some(iteration) {
+            return Ok(());
+        }
+        self.metrics.flush()?;
+        let clock = Clock { output: &self.output, iteration };
+        clock.time("checkpoint", |_| {
+            let mut tensors = self.optimisers.policy.state(POLICY);
+            tensors.extend(self.optimisers.critic.state(CRITIC));
+            let protect: Vec<u64> = self.best().into_iter().collect();
+            Ok(self.store.save(iteration, &tensors, &self.state, &protect)?)
+        })?;
+        self.saved = Some(iteration);
+        Ok(())
+    }
+
+    /// The iteration whose weights may be selected.
+    fn best(&self) -> Option<u64> {
+        match self.config.select {
+            Select::Best => self.state.best.map(|(iteration, _)| iteration),
+            Select::Last => None,
+        }
+    }
+
+    /// Puts the selected weights in place and writes the results; what there is to count.
+    fn finish(mut self, name: &str, source: &Source) -> Result<Map<String, Value>, Error> {
+        let last = self.state.iteration;
+        let selected = self.best().unwrap_or(last);
+        if selected != last {
+            let best = self.store.load::<State>(selected)?;
+            self.optimisers.policy.load_parameters(POLICY, &best.tensors)?;
+        }
+        self.metrics.flush()?;
+        self.store.keep_only(&[last, selected])?;
+        tracing::info!(selected, "weights selected");
+        self.models.policy.set_trainable(false);
+        let policy = &self.models.policy;
+        let meta = AdapterMeta::of(self.model, name, Task::CausalLm);
+        adapter_files::save(&self.output.join("adapter"), policy, None, &meta)?;
+
+        let mut counts = Map::new();
+        counts.insert("iterations".to_owned(), last.into());
+        counts.insert("episodes".to_owned(), self.state.episodes.into());
+        counts.insert("train".to_owned(), self.prompts.train.len().into());
+        counts.insert("validation".to_owned(), self.prompts.validation.len().into());
+        counts.insert("selected_iteration".to_owned(), selected.into());
+        counts.extend(self.probe_difference(selected)?);
+        if self.config.merge {
+            let difference = self.merge(source)?;
+            counts.insert("max_logit_difference_merged".to_owned(), difference.into());
+        }
+        Ok(counts)
+    }
+
+    /// The ensemble's mean on validation prompts, before and after, with a 95 % interval of the difference.
+    fn probe_difference(&self, selected: u64) -> Result<Map<String, Value>, Error> {
+        let mut out = Map::new();
+        let (first, last) =
+            (completions_path(&self.output, 0), completions_path(&self.output, selected));
+        if !(first.exists() && last.exists()) {
+            return Ok(out);
+        }
+        let clusters = |path: &Path| -> Result<Vec<Vec<f64>>, Error> {
+            let rows: Vec<RolloutRow> = parquet::read(path)?;
+            let mean = |row: &RolloutRow| {
+                let z = [row.z_action, row.z_motivation, row.z_consequence];
+                let z: Vec<f64> = z.into_iter().flatten().map(f64::from).collect();
+                stats::mean(&z)
+            };
+            Ok(rows.iter().map(|row| vec![mean(row)]).collect())
+        };
+        let (first, last) = (clusters(&first)?, clusters(&last)?);
+        let resampling = Resampling::seeded(self.config.seed);
+        let interval =
+            stats::paired_difference_of(&first, &last, stats::mean, resampling).interval;
+        tracing::info!(
+            before = round(stats::mean(&first.concat())),
+            after = round(stats::mean(&last.concat())),
+            difference = round(interval.estimate),
+            low = round(interval.low),
+            high = round(interval.high),
+            "ensemble on validation prompts"
+        );
+        out.insert("probe_z_before".to_owned(), stats::mean(&first.concat()).into());
+        out.insert("probe_z_after".to_owned(), stats::mean(&last.concat()).into());
+        out.insert("probe_z_difference".to_owned(), json!(interval));
+        Ok(out)
+    }
+
+    /// Writes the merged model; the largest difference between its logits and the adapter's.
+    fn merge(&self, source: &Source) -> Result<f64, Error> {
+        let output = self.output.join("merged");
+        let policy = &self.models.policy;
+        let LoadOptions { dtype, nf4, .. } = self.options;
+        merge::write_model(source, Some(policy), None, &output, dtype, nf4, Map::new())?;
+        let options = LoadOptions { nf4: None, ..self.options };
+        let merged = Model::load(&Source::Directory(output), &options)?;
+        let all = if self.prompts.validation.is_empty() {
+            &self.prompts.train
+        } else {
+            &self.prompts.validation
+        };
+        let prompts: Vec<&[i64]> =
+            all.iter().take(N_COMPARED).map(|prompt| prompt.token_ids.as_slice()).collect();
+        let batch = Batch::from_sequences(&prompts);
+        let difference = merge::max_logit_difference(&merged, self.model, policy, &batch)?;
+        tracing::info!(difference, "largest |Δlogit| between merged model and adapter");
+        Ok(difference)
+    }
+
+    fn timed<T>(
+        &mut self,
+        what: &'static str,
+        iteration: u64,
+        work: impl FnOnce(&mut Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let started = Instant::now();
+        let out = work(self)?;
+        let seconds = started.elapsed().as_secs_f64();
+        timings::log(&self.output, what, seconds, &[("iteration", iteration.into())])?;
+        Ok(out)
+    }
+}
+
+/// Logs how long the phases of an iteration take, and how many tokens went through them.
+struct Clock<'a> {
+    output: &'a Path,
+    iteration: u64,
+}
+
+impl Clock<'_> {
+    fn time<T>(
+        &self,
+        what: &str,
+        work: impl FnOnce(&mut usize) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let started = Instant::now();
+        let mut n_tokens = 0;
+        let out = work(&mut n_tokens)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let fields = [("iteration", self.iteration.into()), ("n_tokens", n_tokens.into())];
+        timings::log(self.output, what, seconds, &fields)?;
+        Ok(out)
+    }
+}
+
+fn completions_path(output: &Path, iteration: u64) -> PathBuf {
+    output.join(format!("completions/iteration-{iteration:06}.parquet"))
+}
+
+fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
+    if let Some(dir) = path.parent() {
+        fs_err::create_dir_all(dir)?;
+    }
+    Ok(parquet::write(path, rows)?)
+}
+
+fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result<(), Error> {
+    let line: Vec<(&str, f64)> = line.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+    Ok(metrics.log(step, &line)?)
+}
+
+/// Four significant places after the point, for the log.
+fn round(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
+/// An iteration whose conversations all score the same teaches nothing: a broken reward model if it is the first.
+fn check_variance(paid: &[f64], iteration: u64) -> Result<(), Error> {
+    let first = paid.first().copied().unwrap_or(0.0);
+    if paid.len() < 2 || paid.iter().any(|&score| score != first) {
+        return Ok(());
+    }
+    if iteration == 1 {
+        return Err(Error::ZeroVariance {
+            what: "scores of the first rollout".to_owned(),
+            got: first,
+            n: paid.len(),
+        });
+    }
+    tracing::warn!(iteration, score = first, "every conversation scores the same");
+    Ok(())
+}
+
+/// What is known of an iteration before its first step. Sums are per conversation, entropy and values per token.
+fn summary(
+    conversations: &[Conversation],
+    assessment: &Assessment,
+    first: &FirstPass<'_>,
+    targets: &Targets,
+    kl_coef: f64,
+    kind: Kind,
+) -> Result<Vec<(String, f64)>, Error> {
+    let number = |tensor: Tensor| f64::try_from(tensor.to_kind(Kind::Double));
+    let sampled: Vec<f32> =
+        conversations.iter().flat_map(|c| c.sampled_logprob.iter().copied()).collect();
+    let sampled = Tensor::from_slice(&sampled).to_device(Device::Cpu);
+    let difference = number((&sampled - &first.old_logprob).abs().max())?;
+    warn_of_difference(difference, kind);
+    let n = conversations.len() as f64;
+    let non_score: Vec<f64> = assessment.kl.iter().map(|kl| -kl_coef * kl).collect();
+    let (paid, non_score) = (stats::mean(&assessment.paid), stats::mean(&non_score));
+    let variance = |tensor: &Tensor| number(tensor.to_kind(Kind::Double).var(false));
+    let residual = variance(&(&targets.returns - &first.old_value))?;
+    let spread = variance(&targets.returns)?;
+    let ended = conversations
+        .iter()
+        .flat_map(|c| &c.replies)
+        .filter(|reply| reply.finish_reason == arete_records::FinishReason::Stop)
+        .count();
+    let line = [
+        ("objective/kl", stats::mean(&assessment.kl)),
+        ("objective/entropy", -number(first.old_logprob.sum(Kind::Double))? / n),
+        ("objective/non_score_reward", non_score),
+        ("objective/rlhf_reward", paid + non_score),
+        ("objective/scores", paid),
+        ("objective/scores_std", stats::std(&assessment.paid)),
+        ("policy/entropy_avg", number(first.entropy.mean(Kind::Double))?),
+        ("val/num_eos_tokens", ended as f64),
+        ("value_mean", number(first.old_value.mean(Kind::Double))?),
+        ("returns_mean", number(targets.returns.mean(Kind::Double))?),
+        ("explained_variance", if spread > 0.0 { 1.0 - residual / spread } else { 0.0 }),
+        ("sampler_trainer_difference", difference),
+        ("kl_coef", kl_coef),
+    ];
+    Ok(line.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+/// Sampler and trainer are one decoder: on the CPU their numbers differ by little, elsewhere nothing is promised.
+fn warn_of_difference(difference: f64, kind: Kind) {
+    let limit = if kind == Kind::Float { 1e-4 } else { 1e-3 };
+    if difference > limit {
+        tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
+    }
+}
+
+/// The steps' numbers under TRL's names.
+fn of_update(report: &UpdateReport) -> Vec<(String, f64)> {
+    [
+        ("policy/approxkl_avg", report.approx_kl),
+        ("policy/clipfrac_avg", report.clip_fraction),
+        ("loss/policy_avg", report.policy_loss),
+        ("loss/value_avg", report.value_loss),
+        ("val/clipfrac_avg", report.value_clip_fraction),
+        ("val/ratio", report.ratio),
+        ("val/ratio_var", report.ratio_variance),
+        ("first_log_ratio", report.first_log_ratio),
+        ("policy_grad_norm", report.policy_grad_norm),
+        ("value_grad_norm", report.value_grad_norm),
+        ("optimiser_steps", report.n_steps as f64),
+        ("stopped_early", f64::from(u8::from(report.stopped_early))),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
