@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use self::gguf::Gguf;
 use self::safetensors::SafetensorsFile;
@@ -24,7 +24,11 @@ pub mod safetensors;
 
 /// The name of a sharded checkpoint's table.
 const INDEX_FILE: &str = "model.safetensors.index.json";
-const MAX_INDEX_BYTES: u64 = 64 << 20;
+const MAX_INDEX_BYTES: u64 = 25 << 20;
+/// A checkpoint that is not sharded.
+const SINGLE_FILE: &str = "model.safetensors";
+/// GGUF's table of divisors of the rotary frequencies (Llama 3.1 and later).
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Endings of files that Python's pickle would open.
 const PICKLE_ENDINGS: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
 
@@ -132,8 +136,60 @@ pub struct Checkpoint {
 
 #[derive(Debug)]
 enum Files {
-    Safetensors { files: Vec<SafetensorsFile>, place: BTreeMap<String, usize> },
+    Safetensors(Weights),
     Gguf { file: Gguf, names: BTreeMap<String, String> },
+}
+
+/// The tensors of one safetensors file, or of several that an index ties together.
+#[derive(Debug)]
+struct Weights {
+    path: PathBuf,
+    files: Vec<SafetensorsFile>,
+    place: BTreeMap<String, usize>,
+}
+
+impl Weights {
+    fn open(directory: &Path) -> Result<Self, Error> {
+        let single = directory.join(SINGLE_FILE);
+        let index = directory.join(INDEX_FILE);
+        let (mut files, mut place) = (Vec::new(), BTreeMap::new());
+        // As in transformers, a whole file goes before shards.
+        if single.is_file() {
+            let file = SafetensorsFile::open(&single)?;
+            place.extend(file.names().map(|name| (name.to_owned(), 0)));
+            files.push(file);
+        } else if index.is_file() {
+            for (name, tensors) in shards_of_index(&index)? {
+                let file = SafetensorsFile::open(&directory.join(&name))?;
+                for tensor in tensors {
+                    if !file.contains(&tensor) {
+                        let path = file.path().to_path_buf();
+                        return Err(Error::MissingTensor { path, name: tensor });
+                    }
+                    place.insert(tensor, files.len());
+                }
+                if let Some(stray) = file.names().find(|name| !place.contains_key(*name)) {
+                    let expected = format!("only tensors that {INDEX_FILE} lists");
+                    return Err(Error::field(file.path(), stray, expected, "another"));
+                }
+                files.push(file);
+            }
+        } else {
+            return Err(no_weights(directory));
+        }
+        Ok(Self { path: directory.to_path_buf(), files, place })
+    }
+
+    fn file_of(&self, name: &str) -> Result<&SafetensorsFile, Error> {
+        self.place
+            .get(name)
+            .map(|&idx| &self.files[idx])
+            .ok_or_else(|| Error::MissingTensor { path: self.path.clone(), name: name.to_owned() })
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.place.contains_key(name)
+    }
 }
 
 impl Checkpoint {
@@ -154,38 +210,24 @@ impl Checkpoint {
 
     fn open_directory(directory: &Path) -> Result<Self, Error> {
         let config = ModelConfig::from_directory(directory)?;
-        let single = directory.join("model.safetensors");
-        let index = directory.join(INDEX_FILE);
-        let (mut files, mut place) = (Vec::new(), BTreeMap::new());
-        if index.is_file() {
-            for (name, tensors) in shards_of_index(&index)? {
-                let file = SafetensorsFile::open(&directory.join(&name))?;
-                for tensor in tensors {
-                    if !file.contains(&tensor) {
-                        return Err(Error::MissingTensor { path: file.path().to_path_buf(), name: tensor });
-                    }
-                    place.insert(tensor, files.len());
-                }
-                files.push(file);
-            }
-        } else if single.is_file() {
-            let file = SafetensorsFile::open(&single)?;
-            place.extend(file.names().map(|name| (name.to_owned(), 0)));
-            files.push(file);
-        } else {
-            return Err(no_weights(directory));
+        let weights = Weights::open(directory)?;
+        if let Some(name) = weights.place.keys().find(|name| name.ends_with(".bias")) {
+            let expected = "no biases (they are not supported)";
+            return Err(Error::field(weights.file_of(name)?.path(), name, expected, "a bias"));
         }
-        // A reward model of transformers names its blocks as a language model does.
-        Ok(Self { path: directory.to_path_buf(), config, files: Files::Safetensors { files, place } })
+        let files = Files::Safetensors(weights);
+        Self { path: directory.to_path_buf(), config, files }.checked()
     }
 
     fn open_gguf(path: &Path) -> Result<Self, Error> {
         let file = Gguf::open(path)?;
         let mut names = BTreeMap::new();
-        for name in file.tensors().keys() {
-            if let Some(known) = hugging_face_name(name) {
-                names.insert(known, name.clone());
-            }
+        for name in file.tensors().keys().filter(|name| *name != ROPE_FACTORS) {
+            let Some(known) = hugging_face_name(name) else {
+                let expected = "a tensor of the llama architecture, no biases or experts";
+                return Err(Error::field(path, name, expected, "another tensor"));
+            };
+            names.insert(known, name.clone());
         }
         let Some(embedding) = file.tensors().get("token_embd.weight") else {
             let name = "token_embd.weight".to_owned();
@@ -193,8 +235,23 @@ impl Checkpoint {
         };
         let vocab_size = embedding.shape[0] as usize;
         let tied = !names.contains_key("lm_head.weight");
-        let config = ModelConfig::from_gguf(file.metadata(), tied, vocab_size)?;
-        Ok(Self { path: path.to_path_buf(), config, files: Files::Gguf { file, names } })
+        let mut config = ModelConfig::from_gguf(file.metadata(), tied, vocab_size)?;
+        if file.tensors().contains_key(ROPE_FACTORS) {
+            let factors = file.tensor_as(ROPE_FACTORS, Kind::Float, None)?;
+            let factors = Vec::<f32>::try_from(&factors.view([-1]))?;
+            config.set_rope_factors(path, ROPE_FACTORS, &factors)?;
+        }
+        let files = Files::Gguf { file, names };
+        Self { path: path.to_path_buf(), config, files }.checked()
+    }
+
+    /// Checks that every tensor the configuration implies is there, with its shape and holding numbers: what is
+    /// wrong with a checkpoint is said before anything is read.
+    fn checked(self) -> Result<Self, Error> {
+        for (name, shape) in self.config.expected_tensors() {
+            self.expect_shape(&name, &shape)?;
+        }
+        Ok(self)
     }
 
     /// The directory or file.
@@ -210,8 +267,8 @@ impl Checkpoint {
     /// Names of the tensors, sorted; a packed matrix is one name.
     pub fn names(&self) -> Vec<String> {
         match &self.files {
-            Files::Safetensors { place, .. } => {
-                place.keys().filter(|name| !bitsandbytes::is_part(name)).cloned().collect()
+            Files::Safetensors(weights) => {
+                weights.place.keys().filter(|name| !bitsandbytes::is_part(name)).cloned().collect()
             }
             Files::Gguf { names, .. } => names.keys().cloned().collect(),
         }
@@ -220,7 +277,7 @@ impl Checkpoint {
     /// Whether a tensor is there.
     pub fn contains(&self, name: &str) -> bool {
         match &self.files {
-            Files::Safetensors { place, .. } => place.contains_key(name),
+            Files::Safetensors(weights) => weights.contains(name),
             Files::Gguf { names, .. } => names.contains_key(name),
         }
     }
@@ -232,13 +289,13 @@ impl Checkpoint {
     /// [`Error::MissingTensor`], or a packed matrix whose description cannot be read.
     pub fn shape(&self, name: &str) -> Result<Vec<i64>, Error> {
         match &self.files {
-            Files::Safetensors { .. } => {
-                let file = self.file_of(name)?;
-                match bitsandbytes::packed_shape(file, name)? {
-                    Some(shape) => Ok(shape),
-                    None => Ok(file.shape(name).expect("the file has it").to_vec()),
+            Files::Safetensors(weights) => match bitsandbytes::packed_shape(weights, name)? {
+                Some(shape) => Ok(shape),
+                None => {
+                    let file = weights.file_of(name)?;
+                    Ok(file.shape(name).expect("the file has it").to_vec())
                 }
-            }
+            },
             Files::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(|| self.missing(name))?;
                 Ok(file.tensors()[stored].shape.clone())
@@ -253,9 +310,9 @@ impl Checkpoint {
     /// [`Error::MissingTensor`], [`Error::Io`], or what is wrong with a packed matrix.
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         match &self.files {
-            Files::Safetensors { .. } => match self.nf4(name)? {
-                Some(packed) => packed.dequantize(tch::Kind::Float),
-                None => self.file_of(name)?.tensor(name),
+            Files::Safetensors(weights) => match bitsandbytes::read(weights, name)? {
+                Some(packed) => packed.dequantize(Kind::Float),
+                None => weights.file_of(name)?.tensor(name),
             },
             Files::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(|| self.missing(name))?;
@@ -265,27 +322,61 @@ impl Checkpoint {
         }
     }
 
-    /// [`Checkpoint::tensor`], checked against what the configuration implies.
+    /// [`Checkpoint::tensor`] in `kind` (f32, bf16 or f16), each element rounded once, to nearest even.
+    ///
+    /// For a GGUF file this unpacks straight into `kind`, without an f32 copy of the whole tensor.
     ///
     /// # Errors
     ///
-    /// As [`Checkpoint::tensor`]; [`Error::TensorShape`]; [`Error::Field`] if it holds no floats.
-    pub fn tensor_of_shape(&self, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
+    /// As [`Checkpoint::tensor`].
+    pub fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor, Error> {
+        match &self.files {
+            Files::Safetensors(_) => Ok(self.tensor(name)?.f_to_kind(kind)?),
+            Files::Gguf { file, names } => {
+                let stored = names.get(name).ok_or_else(|| self.missing(name))?;
+                file.tensor_as(stored, kind, self.interleaved_heads(name))
+            }
+        }
+    }
+
+    /// Checks a tensor's presence, shape, and that it holds floats (or packed floats), without reading it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MissingTensor`], [`Error::TensorShape`], or [`Error::Field`] if it holds no floats.
+    pub fn expect_shape(&self, name: &str, shape: &[i64]) -> Result<(), Error> {
         let found = self.shape(name)?;
         if found != shape {
             return Err(Error::TensorShape {
-                path: self.path.clone(),
+                path: self.path_of(name).to_path_buf(),
                 name: name.to_owned(),
                 expected: shape.to_vec(),
                 found,
             });
         }
-        let tensor = self.tensor(name)?;
-        if !tensor.is_floating_point() {
-            let found = format!("{:?}", tensor.kind());
-            return Err(Error::field(&self.path, name, "floating-point numbers", found));
+        if let Files::Safetensors(weights) = &self.files
+            && bitsandbytes::packed_shape(weights, name)?.is_none()
+        {
+            let file = weights.file_of(name)?;
+            match file.kind(name).expect("the file has it") {
+                Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double => {}
+                other => {
+                    let found = format!("{other:?}");
+                    return Err(Error::field(file.path(), name, "F32, BF16, F16 or F64", found));
+                }
+            }
         }
-        Ok(tensor)
+        Ok(())
+    }
+
+    /// [`Checkpoint::tensor`], after [`Checkpoint::expect_shape`].
+    ///
+    /// # Errors
+    ///
+    /// As both.
+    pub fn tensor_of_shape(&self, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
+        self.expect_shape(name, shape)?;
+        self.tensor(name)
     }
 
     /// A matrix that the checkpoint itself holds in NF4 (bitsandbytes).
@@ -295,10 +386,8 @@ impl Checkpoint {
     /// What is wrong with its parts.
     pub fn nf4(&self, name: &str) -> Result<Option<Nf4Tensor>, Error> {
         match &self.files {
-            Files::Safetensors { place, .. } if place.contains_key(name) => {
-                bitsandbytes::read(self.file_of(name)?, name)
-            }
-            _ => Ok(None),
+            Files::Safetensors(weights) => bitsandbytes::read(weights, name),
+            Files::Gguf { .. } => Ok(None),
         }
     }
 
@@ -318,7 +407,7 @@ impl Checkpoint {
     /// What is wrong with its files.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         match &self.files {
-            Files::Safetensors { .. } => Tokenizer::from_directory(&self.path),
+            Files::Safetensors(_) => Tokenizer::from_directory(&self.path),
             Files::Gguf { file, .. } => {
                 Tokenizer::from_gguf(&self.path, vocabulary(file.metadata())?)
             }
@@ -334,12 +423,13 @@ impl Checkpoint {
         self.tokenizer()?.template()
     }
 
-    fn file_of(&self, name: &str) -> Result<&SafetensorsFile, Error> {
+    /// The file a tensor lies in.
+    fn path_of(&self, name: &str) -> &Path {
         match &self.files {
-            Files::Safetensors { files, place } => {
-                place.get(name).map(|&idx| &files[idx]).ok_or_else(|| self.missing(name))
+            Files::Safetensors(weights) => {
+                weights.file_of(name).map_or(self.path.as_path(), SafetensorsFile::path)
             }
-            Files::Gguf { .. } => Err(self.missing(name)),
+            Files::Gguf { .. } => &self.path,
         }
     }
 
@@ -369,7 +459,9 @@ fn no_weights(directory: &Path) -> Error {
     };
     match pickled.filter(is_pickle).min() {
         Some(path) => pickle(&path),
-        None => Error::field(directory, "weights", "model.safetensors or an index of shards", "neither"),
+        None => {
+            Error::field(directory, "weights", "model.safetensors or an index of shards", "neither")
+        }
     }
 }
 
@@ -377,7 +469,12 @@ fn no_weights(directory: &Path) -> Error {
 pub(crate) fn shards_of_index(index: &Path) -> Result<BTreeMap<String, BTreeSet<String>>, Error> {
     let map = read_json_object(index, MAX_INDEX_BYTES)?;
     let Some(Value::Object(weights)) = map.get("weight_map") else {
-        return Err(Error::field(index, "weight_map", "shards by tensor name", "nothing of the sort"));
+        return Err(Error::field(
+            index,
+            "weight_map",
+            "shards by tensor name",
+            "nothing of the sort",
+        ));
     };
     let mut out: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (tensor, shard) in weights {
@@ -458,3 +555,6 @@ fn vocabulary(metadata: &gguf::Metadata) -> Result<GgufVocabulary, Error> {
         chat_template: metadata.optional_string("tokenizer.chat_template")?.map(str::to_owned),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,27 @@ pub enum Family {
     Mistral,
 }
 
+/// How rotary frequencies are stretched for long contexts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// All divided by `factor` (`"rope_type": "linear"`).
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3.1's (`"rope_type": "llama3"`): long wavelengths divided, short ones kept, a ramp between.
+    Llama3 {
+        /// The divisor of long wavelengths.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are long.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are short.
+        high_freq_factor: f64,
+        /// Tokens of the original context.
+        original_max_position_embeddings: usize,
+    },
+}
+
 /// The shape of a decoder. Names are those of `config.json` in plain words.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -48,6 +69,8 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary embedding.
     pub rope_theta: f64,
+    /// How its frequencies are stretched, if they are.
+    pub rope_scaling: Option<RopeScaling>,
     /// Tokens each token sees, itself included; `None` for all.
     pub sliding_window: Option<usize>,
     /// Longest sequence.
@@ -168,7 +191,8 @@ impl ModelConfig {
     pub fn from_json(path: &Path, map: &Map<String, Value>) -> Result<Self, Error> {
         let reader = Reader { path, map };
         let (family, sequence_classification) = architecture(&reader)?;
-        let rope_theta = rope_theta(&reader)?;
+        let (rope_theta, rope_scaling) = rope(&reader)?;
+        check_quantization(&reader)?;
         for (key, supported) in [("hidden_act", "silu"), ("hidden_activation", "silu")] {
             if reader.present(key).is_some_and(|value| value.as_str() != Some(supported)) {
                 return Err(reader.wrong(key, supported));
@@ -184,14 +208,23 @@ impl ModelConfig {
         let head_size = match reader.optional_size("head_dim")? {
             Some(size) => size,
             None if hidden_size % num_heads == 0 => hidden_size / num_heads,
-            None => return Err(reader.wrong("head_dim", "a size (hidden_size is not a multiple of the heads)")),
+            None => {
+                return Err(
+                    reader.wrong("head_dim", "a size (hidden_size is not a multiple of the heads)")
+                );
+            }
         };
-        let score_stats = match (
-            reader.optional_number("score_mean")?,
-            reader.optional_number("score_std")?,
-        ) {
-            (Some(mean), Some(std)) => Some((mean, std)),
-            _ => None,
+        let score_stats =
+            match (reader.optional_number("score_mean")?, reader.optional_number("score_std")?) {
+                (Some(mean), Some(std)) if std > 0.0 => Some((mean, std)),
+                (None, None) => None,
+                (Some(_), _) => return Err(reader.wrong("score_std", "a positive number")),
+                (None, Some(_)) => return Err(reader.wrong("score_mean", "a number")),
+            };
+        // What transformers' LlamaConfig and MistralConfig say where a key is absent.
+        let (kv_heads, positions) = match family {
+            Family::Llama => (num_heads, 2048),
+            Family::Mistral => (8, 131_072),
         };
         let config = Self {
             family,
@@ -201,19 +234,27 @@ impl ModelConfig {
             intermediate_size: reader.size("intermediate_size")?,
             num_layers: reader.size("num_hidden_layers")?,
             num_heads,
-            num_kv_heads: reader.optional_size("num_key_value_heads")?.unwrap_or(num_heads),
+            num_kv_heads: reader.optional_size("num_key_value_heads")?.unwrap_or(kv_heads),
             head_size,
             rms_norm_eps: reader.optional_number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
+            rope_scaling,
             sliding_window: match family {
+                Family::Mistral if !map.contains_key("sliding_window") => Some(4096),
                 Family::Mistral => reader.optional_size("sliding_window")?,
-                Family::Llama => None,
+                Family::Llama => None, // transformers' Llama has none, whatever the file says
             },
-            max_position_embeddings: reader.optional_size("max_position_embeddings")?.unwrap_or(2048),
+            max_position_embeddings: reader
+                .optional_size("max_position_embeddings")?
+                .unwrap_or(positions),
             tie_word_embeddings: reader.flag("tie_word_embeddings", false)?,
             bos_token_id: reader.ids("bos_token_id")?.first().copied(),
             eos_token_ids: reader.ids("eos_token_id")?,
-            pad_token_id: reader.ids("pad_token_id")?.first().copied(),
+            // Some older files say -1 for none.
+            pad_token_id: match reader.present("pad_token_id").and_then(Value::as_i64) {
+                Some(-1) => None,
+                _ => reader.ids("pad_token_id")?.first().copied(),
+            },
             score_stats,
         };
         config.check(path)
@@ -227,38 +268,62 @@ impl ModelConfig {
     pub fn from_gguf(metadata: &Metadata, tied: bool, vocab_size: usize) -> Result<Self, Error> {
         let path = metadata.path();
         let architecture = metadata.string("general.architecture")?;
-        let family = match architecture {
-            "llama" => Family::Llama,
-            "mistral" | "mistral3" => Family::Mistral,
-            other => {
-                return Err(Error::Architecture {
-                    path: path.to_path_buf(),
-                    field: "general.architecture".to_owned(),
-                    found: other.to_owned(),
-                    supported: "llama, mistral".to_owned(),
-                });
-            }
-        };
+        if architecture != "llama" {
+            return Err(Error::Architecture {
+                path: path.to_path_buf(),
+                field: "general.architecture".to_owned(),
+                found: architecture.chars().take(80).collect(),
+                supported: "llama (Llama, Mistral, SmolLM2)".to_owned(),
+            });
+        }
         let key = |name: &str| format!("{architecture}.{name}");
         let size = |name: &str| metadata.size(&key(name));
         let (hidden_size, num_heads) = (size("embedding_length")?, size("attention.head_count")?);
-        if let Some(kind) = metadata.optional_string(&key("rope.scaling.type"))?
-            && kind != "none"
-        {
-            return Err(Error::field(path, key("rope.scaling.type"), "none", kind));
+        let rope_scaling = match metadata.optional_string(&key("rope.scaling.type"))? {
+            None | Some("none") => None,
+            Some("linear") => {
+                Some(RopeScaling::Linear { factor: metadata.number(&key("rope.scaling.factor"))? })
+            }
+            Some(other) => {
+                let found: String = other.chars().take(80).collect();
+                return Err(Error::field(path, key("rope.scaling.type"), "none or linear", found));
+            }
+        };
+        if let Some(experts) = metadata.optional_size(&key("expert_count"))?.filter(|n| *n > 0) {
+            let expected = "no experts (mixtures are not supported)";
+            return Err(Error::field(path, key("expert_count"), expected, experts.to_string()));
         }
         let head_size = match metadata.optional_size(&key("attention.key_length"))? {
             Some(size) => size,
-            None => match metadata.optional_size(&key("rope.dimension_count"))? {
-                Some(size) => size,
-                None => hidden_size / num_heads,
-            },
+            None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+            None => {
+                let expected = format!("a multiple of {num_heads} heads");
+                return Err(Error::field(
+                    path,
+                    key("embedding_length"),
+                    expected,
+                    hidden_size.to_string(),
+                ));
+            }
         };
+        for name in ["attention.value_length", "rope.dimension_count"] {
+            if let Some(size) = metadata.optional_size(&key(name))?.filter(|n| *n != head_size) {
+                let expected = format!("{head_size}, the size of a head");
+                return Err(Error::field(path, key(name), expected, size.to_string()));
+            }
+        }
+        let sliding_window =
+            metadata.optional_size(&key("attention.sliding_window"))?.filter(|n| *n > 0);
         let id = |name: &str| -> Result<Option<i64>, Error> {
             Ok(metadata.optional_size(&format!("tokenizer.ggml.{name}"))?.map(|id| id as i64))
         };
+        let mut eos_token_ids = Vec::new();
+        for name in ["eos_token_id", "eot_token_id"] {
+            eos_token_ids.extend(id(name)?.filter(|id| !eos_token_ids.contains(id)));
+        }
         let config = Self {
-            family,
+            // Files of both families say `llama`; only Mistral has a window.
+            family: if sliding_window.is_some() { Family::Mistral } else { Family::Llama },
             sequence_classification: false,
             vocab_size,
             hidden_size,
@@ -269,17 +334,131 @@ impl ModelConfig {
                 .optional_size(&key("attention.head_count_kv"))?
                 .unwrap_or(num_heads),
             head_size,
-            rms_norm_eps: metadata.number(&key("attention.layer_norm_rms_epsilon"))?,
-            rope_theta: metadata.optional_number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-            sliding_window: metadata.optional_size(&key("attention.sliding_window"))?,
+            rms_norm_eps: decimal(metadata.number(&key("attention.layer_norm_rms_epsilon"))?),
+            rope_theta: metadata.optional_number(&key("rope.freq_base"))?.map_or(10_000.0, decimal),
+            rope_scaling,
+            sliding_window,
             max_position_embeddings: size("context_length")?,
             tie_word_embeddings: tied,
             bos_token_id: id("bos_token_id")?,
-            eos_token_ids: id("eos_token_id")?.into_iter().collect(),
+            eos_token_ids,
             pad_token_id: id("padding_token_id")?,
             score_stats: None,
         };
         config.check(path)
+    }
+
+    /// Takes the scaling that a GGUF file gives as a table of divisors, one per pair of dimensions.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] if the table is not one of the published Llama 3 models'.
+    pub(crate) fn set_rope_factors(
+        &mut self,
+        path: &Path,
+        field: &str,
+        factors: &[f32],
+    ) -> Result<(), Error> {
+        // llama.cpp's converter computes the table from config.json and drops the parameters: the published ones
+        // (Llama 3.1: 8, Llama 3.2: 32) are tried. A divisor is the plain frequency over the stretched one.
+        let plain = Self { rope_scaling: None, ..self.clone() }.inverse_frequencies();
+        for factor in [8.0, 32.0] {
+            let known = Self {
+                rope_scaling: Some(RopeScaling::Llama3 {
+                    factor,
+                    low_freq_factor: 1.0,
+                    high_freq_factor: 4.0,
+                    original_max_position_embeddings: 8192,
+                }),
+                ..self.clone()
+            };
+            let stretched = known.inverse_frequencies();
+            let divisors = plain.iter().zip(&stretched).map(|(plain, new)| plain / new);
+            let close = |(a, b): (f32, &f32)| (a - b).abs() <= 1e-4 * a.abs();
+            if factors.len() == plain.len() && divisors.zip(factors).all(close) {
+                *self = known;
+                return Ok(());
+            }
+        }
+        let found: Vec<f32> = factors.iter().copied().take(4).collect();
+        let expected = "the divisors of Llama 3.1 or 3.2";
+        Err(Error::field(path, field, expected, format!("{} from {found:?}", factors.len())))
+    }
+
+    /// Angle per position of each pair of dimensions, `[E/2]` f32, as transformers computes it.
+    ///
+    /// # Source
+    ///
+    /// transformers 5.23, `modeling_rope_utils.py`: `_compute_linear_scaling_rope_parameters`,
+    /// `_compute_llama3_parameters`.
+    pub fn inverse_frequencies(&self) -> Vec<f32> {
+        let theta = self.rope_theta as f32;
+        let plain = (0..self.head_size / 2)
+            .map(|i| 1.0 / theta.powf((2 * i) as f32 / self.head_size as f32));
+        match self.rope_scaling {
+            None => plain.collect(),
+            Some(RopeScaling::Linear { factor }) => {
+                plain.map(|frequency| frequency / factor as f32).collect()
+            }
+            Some(RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            }) => {
+                let original = original_max_position_embeddings as f64;
+                let long = (original / low_freq_factor) as f32;
+                let short = (original / high_freq_factor) as f32;
+                let (factor, original) = (factor as f32, original as f32);
+                let span = (high_freq_factor - low_freq_factor) as f32;
+                plain
+                    .map(|frequency| {
+                        let wavelength = 2.0 * std::f32::consts::PI / frequency;
+                        if wavelength > long {
+                            return frequency / factor;
+                        }
+                        if wavelength < short {
+                            return frequency;
+                        }
+                        let smooth = (original / wavelength - low_freq_factor as f32) / span;
+                        (1.0 - smooth) * frequency / factor + smooth * frequency
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    /// Every tensor a checkpoint of this configuration holds, with its shape.
+    pub fn expected_tensors(&self) -> Vec<(String, Vec<i64>)> {
+        let size = |n: usize| n as i64;
+        let (hidden, wide) = (size(self.hidden_size), size(self.intermediate_size));
+        let queries = size(self.num_heads * self.head_size);
+        let keys = size(self.num_kv_heads * self.head_size);
+        let vocabulary = size(self.vocab_size);
+        let mut out = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden])];
+        for layer in 0..self.num_layers {
+            let modules = [
+                ("input_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![queries, hidden]),
+                ("self_attn.k_proj", vec![keys, hidden]),
+                ("self_attn.v_proj", vec![keys, hidden]),
+                ("self_attn.o_proj", vec![hidden, queries]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("mlp.gate_proj", vec![wide, hidden]),
+                ("mlp.up_proj", vec![wide, hidden]),
+                ("mlp.down_proj", vec![hidden, wide]),
+            ];
+            out.extend(
+                modules.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)),
+            );
+        }
+        out.push(("model.norm.weight".to_owned(), vec![hidden]));
+        if self.sequence_classification {
+            out.push(("score.weight".to_owned(), vec![1, hidden]));
+        } else if !self.tie_word_embeddings {
+            out.push(("lm_head.weight".to_owned(), vec![vocabulary, hidden]));
+        }
+        out
     }
 
     /// Refuses sizes that cannot belong together or that no real model has.
@@ -311,9 +490,33 @@ impl ModelConfig {
                 return fail(field, format!("at most {limit}"), size.to_string());
             }
         }
-        if !(self.rms_norm_eps > 0.0 && self.rope_theta > 0.0) {
-            let found = format!("{} and {}", self.rms_norm_eps, self.rope_theta);
-            return fail("rms_norm_eps and rope_theta", "positive numbers".to_owned(), found);
+        for (field, value) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)]
+        {
+            if !(value > 0.0 && value < 1e15) {
+                return fail(field, "a positive number".to_owned(), value.to_string());
+            }
+        }
+        let (fits, found) = match self.rope_scaling {
+            None => (true, String::new()),
+            Some(RopeScaling::Linear { factor }) => (factor >= 1.0, format!("factor {factor}")),
+            Some(RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                ..
+            }) => (
+                factor >= 1.0 && low > 0.0 && high > low,
+                format!("factor {factor}, low_freq_factor {low}, high_freq_factor {high}"),
+            ),
+        };
+        if !fits {
+            return fail("rope scaling", "factors of at least 1, low below high".to_owned(), found);
+        }
+        for id in self.bos_token_id.into_iter().chain(self.eos_token_ids.iter().copied()) {
+            if id >= self.vocab_size as i64 {
+                let expected = format!("ids below the vocabulary's {}", self.vocab_size);
+                return fail("special token ids", expected, id.to_string());
+            }
         }
         Ok(self)
     }
@@ -355,9 +558,15 @@ impl ModelConfig {
         put("num_hidden_layers", json!(self.num_layers));
         put("num_key_value_heads", json!(self.num_kv_heads));
         put("rms_norm_eps", json!(self.rms_norm_eps));
+        // transformers 4 reads the first two, 5 the third.
+        let scaling = rope_scaling_json(self.rope_scaling);
+        let mut parameters = scaling
+            .clone()
+            .unwrap_or_else(|| Map::from_iter([("rope_type".to_owned(), json!("default"))]));
+        parameters.insert("rope_theta".to_owned(), json!(self.rope_theta));
         put("rope_theta", json!(self.rope_theta));
-        put("rope_scaling", Value::Null);
-        put("rope_parameters", json!({"rope_theta": self.rope_theta, "rope_type": "default"}));
+        put("rope_scaling", json!(scaling));
+        put("rope_parameters", Value::Object(parameters));
         if self.family == Family::Mistral {
             put("sliding_window", json!(self.sliding_window));
         }
@@ -406,20 +615,96 @@ fn architecture(reader: &Reader<'_>) -> Result<(Family, bool), Error> {
     }
 }
 
-/// The rotary base in either spelling; a scaled rotary embedding is refused.
-fn rope_theta(reader: &Reader<'_>) -> Result<f64, Error> {
+/// The rotary base and its scaling, in either spelling: keys of their own (transformers 4) or all under
+/// `rope_parameters` (5). Both may be there if they agree.
+fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
+    let mut theta = reader.optional_number("rope_theta")?;
+    let mut scaling = None;
     for key in ["rope_parameters", "rope_scaling"] {
         let Some(value) = reader.present(key) else { continue };
         let Some(map) = value.as_object() else { return Err(reader.wrong(key, "an object")) };
         let inner = Reader { path: reader.path, map };
-        for name in ["rope_type", "type"] {
-            if inner.present(name).is_some_and(|kind| kind.as_str() != Some("default")) {
-                return Err(inner.wrong(name, "default (scaled rotary embeddings are not supported)"));
+        if let Some(inner_theta) = inner.optional_number("rope_theta")? {
+            if theta.is_some_and(|theta| theta != inner_theta) {
+                let expected = format!("rope_theta {inner_theta}, as in {key}");
+                return Err(reader.wrong("rope_theta", &expected));
             }
+            theta = Some(inner_theta);
         }
-        if let Some(theta) = inner.optional_number("rope_theta")? {
-            return Ok(theta);
+        if inner.optional_number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+            return Err(inner.wrong("partial_rotary_factor", "1 (all dimensions rotate)"));
         }
+        let found = scaling_of(&inner)?;
+        if scaling.is_some_and(|scaling| scaling != found) {
+            return Err(reader.wrong(key, "the same scaling as rope_parameters"));
+        }
+        scaling = Some(found);
     }
-    Ok(reader.optional_number("rope_theta")?.unwrap_or(10_000.0))
+    Ok((theta.unwrap_or(10_000.0), scaling.flatten()))
 }
+
+fn scaling_of(reader: &Reader<'_>) -> Result<Option<RopeScaling>, Error> {
+    let key = if reader.present("rope_type").is_some() { "rope_type" } else { "type" };
+    let Some(kind) = reader.present(key) else { return Ok(None) };
+    let number = |key: &str| -> Result<f64, Error> {
+        reader.optional_number(key)?.ok_or_else(|| reader.wrong(key, "a number"))
+    };
+    match kind.as_str() {
+        Some("default") => Ok(None),
+        Some("linear") => Ok(Some(RopeScaling::Linear { factor: number("factor")? })),
+        Some("llama3") => Ok(Some(RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_max_position_embeddings: reader.size("original_max_position_embeddings")?,
+        })),
+        _ => Err(reader.wrong(key, "default, linear or llama3")),
+    }
+}
+
+fn rope_scaling_json(scaling: Option<RopeScaling>) -> Option<Map<String, Value>> {
+    let value = match scaling? {
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
+    };
+    value.as_object().cloned()
+}
+
+/// Refuses weights packed in a way this crate does not read (its tensors would be missing or misread).
+fn check_quantization(reader: &Reader<'_>) -> Result<(), Error> {
+    let key = "quantization_config";
+    let Some(value) = reader.present(key) else { return Ok(()) };
+    let Some(map) = value.as_object() else { return Err(reader.wrong(key, "an object")) };
+    let inner = Reader { path: reader.path, map };
+    let method = inner.present("quant_method").and_then(Value::as_str);
+    let kind = inner.present("bnb_4bit_quant_type").and_then(Value::as_str);
+    // bitsandbytes' own default is fp4; files without a method are older bitsandbytes ones.
+    match (method.unwrap_or("bitsandbytes"), kind) {
+        ("bitsandbytes", Some("nf4")) => Ok(()),
+        ("bitsandbytes", _) => Err(inner.wrong("bnb_4bit_quant_type", "nf4")),
+        _ => Err(inner.wrong("quant_method", "bitsandbytes (in NF4), or unquantised weights")),
+    }
+}
+
+/// A number that a file holds as f32, as people write it: 1e-5, not 0.000009999999747378752.
+fn decimal(value: f64) -> f64 {
+    let narrow = value as f32;
+    if f64::from(narrow) != value {
+        return value;
+    }
+    narrow.to_string().parse().expect("a finite number is written and read")
+}
+
+#[cfg(test)]
+mod tests;

@@ -465,12 +465,7 @@ impl Loader<'_> {
 
 /// Angles of the rotary embedding, in f32 as transformers computes them.
 fn rotary_table(config: &ModelConfig) -> Tensor {
-    let half = config.head_size / 2;
-    let theta = config.rope_theta as f32;
-    let inverse: Vec<f32> = (0..half)
-        .map(|i| 1.0 / theta.powf((2 * i) as f32 / config.head_size as f32))
-        .collect();
-    let inverse = Tensor::from_slice(&inverse).unsqueeze(0); // [1, E/2]
+    let inverse = Tensor::from_slice(&config.inverse_frequencies()).unsqueeze(0); // [1, E/2]
     let positions =
         Tensor::arange(config.max_position_embeddings as i64, (Kind::Float, Device::Cpu));
     let angles = positions.unsqueeze(1) * inverse; // [positions, E/2]

@@ -245,7 +245,13 @@ impl Hub {
         fs_err::create_dir_all(&blobs)?;
         if !missing.is_empty() {
             let bytes: u64 = missing.iter().map(|(file, _)| file.size).sum();
-            tracing::info!(id, commit = snapshot.commit, files = missing.len(), bytes, "downloading");
+            tracing::info!(
+                id,
+                commit = snapshot.commit,
+                files = missing.len(),
+                bytes,
+                "downloading"
+            );
         }
         let progress = hf_hub::progress::Progress::new(Bar::new(
             missing.iter().map(|(file, _)| file.size).sum(),
@@ -425,9 +431,8 @@ fn weights_file(id: &str, page: &str, names: &[&str]) -> Result<&'static str, Er
             return Ok(known);
         }
     }
-    let pickled = |name: &&&str| {
-        [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
-    };
+    let pickled =
+        |name: &&&str| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending));
     if let Some(name) = names.iter().find(pickled) {
         return Err(Error::Pickle {
             path: PathBuf::from(format!("{id}/{name}")),

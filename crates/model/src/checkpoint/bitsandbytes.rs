@@ -4,12 +4,20 @@
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
-use super::safetensors::SafetensorsFile;
+use super::Weights;
 use crate::Error;
-use crate::nf4::{self, Nf4Tensor};
+use crate::nf4::{self, CODEBOOK, Nf4Tensor};
 
 const STATE: &str = ".quant_state.bitsandbytes__nf4";
 const PARTS: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
+
+/// A description of a matrix has some two hundred bytes.
+const MAX_STATE_BYTES: u64 = 1 << 16;
+/// bitsandbytes' largest block, and far above its 256 for the second quantisation.
+const MAX_BLOCK: i64 = 4096;
+const MAX_NESTED_BLOCK: usize = 1 << 16;
+/// Writers differ in the last bit of the codebook, no more.
+const CODEBOOK_TOLERANCE: f64 = 1e-6;
 
 /// bitsandbytes' description of a packed matrix, the part that is needed.
 #[derive(Deserialize)]
@@ -28,53 +36,78 @@ pub(super) fn is_part(name: &str) -> bool {
 }
 
 /// The unpacked shape, if `name` is packed.
-pub(super) fn packed_shape(file: &SafetensorsFile, name: &str) -> Result<Option<Vec<i64>>, Error> {
-    Ok(state(file, name)?.map(|state| state.shape))
+pub(super) fn packed_shape(weights: &Weights, name: &str) -> Result<Option<Vec<i64>>, Error> {
+    Ok(state(weights, name)?.map(|state| state.shape))
 }
 
-fn state(file: &SafetensorsFile, name: &str) -> Result<Option<State>, Error> {
+fn state(weights: &Weights, name: &str) -> Result<Option<State>, Error> {
     let key = format!("{name}{STATE}");
-    if !file.contains(&key) {
-        if file.names().any(|other| other.starts_with(&format!("{name}.quant_state."))) {
-            let expected = "NF4 (the only four-bit type read here)";
-            return Err(Error::field(file.path(), name, expected, "another four-bit type"));
-        }
-        return Ok(None);
+    if !weights.contains(&key) {
+        let other = format!("{name}.quant_state.");
+        return match weights.place.range(other.clone()..).next() {
+            Some((found, _)) if found.starts_with(&other) => {
+                let expected = "NF4 (the only four-bit type read here)";
+                Err(Error::field(&weights.path, name, expected, found.clone()))
+            }
+            _ => Ok(None),
+        };
     }
-    let bytes: Vec<u8> = Vec::try_from(&file.tensor(&key)?.to_kind(Kind::Uint8).view([-1]))
-        .map_err(|_| Error::field(file.path(), &key, "bytes of JSON", "another dtype"))?;
+    let file = weights.file_of(&key)?;
+    let fail = |expected: &str, found: String| Error::field(file.path(), &key, expected, found);
+    let n_bytes = file.shape(&key).and_then(|shape| shape.iter().product::<i64>().try_into().ok());
+    if file.kind(&key) != Some(Kind::Uint8) || n_bytes.is_none_or(|n: u64| n > MAX_STATE_BYTES) {
+        let found = format!("{:?} {:?}", file.kind(&key), file.shape(&key));
+        return Err(fail(&format!("at most {MAX_STATE_BYTES} bytes of JSON"), found));
+    }
+    let bytes = Vec::<u8>::try_from(&file.tensor(&key)?.view([-1]))?;
     let state: State = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::field(file.path(), &key, "a quantisation state", error.to_string()))?;
+        .map_err(|error| fail("a quantisation state", error.to_string()))?;
     let sizes_fit = state.shape.len() == 2
         && state.shape.iter().all(|size| (1..1 << 31).contains(size))
-        && state.blocksize > 0
+        && (1..=MAX_BLOCK).contains(&state.blocksize)
+        && state.nested_blocksize.is_none_or(|size| (1..=MAX_NESTED_BLOCK).contains(&size))
+        && state.blocksize % 2 == 0
         && (state.shape[0] * state.shape[1]) % state.blocksize == 0;
     if state.quant_type != "nf4" || !sizes_fit {
-        let found = format!("{} {:?} in blocks of {}", state.quant_type, state.shape, state.blocksize);
-        return Err(Error::field(file.path(), &key, "nf4, a matrix of whole blocks", found));
+        let State { quant_type, shape, blocksize, nested_blocksize, .. } = &state;
+        let found =
+            format!("{quant_type} {shape:?} in blocks of {blocksize}, {nested_blocksize:?} nested");
+        return Err(fail("nf4, a matrix of whole blocks", found));
     }
     Ok(Some(state))
 }
 
 /// The packed matrix of that name, with its scales expanded; None if it is stored dense.
-pub(super) fn read(file: &SafetensorsFile, name: &str) -> Result<Option<Nf4Tensor>, Error> {
-    let Some(state) = state(file, name)? else { return Ok(None) };
+pub(super) fn read(weights: &Weights, name: &str) -> Result<Option<Nf4Tensor>, Error> {
+    let Some(state) = state(weights, name)? else { return Ok(None) };
     let (outputs, inputs) = (state.shape[0], state.shape[1]);
     let elements = outputs * inputs;
     let part = |suffix: &str, kind: Kind, n: i64| -> Result<Tensor, Error> {
         let key = format!("{name}{suffix}");
-        let tensor = file.tensor(&key)?;
-        if tensor.kind() != kind || tensor.numel() as i64 != n {
-            let found = format!("{:?} {:?}", tensor.kind(), tensor.size());
+        let file = weights.file_of(&key)?;
+        let shape = file.shape(&key).unwrap_or_default();
+        if file.kind(&key) != Some(kind) || shape.iter().product::<i64>() != n {
+            let found = format!("{:?} {shape:?}", file.kind(&key));
             return Err(Error::field(file.path(), key, format!("{n} of {kind:?}"), found));
         }
-        Ok(tensor.view([-1]))
+        Ok(file.tensor(&key)?.view([-1]))
     };
     let codes = part("", Kind::Uint8, elements / 2)?;
     let codebook = part(".quant_map", Kind::Float, 16)?;
+    let largest = (&codebook - Tensor::from_slice(&CODEBOOK)).abs().max().double_value(&[]);
+    if largest.is_nan() || largest > CODEBOOK_TOLERANCE {
+        let path = weights.file_of(&format!("{name}.quant_map"))?.path();
+        let found = format!("numbers off by up to {largest:e}");
+        return Err(Error::field(
+            path,
+            format!("{name}.quant_map"),
+            "NF4's sixteen numbers",
+            found,
+        ));
+    }
     let blocks = elements / state.blocksize;
     let absmax = match (state.nested_blocksize, state.nested_offset) {
-        (Some(nested_blocksize), Some(offset)) if nested_blocksize > 0 => {
+        (Some(nested_blocksize), Some(offset)) => {
             let codes = part(".absmax", Kind::Uint8, blocks)?;
             let map = part(".nested_quant_map", Kind::Float, 256)?;
             let n_scales = (blocks as usize).div_ceil(nested_blocksize) as i64;

@@ -324,10 +324,9 @@ impl Gguf {
     }
 
     fn entry(&self, name: &str) -> Result<&GgufTensor, Error> {
-        self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
-            path: self.path.clone(),
-            name: name.to_owned(),
-        })
+        self.tensors
+            .get(name)
+            .ok_or_else(|| Error::MissingTensor { path: self.path.clone(), name: name.to_owned() })
     }
 
     /// Reads the rows of `entry` and converts each into its place in `out`, on every core.
@@ -486,22 +485,29 @@ impl<'a, R: Read> HeaderReader<'a, R> {
         self.file_bytes.min(MAX_HEADER_BYTES).saturating_sub(self.position)
     }
 
-    fn bytes(&mut self, field: &str, n: u64) -> Result<Vec<u8>, Error> {
+    /// Fills `out` with the next bytes.
+    fn fill(&mut self, field: &str, out: &mut [u8]) -> Result<(), Error> {
+        let n = out.len();
+        self.expect_left(field, n as u64)?;
+        self.reader.read_exact(out).map_err(|error| {
+            self.error(field, format!("{n} bytes"), format!("a read error: {error}"))
+        })?;
+        self.position += n as u64;
+        Ok(())
+    }
+
+    fn expect_left(&self, field: &str, n: u64) -> Result<(), Error> {
         if n > self.left() {
             let expected = format!("at most {} bytes (the rest of the header)", self.left());
             return Err(self.error(field, expected, format!("{n} bytes")));
         }
-        let mut out = vec![0; n as usize];
-        self.reader.read_exact(&mut out).map_err(|error| {
-            self.error(field, format!("{n} bytes"), format!("a read error: {error}"))
-        })?;
-        self.position += n;
-        Ok(out)
+        Ok(())
     }
 
     fn array<const N: usize>(&mut self, field: &str) -> Result<[u8; N], Error> {
-        let bytes = self.bytes(field, N as u64)?;
-        Ok(bytes.try_into().expect("as many bytes as asked for"))
+        let mut out = [0; N];
+        self.fill(field, &mut out)?;
+        Ok(out)
     }
 
     fn u32(&mut self, field: &str) -> Result<u32, Error> {
@@ -527,8 +533,11 @@ impl<'a, R: Read> HeaderReader<'a, R> {
         if n > limit {
             return Err(self.error(field, format!("at most {limit} bytes"), format!("{n} bytes")));
         }
-        String::from_utf8(self.bytes(field, n)?)
-            .map_err(|_| self.error(field, "UTF-8 text", "other bytes"))
+        // Before the allocation, so that a length is no larger than what the file has.
+        self.expect_left(field, n)?;
+        let mut out = vec![0; n as usize];
+        self.fill(field, &mut out)?;
+        String::from_utf8(out).map_err(|_| self.error(field, "UTF-8 text", "other bytes"))
     }
 
     fn value(&mut self, key: &str, value_type: u32, nesting: usize) -> Result<Value, Error> {
@@ -586,7 +595,13 @@ impl<'a, R: Read> HeaderReader<'a, R> {
             let size = self.u64(&name)?;
             elements = match elements.checked_mul(size) {
                 Some(n) if size > 0 && n < 1 << 40 => n,
-                _ => return Err(self.error(&name, "sizes above 0, below 2^40 elements", size.to_string())),
+                _ => {
+                    return Err(self.error(
+                        &name,
+                        "sizes above 0, below 2^40 elements",
+                        size.to_string(),
+                    ));
+                }
             };
             shape.push(size as i64);
         }
@@ -607,3 +622,6 @@ impl<'a, R: Read> HeaderReader<'a, R> {
         Ok(TableEntry { name, shape, ggml_type, offset, n_bytes })
     }
 }
+
+#[cfg(test)]
+mod tests;

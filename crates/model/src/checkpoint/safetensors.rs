@@ -1,10 +1,22 @@
 //! Safetensors files: read one tensor at a time, written with the same bytes every time.
+//!
+//! Nothing in a file is believed before it is checked, so a damaged or hostile one gives an [`Error::Field`] and
+//! never a panic; a tensor is read straight into its own memory, so the peak is one tensor.
+//!
+//! # Source
+//!
+//! The format as the `safetensors` crate 0.8 has it (`src/tensor.rs`); stricter in that a name given twice is
+//! refused and a header may have 25 MB only. Files written are equal, byte for byte, to those of its Python
+//! `save_file(tensors, path, {"format": "pt"})`.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fs_err::File;
+use serde::Deserialize;
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -14,6 +26,20 @@ use crate::Error;
 /// Largest accepted header; a 70B model's has under a megabyte.
 const MAX_HEADER_BYTES: u64 = 25 << 20;
 const MAX_DIMS: usize = 8;
+const METADATA: &str = "__metadata__";
+/// Dtypes of the format that libtorch has, the widest first: the order in which tensors are written.
+const DTYPES: [(&str, Kind); 10] = [
+    ("I64", Kind::Int64),
+    ("F64", Kind::Double),
+    ("F32", Kind::Float),
+    ("I32", Kind::Int),
+    ("BF16", Kind::BFloat16),
+    ("F16", Kind::Half),
+    ("I16", Kind::Int16),
+    ("I8", Kind::Int8),
+    ("U8", Kind::Uint8),
+    ("BOOL", Kind::Bool),
+];
 
 /// Where a tensor lies in the file.
 #[derive(Clone, Debug)]
@@ -32,54 +58,50 @@ pub struct SafetensorsFile {
     metadata: BTreeMap<String, String>,
 }
 
-fn kind_of(dtype: &str) -> Option<Kind> {
-    Some(match dtype {
-        "F64" => Kind::Double,
-        "F32" => Kind::Float,
-        "F16" => Kind::Half,
-        "BF16" => Kind::BFloat16,
-        "I64" => Kind::Int64,
-        "I32" => Kind::Int,
-        "I16" => Kind::Int16,
-        "I8" => Kind::Int8,
-        "U8" => Kind::Uint8,
-        "BOOL" => Kind::Bool,
-        _ => return None,
-    })
+/// A header entry as stored.
+#[derive(Debug, Deserialize)]
+struct RawEntry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: [u64; 2],
 }
 
-fn dtype_of(kind: Kind) -> Option<&'static str> {
-    let names = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"];
-    names.into_iter().find(|name| kind_of(name) == Some(kind))
+/// A header as stored; a name given twice is refused (serde_json's own maps keep the last).
+struct RawHeader {
+    metadata: BTreeMap<String, String>,
+    entries: Vec<(String, RawEntry)>,
 }
 
-/// A JSON object that refuses a key given twice, which serde_json would merge.
-struct UniqueKeys(Vec<(String, Value)>);
-
-impl<'de> serde::Deserialize<'de> for UniqueKeys {
+impl<'de> Deserialize<'de> for RawHeader {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl<'de> serde::de::Visitor<'de> for Visitor {
-            type Value = UniqueKeys;
+        struct HeaderVisitor;
+        impl<'de> Visitor<'de> for HeaderVisitor {
+            type Value = RawHeader;
+
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 formatter.write_str("an object of tensors")
             }
-            fn visit_map<A: serde::de::MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> Result<UniqueKeys, A::Error> {
-                let mut seen = std::collections::BTreeSet::new();
-                let mut out = Vec::new();
-                while let Some((key, value)) = map.next_entry::<String, Value>()? {
-                    if !seen.insert(key.clone()) {
-                        return Err(serde::de::Error::custom(format!("`{key}` is there twice")));
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
+                let mut seen = std::collections::HashSet::new();
+                let mut header = RawHeader { metadata: BTreeMap::new(), entries: Vec::new() };
+                while let Some(name) = map.next_key::<String>()? {
+                    if !seen.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("{name:?} is there twice")));
                     }
-                    out.push((key, value));
+                    if name == METADATA {
+                        header.metadata = map.next_value()?;
+                    } else {
+                        let entry = map
+                            .next_value()
+                            .map_err(|error| A::Error::custom(format!("{name:?}: {error}")))?;
+                        header.entries.push((name, entry));
+                    }
                 }
-                Ok(UniqueKeys(out))
+                Ok(header)
             }
         }
-        deserializer.deserialize_map(Visitor)
+        deserializer.deserialize_map(HeaderVisitor)
     }
 }
 
@@ -93,52 +115,49 @@ impl SafetensorsFile {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path)?;
         let file_bytes = file.metadata()?.len();
-        let fail = |field: &str, expected: &str, found: String| {
+        let fail = |field: &str, expected: String, found: String| {
             Err(Error::field(path, field, expected, found))
         };
         if file_bytes < 8 {
-            return fail("file size", "at least 8 bytes", format!("{file_bytes} bytes"));
+            let expected = "at least 8 bytes".to_owned();
+            return fail("file size", expected, format!("{file_bytes} bytes"));
         }
         let mut length = [0; 8];
         bytes::read_at(&file, 0, &mut length)?;
         let header_bytes = u64::from_le_bytes(length);
-        if header_bytes > MAX_HEADER_BYTES.min(file_bytes - 8) {
-            let expected = format!("at most {} bytes", MAX_HEADER_BYTES.min(file_bytes - 8));
-            return fail("header length", &expected, format!("{header_bytes} bytes"));
+        let limit = MAX_HEADER_BYTES.min(file_bytes - 8);
+        if header_bytes > limit {
+            let expected = format!("at most {limit} bytes");
+            return fail("header length", expected, format!("{header_bytes} bytes"));
         }
         let mut header = vec![0; header_bytes as usize];
         bytes::read_at(&file, 8, &mut header)?;
-        let UniqueKeys(pairs) = match serde_json::from_slice(&header) {
-            Ok(keys) => keys,
-            Err(error) => return fail("header", "a JSON object of tensors", error.to_string()),
+        let RawHeader { metadata, entries: raw } = match serde_json::from_slice(&header) {
+            Ok(header) => header,
+            Err(error) => {
+                return fail("header", "a JSON object of tensors".to_owned(), error.to_string());
+            }
         };
         let data_start = 8 + header_bytes;
-        let (mut entries, mut metadata) = (BTreeMap::new(), BTreeMap::new());
-        let mut ranges = Vec::new();
-        for (name, value) in pairs {
-            if name == "__metadata__" {
-                match serde_json::from_value(value) {
-                    Ok(map) => metadata = map,
-                    Err(error) => return fail(&name, "strings by name", error.to_string()),
-                }
-                continue;
-            }
-            let (entry, range) = parse_entry(path, &name, &value, data_start)?;
-            ranges.push((range, name.clone()));
-            entries.insert(name, entry);
-        }
-        ranges.sort();
+        let mut ranges: Vec<([u64; 2], &str)> =
+            raw.iter().map(|(name, entry)| (entry.data_offsets, name.as_str())).collect();
+        ranges.sort_unstable();
         let mut end = 0;
         for ([start, stop], name) in ranges {
-            if start != end {
+            if start != end || stop < start {
                 let expected = format!("data from byte {end} on (no holes, no overlaps)");
-                return fail(&name, &expected, format!("from byte {start}"));
+                return fail(name, expected, format!("bytes {start} to {stop}"));
             }
             end = stop;
         }
         if data_start.checked_add(end) != Some(file_bytes) {
             let expected = format!("{} bytes in all", data_start.saturating_add(end));
-            return fail("file size", &expected, format!("{file_bytes} bytes"));
+            return fail("file size", expected, format!("{file_bytes} bytes"));
+        }
+        let mut entries = BTreeMap::new();
+        for (name, entry) in raw {
+            let entry = check_entry(path, &name, &entry, data_start)?;
+            entries.insert(name, entry);
         }
         Ok(Self { path: path.to_path_buf(), file, entries, metadata })
     }
@@ -175,6 +194,10 @@ impl SafetensorsFile {
 
     /// Reads one tensor as stored, on the CPU.
     ///
+    /// # Shapes
+    ///
+    /// - output: [`SafetensorsFile::shape`], dtype [`SafetensorsFile::kind`].
+    ///
     /// # Errors
     ///
     /// [`Error::MissingTensor`], or [`Error::Io`].
@@ -189,79 +212,115 @@ impl SafetensorsFile {
     }
 }
 
-/// One header entry, and its range in the data.
-fn parse_entry(
-    path: &Path,
-    name: &str,
-    value: &Value,
-    data_start: u64,
-) -> Result<(Entry, [u64; 2]), Error> {
-    let fail = |expected: &str| {
-        let found: String = value.to_string().chars().take(120).collect();
-        Error::field(path, name, expected, found)
+/// One header entry, whose range is known to lie in the file.
+fn check_entry(path: &Path, name: &str, raw: &RawEntry, data_start: u64) -> Result<Entry, Error> {
+    let fail = |expected: String, found: String| Err(Error::field(path, name, expected, found));
+    let Some((_, kind)) = DTYPES.into_iter().find(|(dtype, _)| *dtype == raw.dtype) else {
+        let expected = format!("a dtype among {}", DTYPES.map(|(dtype, _)| dtype).join(", "));
+        return fail(expected, raw.dtype.chars().take(40).collect());
     };
-    let dtype = value.get("dtype").and_then(Value::as_str).ok_or_else(|| fail("a dtype"))?;
-    let kind = kind_of(dtype).ok_or_else(|| fail("a dtype among F64 to F16, BF16, I64 to I8, U8, BOOL"))?;
-    let sizes = value.get("shape").and_then(Value::as_array).ok_or_else(|| fail("a shape"))?;
-    if sizes.len() > MAX_DIMS {
-        return Err(fail("at most 8 dimensions"));
+    if raw.shape.len() > MAX_DIMS {
+        let found = format!("{} dimensions", raw.shape.len());
+        return fail(format!("at most {MAX_DIMS} dimensions"), found);
     }
-    let mut shape = Vec::with_capacity(sizes.len());
-    let mut n_bytes = kind.elt_size_in_bytes() as u64;
-    for size in sizes {
-        let size = size.as_u64().filter(|size| *size < 1 << 40).ok_or_else(|| fail("sizes"))?;
-        n_bytes = n_bytes.checked_mul(size).ok_or_else(|| fail("a shape whose bytes can be counted"))?;
-        shape.push(size as i64);
+    let n_bytes = raw
+        .shape
+        .iter()
+        .try_fold(kind.elt_size_in_bytes() as u64, |bytes, &size| bytes.checked_mul(size));
+    let [start, stop] = raw.data_offsets;
+    if n_bytes != Some(stop - start) {
+        let expected = match n_bytes {
+            Some(n) => format!("{n} bytes for {} {:?}", raw.dtype, raw.shape),
+            None => "a shape whose bytes can be counted".to_owned(),
+        };
+        return fail(expected, format!("{} bytes for {:?}", stop - start, raw.shape));
     }
-    let range: [u64; 2] = value
-        .get("data_offsets")
-        .and_then(|range| serde_json::from_value(range.clone()).ok())
-        .ok_or_else(|| fail("two data offsets"))?;
-    if range[1].checked_sub(range[0]) != Some(n_bytes) {
-        return Err(fail(&format!("{n_bytes} bytes, as dtype and shape imply")));
-    }
-    let offset = data_start.checked_add(range[0]).ok_or_else(|| fail("offsets within the file"))?;
-    Ok((Entry { kind, shape, offset }, range))
+    // Sizes beside a zero can be anything up to here.
+    let shape: Option<Vec<i64>> =
+        raw.shape.iter().map(|&size| i64::try_from(size).ok().filter(|n| *n < 1 << 40)).collect();
+    let Some(shape) = shape else {
+        return fail("sizes below 2^40".to_owned(), format!("{:?}", raw.shape));
+    };
+    Ok(Entry { kind, shape, offset: data_start + start })
 }
 
-/// Writes tensors in the order given, whole or not at all. The header's metadata is `{"format": "pt"}` only:
-/// transformers needs it, and more keys would not keep their order everywhere.
+/// Writes tensors, whole or not at all: the widest dtype first, then by name, so that every tensor is aligned.
+///
+/// The header's metadata is `{"format": "pt"}` only: transformers needs it, and more keys would not keep their
+/// order everywhere.
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for a dtype the format lacks, [`Error::Io`] if writing fails.
+/// [`Error::Invalid`] for a dtype the format lacks or a name given twice, [`Error::Io`] if writing fails.
 pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), Error> {
-    let mut header = Map::new();
-    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
-    let mut offset = 0u64;
+    let invalid = |name, expected: &str, got| {
+        Err(Error::Invalid { name, expected: expected.to_owned(), got })
+    };
+    let mut sorted = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
-        let dtype = dtype_of(tensor.kind()).ok_or_else(|| Error::Invalid {
-            name: "tensor dtype",
-            expected: "one safetensors can store".to_owned(),
-            got: format!("{:?} for {name}", tensor.kind()),
-        })?;
-        let end = offset + (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        match DTYPES.iter().position(|(_, kind)| *kind == tensor.kind()) {
+            Some(rank) => sorted.push((rank, name, tensor)),
+            None => {
+                let got = format!("{:?} for {name}", tensor.kind());
+                return invalid("tensor dtype", "one safetensors can store", got);
+            }
+        }
+    }
+    sorted.sort_by_key(|(rank, name, _)| (*rank, *name));
+
+    let mut header = Map::new();
+    header.insert(METADATA.to_owned(), json!({"format": "pt"}));
+    let mut offset = 0u64;
+    for (rank, name, tensor) in &sorted {
+        let (dtype, kind) = DTYPES[*rank];
+        let end = offset + (tensor.numel() * kind.elt_size_in_bytes()) as u64;
         let entry = json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [offset, end]});
-        header.insert(name.clone(), entry);
+        if header.insert((*name).clone(), entry).is_some() {
+            return invalid("tensor name", "each name once, none __metadata__", (*name).clone());
+        }
         offset = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let directory = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-    let mut file = tempfile::Builder::new()
-        .prefix(".safetensors.tmp-")
-        .tempfile_in(directory.unwrap_or(Path::new(".")))?;
+    let temporary = beside(path)?;
+    let result = write_and_sync(&temporary, &header, &sorted).and_then(|()| {
+        fs_err::rename(&temporary, path)?;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        Ok(File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?)
+    });
+    if result.is_err() {
+        // The first error is the one to report.
+        let _ = fs_err::remove_file(&temporary);
+    }
+    result
+}
+
+fn write_and_sync(
+    path: &Path,
+    header: &[u8],
+    tensors: &[(usize, &String, &Tensor)],
+) -> Result<(), Error> {
+    let mut file = File::create(path)?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(&header)?;
-    for (_, tensor) in tensors {
-        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    file.write_all(header)?;
+    for (_, _, tensor) in tensors {
+        let tensor = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
         file.write_all(bytes::bytes_of(&tensor))?;
     }
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    if let Some(directory) = directory {
-        File::open(directory)?.sync_all()?;
-    }
-    Ok(())
+    Ok(file.sync_all()?)
 }
+
+/// A fresh name beside `path`, of the form that `arete_records::atomic::sweep` removes.
+fn beside(path: &Path) -> Result<PathBuf, Error> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+        let expected = "the name of a file, in UTF-8".to_owned();
+        return Err(Error::Invalid { name: "path", expected, got: path.display().to_string() });
+    };
+    let counter = COUNTER.fetch_add(1, Ordering::Relaxed);
+    Ok(path.with_file_name(format!(".{name}.tmp-{}-{counter}", std::process::id())))
+}
+
+#[cfg(test)]
+mod tests;

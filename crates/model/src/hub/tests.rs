@@ -75,7 +75,9 @@ impl Server {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (files, counter) = (files.clone(), counter.clone());
-                std::thread::spawn(move || answer(stream.unwrap(), &files, commit, token, &counter));
+                std::thread::spawn(move || {
+                    answer(stream.unwrap(), &files, commit, token, &counter)
+                });
             }
         });
         Self { endpoint, sent, cache: tempfile::tempdir().unwrap() }
@@ -196,10 +198,7 @@ fn git_ids_are_gits() {
 fn a_model_is_downloaded_once_and_without_what_is_not_needed() {
     let server = Server::start(tiny_model());
     let directory = server.hub(false).model(MODEL, None).unwrap();
-    assert_eq!(
-        directory,
-        server.cache.path().join("models--someone--tiny/snapshots").join(COMMIT)
-    );
+    assert_eq!(directory, server.cache.path().join("models--someone--tiny/snapshots").join(COMMIT));
     assert_eq!(fs_err::read(directory.join("model.safetensors")).unwrap(), [7; 3000]);
     assert!(directory.join("chat_template.jinja").is_file());
     assert!(!directory.join("README.md").exists() && !directory.join("pytorch_model.bin").exists());
@@ -226,7 +225,10 @@ fn shards_named_by_the_index_are_downloaded() {
         large("model-00002-of-00002.safetensors", b"second"),
     ]);
     let directory = server.hub(false).model(MODEL, None).unwrap();
-    assert_eq!(fs_err::read(directory.join("model-00002-of-00002.safetensors")).unwrap(), b"second");
+    assert_eq!(
+        fs_err::read(directory.join("model-00002-of-00002.safetensors")).unwrap(),
+        b"second"
+    );
 }
 
 #[test]
@@ -237,7 +239,10 @@ fn an_index_cannot_name_files_elsewhere() {
         small("model.safetensors.index.json", r#"{"weight_map": {"a": "../../x.safetensors"}}"#),
     ]);
     let message = server.hub(false).model(MODEL, None).unwrap_err().to_string();
-    assert!(message.contains("model.safetensors.index.json") && message.contains("../../x"), "{message}");
+    assert!(
+        message.contains("model.safetensors.index.json") && message.contains("../../x"),
+        "{message}"
+    );
 }
 
 fn with_fault(fault: Fault) -> Server {
@@ -248,7 +253,9 @@ fn with_fault(fault: Fault) -> Server {
 
 #[test]
 fn damaged_bodies_never_pass_for_complete_files() {
-    for fault in [Fault::Cut, Fault::Flipped, Fault::Shorter, Fault::Status(503), Fault::Status(404)] {
+    for fault in
+        [Fault::Cut, Fault::Flipped, Fault::Shorter, Fault::Status(503), Fault::Status(404)]
+    {
         let server = with_fault(fault);
         let error = server.hub(false).model(MODEL, None).unwrap_err();
         let Error::Hub { what, .. } = &error else { panic!("{fault:?}: {error:?}") };
@@ -256,7 +263,10 @@ fn damaged_bodies_never_pass_for_complete_files() {
         let left = server.cached();
         assert!(!left.iter().any(|path| path.contains("model.safetensors")), "{fault:?}: {left:?}");
         assert_eq!(left.len(), 3, "two links to one blob, as both files hold {{}}: {left:?}");
-        assert!(server.hub(true).model(MODEL, None).is_err(), "{fault:?}: offline it is missing too");
+        assert!(
+            server.hub(true).model(MODEL, None).is_err(),
+            "{fault:?}: offline it is missing too"
+        );
     }
 }
 
@@ -266,7 +276,10 @@ fn a_transfer_that_broke_is_tried_again() {
     files[0].fault = Fault::CutOnce; // config.json, the first file asked for
     let server = Server::start(files);
     let directory = server.hub(false).model(MODEL, None).unwrap();
-    assert_eq!(fs_err::read_to_string(directory.join("config.json")).unwrap(), "{\"model_type\": \"llama\"}");
+    assert_eq!(
+        fs_err::read_to_string(directory.join("config.json")).unwrap(),
+        "{\"model_type\": \"llama\"}"
+    );
     assert_eq!(server.sent.load(Ordering::SeqCst), 5);
 }
 
@@ -309,8 +322,23 @@ fn unsafe_paths_are_refused() {
     }
     let long = "x".repeat(256);
     for bad in [
-        "", "/", "/etc/passwd", "..", "a/../b", "./a", "a//b", "a/", "C:/x", "C:x", "\\\\host\\x",
-        "a\\b", "nul\0", "dot.", "space ", "new\nline", &long,
+        "",
+        "/",
+        "/etc/passwd",
+        "..",
+        "a/../b",
+        "./a",
+        "a//b",
+        "a/",
+        "C:/x",
+        "C:x",
+        "\\\\host\\x",
+        "a\\b",
+        "nul\0",
+        "dot.",
+        "space ",
+        "new\nline",
+        &long,
     ] {
         assert!(safe_rel_path(bad).is_err(), "{bad:?}");
     }
@@ -339,7 +367,10 @@ fn without_the_hub_a_verified_copy_is_used_and_nothing_else() {
     };
     assert_eq!(unreachable().model(MODEL, None).unwrap(), directory);
     let message = unreachable().model("someone/other", None).unwrap_err().to_string();
-    assert!(message.contains("someone/other") && message.contains("cannot be reached"), "{message}");
+    assert!(
+        message.contains("someone/other") && message.contains("cannot be reached"),
+        "{message}"
+    );
     let message = server.hub(true).model("someone/other", None).unwrap_err().to_string();
     assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
 }

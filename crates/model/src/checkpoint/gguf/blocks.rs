@@ -40,9 +40,7 @@ impl GgmlType {
                 out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
             },
             Self::F16 => |block, out| out[0] = half_at(block, 0),
-            Self::BF16 => {
-                |block, out| out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32()
-            }
+            Self::BF16 => |block, out| out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
             Self::Q8_0 => q8_0,
             Self::Q4_0 => q4_0,
             Self::Q4_1 => q4_1,

@@ -1,0 +1,317 @@
+//! Tests of reading and writing model configurations.
+
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// A small Llama, with `changes` applied (null removes a key).
+fn llama(changes: Value) -> Result<ModelConfig, Error> {
+    let mut map = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 96,
+        "max_position_embeddings": 64, "rope_theta": 50000.0, "eos_token_id": 2,
+    });
+    let map = map.as_object_mut().unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        map.insert(key.clone(), value.clone());
+    }
+    ModelConfig::from_json(Path::new("config.json"), map)
+}
+
+fn message(changes: Value) -> String {
+    llama(changes).unwrap_err().to_string()
+}
+
+#[test]
+fn files_of_transformers_are_read() {
+    for name in ["llama_tied_v4", "llama_tied_v5"] {
+        let config = ModelConfig::from_directory(&golden(name)).unwrap();
+        assert_eq!(config.family, Family::Llama);
+        assert_eq!(config.rope_theta, 50000.0, "{name}");
+        assert_eq!(config.rope_scaling, None);
+        assert!(config.tie_word_embeddings && !config.sequence_classification);
+        assert_eq!((config.hidden_size, config.intermediate_size), (32, 48));
+        assert_eq!((config.num_heads, config.num_kv_heads, config.head_size), (4, 2, 12));
+        assert_eq!((config.num_layers, config.vocab_size), (2, 96));
+        assert_eq!(config.rms_norm_eps, 1e-5);
+        assert_eq!(config.eos_token_ids, [2]);
+        assert_eq!((config.bos_token_id, config.pad_token_id), (Some(1), Some(0)));
+        assert_eq!(config.sliding_window, None);
+    }
+    let config = ModelConfig::from_directory(&golden("mistral_sliding")).unwrap();
+    assert_eq!((config.family, config.sliding_window), (Family::Mistral, Some(8)));
+    assert_eq!((config.rope_theta, config.tie_word_embeddings), (1e6, false));
+}
+
+#[test]
+fn absent_keys_mean_what_transformers_says() {
+    // LlamaConfig() and MistralConfig() of transformers 5.23.
+    let config =
+        llama(json!({"num_key_value_heads": null, "rope_theta": null, "eos_token_id": null}));
+    let config = config.unwrap();
+    assert_eq!((config.num_kv_heads, config.head_size, config.rope_theta), (4, 8, 10_000.0));
+    assert!(config.eos_token_ids.is_empty() && config.sliding_window.is_none());
+    let mistral = json!({"architectures": ["MistralForCausalLM"]});
+    assert_eq!(llama(mistral).unwrap().sliding_window, Some(4096));
+    let mistral = json!({"architectures": ["MistralForCausalLM"], "sliding_window": null});
+    assert_eq!(llama(mistral).unwrap().sliding_window, None);
+    let mistral = json!({"architectures": null, "model_type": "mistral", "sliding_window": 128});
+    assert_eq!(llama(mistral).unwrap().sliding_window, Some(128));
+    // A Llama with the key runs without a window in transformers too.
+    assert_eq!(llama(json!({"sliding_window": 128})).unwrap().sliding_window, None);
+    assert_eq!(llama(json!({"pad_token_id": -1})).unwrap().pad_token_id, None);
+}
+
+#[test]
+fn ends_of_text_come_from_both_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = golden("llama_tied_v5");
+    fs_err::copy(config.join("config.json"), directory.path().join("config.json")).unwrap();
+    let generation = directory.path().join("generation_config.json");
+    fs_err::write(&generation, r#"{"eos_token_id": [2, 5]}"#).unwrap();
+    let config = ModelConfig::from_directory(directory.path()).unwrap();
+    assert_eq!(config.eos_token_ids, [2, 5]);
+    fs_err::write(&generation, r#"{"eos_token_id": "two"}"#).unwrap();
+    let message = ModelConfig::from_directory(directory.path()).unwrap_err().to_string();
+    assert!(message.contains("generation_config.json: eos_token_id"), "{message}");
+}
+
+#[test]
+fn reward_models_carry_their_score_statistics() {
+    let config = llama(json!({
+        "architectures": ["LlamaForSequenceClassification"], "score_mean": 0.5, "score_std": 2.0,
+    }));
+    let config = config.unwrap();
+    assert!(config.sequence_classification);
+    assert_eq!(config.score_stats, Some((0.5, 2.0)));
+    assert!(message(json!({"score_mean": 0.5})).contains("score_std"));
+    assert!(message(json!({"score_mean": 0.5, "score_std": 0.0})).contains("score_std"));
+    assert!(message(json!({"score_std": 1.0})).contains("score_mean"));
+}
+
+#[test]
+fn what_is_not_supported_is_named() {
+    let text = message(json!({"architectures": ["Qwen2ForCausalLM"]}));
+    assert_eq!(
+        text,
+        "config.json: architectures: unsupported architecture Qwen2ForCausalLM, supported: \
+         LlamaForCausalLM, MistralForCausalLM, LlamaForSequenceClassification, \
+         MistralForSequenceClassification"
+    );
+    for (changes, words) in [
+        (json!({"hidden_size": null}), "hidden_size: expected a positive integer, found null"),
+        (
+            json!({"hidden_size": "32"}),
+            "hidden_size: expected a positive integer below 2^31, found \"32\"",
+        ),
+        (json!({"num_hidden_layers": 0}), "num_hidden_layers"),
+        (json!({"num_hidden_layers": 1_000_000}), "at most 1024, found 1000000"),
+        (json!({"vocab_size": -1}), "vocab_size"),
+        (json!({"num_attention_heads": 3}), "head_dim"),
+        (json!({"num_key_value_heads": 3}), "a divisor of 4 heads, found 3"),
+        (json!({"head_dim": 7}), "an even size, found 7"),
+        (json!({"attention_bias": true}), "attention_bias"),
+        (json!({"mlp_bias": true}), "mlp_bias"),
+        (json!({"hidden_act": "gelu"}), "hidden_act: expected silu, found \"gelu\""),
+        (json!({"rms_norm_eps": 0.0}), "rms_norm_eps"),
+        (json!({"rope_theta": -1.0}), "rope_theta"),
+        (json!({"tie_word_embeddings": "yes"}), "tie_word_embeddings"),
+        (json!({"eos_token_id": [1, "2"]}), "eos_token_id"),
+        (json!({"eos_token_id": 96}), "special token ids"),
+        (
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+            "rope_type: expected default, linear or llama3, found \"yarn\"",
+        ),
+        (json!({"rope_scaling": {"type": "linear"}}), "factor: expected a number, found nothing"),
+        (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "factor 0.5"),
+        (json!({"rope_scaling": [1]}), "rope_scaling: expected an object"),
+        (
+            json!({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+            "rope_theta: expected rope_theta 10000",
+        ),
+        (
+            json!({"rope_parameters": {"rope_theta": 50000.0, "partial_rotary_factor": 0.5}}),
+            "partial_rotary_factor",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+            "quant_method: expected bitsandbytes",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}}),
+            "expected nf4, found \"fp4\"",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
+            "expected nf4, found nothing",
+        ),
+    ] {
+        let text = message(changes);
+        assert!(text.starts_with("config.json: ") && text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn json_that_is_none_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.json");
+    let message = |content: &str| {
+        fs_err::write(&path, content).unwrap();
+        ModelConfig::from_directory(directory.path()).unwrap_err().to_string()
+    };
+    for content in ["", "{", "[]", "null", "\u{feff}{}", &"[".repeat(1000)] {
+        let text = message(content);
+        assert!(text.contains("config.json: content: expected"), "{content:?}: {text}");
+    }
+    fs_err::remove_file(&path).unwrap();
+    let text = ModelConfig::from_directory(directory.path()).unwrap_err().to_string();
+    assert!(text.contains("config.json"), "{text}");
+}
+
+const LLAMA3: RopeScaling = RopeScaling::Llama3 {
+    factor: 32.0,
+    low_freq_factor: 1.0,
+    high_freq_factor: 4.0,
+    original_max_position_embeddings: 8192,
+};
+
+fn llama32(scaling: Option<RopeScaling>) -> ModelConfig {
+    let config = llama(json!({"head_dim": 64, "rope_theta": 500_000.0})).unwrap();
+    ModelConfig { rope_scaling: scaling, ..config }
+}
+
+#[test]
+fn stretched_frequencies_are_transformers() {
+    // ROPE_INIT_FUNCTIONS["llama3"] and ["linear"] of transformers 5.23.
+    let expected: [f32; 32] = [
+        1.0,
+        0.663601279258728,
+        0.44036662578582764,
+        0.2922278344631195,
+        0.193922758102417,
+        0.12868738174438477,
+        0.08539710193872452,
+        0.05666961893439293,
+        0.03760603070259094,
+        0.02495540864765644,
+        0.016560440883040428,
+        0.010989529080688953,
+        0.00729266507551074,
+        0.00483942124992609,
+        0.0032114461064338684,
+        0.0012905480107292533,
+        0.000429556705057621,
+        9.708286233944818e-05,
+        1.9461638657958247e-05,
+        1.291476746700937e-05,
+        8.570255886297673e-06,
+        5.687232260243036e-06,
+        3.7740544485131977e-06,
+        2.504467147446121e-06,
+        1.6619674170215148e-06,
+        1.1028836297555245e-06,
+        7.318749339901842e-07,
+        4.856731266045244e-07,
+        3.2229328894572973e-07,
+        2.1387423032592778e-07,
+        1.4192720243499934e-07,
+        9.418306490260875e-08,
+    ];
+    for (ours, theirs) in llama32(Some(LLAMA3)).inverse_frequencies().into_iter().zip(expected) {
+        assert!((ours - theirs).abs() <= 1e-6 * theirs, "{ours} {theirs}");
+    }
+    let config = llama(json!({"head_dim": 16, "rope_theta": 10_000.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0}}));
+    let expected = [
+        0.25,
+        0.07905694097280502,
+        0.02500000037252903,
+        0.007905694656074047,
+        0.0024999999441206455,
+        0.0007905694656074047,
+        0.0002500000118743628,
+        7.905694656074047e-05,
+    ];
+    for (ours, theirs) in config.unwrap().inverse_frequencies().into_iter().zip(expected) {
+        assert!((ours - theirs).abs() <= 1e-6 * theirs, "{ours} {theirs}");
+    }
+}
+
+#[test]
+fn divisors_of_gguf_files_are_recognised() {
+    // `rope_freqs` as llama.cpp's converter computes it for Llama 3.2 1B.
+    let mut factors = [1.0; 32];
+    factors[15..18].copy_from_slice(&[1.6513292789459229, 3.2922627925872803, 9.666730880737305]);
+    factors[18..].fill(32.0);
+    let mut config = llama32(None);
+    config.set_rope_factors(Path::new("x.gguf"), "rope_freqs.weight", &factors).unwrap();
+    assert_eq!(config.rope_scaling, Some(LLAMA3));
+    for wrong in [&factors[..31], &[1.0; 32], &[f32::NAN; 32]] {
+        let mut config = llama32(None);
+        let error = config.set_rope_factors(Path::new("x.gguf"), "rope_freqs.weight", wrong);
+        assert!(error.unwrap_err().to_string().contains("x.gguf: rope_freqs.weight"));
+        assert_eq!(config.rope_scaling, None);
+    }
+}
+
+#[test]
+fn numbers_kept_as_f32_are_read_as_written() {
+    assert_eq!(decimal(f64::from(1e-5f32)), 1e-5);
+    assert_eq!(decimal(100_000.0), 100_000.0);
+    assert_eq!(decimal(0.1), 0.1);
+}
+
+fn scalings() -> impl Strategy<Value = Option<RopeScaling>> {
+    prop_oneof![
+        Just(None),
+        (1u32..40).prop_map(|n| Some(RopeScaling::Linear { factor: f64::from(n) / 8.0 + 1.0 })),
+        Just(Some(LLAMA3)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read_again(
+        mistral: bool, reward: bool, tied: bool, layers in 1usize..9, kv in 1usize..4, group in 1usize..4,
+        half in 1usize..9, window in proptest::option::of(1usize..100), rope_scaling in scalings(),
+        eos in proptest::collection::vec(0i64..96, 0..3), pad in proptest::option::of(0i64..96),
+        stats in proptest::option::of((-5.0f64..5.0, 0.1f64..5.0)),
+    ) {
+        let mut eos = eos;
+        eos.dedup();
+        let config = ModelConfig {
+            family: if mistral { Family::Mistral } else { Family::Llama },
+            sequence_classification: reward, vocab_size: 96, hidden_size: 32, intermediate_size: 48,
+            num_layers: layers, num_heads: kv * group, num_kv_heads: kv, head_size: 2 * half,
+            rms_norm_eps: 1e-5, rope_theta: 123_456.0, rope_scaling,
+            sliding_window: if mistral { window } else { None },
+            max_position_embeddings: 64, tie_word_embeddings: tied, bos_token_id: Some(1),
+            eos_token_ids: eos, pad_token_id: pad, score_stats: stats,
+        };
+        let text = Value::Object(config.to_json(tch::Kind::BFloat16)).to_string();
+        let Value::Object(map) = serde_json::from_str(&text).unwrap() else { unreachable!() };
+        prop_assert_eq!(ModelConfig::from_json(Path::new("x"), &map).unwrap(), config);
+    }
+
+    #[test]
+    fn any_values_give_a_configuration_or_an_error(
+        key in proptest::sample::select(vec![
+            "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "vocab_size", "quantization_config",
+            "rms_norm_eps", "sliding_window", "score_mean", "pad_token_id",
+        ]),
+        value in proptest::sample::select(vec![
+            json!(null), json!(-1), json!(0), json!(1), json!(3), json!(u64::MAX), json!(1e300), json!("x"), json!([]),
+            json!([1]), json!({}), json!({"rope_type": 1}), json!({"rope_type": "llama3", "factor": 0}), json!(true),
+        ]),
+    ) {
+        let _ = llama(json!({key: value}));
+    }
+}
