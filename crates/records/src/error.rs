@@ -83,7 +83,7 @@ pub enum Error {
     },
 
     /// Rows that cannot be written as Parquet (a bug of the caller, or text beyond 2 GiB a block).
-    #[error("{}: rows not writable as Parquet: {reason}", path.display())]
+    #[error("{}: not writable as Parquet: {reason}", path.display())]
     Write {
         /// The file that was to be written.
         path: PathBuf,

@@ -482,8 +482,8 @@ fn clear(output: &Path, origin: &Origin, foreign: &[String]) -> Result<(), Error
     let mut files = hashes::walk(output, &is_stage_dir)?;
     files.retain(|file| {
         let name = file.rsplit('/').next().unwrap_or(file);
-        !(name.starts_with('.') || name.ends_with(".log") || file == STAGE_JSON)
-            && !foreign.contains(file)
+        let stays = name.starts_with('.') || name.ends_with(".log") || file == STAGE_JSON;
+        !stays && !foreign.contains(file)
     });
     for file in files {
         fs_err::remove_file(output.join(file))?;

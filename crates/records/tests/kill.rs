@@ -2,6 +2,8 @@
 //!
 //! The stage runs in a child process: this test's own program, started again with `STAGE_DIR` set.
 
+#![expect(clippy::unwrap_used, reason = "a test: a failure here is the finding")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};

@@ -47,8 +47,10 @@ pub trait Row: Serialize + DeserializeOwned {
 /// [`Error::Io`] if the file cannot be written, [`Error::Write`] if a row does not fit its columns.
 pub fn write<T: Row>(path: impl AsRef<Path>, rows: &[T]) -> Result<(), Error> {
     let path = path.as_ref();
-    let bytes = encode(rows)
-        .map_err(|reason| Error::Write { path: path.to_owned(), reason: reason.to_string() })?;
+    let bytes = encode(rows).map_err(|reason| Error::Write {
+        path: path.to_owned(),
+        reason: format!("{} rows: {reason}", T::NAME),
+    })?;
     atomic::write(path, &bytes)
 }
 

@@ -107,7 +107,6 @@ pub(super) struct HashCache {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
-    #[serde(flatten)]
     stamp: Stamp,
     sha256: String,
 }
@@ -117,8 +116,8 @@ struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
     size: u64,
-    mtime_ns: i128,
-    ctime_ns: i128,
+    mtime_ns: i64,
+    ctime_ns: i64,
     inode: u64,
 }
 
@@ -178,7 +177,7 @@ impl HashCache {
 impl Stamp {
     fn of(path: &Path) -> Result<Self, Error> {
         let metadata = fs_err::metadata(path)?;
-        let ns = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
+        let ns = |s: i64, ns: i64| s.saturating_mul(1_000_000_000).saturating_add(ns);
         Ok(Self {
             size: metadata.len(),
             mtime_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
@@ -189,10 +188,9 @@ impl Stamp {
 
     /// Whether the last change is long enough ago for the next one to get another time.
     fn is_settled(&self) -> bool {
-        let now_ns = SystemTime::now()
+        let last_change = Duration::from_nanos(self.ctime_ns.max(self.mtime_ns).unsigned_abs());
+        SystemTime::now()
             .duration_since(UNIX_EPOCH)
-            .map_or(0, |elapsed| i128::try_from(elapsed.as_nanos()).unwrap_or(i128::MAX));
-        let last_change_ns = self.ctime_ns.max(self.mtime_ns);
-        now_ns - last_change_ns > i128::try_from(TICK.as_nanos()).unwrap_or(i128::MAX)
+            .is_ok_and(|now| now.saturating_sub(last_change) > TICK)
     }
 }
