@@ -9,18 +9,25 @@
 //! aspect beside the raw Score, paired bootstrap intervals clustered by prompt, a coherence guard, and, if there is
 //! one, the scores of a yardstick reward model that no training saw.
 
+pub mod best_of;
 pub mod coherence;
 pub mod config;
+pub mod doctor;
 mod error;
+mod judge;
 pub mod pairs;
 pub mod policies;
 pub mod replies;
+pub mod report;
 pub mod rewards;
 pub mod rows;
+pub mod run_files;
 pub mod score;
 pub mod summary;
 pub mod table;
 
 pub use config::ScoreConfig;
 pub use error::Error;
+pub use report::{ReportInputs, report};
+pub use run_files::RunFiles;
 pub use score::{ScoreInputs, score};

@@ -7,7 +7,10 @@ use std::process::ExitCode;
 use anyhow::Context;
 use arete_records::cli::{self, Usage};
 use arete_records::{Aspect, interrupt, recipe};
-use arete_scoring::{Error, ScoreConfig, ScoreInputs, policies};
+use arete_scoring::best_of::{self, BestOfInputs};
+use arete_scoring::{
+    Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
+};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// How a run's models compare, the page that shows it, and why a run went nowhere
@@ -27,6 +30,44 @@ enum Command {
     Score {
         #[command(flatten)]
         places: Places,
+        #[command(flatten)]
+        config: ScoreConfig,
+    },
+    /// Write report.html: curves, reward models, judge, Score, replies side by side, provenance
+    #[command(after_help = "Example:\n  arete-scoring report --run runs/demo --recipe recipes/demo.toml")]
+    Report {
+        /// Directory of a run, with one directory a stage
+        #[arg(long, value_name = "DIR")]
+        run: PathBuf,
+        /// The recipe the run was made with, to show in full
+        #[arg(long, value_name = "FILE")]
+        recipe: Option<PathBuf>,
+        /// Most prompts shown side by side; 0 = all
+        #[arg(long, default_value_t = 300, value_name = "N")]
+        max_samples: usize,
+        /// Directory that receives report.html and the charts [default: RUN/report]
+        #[arg(long, value_name = "DIR")]
+        output: Option<PathBuf>,
+    },
+    /// Say why the reward is flat: truncation, judge, reward models, best of n, KL, Score, and what to change
+    #[command(after_help = "Examples:\n  arete-scoring doctor --run runs/demo\n  \
+        arete-scoring doctor --run runs/demo --best-of 16 --recipe recipes/demo.toml")]
+    Doctor {
+        /// Directory of a run, with one directory a stage
+        #[arg(long, value_name = "DIR")]
+        run: PathBuf,
+        /// Measure the gain of the best of N samples on validation prompts, with the models (0 = only look at files)
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        best_of: usize,
+        /// The model that samples for --best-of [default: RUN/sft/merged, else what the reward models name]
+        #[arg(long, value_name = "MODEL")]
+        base: Option<String>,
+        /// Print the findings as JSON
+        #[arg(long)]
+        json: bool,
+        /// Recipe (TOML) whose table [scoring] gives the settings of --best-of; flags override it
+        #[arg(long, value_name = "FILE")]
+        recipe: Option<PathBuf>,
         #[command(flatten)]
         config: ScoreConfig,
     },
@@ -123,6 +164,24 @@ fn original_of(run: &Path) -> Result<Option<String>, Error> {
     adapters.iter().find(|dir| dir.is_dir()).map(|dir| policies::base_of_adapter(dir)).transpose()
 }
 
+/// Measures the best of `n` and leaves the result in `RUN/best-of`.
+fn measure_best_of(run: &Path, n: usize, base: Option<String>, config: &ScoreConfig) -> anyhow::Result<()> {
+    let merged = run.join("sft/merged");
+    let base = match base {
+        Some(base) => base,
+        None if merged.is_dir() => merged.to_string_lossy().into_owned(),
+        None => original_of(run)?.ok_or_else(|| Usage("--base is needed".to_owned()))?,
+    };
+    let inputs = BestOfInputs {
+        prompts: run.join("prompts"),
+        base,
+        rewards: run.join("reward"),
+        output: run.join("best-of"),
+    };
+    best_of::run(config, n, &inputs)?;
+    Ok(())
+}
+
 fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     cli::init_tracing();
@@ -139,6 +198,27 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
             let inputs = places.inputs()?;
             arete_scoring::score(&config, &inputs)
                 .with_context(|| format!("scoring into {}", inputs.output.display()))?
+        }
+        Command::Report { run, recipe, max_samples, output } => {
+            let output = output.unwrap_or_else(|| report::default_output(&run));
+            let inputs = ReportInputs { run, recipe, max_samples, output };
+            let page = report::report(&inputs)
+                .with_context(|| format!("reporting on {}", inputs.run.display()))?;
+            format!("{}\n", page.display())
+        }
+        Command::Doctor { run, best_of, base, json, recipe, .. } => {
+            if best_of > 0 {
+                let config: ScoreConfig = recipe::resolve(matches, "scoring", recipe.as_deref())?;
+                measure_best_of(&run, best_of, base, &config)
+                    .with_context(|| format!("sampling for {}", run.display()))?;
+            }
+            let files = RunFiles::read(&run).with_context(|| format!("reading {}", run.display()))?;
+            let findings = doctor::diagnose(&files);
+            if json {
+                serde_json::to_string_pretty(&findings)? + "\n"
+            } else {
+                doctor::text(&findings)
+            }
         }
     };
     std::io::stdout().lock().write_all(text.as_bytes())?;

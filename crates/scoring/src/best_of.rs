@@ -1,0 +1,278 @@
+//! Best of n: how much the ensemble's own favourite of n samples gains over an average sample.
+//!
+//! If choosing among n samples by the ensemble does not raise its score, neither can PPO.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
+use arete_records::run::{self, Completion, Start, StageSpec};
+use arete_records::stats::{self, Interval, Resampling};
+use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, json};
+
+use crate::Error;
+use crate::config::{ScoreConfig, device_name, dtype_name, setting};
+use crate::policies::{Policy, Shelf, local_path};
+use crate::replies::{Drawing, sample_chains};
+use crate::rewards::{self, RewardModel, ScoreStats, adapter_dir};
+use crate::run_files::rollout_reply;
+
+/// Prompts sampled together: with 16 samples each, a full batch.
+const PROMPTS_TOGETHER: usize = 4;
+
+/// The contents of `best_of.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BestOf {
+    /// Samples a prompt.
+    pub n: usize,
+    /// Prompts.
+    pub n_prompts: usize,
+    /// Where the samples are from.
+    pub from: String,
+    /// Mean ensemble score of a sample (the mean of the aspects' standardised scores).
+    pub mean: f64,
+    /// Expected ensemble score of the best of k samples, k = 1, 2, 4, …, n.
+    pub curve: Vec<(usize, f64)>,
+    /// Score of the best of n less the mean, with its bootstrap interval (prompts redrawn).
+    pub gain: Interval,
+    /// The same for each aspect's own score.
+    pub gain_by_aspect: BTreeMap<Aspect, f64>,
+}
+
+impl BestOf {
+    /// From the samples' standardised scores, prompt by prompt; none without two samples of a prompt. `n` = the fewest
+    /// samples of a prompt.
+    pub fn of(samples: &[Vec<[f64; 3]>], from: &str, resampling: Resampling) -> Option<Self> {
+        let n = samples.iter().map(Vec::len).min().filter(|&n| n >= 2)?;
+        let ensemble: Vec<Vec<f64>> = samples
+            .iter()
+            .map(|samples| samples[..n].iter().map(|z| stats::mean(z)).collect())
+            .collect();
+        let best = |k: usize, scores: &[f64]| expected_best(k, scores);
+        let gains: Vec<Vec<f64>> =
+            ensemble.iter().map(|scores| vec![best(n, scores) - stats::mean(scores)]).collect();
+        let gain = stats::bootstrap(&gains, stats::mean, resampling).interval;
+        let over_prompts = |of: &dyn Fn(&[f64]) -> f64| {
+            stats::mean(&ensemble.iter().map(|scores| of(scores)).collect::<Vec<f64>>())
+        };
+        let mut ks: Vec<usize> = std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| *k < n).collect();
+        ks.push(n);
+        let by_aspect = |aspect: Aspect| {
+            let gains: Vec<f64> = samples
+                .iter()
+                .map(|samples| {
+                    let own: Vec<f64> = samples[..n].iter().map(|z| z[aspect.index()]).collect();
+                    best(n, &own) - stats::mean(&own)
+                })
+                .collect();
+            stats::mean(&gains)
+        };
+        Some(Self {
+            n,
+            n_prompts: samples.len(),
+            from: from.to_owned(),
+            mean: over_prompts(&stats::mean),
+            curve: ks.into_iter().map(|k| (k, over_prompts(&|scores| best(k, scores)))).collect(),
+            gain,
+            gain_by_aspect: Aspect::ALL.map(|aspect| (aspect, by_aspect(aspect))).into(),
+        })
+    }
+
+    /// From the first PPO iteration's rollouts, where the policy is still the base: prompts with several samples.
+    pub fn of_rollouts(rollouts: &[RolloutRow], resampling: Resampling) -> Option<Self> {
+        let first = rollouts.first()?.iteration;
+        let mut by_prompt: BTreeMap<&str, Vec<[f64; 3]>> = BTreeMap::new();
+        for row in rollouts.iter().filter(|row| row.iteration == first) {
+            let z = Aspect::ALL.map(|aspect| rollout_reply(row, aspect).z);
+            if let [Some(action), Some(motivation), Some(consequence)] = z {
+                by_prompt.entry(&row.prompt_id).or_default().push([action, motivation, consequence]);
+            }
+        }
+        let samples: Vec<Vec<[f64; 3]>> =
+            by_prompt.into_values().filter(|samples| samples.len() >= 2).collect();
+        Self::of(&samples, "the first rollout", resampling)
+    }
+}
+
+/// The expected maximum of k of the values drawn without replacement: Σ C(i−1, k−1)/C(n, k) · x₍ᵢ₎ over sorted values.
+///
+/// # Panics
+///
+/// Unless 1 ≤ k ≤ number of values.
+pub fn expected_best(k: usize, values: &[f64]) -> f64 {
+    let n = values.len();
+    assert!((1..=n).contains(&k), "k of n values");
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    // P(the largest of the k is x₍ᵢ₎), from the largest downwards: k/n, then each (i−k)/(i−1) of the one before.
+    let mut probability = k as f64 / n as f64;
+    let mut expected = 0.0;
+    for i in (k..=n).rev() {
+        expected += probability * sorted[i - 1];
+        if i > k {
+            probability *= (i - k) as f64 / (i - 1) as f64;
+        }
+    }
+    expected
+}
+
+/// What to sample from and to score with.
+#[derive(Clone, Debug)]
+pub struct BestOfInputs {
+    /// Directory (or file) of the prompts; the validation split is used.
+    pub prompts: PathBuf,
+    /// The model that samples, and that the reward models belong to.
+    pub base: String,
+    /// Directory with one reward model an aspect.
+    pub rewards: PathBuf,
+    /// Where the result goes.
+    pub output: PathBuf,
+}
+
+/// Samples `n` chains for every validation prompt (at most `config.n_prompts`) from the base and scores them.
+///
+/// # Errors
+///
+/// Bad settings or data, a model that cannot be used, an interrupt, a full disk: see [`Error`].
+pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<BestOf, Error> {
+    config.check()?;
+    if n < 2 {
+        return Err(setting("best_of", "at least 2 samples", &n.to_string()));
+    }
+    let base = Policy::resolve("base", &inputs.base, None)?.source;
+    let file = if inputs.prompts.is_dir() { inputs.prompts.join("prompts.parquet") } else { inputs.prompts.clone() };
+    let mut files = vec![("prompts".to_owned(), file.clone())];
+    if let Some(path) = local_path(&base) {
+        files.push(("base".to_owned(), path.to_owned()));
+    }
+    for aspect in Aspect::ALL {
+        files.push((format!("reward {aspect}"), adapter_dir(&inputs.rewards.join(aspect.name()))));
+    }
+    let mut settings = serde_json::to_value(config).expect("settings are numbers and words");
+    settings["n_samples"] = n.into();
+    settings["threads"] = 0.into();
+    let spec = StageSpec {
+        stage: "best-of",
+        output: &inputs.output,
+        config: settings,
+        seed: config.seed,
+        inputs: files,
+    };
+    let path = inputs.output.join("best_of.json");
+    let run = match run::begin(spec)? {
+        Start::UpToDate(_) => return read(&path),
+        Start::Run(run) => run,
+    };
+    let mut prompts: Vec<PromptRow> = parquet::read(&file)?;
+    prompts.retain(|prompt| prompt.split == Split::Validation);
+    if config.n_prompts > 0 {
+        prompts.truncate(config.n_prompts);
+    }
+    if prompts.is_empty() {
+        return Err(Error::File {
+            path: file,
+            field: "split".to_owned(),
+            expected: "at least one validation prompt".to_owned(),
+            found: "none".to_owned(),
+        });
+    }
+    let options = config.load_options()?;
+    let mut shelf = Shelf::new(options);
+    let model = shelf.get(&base)?;
+    let chat = model.chat()?;
+    let limit = model.config.max_position_embeddings;
+    let mut reward_models = Vec::new();
+    for aspect in Aspect::ALL {
+        let dir = inputs.rewards.join(aspect.name());
+        let stats = ScoreStats::read(&dir)?.ok_or_else(|| Error::File {
+            path: dir.join("score_stats.json"),
+            field: "std".to_owned(),
+            expected: "statistics to standardise with".to_owned(),
+            found: "none".to_owned(),
+        })?;
+        reward_models.push((aspect, RewardModel::load(&dir, aspect.name(), model)?, stats));
+    }
+    let drawing = Drawing {
+        sampling: config.sampling(),
+        max_new_tokens: config.max_new_tokens,
+        seed: config.seed,
+        n_samples: n,
+    };
+    let progress = cli::progress("best of n", "prompts", prompts.len() as u64);
+    let mut samples: Vec<Vec<[f64; 3]>> = Vec::new();
+    for together in prompts.chunks(PROMPTS_TOGETHER) {
+        interrupt::check()?;
+        let rows: Vec<ConversationRow> = sample_chains(model, None, together, &drawing)?;
+        let mut z = vec![[0.0; 3]; rows.len()];
+        for (aspect, reward, stats) in &reward_models {
+            let mut sequences = Vec::new();
+            for row in &rows {
+                sequences.push(rewards::reward_input(&chat, row, *aspect, limit)?);
+            }
+            let scores = reward.scores(&model.decoder, &sequences, config.micro_batch_tokens)?;
+            for (z, score) in z.iter_mut().zip(scores) {
+                z[aspect.index()] = (score - stats.mean) / stats.std;
+            }
+        }
+        samples.extend(z.chunks(n).map(<[[f64; 3]]>::to_vec));
+        progress.inc(together.len() as u64);
+    }
+    let resampling = Resampling { draws: config.draws, level: 0.95, seed: config.seed };
+    let best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling)
+        .ok_or_else(|| setting("max_new_tokens", "so few that the replies fit the model", &config.max_new_tokens.to_string()))?;
+    let mut bytes = serde_json::to_vec_pretty(&best).expect("numbers and words serialise");
+    bytes.push(b'\n');
+    atomic::write(&path, &bytes)?;
+    let counts = Map::from_iter([("prompts".to_owned(), json!(best.n_prompts))]);
+    run.finish(Completion {
+        device: device_name(options.device),
+        dtype: dtype_name(options.dtype).to_owned(),
+        counts,
+    })?;
+    Ok(best)
+}
+
+fn read(path: &Path) -> Result<BestOf, Error> {
+    serde_json::from_slice(&fs_err::read(path)?).map_err(|error| Error::File {
+        path: path.to_owned(),
+        field: "JSON".to_owned(),
+        expected: "what `doctor --best-of` writes".to_owned(),
+        found: error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resampling() -> Resampling {
+        Resampling { draws: 200, level: 0.95, seed: 0 }
+    }
+
+    #[test]
+    fn expected_best_by_hand() {
+        let values = [3.0, 1.0, 2.0];
+        assert!((expected_best(1, &values) - 2.0).abs() < 1e-12);
+        // Pairs {1,2}, {1,3}, {2,3}: maxima 2, 3, 3.
+        assert!((expected_best(2, &values) - 8.0 / 3.0).abs() < 1e-12);
+        assert!((expected_best(3, &values) - 3.0).abs() < 1e-12);
+        // Pairs of 4 values 0, 1, 2, 10: maxima 1, 2, 2, 10, 10, 10.
+        assert!((expected_best(2, &[10.0, 0.0, 2.0, 1.0]) - 35.0 / 6.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_gain_of_the_best_by_hand() {
+        // Ensemble scores: prompt 1: 0 and 2; prompt 2: 1 and 1.
+        let samples = vec![vec![[0.0; 3], [1.0, 2.0, 3.0]], vec![[1.0; 3], [0.0, 1.0, 2.0]]];
+        let best = BestOf::of(&samples, "a test", resampling()).unwrap();
+        assert_eq!((best.n, best.n_prompts, best.mean), (2, 2, 1.0));
+        assert_eq!(best.curve, [(1, 1.0), (2, 1.5)]);
+        assert_eq!(best.gain.estimate, 0.5);
+        // Action: maxima 1 and 1, means 0.5 and 0.5.
+        assert_eq!(best.gain_by_aspect[&Aspect::Action], 0.5);
+        assert!(BestOf::of(&[vec![[0.0; 3]]], "a test", resampling()).is_none());
+        assert!(BestOf::of(&[], "a test", resampling()).is_none());
+    }
+}

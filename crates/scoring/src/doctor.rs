@@ -1,0 +1,332 @@
+//! Why is the reward flat? The questions in the order in which they should be asked, one line each.
+//!
+//! A later step cannot work if an earlier one fails: cut replies make poor pairs, a judge that follows the order of
+//! presentation makes labels of noise, a reward model without accuracy gives PPO nothing to follow.
+
+use arete_records::Aspect;
+use arete_records::cli::printable;
+use arete_records::stats::Resampling;
+use serde::{Deserialize, Serialize};
+
+use crate::best_of::BestOf;
+use crate::judge::Verdicts;
+use crate::run_files::RunFiles;
+use crate::summary::{Scale, Scope};
+use crate::table::{interval, number, percent};
+
+/// Truncation above which pairs suffer, and above which they are mostly noise.
+const TRUNCATED: [f64; 2] = [0.05, 0.25];
+/// Swap consistency below which labels suffer, and below which they are mostly noise (a coin has ½).
+const CONSISTENT: [f64; 2] = [0.75, 0.6];
+/// KL (nats a conversation) below which the policy has hardly moved, and above which it has moved far (Ziegler et al. 2019
+/// aim at 6 for an answer).
+const KL: [f64; 3] = [0.05, 0.5, 30.0];
+/// Samples of a prompt that show whether the ensemble can tell them apart.
+const BEST_OF: usize = 16;
+
+/// How a step fares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grade {
+    /// Not the cause.
+    Ok,
+    /// Nothing is known, for lack of files.
+    Unknown,
+    /// May be part of the cause.
+    Warn,
+    /// Enough to explain a flat reward.
+    Bad,
+}
+
+impl Grade {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Unknown => "?",
+            Self::Warn => "warn",
+            Self::Bad => "bad",
+        }
+    }
+}
+
+/// One step of the diagnosis.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub step: String,
+    /// How it fares.
+    pub grade: Grade,
+    /// The numbers.
+    pub found: String,
+    /// What to change; empty if it fares well.
+    pub advice: String,
+}
+
+fn finding(step: &str, grade: Grade, found: String, advice: &str) -> Finding {
+    let advice = if grade == Grade::Ok { "" } else { advice };
+    Finding { step: step.to_owned(), grade, found, advice: advice.to_owned() }
+}
+
+fn unknown(step: &str, missing: &str, advice: &str) -> Finding {
+    finding(step, Grade::Unknown, missing.to_owned(), advice)
+}
+
+/// The whole diagnosis, in order.
+pub fn diagnose(run: &RunFiles) -> Vec<Finding> {
+    vec![
+        truncation(run),
+        swap_consistency(run),
+        reward_accuracy(run),
+        best_of(run),
+        kl(run),
+        score(run),
+    ]
+}
+
+/// The findings as text: one line each, what to change below.
+pub fn text(findings: &[Finding]) -> String {
+    let width = findings.iter().map(|finding| finding.step.chars().count()).max().unwrap_or(0);
+    let mut out = String::new();
+    for Finding { step, grade, found, advice } in findings {
+        out.push_str(&format!("{:<4}  {step:<width$}  {found}\n", grade.name()));
+        if !advice.is_empty() {
+            out.push_str(&format!("      {:<width$}  → {advice}\n", ""));
+        }
+    }
+    if let Some(first) = findings.iter().find(|finding| finding.grade == Grade::Bad) {
+        out.push_str(&format!("\nBegin with: {}.\n", first.step));
+    } else if let Some(first) = findings.iter().find(|finding| finding.grade == Grade::Warn) {
+        out.push_str(&format!("\nNothing is broken; the weakest step is the first to warn: {}.\n", first.step));
+    } else if findings.iter().all(|finding| finding.grade == Grade::Ok) {
+        out.push_str("\nNothing to change.\n");
+    }
+    printable(&out)
+}
+
+/// Falls with the value: `limits` = where `Warn` and `Bad` begin.
+fn grade_high(value: f64, [warn, bad]: [f64; 2]) -> Grade {
+    match value {
+        value if value > bad => Grade::Bad,
+        value if value > warn => Grade::Warn,
+        _ => Grade::Ok,
+    }
+}
+
+fn truncation(run: &RunFiles) -> Finding {
+    let step = "replies cut off";
+    let rates: Vec<(Aspect, f64)> =
+        Aspect::ALL.iter().filter_map(|&aspect| Some((aspect, run.truncated(aspect)?))).collect();
+    if rates.is_empty() {
+        return unknown(step, "no conversations", "run the stage `conversations`");
+    }
+    let worst = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+    let parts: Vec<String> = rates.iter().map(|(aspect, rate)| format!("{aspect} {}", percent(*rate))).collect();
+    finding(
+        step,
+        grade_high(worst, TRUNCATED),
+        format!("{} of the judged conversations", parts.join(", ")),
+        "raise max_new_tokens, fine-tune on demonstrations that end sooner, or drop cut replies (truncated = \"drop\")",
+    )
+}
+
+fn swap_consistency(run: &RunFiles) -> Finding {
+    let step = "judge, both orders";
+    let Some(rows) = run.judgements.as_ref().filter(|rows| !rows.is_empty()) else {
+        return unknown(step, "no judgements", "run the stage `preferences`");
+    };
+    let verdicts = Verdicts::of(rows.iter());
+    let (Some(consistency), Some(first)) = (verdicts.consistency(), verdicts.first_rate()) else {
+        let found = format!("judged by {}, which has no orders", rows[0].method);
+        return finding(step, Grade::Ok, found, "");
+    };
+    let [warn, bad] = CONSISTENT;
+    let grade = grade_high(-consistency, [-warn, -bad]);
+    finding(
+        step,
+        grade,
+        format!("the same answer in both orders {}, the first shown {}", percent(consistency), percent(first)),
+        "take a stronger judge (--judge), another method (calibrate them on labelled pairs), or a larger tie margin",
+    )
+}
+
+fn reward_accuracy(run: &RunFiles) -> Finding {
+    let step = "reward models";
+    let evaluations: Vec<_> = run
+        .rewards
+        .iter()
+        .filter_map(|(aspect, reward)| Some((*aspect, reward.evaluation.as_ref()?)))
+        .collect();
+    if evaluations.is_empty() {
+        return unknown(step, "no evaluation", "run the stage `reward` with validation pairs");
+    }
+    let mut worst = Grade::Ok;
+    let mut parts = Vec::new();
+    for (aspect, evaluation) in &evaluations {
+        let baseline = evaluation.shorter_answer.estimate.max(0.5);
+        let accuracy = &evaluation.accuracy;
+        worst = worst.max(if accuracy.low > baseline {
+            Grade::Ok
+        } else if accuracy.estimate > baseline {
+            Grade::Warn
+        } else {
+            Grade::Bad
+        });
+        parts.push(format!(
+            "{aspect} {} (shorter answer {}, n = {})",
+            percent(accuracy.estimate),
+            percent(evaluation.shorter_answer.estimate),
+            evaluation.n
+        ));
+    }
+    finding(
+        step,
+        worst,
+        parts.join(", "),
+        "more pairs, a LoRA-sized learning rate (1e-4) and enough steps, cleaner labels; an interval above the baseline needs \
+         more validation pairs too",
+    )
+}
+
+fn best_of(run: &RunFiles) -> Finding {
+    let step = format!("best of {BEST_OF}");
+    let resampling = Resampling::seeded(0);
+    let best = run.best_of.clone().or_else(|| BestOf::of_rollouts(&run.rollouts, resampling));
+    let Some(best) = best else {
+        return unknown(&step, "not measured", "run `doctor --best-of 16`: it needs the models");
+    };
+    // The best of n exceeds the mean by construction; what counts is by how much of the scores' spread.
+    let grade = match best.gain.estimate {
+        gain if gain < 0.2 => Grade::Bad,
+        gain if gain < 0.5 => Grade::Warn,
+        _ => Grade::Ok,
+    };
+    finding(
+        &format!("best of {}", best.n),
+        grade,
+        format!(
+            "{} standardised, {} prompts of {}",
+            interval(&best.gain, true),
+            best.n_prompts,
+            best.from
+        ),
+        "the ensemble hardly tells the policy's samples apart: raise the temperature, or train the reward models on pairs that \
+         differ more",
+    )
+}
+
+fn kl(run: &RunFiles) -> Finding {
+    let step = "KL at the end";
+    let Some(kl) = run.end_kl() else {
+        return unknown(step, "no PPO metrics", "run the stage `ppo`");
+    };
+    let [still, small, far] = KL;
+    let (grade, advice) = match kl {
+        kl if kl < still => (Grade::Bad, "the policy has not moved: raise learning_rate or iterations, lower kl_coef"),
+        kl if kl < small => (Grade::Warn, "the policy has hardly moved: more iterations, a higher learning_rate or a lower kl_coef"),
+        kl if kl > far => (Grade::Warn, "the policy is far from its start: read its replies, raise kl_coef or set a target KL"),
+        _ => (Grade::Ok, ""),
+    };
+    finding(step, grade, format!("{} nats a conversation", number(kl, false)), advice)
+}
+
+fn score(run: &RunFiles) -> Finding {
+    let step = "Score";
+    let last = run.scoring.as_ref().and_then(|scoring| {
+        let summary = &scoring.summary;
+        let last = summary.models.last()?;
+        let before = summary.models.iter().rev().nth(1)?;
+        let difference = summary.difference(&before.name, &last.name, Scale::Standardised, Scope::All)?;
+        Some((summary, difference))
+    });
+    let Some((summary, difference)) = last else {
+        return unknown(step, "no two models scored", "run the stage `scoring`");
+    };
+    let score = &difference.score;
+    let found = format!(
+        "{} − {}: {} standardised, {}/{}/{} better/same/worse",
+        difference.last,
+        difference.first,
+        interval(&score.interval, true),
+        difference.wins,
+        difference.ties,
+        difference.losses
+    );
+    if score.is_clear() {
+        let grade = if score.interval.estimate > 0.0 { Grade::Ok } else { Grade::Bad };
+        return finding(step, grade, found, "the policy got worse: lower learning_rate or raise kl_coef, and read its replies");
+    }
+    let n = summary.n_prompts as f64;
+    let effect = score.minimum_detectable_effect;
+    let ratio = if score.interval.estimate == 0.0 { f64::INFINITY } else { (effect / score.interval.estimate).powi(2) };
+    let advice = if ratio.is_finite() && score.interval.estimate > 0.0 && ratio * n < 100_000.0 {
+        format!(
+            "{n} prompts show a difference from {effect:.3} on; if it is as large as it looks, {:.0} would show it",
+            (ratio * n).ceil()
+        )
+    } else {
+        format!("{n} prompts show a difference from {effect:.3} on, and there is none of that size: mend the steps above first")
+    };
+    finding(step, Grade::Warn, found, &advice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_files::{Evaluation, Metrics, MetricsLine, Reward};
+    use arete_records::stats::Interval;
+
+    fn evaluation(low: f64, estimate: f64, shorter: f64) -> Evaluation {
+        let interval = |estimate: f64| Interval { estimate, low, high: 1.0 };
+        Evaluation {
+            split: "validation".to_owned(),
+            n: 100,
+            accuracy: interval(estimate),
+            shorter_answer: Interval { estimate: shorter, low: 0.0, high: 1.0 },
+            lead_over_shorter_answer: interval(0.0),
+            expected_calibration_error: 0.1,
+            pearson_score_length: None,
+            mean_margin: 0.0,
+        }
+    }
+
+    #[test]
+    fn an_empty_run_knows_nothing() {
+        let findings = diagnose(&RunFiles::default());
+        assert_eq!(findings.len(), 6);
+        assert!(findings.iter().all(|f| f.grade == Grade::Unknown && !f.advice.is_empty()));
+    }
+
+    #[test]
+    fn a_reward_model_must_beat_the_shorter_answer() {
+        let grade = |evaluation| {
+            let mut run = RunFiles::default();
+            let reward = Reward { evaluation: Some(evaluation), ..Reward::default() };
+            run.rewards.insert(Aspect::Action, reward);
+            reward_accuracy(&run).grade
+        };
+        assert_eq!(grade(evaluation(0.62, 0.7, 0.55)), Grade::Ok);
+        assert_eq!(grade(evaluation(0.53, 0.6, 0.55)), Grade::Warn);
+        assert_eq!(grade(evaluation(0.45, 0.54, 0.55)), Grade::Bad);
+        // A baseline below a coin is a coin.
+        assert_eq!(grade(evaluation(0.4, 0.49, 0.3)), Grade::Bad);
+    }
+
+    #[test]
+    fn a_policy_that_stayed_is_seen() {
+        let grade = |kl| {
+            let values = [("objective/kl".to_owned(), kl)].into();
+            let ppo = Some(Metrics { lines: vec![MetricsLine { step: 1, values }] });
+            super::kl(&RunFiles { ppo, ..RunFiles::default() }).grade
+        };
+        assert_eq!([grade(0.0), grade(0.2), grade(6.0), grade(80.0)], [Grade::Bad, Grade::Warn, Grade::Ok, Grade::Warn]);
+    }
+
+    #[test]
+    fn findings_are_lines_and_the_first_bad_one_leads() {
+        let findings = [
+            finding("a", Grade::Ok, "fine".to_owned(), "unused"),
+            finding("bb", Grade::Bad, "broken".to_owned(), "mend it"),
+        ];
+        assert_eq!(text(&findings), "ok    a   fine\nbad   bb  broken\n          → mend it\n\nBegin with: bb.\n");
+    }
+}

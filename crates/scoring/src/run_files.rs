@@ -1,0 +1,417 @@
+//! What a run directory holds: every stage's files, read if they are there.
+//!
+//! A stage that was not run is `None`, not an error; a file that is there but damaged is an error that names it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use arete_records::parquet::{self, Row};
+use arete_records::rows::{
+    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
+};
+use arete_records::run::RunJson;
+use arete_records::stats::Interval;
+use arete_records::{Aspect, FinishReason, Split};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::Error;
+use crate::best_of::BestOf;
+use crate::rewards::ScoreStats;
+use crate::score;
+use crate::summary::Summary;
+
+/// Largest text file that is read, in bytes.
+const MAX_TEXT_BYTES: u64 = 256 << 20;
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MetricsLine {
+    /// Its step.
+    pub step: u64,
+    /// Its numbers; what was not finite is absent.
+    pub values: BTreeMap<String, f64>,
+}
+
+/// The numbers of a training run, by step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metrics {
+    /// In file order.
+    pub lines: Vec<MetricsLine>,
+}
+
+impl Metrics {
+    /// (step, value) of the first of these names that occurs.
+    pub fn curve(&self, names: &[&str]) -> Vec<(f64, f64)> {
+        let Some(name) = names.iter().find(|name| self.has(name)) else { return Vec::new() };
+        self.lines
+            .iter()
+            .filter_map(|line| Some((line.step as f64, *line.values.get(*name)?)))
+            .collect()
+    }
+
+    /// Whether a name occurs.
+    pub fn has(&self, name: &str) -> bool {
+        self.lines.iter().any(|line| line.values.contains_key(name))
+    }
+
+    /// The last value of the first of these names that occurs.
+    pub fn last(&self, names: &[&str]) -> Option<f64> {
+        self.curve(names).last().map(|(_, value)| *value)
+    }
+}
+
+/// A finished stage, for the page's provenance.
+#[derive(Clone, Debug)]
+pub struct StageRecord {
+    /// Its directory inside the run (`sft`, `reward/action`).
+    pub dir: String,
+    /// What it recorded; none if it was not run, or not to its end.
+    pub run: Option<RunJson>,
+    /// Whether its directory holds anything.
+    pub begun: bool,
+}
+
+/// The contents of a reward model's `evaluation.json`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Evaluation {
+    /// What it was evaluated on.
+    pub split: String,
+    /// Number of pairs.
+    pub n: usize,
+    /// Part of the pairs whose chosen side scores higher.
+    pub accuracy: Interval,
+    /// The same for always choosing the shorter answer.
+    pub shorter_answer: Interval,
+    /// `accuracy − shorter_answer`.
+    pub lead_over_shorter_answer: Interval,
+    /// Gap between stated probability and observed frequency.
+    pub expected_calibration_error: f64,
+    /// Correlation of score with length; null if either does not vary.
+    pub pearson_score_length: Option<f64>,
+    /// Mean lead of the chosen side.
+    pub mean_margin: f64,
+}
+
+/// A reward model's files.
+#[derive(Clone, Debug, Default)]
+pub struct Reward {
+    /// Its training.
+    pub metrics: Metrics,
+    /// How good it is; none if there were no validation pairs.
+    pub evaluation: Option<Evaluation>,
+    /// Where its scores lie.
+    pub stats: Option<ScoreStats>,
+}
+
+/// The files of `score`.
+#[derive(Clone, Debug)]
+pub struct Scoring {
+    /// What is said about the models.
+    pub summary: Summary,
+    /// Every score.
+    pub scores: Vec<ScoreRow>,
+    /// Replies of each model, in the summary's order.
+    pub replies: Vec<(String, Vec<ConversationRow>)>,
+}
+
+/// Everything a run directory holds.
+#[derive(Clone, Debug, Default)]
+pub struct RunFiles {
+    /// The run's name: the directory's last part.
+    pub name: String,
+    /// Every stage, in order.
+    pub stages: Vec<StageRecord>,
+    /// `prompts.parquet`.
+    pub prompts: Option<Vec<PromptRow>>,
+    /// `demonstrations.parquet`.
+    pub demonstrations: Option<Vec<DemonstrationRow>>,
+    /// Training of the SFT model.
+    pub sft: Option<Metrics>,
+    /// `conversations.parquet`.
+    pub conversations: Option<Vec<ConversationRow>>,
+    /// `judgements.parquet`.
+    pub judgements: Option<Vec<JudgementRow>>,
+    /// `preferences/<aspect>/<split>.parquet`.
+    pub preferences: BTreeMap<(Aspect, Split), Vec<PreferenceRow>>,
+    /// `reward/<aspect>`.
+    pub rewards: BTreeMap<Aspect, Reward>,
+    /// Training of the policy.
+    pub ppo: Option<Metrics>,
+    /// All files of `ppo/rollouts`, by iteration.
+    pub rollouts: Vec<RolloutRow>,
+    /// `scoring`.
+    pub scoring: Option<Scoring>,
+    /// `best-of`.
+    pub best_of: Option<BestOf>,
+}
+
+/// Directories of a run that hold a stage, in the pipeline's order.
+pub const STAGE_DIRS: [&str; 13] = [
+    "prompts",
+    "demonstrations",
+    "sft",
+    "conversations",
+    "preferences",
+    "calibration",
+    "reward/action",
+    "reward/motivation",
+    "reward/consequence",
+    "yardstick",
+    "ppo",
+    "best-of",
+    "scoring",
+];
+
+impl RunFiles {
+    /// Reads a run directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if the directory is none or holds no stage; [`Error::Records`], [`Error::File`] if a file that is
+    /// there is damaged; [`Error::Io`].
+    pub fn read(run: &Path) -> Result<Self, Error> {
+        let at = |name: &str| run.join(name);
+        let stages: Vec<StageRecord> =
+            STAGE_DIRS.iter().map(|dir| stage(run, dir)).collect::<Result<_, _>>()?;
+        if !stages.iter().any(|stage| stage.begun) {
+            return Err(Error::File {
+                path: run.to_owned(),
+                field: "stages".to_owned(),
+                expected: format!("the directory of a run, with any of {}", STAGE_DIRS.join(", ")),
+                found: if run.is_dir() { "none of them" } else { "no directory" }.to_owned(),
+            });
+        }
+        let mut preferences = BTreeMap::new();
+        for aspect in Aspect::ALL {
+            for split in Split::ALL {
+                let path = at("preferences").join(aspect.name()).join(format!("{split}.parquet"));
+                if let Some(rows) = rows(&path)? {
+                    preferences.insert((aspect, split), rows);
+                }
+            }
+        }
+        let mut rewards = BTreeMap::new();
+        for aspect in Aspect::ALL {
+            let dir = at("reward").join(aspect.name());
+            let metrics = metrics(&dir)?;
+            let evaluation = json(&dir.join("evaluation.json"))?;
+            let stats = ScoreStats::read(&dir)?;
+            if metrics.is_some() || evaluation.is_some() || stats.is_some() {
+                let metrics = metrics.unwrap_or_default();
+                rewards.insert(aspect, Reward { metrics, evaluation, stats });
+            }
+        }
+        let name = fs_err::canonicalize(run)?;
+        Ok(Self {
+            name: name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            stages,
+            prompts: rows(&at("prompts/prompts.parquet"))?,
+            demonstrations: rows(&at("demonstrations/demonstrations.parquet"))?,
+            sft: metrics(&at("sft"))?,
+            conversations: rows(&at("conversations/conversations.parquet"))?,
+            judgements: rows(&at("preferences/judgements.parquet"))?,
+            preferences,
+            rewards,
+            ppo: metrics(&at("ppo"))?,
+            rollouts: rollouts(&at("ppo/rollouts"))?,
+            scoring: scoring(&at("scoring"))?,
+            best_of: json(&at("best-of/best_of.json"))?,
+        })
+    }
+
+    /// The record of a stage's directory.
+    pub fn stage(&self, dir: &str) -> Option<&RunJson> {
+        self.stages.iter().find(|stage| stage.dir == dir)?.run.as_ref()
+    }
+
+    /// Part of the conversations' replies of an aspect that the token limit cut; none without conversations.
+    pub fn truncated(&self, aspect: Aspect) -> Option<f64> {
+        let rows = self.conversations.as_ref().filter(|rows| !rows.is_empty())?;
+        let is_cut = |row: &&ConversationRow| row.finish_reason(aspect) == FinishReason::Length;
+        Some(rows.iter().filter(is_cut).count() as f64 / rows.len() as f64)
+    }
+
+    /// KL of policy and reference in the last iteration logged (or kept), nats a conversation.
+    pub fn end_kl(&self) -> Option<f64> {
+        let logged = self.ppo.as_ref().and_then(|metrics| metrics.last(&["objective/kl"]));
+        logged.or_else(|| self.rollout_curve(|row| Some(f64::from(row.kl))).last().map(|(_, kl)| *kl))
+    }
+
+    /// Numbers of every PPO iteration that its rollouts show: mean of `value` over the rows that have one.
+    pub fn rollout_curve(&self, value: impl Fn(&RolloutRow) -> Option<f64>) -> Vec<(f64, f64)> {
+        let mut by_iteration: BTreeMap<i32, (f64, f64)> = BTreeMap::new();
+        for row in &self.rollouts {
+            if let Some(value) = value(row) {
+                let (sum, n) = by_iteration.entry(row.iteration).or_default();
+                *sum += value;
+                *n += 1.0;
+            }
+        }
+        by_iteration.into_iter().map(|(at, (sum, n))| (f64::from(at), sum / n)).collect()
+    }
+}
+
+/// Score, standardised score, tokens and end of a rollout's reply.
+#[derive(Clone, Copy, Debug)]
+pub struct RolloutReply {
+    /// Standardised score.
+    pub z: Option<f64>,
+    /// Tokens sampled.
+    pub n_tokens: Option<f64>,
+    /// 1 if the token limit cut it, else 0.
+    pub truncated: Option<f64>,
+}
+
+/// The reply of one aspect.
+pub fn rollout_reply(row: &RolloutRow, aspect: Aspect) -> RolloutReply {
+    let (z, n_tokens, finish_reason) = match aspect {
+        Aspect::Action => (row.z_action, row.n_tokens_action, row.finish_reason_action),
+        Aspect::Motivation => {
+            (row.z_motivation, row.n_tokens_motivation, row.finish_reason_motivation)
+        }
+        Aspect::Consequence => {
+            (row.z_consequence, row.n_tokens_consequence, row.finish_reason_consequence)
+        }
+    };
+    RolloutReply {
+        z: z.map(f64::from),
+        n_tokens: n_tokens.map(f64::from),
+        truncated: finish_reason.map(|reason| f64::from(u8::from(reason == FinishReason::Length))),
+    }
+}
+
+fn stage(run: &Path, dir: &str) -> Result<StageRecord, Error> {
+    let path = run.join(dir);
+    let finished = path.join("run.json").is_file();
+    Ok(StageRecord {
+        dir: dir.to_owned(),
+        run: if finished { Some(RunJson::read(&path)?) } else { None },
+        begun: path.is_dir(),
+    })
+}
+
+fn rows<T: Row>(path: &Path) -> Result<Option<Vec<T>>, Error> {
+    Ok(if path.is_file() { Some(parquet::read(path)?) } else { None })
+}
+
+fn text(path: &Path) -> Result<Option<String>, Error> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let size = fs_err::metadata(path)?.len();
+    if size > MAX_TEXT_BYTES {
+        return Err(Error::File {
+            path: path.to_owned(),
+            field: "size".to_owned(),
+            expected: format!("at most {MAX_TEXT_BYTES} bytes"),
+            found: size.to_string(),
+        });
+    }
+    Ok(Some(fs_err::read_to_string(path)?))
+}
+
+fn json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+    let Some(text) = text(path)? else { return Ok(None) };
+    serde_json::from_str(&text).map(Some).map_err(|error| Error::File {
+        path: path.to_owned(),
+        field: "JSON".to_owned(),
+        expected: "what the stage writes".to_owned(),
+        found: error.to_string(),
+    })
+}
+
+fn metrics(dir: &Path) -> Result<Option<Metrics>, Error> {
+    let path = dir.join("metrics.jsonl");
+    let Some(text) = text(&path)? else { return Ok(None) };
+    let mut lines = Vec::new();
+    let n_lines = text.lines().count();
+    for (idx, line) in text.lines().enumerate() {
+        let parsed = serde_json::from_str::<Map<String, Value>>(line).ok().and_then(|object| {
+            let step = object.get("step")?.as_u64()?;
+            let values = object
+                .iter()
+                .filter(|(name, _)| *name != "step")
+                .filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)))
+                .collect();
+            Some(MetricsLine { step, values })
+        });
+        match parsed {
+            Some(line) => lines.push(line),
+            // A run that is still going on, or was killed, may leave half a line at the end.
+            None if idx + 1 == n_lines => {}
+            None => {
+                return Err(Error::File {
+                    path,
+                    field: format!("line {}", idx + 1),
+                    expected: "an object with a number `step`".to_owned(),
+                    found: line.chars().take(100).collect(),
+                });
+            }
+        }
+    }
+    Ok(Some(Metrics { lines }))
+}
+
+fn rollouts(dir: &Path) -> Result<Vec<RolloutRow>, Error> {
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut paths: Vec<PathBuf> = Vec::new();
+    for entry in fs_err::read_dir(dir)? {
+        let path = entry?.path();
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if !hidden && path.extension().is_some_and(|extension| extension == "parquet") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let mut rows: Vec<RolloutRow> = Vec::new();
+    for path in paths {
+        rows.extend(parquet::read::<RolloutRow>(&path)?);
+    }
+    rows.sort_by_key(|row| row.iteration);
+    Ok(rows)
+}
+
+fn scoring(dir: &Path) -> Result<Option<Scoring>, Error> {
+    // The summary is written last: without it the other files may be half of the story.
+    let Some(summary) = json::<Summary>(&dir.join(score::SUMMARY))? else { return Ok(None) };
+    let scores = parquet::read(dir.join(score::SCORES))?;
+    let mut replies = Vec::new();
+    for model in &summary.models {
+        let path = dir.join(score::REPLIES).join(format!("{}.parquet", model.name));
+        replies.push((model.name.clone(), parquet::read(path)?));
+    }
+    Ok(Some(Scoring { summary, scores, replies }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_read_up_to_a_half_written_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        fs_err::write(&path, "{\"step\":1,\"a\":0.5,\"b\":null}\n{\"step\":2,\"a\":1.5}\n{\"step\":3,\"a\"").unwrap();
+        let metrics = metrics(dir.path()).unwrap().unwrap();
+        assert_eq!(metrics.curve(&["b", "a"]), [(1.0, 0.5), (2.0, 1.5)]);
+        assert_eq!(metrics.last(&["a"]), Some(1.5));
+        assert!(!metrics.has("b") && metrics.last(&["b"]).is_none());
+        fs_err::write(&path, "nonsense\n{\"step\":2}\n").unwrap();
+        let error = super::metrics(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("line 1: expected an object"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_without_stages_is_no_run() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(RunFiles::read(dir.path()).unwrap_err().to_string().contains("none of them"));
+        assert!(RunFiles::read(&dir.path().join("x")).unwrap_err().to_string().contains("no directory"));
+        fs_err::create_dir(dir.path().join("prompts")).unwrap();
+        let files = RunFiles::read(dir.path()).unwrap();
+        assert!(files.prompts.is_none() && files.scoring.is_none());
+    }
+}
