@@ -1,0 +1,218 @@
+//! The program itself: killed at any moment it ends with the same bytes; signals, a full disk and bad input leave clear
+//! errors and the last checkpoint. `ARETE_KILLS` sets the number of kills (default 3).
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
+}
+
+/// Sixty short conversations, forty-eight of them to train on.
+fn demonstrations(dir: &Path) -> PathBuf {
+    let path = dir.join("demonstrations.jsonl");
+    let endings = ["with care.", "today.", "in plain words.", "and listen."];
+    let lines: Vec<String> = (0..60)
+        .map(|i| {
+            let split = if i % 5 == 4 { "validation" } else { "train" };
+            serde_json::json!({
+                "messages": [
+                    {"role": "user", "content": format!("Question number {i}?")},
+                    {"role": "assistant", "content": format!("I should plan it {}", endings[i % 4])},
+                ],
+                "split": split,
+            })
+            .to_string()
+        })
+        .collect();
+    fs_err::write(&path, lines.join("\n")).unwrap();
+    path
+}
+
+fn arguments(data: &Path, output: &Path) -> Vec<String> {
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let mut arguments = vec!["train".to_owned()];
+    for (flag, value) in [
+        ("--demonstrations", path(data)),
+        ("--model", path(&model())),
+        ("--output", path(output)),
+        ("--rank", "2".to_owned()),
+        ("--epochs", "4".to_owned()),
+        ("--batch-size", "6".to_owned()),
+        ("--micro-batch-tokens", "100".to_owned()),
+        ("--checkpoint-every", "2".to_owned()),
+        ("--eval-every", "5".to_owned()),
+        ("--dtype", "f32".to_owned()),
+        ("--threads", "1".to_owned()),
+        ("--select", "best".to_owned()),
+    ] {
+        arguments.extend([flag.to_owned(), value]);
+    }
+    arguments
+}
+
+fn program(data: &Path, output: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-sft"));
+    command.args(arguments(data, output)).stderr(Stdio::piped()).stdout(Stdio::null());
+    command
+}
+
+fn succeed(data: &Path, output: &Path) {
+    let done = program(data, output).output().unwrap();
+    assert!(done.status.success(), "{}", message(&done));
+}
+
+fn message(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Every file whose bytes are promised.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    for entry in fs_err::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            let inner = files(&path).into_iter();
+            out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if !name.starts_with('.') && name != "timings.jsonl" && !name.contains("tfevents") {
+            out.insert(name, fs_err::read(&path).unwrap());
+        }
+    }
+    out
+}
+
+fn assert_same_files(a: &Path, b: &Path) {
+    let (a, b) = (files(a), files(b));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, bytes) in &a {
+        assert!(bytes == &b[name], "{name} differs");
+    }
+    assert!(a.contains_key("run.json") && a.contains_key("adapter/adapter_model.safetensors"));
+}
+
+fn n_lines(path: &Path) -> usize {
+    fs_err::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+/// Starts the program and waits until it has logged `n` lines (or ended).
+fn start_until(data: &Path, output: &Path, n: usize) -> std::process::Child {
+    let mut child = program(data, output).spawn().unwrap();
+    let started = Instant::now();
+    while n_lines(&output.join("metrics.jsonl")) < n && child.try_wait().unwrap().is_none() {
+        assert!(started.elapsed() < Duration::from_secs(120), "no progress");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+#[test]
+fn killed_at_any_moment_it_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = demonstrations(dir.path());
+    let whole = dir.path().join("whole");
+    succeed(&data, &whole);
+    let n_kills = std::env::var("ARETE_KILLS").map_or(3, |kills| kills.parse().unwrap());
+    let killed = dir.path().join("killed");
+    let mut n_interrupted = 0;
+    for kill in 0..n_kills {
+        // 38 lines in all; the waits in microseconds are arbitrary.
+        let mut child = start_until(&data, &killed, 2 + 36 * kill / n_kills.max(1));
+        std::thread::sleep(Duration::from_micros(7919 * (kill as u64 + 1) % 20_000));
+        child.kill().unwrap();
+        n_interrupted += usize::from(child.wait().unwrap().signal() == Some(9));
+    }
+    assert!(n_interrupted > 0, "every run ended before it was killed");
+    succeed(&data, &killed);
+    assert_same_files(&whole, &killed);
+
+    // Nothing left to do.
+    let again = program(&data, &killed).output().unwrap();
+    assert!(again.status.success() && message(&again).contains("up to date"));
+}
+
+#[test]
+fn a_signal_ends_it_with_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = demonstrations(dir.path());
+    let output = dir.path().join("run");
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let child = start_until(&data, &output, 3 + n_lines(&output.join("metrics.jsonl")));
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+        let done = child.wait_with_output().unwrap();
+        assert_eq!(done.status.code(), Some(code), "{}", message(&done));
+        assert!(message(&done).contains("interrupted by SIG"), "{}", message(&done));
+    }
+    succeed(&data, &output);
+    let whole = dir.path().join("whole");
+    succeed(&data, &whole);
+    assert_same_files(&whole, &output);
+}
+
+#[test]
+fn a_full_disk_leaves_the_last_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = demonstrations(dir.path());
+    let output = dir.path().join("run");
+    let mut child = start_until(&data, &output, 7);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let before = files(&output);
+    assert!(before.keys().any(|name| name.ends_with("MANIFEST.json")));
+    // No file may grow beyond 20 blocks of 512 bytes: the checkpoint cannot be written.
+    let quoted: Vec<String> =
+        arguments(&data, &output).iter().map(|argument| format!("'{argument}'")).collect();
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 20; exec '{}' {}",
+        env!("CARGO_BIN_EXE_arete-sft"),
+        quoted.join(" ")
+    );
+    let full = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert_eq!(full.status.code(), Some(74), "{}", message(&full));
+    assert!(message(&full).contains("tensors.safetensors"), "{}", message(&full));
+    let after = files(&output);
+    for (name, bytes) in before.iter().filter(|(name, _)| name.starts_with("checkpoint-")) {
+        assert_eq!(after.get(name), Some(bytes), "{name}");
+    }
+    succeed(&data, &output);
+    let whole = dir.path().join("whole");
+    succeed(&data, &whole);
+    assert_same_files(&whole, &output);
+}
+
+#[test]
+fn bad_input_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("run");
+    let refuse = |rows: &str, code: i32, expected: &str| {
+        let data = dir.path().join("rows.jsonl");
+        fs_err::write(&data, rows).unwrap();
+        let done = program(&data, &output).output().unwrap();
+        assert_eq!(done.status.code(), Some(code), "{}", message(&done));
+        assert!(message(&done).contains(expected), "{}", message(&done));
+        assert!(!output.join("run.json").exists());
+    };
+    refuse("", 65, "no demonstrations to train on: 0 rows");
+    let validation_only = r#"{"prompt": "a", "completion": "b", "split": "validation"}"#;
+    refuse(validation_only, 65, "no demonstrations to train on: 1 rows");
+    refuse(r#"{"prompt": "a"}"#, 65, "row 1: completion: expected");
+    refuse("{", 65, "rows.jsonl:1: expected one JSON value");
+
+    let data = demonstrations(dir.path());
+    let missing = Command::new(env!("CARGO_BIN_EXE_arete-sft"))
+        .args(["train", "--demonstrations", data.to_str().unwrap()])
+        .args(["--output", output.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(message(&missing).contains("model: expected a model to start from, got none"));
+    let recipe = dir.path().join("recipe.toml");
+    fs_err::write(&recipe, "[sft]\nlearning_rat = 1.0\n").unwrap();
+    let unknown = program(&data, &output).arg("--recipe").arg(&recipe).output().unwrap();
+    assert_eq!(unknown.status.code(), Some(65));
+    assert!(message(&unknown).contains("did you mean `learning_rate`?"), "{}", message(&unknown));
+}
