@@ -49,6 +49,13 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+// Byte i of the result is the one of the eight bytes (a's, then b's) that nibble i of the selector names.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return out;
+}
 inline float __shfl_xor_sync(uint32_t mask, float value, int offset) {
   return __uint_as_float(simt::shuffle_xor(mask, __float_as_uint(value), offset));
 }
