@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use arete_records::atomic;
 use serde_json::{Map, Value};
 use tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::split::SplitPattern;
@@ -389,7 +390,7 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if a file cannot be written.
+    /// [`Error::Records`] if a file cannot be written.
     pub fn save(&self, directory: &Path) -> Result<(), Error> {
         let inner = &*self.0;
         let json = match &inner.json {
@@ -416,11 +417,11 @@ impl Tokenizer {
         if let Some(template) = &inner.template {
             // The sidecar wins where both are known; transformers before 4.47 reads the key only.
             config.insert("chat_template".to_owned(), Value::String(template.clone()));
-            fs_err::write(directory.join(TEMPLATE_FILE), template)?;
+            atomic::write(&directory.join(TEMPLATE_FILE), template.as_bytes())?;
         }
-        fs_err::write(directory.join(TOKENIZER_FILE), json)?;
-        fs_err::write(directory.join(CONFIG_FILE), pretty(config))?;
-        fs_err::write(directory.join(SPECIAL_FILE), pretty(special_map))?;
+        atomic::write(&directory.join(TOKENIZER_FILE), &json)?;
+        atomic::write(&directory.join(CONFIG_FILE), pretty(config).as_bytes())?;
+        atomic::write(&directory.join(SPECIAL_FILE), pretty(special_map).as_bytes())?;
         Ok(())
     }
 }

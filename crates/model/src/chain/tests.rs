@@ -34,7 +34,7 @@ fn mistral_published() -> Tokenizer {
 
 fn turns(texts: &[&str]) -> Vec<Message> {
     let role = |i: usize, text: &&str| {
-        if i % 2 == 0 { Message::user(*text) } else { Message::assistant(*text) }
+        if i.is_multiple_of(2) { Message::user(*text) } else { Message::assistant(*text) }
     };
     texts.iter().enumerate().map(|(i, text)| role(i, text)).collect()
 }
