@@ -240,8 +240,9 @@ fn read_meta(
     let path = directory.join(META_FILE);
     if path.is_file() {
         let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
-        return serde_json::from_value(Value::Object(map))
-            .map_err(|error| Error::field(&path, "content", "an adapter's base", error.to_string()));
+        return serde_json::from_value(Value::Object(map)).map_err(|error| {
+            Error::field(&path, "content", "an adapter's base", error.to_string())
+        });
     }
     let base = config.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or_default();
     Ok(AdapterMeta {

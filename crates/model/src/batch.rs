@@ -107,7 +107,8 @@ impl Batch {
 
     /// [`Batch::predecessor`] of every row.
     pub fn predecessors(&self) -> Vec<Option<usize>> {
-        let mut out: Vec<Option<usize>> = (0..self.n_tokens()).map(|row| row.checked_sub(1)).collect();
+        let mut out: Vec<Option<usize>> =
+            (0..self.n_tokens()).map(|row| row.checked_sub(1)).collect();
         for segment in &self.segments {
             out[segment.rows.start] =
                 segment.parent.map(|parent| self.segments[parent].rows.end - 1);

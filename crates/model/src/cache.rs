@@ -44,15 +44,6 @@ impl Cache {
     pub(crate) fn release(&mut self, run: Run) {
         self.free.release(run);
     }
-
-    /// Bytes of a slot over all layers.
-    pub(crate) fn slot_bytes(decoder: &Decoder) -> usize {
-        let config = decoder.config();
-        2 * config.num_layers
-            * config.num_kv_heads
-            * config.head_size
-            * decoder.kind().elt_size_in_bytes()
-    }
 }
 
 /// Free runs in rising order, neighbours joined; allocation is first fit, hence deterministic.
@@ -82,7 +73,8 @@ impl FreeList {
         let idx = self.0.partition_point(|free| free.start < run.start);
         self.0.insert(idx, run);
         for at in [idx, idx.wrapping_sub(1)] {
-            if let Some([left, right]) = self.0.get(at..=at.wrapping_add(1)).map(|pair| [pair[0], pair[1]])
+            if let Some([left, right]) =
+                self.0.get(at..=at.wrapping_add(1)).map(|pair| [pair[0], pair[1]])
                 && left.start + left.length == right.start
             {
                 self.0[at].length += right.length;

@@ -177,8 +177,7 @@ impl Decoder {
         let loader = Loader { checkpoint, options, config: &config };
         let (hidden, vocabulary) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = loader.dense("model.embed_tokens.weight", &[vocabulary, hidden])?;
-        let progress =
-            arete_records::cli::progress("loading", "layers", config.num_layers as u64);
+        let progress = arete_records::cli::progress("loading", "layers", config.num_layers as u64);
         let mut layers = Vec::with_capacity(config.num_layers);
         let mut packed_in_checkpoint = false;
         for idx in 0..config.num_layers {
@@ -194,8 +193,7 @@ impl Decoder {
             loader.dense("lm_head.weight", &[vocabulary, hidden])?
         };
         let cos_sin = rotary_table(&config).to_device(options.device);
-        let quantization =
-            options.nf4.or_else(|| packed_in_checkpoint.then(Nf4Options::default));
+        let quantization = options.nf4.or_else(|| packed_in_checkpoint.then(Nf4Options::default));
         Ok(Self {
             device: options.device,
             kind: options.dtype,
@@ -309,8 +307,7 @@ impl Decoder {
             if keep {
                 inputs.push(hidden.shallow_clone());
             }
-            let prepared =
-                adapter.map(|adapter| adapter.prepare(&self.config, idx, self.kind));
+            let prepared = adapter.map(|adapter| adapter.prepare(&self.config, idx, self.kind));
             let attend = |qkv: &Tensor| self.attend(qkv, &positions, &batch.tables);
             let (stream, added) =
                 self.block(idx, &hidden, delta.as_ref(), prepared.as_ref(), attend)?;
@@ -345,7 +342,8 @@ impl Decoder {
         let delta = layer.output.apply(&mixed, adapter.and_then(|a| a.output.as_ref()), packed)?; // [N, D]
         let (normal, hidden) =
             ops::rms_norm(&hidden, Some(&delta), &layer.post_attention_norm, eps)?;
-        let gate_up = layer.gate_up.apply(&normal, adapter.and_then(|a| a.gate_up.as_ref()), packed)?; // [N, 2F]
+        let gate_up =
+            layer.gate_up.apply(&normal, adapter.and_then(|a| a.gate_up.as_ref()), packed)?; // [N, 2F]
         let inner = ops::swiglu(&gate_up)?; // [N, F]
         let delta = layer.down.apply(&inner, adapter.and_then(|a| a.down.as_ref()), packed)?; // [N, D]
         Ok((hidden, delta))

@@ -273,9 +273,8 @@ fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
 
 /// Slots for `max_rows` sequences of the largest requests, or for all of them if that is less.
 fn capacity(requests: &[Request], max_rows: usize) -> usize {
-    let slots = |request: &Request| {
-        request.prompt_ids.len() + request.streams.len() * own_slots(request)
-    };
+    let slots =
+        |request: &Request| request.prompt_ids.len() + request.streams.len() * own_slots(request);
     let all: usize = requests.iter().map(slots).sum();
     let largest = requests.iter().map(slots).max().unwrap_or(0);
     let per_row = requests
@@ -360,7 +359,8 @@ impl Engine<'_> {
         let mut rows = Rows::default();
         let mut last_rows = Vec::new(); // one per active sequence
         for sequence in &mut self.active {
-            let prefix = self.prefixes[sequence.prefix].as_ref().expect("prefixes outlive their users");
+            let prefix =
+                self.prefixes[sequence.prefix].as_ref().expect("prefixes outlive their users");
             let n = sequence.pending.len();
             let own = Run { start: sequence.own.start, length: sequence.cached + n };
             let row = rows.push(
@@ -394,7 +394,10 @@ impl Engine<'_> {
         {
             if !logprob.is_finite() {
                 return Err(Error::NonFinite {
-                    what: format!("log-probability of a sampled token (request {})", sequence.request),
+                    what: format!(
+                        "log-probability of a sampled token (request {})",
+                        sequence.request
+                    ),
                 });
             }
             sequence.current.token_ids.push(token);
@@ -551,7 +554,9 @@ impl Engine<'_> {
             let adapter = self.prepared.as_ref().map(|layers| &layers[idx]);
             let attend = |qkv: &Tensor| {
                 let (cos_sin, config) = (decoder.cos_sin(), decoder.config());
-                ops::cached_attention(qkv, &positions, cos_sin, &tables, &slots, keys, values, config)
+                ops::cached_attention(
+                    qkv, &positions, cos_sin, &tables, &slots, keys, values, config,
+                )
             };
             let (stream, added) = decoder.block(idx, &hidden, delta.as_ref(), adapter, attend)?;
             (hidden, delta) = (stream, Some(added));

@@ -16,7 +16,17 @@ use crate::config::ModelConfig;
 
 /// A linear layer of a decoder block.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
@@ -175,7 +185,8 @@ impl Adapter {
         for (layer, pairs) in self.layers.iter().enumerate() {
             for (target, pair) in Target::ALL.iter().zip(pairs) {
                 if let Some(pair) = pair {
-                    let module = format!("base_model.model.model.layers.{layer}.{}", target.module());
+                    let module =
+                        format!("base_model.model.model.layers.{layer}.{}", target.module());
                     out.push((format!("{module}.lora_A.weight"), pair.lora_a.shallow_clone()));
                     out.push((format!("{module}.lora_B.weight"), pair.lora_b.shallow_clone()));
                 }

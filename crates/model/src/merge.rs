@@ -142,7 +142,13 @@ struct ShardWriter<'a> {
 
 impl<'a> ShardWriter<'a> {
     fn new(directory: &'a Path) -> Self {
-        Self { directory, pending: Vec::new(), pending_bytes: 0, total_bytes: 0, shards: Vec::new() }
+        Self {
+            directory,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            total_bytes: 0,
+            shards: Vec::new(),
+        }
     }
 
     fn push(&mut self, name: String, tensor: Tensor) -> Result<(), Error> {

@@ -95,7 +95,14 @@ impl Nf4Tensor {
         ops::nf4_quantize(&weight.to_device(tch::Device::Cpu), block_size, &codes, &absmax)?;
         let absmax =
             if options.double_quantize { NestedAbsmax::quantize(&absmax).expand() } else { absmax };
-        Ok(Self { codes, absmax, codebook: Tensor::from_slice(&CODEBOOK), outputs, inputs, block_size })
+        Ok(Self {
+            codes,
+            absmax,
+            codebook: Tensor::from_slice(&CODEBOOK),
+            outputs,
+            inputs,
+            block_size,
+        })
     }
 
     /// The matrix `[out, in]` in `kind` (f32 or bf16).

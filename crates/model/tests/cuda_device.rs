@@ -41,7 +41,8 @@ fn assert_equal(name: &str, got: &Tensor, expected: &Tensor) {
 }
 
 fn assert_close(name: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
-    let (got, expected) = (got.to_device(Device::Cpu).to_kind(Kind::Double), expected.to_kind(Kind::Double));
+    let (got, expected) =
+        (got.to_device(Device::Cpu).to_kind(Kind::Double), expected.to_kind(Kind::Double));
     let scale = expected.abs().max().double_value(&[]);
     let gap = (got - &expected).abs().max().double_value(&[]);
     assert!(gap <= tolerance * scale, "{name}: {gap:e} off, largest value {scale:e}");
@@ -66,7 +67,11 @@ fn quantise_and_dequantise_equal_the_cpu() {
                 assert_equal("weights", &got, &packed.dequantize(out).unwrap());
             }
             let half = cuda::dequantize(&Packed::from(&here), Kind::Half).unwrap();
-            assert_equal("weights", &half, &packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Half));
+            assert_equal(
+                "weights",
+                &half,
+                &packed.dequantize(Kind::Float).unwrap().to_kind(Kind::Half),
+            );
         }
     }
 }
@@ -77,10 +82,13 @@ fn double_quantised_scales_are_expanded() {
         return;
     }
     let dense = random([300, 64], 2);
-    let single = Nf4Tensor::quantize(&dense, Nf4Options { double_quantize: false, block_size: 64 }).unwrap();
-    let double = Nf4Tensor::quantize(&dense, Nf4Options { double_quantize: true, block_size: 64 }).unwrap();
+    let single =
+        Nf4Tensor::quantize(&dense, Nf4Options { double_quantize: false, block_size: 64 }).unwrap();
+    let double =
+        Nf4Tensor::quantize(&dense, Nf4Options { double_quantize: true, block_size: 64 }).unwrap();
     let nested = arete_model::nf4::NestedAbsmax::quantize(&single.absmax);
-    let (codes, codebook) = (single.codes.to_device(GPU), Tensor::from_slice(&CODEBOOK).to_device(GPU));
+    let (codes, codebook) =
+        (single.codes.to_device(GPU), Tensor::from_slice(&CODEBOOK).to_device(GPU));
     let packed = Packed {
         codes: &codes,
         codebook: &codebook,
@@ -107,7 +115,8 @@ fn products_equal_the_cpu() {
         return;
     }
     for [outputs, inputs] in [[576, 576], [1, 64], [37, 1088], [4096, 14_336], [14_336, 4096]] {
-        let weight = Nf4Tensor::quantize(&random([outputs, inputs], 4), Nf4Options::default()).unwrap();
+        let weight =
+            Nf4Tensor::quantize(&random([outputs, inputs], 4), Nf4Options::default()).unwrap();
         let here = on_gpu(&weight);
         let dense = weight.dequantize(Kind::Float).unwrap();
         for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 8e-3), (Kind::Half, 1e-3)] {

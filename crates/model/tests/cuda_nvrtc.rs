@@ -145,7 +145,10 @@ fn every_kernel_compiles_for_every_generation_without_spills() {
                 assert_eq!(registers, reported[&kernel], "{kernel} for sm_{arch}");
                 // Two blocks of 256 threads per multiprocessor; one where 16 rows are summed at once.
                 let most = if kernel.ends_with("_16") { 255 } else { 128 };
-                assert!((8..=most).contains(&registers), "{kernel} for sm_{arch}: {registers} registers");
+                assert!(
+                    (8..=most).contains(&registers),
+                    "{kernel} for sm_{arch}: {registers} registers"
+                );
                 (kernel, registers)
             })
             .collect()
@@ -196,7 +199,8 @@ fn machine_code_is_cached_on_disk() {
     // A cache that cannot be written costs time only.
     let file = folder.path().join("file");
     fs_err::write(&file, "").expect("writable");
-    let (third, cached) = nvrtc::image(Program::Dequantize, Arch(80), Some(&file)).expect("compiles");
+    let (third, cached) =
+        nvrtc::image(Program::Dequantize, Arch(80), Some(&file)).expect("compiles");
     assert!(!cached && third == first);
 }
 
@@ -224,7 +228,10 @@ fn tensors_on_the_cpu_are_refused() {
         cuda::nf4_linear(&x, &weight).expect_err("on the CPU"),
     ];
     for error in errors {
-        assert!(error.to_string().contains("expected a tensor on a GPU, got one on Cpu"), "{error}");
+        assert!(
+            error.to_string().contains("expected a tensor on a GPU, got one on Cpu"),
+            "{error}"
+        );
     }
 }
 

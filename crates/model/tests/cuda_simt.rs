@@ -221,7 +221,6 @@ impl Goldens {
     }
 }
 
-
 const BLOCKS: [i64; 5] = [32, 64, 128, 256, 1024];
 
 // ---- packed matrices ----
@@ -373,7 +372,12 @@ fn dequantize_cases() -> Vec<(String, Packed, Format, Vec<u8>)> {
     let absmax = blocks.get("64.f32.double.absmax");
     let double = Some([absmax_codes, blocks.get("map"), offset]);
     let codes = blocks.get("64.f32.codes");
-    cases.push(("64.f32.double".into(), packed(codes, absmax, double, n, 64), Format::F32, expected));
+    cases.push((
+        "64.f32.double".into(),
+        packed(codes, absmax, double, n, 64),
+        Format::F32,
+        expected,
+    ));
 
     // Not `narrow`: where a block crosses the end of a row, bitsandbytes' own CPU kernel takes the wrong
     // absmax (its CUDA kernels and its plain Python do not).
@@ -405,7 +409,8 @@ fn dequantize_cases() -> Vec<(String, Packed, Format, Vec<u8>)> {
 
 fn check_dequantize(run: impl Fn(&[Job]) -> Vec<Vec<Vec<u8>>>) {
     let cases = dequantize_cases();
-    let jobs: Vec<Job> = cases.iter().map(|(_, packed, format, _)| packed.dequantize(*format)).collect();
+    let jobs: Vec<Job> =
+        cases.iter().map(|(_, packed, format, _)| packed.dequantize(*format)).collect();
     for ((name, _, format, expected), buffers) in cases.iter().zip(run(&jobs)) {
         assert_same(name, &numbers(&buffers[0], *format), &numbers(expected, *format));
     }
@@ -518,7 +523,11 @@ fn rounding_to_sixteen_bits_is_to_nearest_even() {
                 if expected.is_nan() { got.is_nan() } else { got.to_bits() == expected.to_bits() }
             };
             let own = &got[i * 32..(i + 1) * 32];
-            assert!(own.iter().all(same), "{value:e} to {format:?}: {expected:e}, got {:e}", own[0]);
+            assert!(
+                own.iter().all(same),
+                "{value:e} to {format:?}: {expected:e}, got {:e}",
+                own[0]
+            );
         }
     }
 }
@@ -527,7 +536,8 @@ fn rounding_to_sixteen_bits_is_to_nearest_even() {
 #[test]
 fn every_half_is_read_exactly() {
     let Some(machine) = machine(Build::Plain) else { return };
-    let finite: Vec<u16> = (0..0x8000u16).step_by(11).filter(|&h| f16::from_bits(h).is_finite()).collect();
+    let finite: Vec<u16> =
+        (0..0x8000u16).step_by(11).filter(|&h| f16::from_bits(h).is_finite()).collect();
     let mut weight = vec![0u8; finite.len() * 64];
     for (block, half) in finite.iter().enumerate() {
         weight[block * 64 + 2 * (block % 32)..][..2].copy_from_slice(&half.to_le_bytes());
@@ -543,7 +553,14 @@ fn every_half_is_read_exactly() {
 // ---- the fused product ----
 
 /// |y − Σ x w| may differ by the rounding of y and by that of f32 sums in any order.
-fn assert_product(name: &str, y: &[f32], x: &[f32], weights: &[f32], packed: &Packed, format: Format) {
+fn assert_product(
+    name: &str,
+    y: &[f32],
+    x: &[f32],
+    weights: &[f32],
+    packed: &Packed,
+    format: Format,
+) {
     let epsilon = match format {
         Format::F32 => 0.0,
         Format::BF16 => 2f64.powi(-8),
@@ -559,7 +576,10 @@ fn assert_product(name: &str, y: &[f32], x: &[f32], weights: &[f32], packed: &Pa
         // Products and at most K sums of a lane, 2^-24 each, far fewer in practice.
         let tolerance = epsilon * sum.abs() + 40.0 * 2f64.powi(-24) * magnitude + 2f64.powi(-25);
         let gap = (f64::from(*got) - sum).abs();
-        assert!(gap <= tolerance, "{name}: row {row}, output {output}: {got}, expected {sum} ± {tolerance:e}");
+        assert!(
+            gap <= tolerance,
+            "{name}: row {row}, output {output}: {got}, expected {sum} ± {tolerance:e}"
+        );
     }
 }
 
@@ -612,11 +632,8 @@ fn check_multiply(machine: &Path, shapes: &[Shape], all_rows: &[u32], all_orders
                 .iter()
                 .map(|&rows| packed.multiply(part(rows), format, rows, shape.multiprocessors))
                 .collect();
-            let outputs = if all_orders {
-                run_in_all_orders(machine, &jobs)
-            } else {
-                run(machine, &jobs, 0)
-            };
+            let outputs =
+                if all_orders { run_in_all_orders(machine, &jobs) } else { run(machine, &jobs, 0) };
             let longest = outputs.iter().map(|buffers| &buffers[0]).max_by_key(|y| y.len());
             let longest = longest.expect("at least one job");
             for ((rows, buffers), job) in all_rows.iter().zip(&outputs).zip(&jobs) {
@@ -683,5 +700,8 @@ fn a_buffer_one_byte_short_is_noticed() {
     let output = output_of(machine, input_of(&[job], 0));
     assert!(!output.status.success());
     let messages = String::from_utf8_lossy(&output.stderr);
-    assert!(messages.contains("heap-buffer-overflow") && messages.contains("quantize"), "{messages}");
+    assert!(
+        messages.contains("heap-buffer-overflow") && messages.contains("quantize"),
+        "{messages}"
+    );
 }

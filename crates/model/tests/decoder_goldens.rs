@@ -88,7 +88,9 @@ fn products_from_packed_weights_equal_those_of_unpacked_ones() {
 
 #[test]
 fn codes_scales_and_values_are_those_of_bitsandbytes() {
-    for (golden, names) in [("nf4", vec!["square", "edges", "narrow"]), ("nf4_nested", vec!["nested"])] {
+    for (golden, names) in
+        [("nf4", vec!["square", "edges", "narrow"]), ("nf4_nested", vec!["nested"])]
+    {
         let golden = file(&format!("{golden}.safetensors"));
         for name in names {
             let get = |key: &str| golden.tensor(&format!("{name}.{key}")).unwrap();
@@ -99,7 +101,11 @@ fn codes_scales_and_values_are_those_of_bitsandbytes() {
             }
             let plain = Nf4Options { double_quantize: false, block_size: 64 };
             let packed = Nf4Tensor::quantize(&weight, plain).unwrap();
-            assert_eq!(ids(&packed.codes.to_kind(Kind::Int64)), ids(&get("codes").to_kind(Kind::Int64)), "{name}");
+            assert_eq!(
+                ids(&packed.codes.to_kind(Kind::Int64)),
+                ids(&get("codes").to_kind(Kind::Int64)),
+                "{name}"
+            );
             assert_eq!(largest_difference(&packed.absmax, &get("absmax")), 0.0, "{name}");
             if weight.size()[1] % block != 0 {
                 continue; // bitsandbytes 0.50 on the CPU unpacks such rows wrongly (off by 100 % of absmax)
@@ -116,7 +122,10 @@ fn codes_scales_and_values_are_those_of_bitsandbytes() {
             let double = Nf4Tensor::quantize(&weight, Nf4Options::default()).unwrap();
             let values = double.dequantize(Kind::Float).unwrap();
             let difference = largest_difference(&values, &get("double.dequantised"));
-            assert!(difference <= 1e-6 * weight.abs().max().double_value(&[]), "{name}: {difference}");
+            assert!(
+                difference <= 1e-6 * weight.abs().max().double_value(&[]),
+                "{name}: {difference}"
+            );
         }
     }
     let golden = file("nf4.safetensors");
@@ -135,7 +144,8 @@ fn check_gradients(kind: &str, nf4: Option<Nf4Options>) {
     let config = decoder.config().clone();
     let read = || {
         let mut loaded =
-            adapter_files::load(&goldens("gradients/adapter"), "policy", &config, Device::Cpu).unwrap();
+            adapter_files::load(&goldens("gradients/adapter"), "policy", &config, Device::Cpu)
+                .unwrap();
         loaded.adapter.set_trainable(true);
         let head = inputs.tensor("head").unwrap();
         let mut head = ScalarHead::from_weight(&head, config.hidden_size, Device::Cpu).unwrap();
@@ -147,7 +157,8 @@ fn check_gradients(kind: &str, nf4: Option<Nf4Options>) {
         let sequences = inputs.tensor("ids").unwrap();
         let target = inputs.tensor("target").unwrap();
         let width = sequences.size()[1];
-        let rows: Vec<Vec<i64>> = (0..sequences.size()[0]).map(|i| ids(&sequences.get(i))).collect();
+        let rows: Vec<Vec<i64>> =
+            (0..sequences.size()[0]).map(|i| ids(&sequences.get(i))).collect();
         let batch = Batch::from_sequences(&rows);
         let counted: Vec<usize> = ids(&target.to_kind(Kind::Int64))
             .iter()
@@ -166,8 +177,10 @@ fn check_gradients(kind: &str, nf4: Option<Nf4Options>) {
         compare_gradients(&golden, "cross_entropy", &adapter, None);
 
         let (adapter, head) = read();
-        let (chosen, rejected) =
-            (ids(&inputs.tensor("chosen_ids").unwrap()), ids(&inputs.tensor("rejected_ids").unwrap()));
+        let (chosen, rejected) = (
+            ids(&inputs.tensor("chosen_ids").unwrap()),
+            ids(&inputs.tensor("rejected_ids").unwrap()),
+        );
         let batch = Batch::from_sequences(&[&chosen, &rejected]);
         let last = Tensor::from_slice(&[chosen.len() as i64 - 1, batch.n_tokens() as i64 - 1]);
         let pass = decoder.pass(&batch, &adapter, recompute).unwrap();
@@ -181,7 +194,12 @@ fn check_gradients(kind: &str, nf4: Option<Nf4Options>) {
     }
 }
 
-fn compare_gradients(golden: &SafetensorsFile, loss: &str, adapter: &Adapter, head: Option<&ScalarHead>) {
+fn compare_gradients(
+    golden: &SafetensorsFile,
+    loss: &str,
+    adapter: &Adapter,
+    head: Option<&ScalarHead>,
+) {
     let mut parameters = adapter.parameters();
     if let Some(head) = head {
         parameters.push(("base_model.model.score.weight".to_owned(), head.weight.shallow_clone()));
@@ -189,7 +207,9 @@ fn compare_gradients(golden: &SafetensorsFile, loss: &str, adapter: &Adapter, he
     let mut compared = 0;
     for (name, parameter) in parameters {
         let key = format!("{loss}.grad.{name}");
-        let Some(key) = [key, format!("{loss}.grad.head")].into_iter().find(|key| golden.contains(key)) else {
+        let Some(key) =
+            [key, format!("{loss}.grad.head")].into_iter().find(|key| golden.contains(key))
+        else {
             panic!("{loss}: no golden for {name}");
         };
         let expected = golden.tensor(&key).unwrap();
@@ -216,9 +236,13 @@ fn adapters_of_peft_give_its_logits_and_scores() {
     for name in ["causal", "partial", "reward"] {
         let golden = file(&format!("peft/{name}/golden.safetensors"));
         let decoder = load(&goldens("llama_untied"), None);
-        let loaded =
-            adapter_files::load(&goldens(&format!("peft/{name}")), name, decoder.config(), Device::Cpu)
-                .unwrap();
+        let loaded = adapter_files::load(
+            &goldens(&format!("peft/{name}")),
+            name,
+            decoder.config(),
+            Device::Cpu,
+        )
+        .unwrap();
         if let Some(head) = loaded.head {
             let _guard = tch::no_grad_guard();
             let sequences: Vec<Vec<i64>> =
@@ -235,7 +259,8 @@ fn adapters_of_peft_give_its_logits_and_scores() {
         } else {
             let sequence = ids(&golden.tensor("ids").unwrap());
             let got = logits(&decoder, &sequence, Some(&loaded.adapter));
-            let difference = largest_difference(&got, &golden.tensor("logits").unwrap().squeeze_dim(0));
+            let difference =
+                largest_difference(&got, &golden.tensor("logits").unwrap().squeeze_dim(0));
             assert!(difference <= 1e-5, "{name}: {difference}");
         }
     }
@@ -267,7 +292,8 @@ fn smollm2_has_the_logits_and_greedy_tokens_of_transformers() {
     }
     let options = Options::new(Sampling::GREEDY, Vec::new());
     let got = generate::complete(&decoder, None, None, &requests, &options).unwrap();
-    let full = got.iter().zip(&expected_tokens).filter(|(_, expected)| expected.len() == 64).count();
+    let full =
+        got.iter().zip(&expected_tokens).filter(|(_, expected)| expected.len() == 64).count();
     assert!(full >= 10);
     for (got, expected) in got.iter().zip(&expected_tokens) {
         assert_eq!(&got[0].token_ids, expected);
@@ -278,10 +304,12 @@ fn smollm2_has_the_logits_and_greedy_tokens_of_transformers() {
 #[test]
 fn completions_do_not_depend_on_their_neighbours() {
     let Some(path) = smollm2() else { return };
-    for (dtype, tolerance) in [(Kind::Float, 1e-4), (arete_model::default_dtype(Device::Cpu), 1e-3)] {
+    for (dtype, tolerance) in [(Kind::Float, 1e-4), (arete_model::default_dtype(Device::Cpu), 1e-3)]
+    {
         let options = LoadOptions { device: Device::Cpu, dtype, nf4: None };
         let decoder =
-            Decoder::load(&Checkpoint::open(&Source::Gguf(path.clone())).unwrap(), &options).unwrap();
+            Decoder::load(&Checkpoint::open(&Source::Gguf(path.clone())).unwrap(), &options)
+                .unwrap();
         let request = |i: u64| Request {
             prompt_ids: (0..6 + i as i64).map(|k| (k * 37 + i as i64 * 11 + 3) % 40_000).collect(),
             streams: (0..2).map(|sample| Stream { seed: 7, prompt: i, sample }).collect(),

@@ -40,7 +40,11 @@ impl Nvrtc {
             let (mut major, mut minor) = (0, 0);
             // SAFETY: the library is present, and both pointers are valid.
             let status = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
-            if status.result().is_err() { Err(folders) } else { Ok(Nvrtc { version: (major, minor) }) }
+            if status.result().is_err() {
+                Err(folders)
+            } else {
+                Ok(Nvrtc { version: (major, minor) })
+            }
         });
         OPENED.as_ref().copied().map_err(|searched| CudaError::Missing {
             library: "NVRTC (libnvrtc.so)",
@@ -113,8 +117,8 @@ impl Nvrtc {
             image
         } else {
             // SAFETY: the program lives and was compiled. The text keeps its final NUL, which the driver wants.
-            let text = unsafe { nvrtc::get_ptx(program.0) }
-                .map_err(|error| failed(error, log.clone()))?;
+            let text =
+                unsafe { nvrtc::get_ptx(program.0) }.map_err(|error| failed(error, log.clone()))?;
             text.into_iter().map(|c| c.cast_unsigned()).collect()
         };
         Ok(Compiled { image, log })
@@ -181,10 +185,9 @@ fn preload(folder: &Path) {
 fn failed(what: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
     let what = what.into();
     move |error| {
-        let name = error.error_name().map_or_else(
-            |_| format!("{:?}", error.0),
-            |name| name.to_string_lossy().into_owned(),
-        );
+        let name = error
+            .error_name()
+            .map_or_else(|_| format!("{:?}", error.0), |name| name.to_string_lossy().into_owned());
         let text = error
             .error_string()
             .map_or_else(|_| String::new(), |text| format!(" ({})", text.to_string_lossy()));
@@ -223,30 +226,24 @@ impl Gpu {
         // SAFETY: `device` came from the driver.
         let context = unsafe { driver::primary_ctx::retain(device) }
             .map_err(failed(format!("opening a context on GPU {index}")))?;
-        let major = attribute(
-            device,
-            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-        )?;
-        let minor = attribute(
-            device,
-            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )?;
+        let major =
+            attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor =
+            attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let multiprocessors =
             attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(Self { context, arch: Arch(10 * major + minor), multiprocessors })
     }
 
     /// Runs `work` with this GPU's context current, then restores the thread's own.
-    fn with_context<T>(
-        &self,
-        work: impl FnOnce() -> Result<T, CudaError>,
-    ) -> Result<T, CudaError> {
+    fn with_context<T>(&self, work: impl FnOnce() -> Result<T, CudaError>) -> Result<T, CudaError> {
         let before = driver::ctx::get_current().map_err(failed("asking for the context"))?;
         if before == Some(self.context) {
             return work();
         }
         // SAFETY: the context was retained and is never released.
-        unsafe { driver::ctx::set_current(self.context) }.map_err(failed("entering the context"))?;
+        unsafe { driver::ctx::set_current(self.context) }
+            .map_err(failed("entering the context"))?;
         let result = work();
         // SAFETY: it was current a moment ago; null means none.
         unsafe { driver::ctx::set_current(before.unwrap_or(std::ptr::null_mut())) }
@@ -270,7 +267,11 @@ impl Gpu {
     ///
     /// The arguments fit the kernel's parameters, and every address is that of memory on this GPU of the extent
     /// the kernel uses, which is not freed before work queued on this stream up to now is done.
-    pub(super) unsafe fn launch(&self, function: Function, launch: &Launch) -> Result<(), CudaError> {
+    pub(super) unsafe fn launch(
+        &self,
+        function: Function,
+        launch: &Launch,
+    ) -> Result<(), CudaError> {
         // The driver reads each argument through a pointer, in its parameter's own size; on little-endian
         // machines the low bytes of a u64 serve all of them.
         const { assert!(cfg!(target_endian = "little")) };

@@ -126,8 +126,10 @@ pub fn quantize(weight: &Tensor, block_size: i64) -> Result<(Tensor, Tensor), Er
     let n = weight.numel() as i64;
     let device = weight.device();
     let codes = Tensor::f_empty([n.div_euclid(2) + n % 2], (Kind::Uint8, device))?;
-    let absmax =
-        Tensor::f_empty([n.div_euclid(block_size) + i64::from(n % block_size != 0)], (Kind::Float, device))?;
+    let absmax = Tensor::f_empty(
+        [n.div_euclid(block_size) + i64::from(n % block_size != 0)],
+        (Kind::Float, device),
+    )?;
     if n > 0 {
         let launch = plan::quantize(
             address(&codes),
@@ -312,13 +314,14 @@ impl Checked {
         let device = weight.codes.device();
         let block_log2 = block_log2(weight.block_size)?;
         let size = |name, value: i64| {
-            u32::try_from(value).ok().filter(|&size| size > 0 && size <= i32::MAX as u32).ok_or_else(|| {
-                Error::Invalid {
+            u32::try_from(value)
+                .ok()
+                .filter(|&size| size > 0 && size <= i32::MAX as u32)
+                .ok_or_else(|| Error::Invalid {
                     name,
                     expected: "a positive 32-bit number".to_owned(),
                     got: value.to_string(),
-                }
-            })
+                })
         };
         let (outputs, inputs) = (size("outputs", weight.outputs)?, size("inputs", weight.inputs)?);
         let n = weight.outputs * weight.inputs;
@@ -364,8 +367,7 @@ impl Checked {
             }
             Absmax::Double { codes, absmax, map, offset } => {
                 packed.absmax_codes = part("absmax codes", codes, Kind::Uint8, blocks)?;
-                packed.absmax =
-                    part("nested absmax", absmax, Kind::Float, (blocks + 255) / 256)?;
+                packed.absmax = part("nested absmax", absmax, Kind::Float, (blocks + 255) / 256)?;
                 packed.absmax_map = part("absmax map", map, Kind::Float, 256)?;
                 packed.absmax_offset = part("absmax offset", offset, Kind::Float, 1)?;
             }
@@ -455,8 +457,7 @@ fn dense_aligned(tensor: &Tensor) -> Result<Tensor, Error> {
 
 fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
     static GPUS: OnceLock<Mutex<HashMap<usize, &'static Gpu>>> = OnceLock::new();
-    let mut gpus =
-        GPUS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let mut gpus = GPUS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(gpu) = gpus.get(&index) {
         return Ok(gpu);
     }

@@ -113,6 +113,21 @@ fn smollm2_is_unpacked_to_the_numbers_of_the_gguf_package() {
 }
 
 #[test]
+fn zz_time() {
+    let Some(file) = smollm2() else { return };
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Float, Kind::BFloat16] {
+        let t = std::time::Instant::now();
+        for name in file.tensors().keys() {
+            let _ = file.tensor_as(name, kind, None).unwrap();
+        }
+        println!("ZZ {kind:?} {:?}", t.elapsed());
+    }
+    let t = std::time::Instant::now();
+    smollm2();
+    println!("ZZ open {:?}", t.elapsed());
+}
+
+#[test]
 fn rotary_rows_come_out_in_halves() {
     // Two heads of four rows: pairs (0, 2), (1, 3) of each head lie side by side in the file.
     let rows: Vec<usize> = (0..8).map(|i| halves_place(i, 4)).collect();
@@ -164,7 +179,7 @@ fn open_bytes(content: &[u8]) -> Result<Gguf, Error> {
     fs_err::write(&path, content).unwrap();
     let file = Gguf::open(&path)?;
     for name in file.tensors().keys() {
-        file.tensor(name)?;
+        let _ = file.tensor(name)?;
     }
     Ok(file)
 }
