@@ -28,7 +28,7 @@ recipe = $(strip $(shell awk -F ' *= *' '/^\[/ { t = $$0 } t == "[$(1)]" && $$1 
 
 MODEL ?= $(or $(call recipe,run,model),$(SMOLLM2))# the original model: directory, GGUF file or hub id
 JUDGE ?=# another judge than the base
-PROMPTS ?=# another file of prompts than the recipe's
+PROMPTS ?= data/prompts# file, directory or hub id of the prompts
 
 ##@ Set-up and build
 
