@@ -302,10 +302,11 @@ pub enum Ties {
     Probability,
 }
 
-/// The judge's default question about two samples.
+/// The judge's default question about two samples. What follows `{reply}` begins the reply of a
+/// local judge: without it small models talk before they choose.
 pub const PAIRWISE_TEMPLATE: &str = "Two assistants replied to the same question.\n\n\
     Question: {question}\n\n[Assistant A]\n{a}\n\n[Assistant B]\n{b}\n\n\
-    {virtue_question} Reply with the letter A or B only.";
+    {virtue_question} Reply with the letter A or B only.{reply}Assistant";
 
 /// The judge's default question about one sample.
 pub const POINTWISE_TEMPLATE: &str = "Question: {question}\n\n[Answer]\n{answer}\n\n\
@@ -320,10 +321,12 @@ pub struct JudgeConfig {
     /// Judged examples shown before the question
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub few_shot: usize,
-    /// Question about two samples, with {question}, {a}, {b}, {virtue_question}
+    /// Question about two samples, with {question}, {a}, {b}, {virtue_question}; what follows {reply}
+    /// begins the judge's reply (local judges only)
     #[arg(long, default_value = PAIRWISE_TEMPLATE, value_name = "TEXT", hide_default_value = true)]
     pub judge_template: String,
-    /// Question about one sample, with {question}, {answer}, {virtue} or {virtue_question}
+    /// Question about one sample, with {question}, {answer}, {virtue} or {virtue_question}; {reply} as
+    /// above
     #[arg(long, default_value = POINTWISE_TEMPLATE, value_name = "TEXT", hide_default_value = true)]
     pub pointwise_template: String,
     /// Most tokens of a written verdict

@@ -144,7 +144,8 @@ pub fn estimate(
             // The pair once per order; the five questions after it are short.
             for query in judge.queries(std::slice::from_ref(pair)).iter().step_by(Virtue::ALL.len())
             {
-                n_tokens = n_tokens.zip(engine.n_tokens(query)?).map(|(sum, n)| sum + n as u64);
+                n_tokens =
+                    n_tokens.zip(engine.n_tokens(&query.messages)?).map(|(sum, n)| sum + n as u64);
             }
         }
         if matches!(engine, Engine::Local(_)) {

@@ -5,7 +5,7 @@ mod common;
 use std::sync::atomic::Ordering;
 
 use arete_curation::engine::server::{ServerConfig, ServerEngine};
-use arete_curation::engine::{Chain, Drawing, Engine, Labels};
+use arete_curation::engine::{Chain, Drawing, Engine, Labels, Query};
 use arete_model::generate::Sampling;
 use arete_records::{FinishReason, Message};
 use common::{Answer, serve};
@@ -51,7 +51,11 @@ fn chain(question: &str, key: u64) -> Chain {
 }
 
 fn masses(engine: &Engine, questions: &[&str]) -> Vec<(f64, f64)> {
-    let queries: Vec<Vec<Message>> = questions.iter().map(|q| vec![Message::user(*q)]).collect();
+    let query = |question: &&str| Query {
+        messages: vec![Message::user(*question)],
+        opening: "not sent".to_owned(),
+    };
+    let queries: Vec<Query> = questions.iter().map(query).collect();
     let masses = engine.label_masses(&queries, Labels::AB).unwrap();
     masses.into_iter().map(|mass| (mass.first, mass.second)).collect()
 }

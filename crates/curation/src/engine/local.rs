@@ -10,13 +10,17 @@ use arete_model::{
 use arete_records::Message;
 use tch::{Kind, Tensor};
 
-use super::{Chain, Drawing, Labels, Reply};
+use super::{Chain, Drawing, Labels, Query, Reply};
 use crate::Error;
 use crate::judge::verdict::LabelMass;
 
 /// Tokens in one forward pass of a judge: long enough for full matrix speed, short enough for the
-/// activations to stay in cache (measured best between 1000 and 2500 on the CPU).
+/// activations to stay in cache.
 const TOKENS_PER_PASS: usize = 2048;
+
+/// A pass is at least this many times as long as the prefix that all queries share (judged
+/// examples), because every pass computes it anew.
+const PASS_PER_PREFIX: usize = 4;
 
 /// A loaded model, perhaps with an adapter.
 #[derive(Debug)]
@@ -146,16 +150,14 @@ impl LocalEngine {
 
     pub(super) fn label_masses(
         &self,
-        queries: &[Vec<Message>],
+        queries: &[Query],
         labels: Labels,
     ) -> Result<Vec<LabelMass>, Error> {
         let _guard = tch::no_grad_guard();
         let chat = self.chat()?;
-        let (first, second) = (self.label_ids(labels.first)?, self.label_ids(labels.second)?);
-        let sequences: Vec<Vec<i64>> = queries
-            .iter()
-            .map(|messages| chat.render_prompt(messages))
-            .collect::<Result<_, _>>()?;
+        let [first, second] = self.label_ids(labels)?;
+        let sequences: Vec<Vec<i64>> =
+            queries.iter().map(|query| self.query_ids(&chat, query)).collect::<Result<_, _>>()?;
         let mut out = vec![LabelMass { first: 0.0, second: 0.0 }; queries.len()];
         for pass in passes(&sequences, self.share_prefixes) {
             let chosen: Vec<&[i64]> = pass.iter().map(|&idx| sequences[idx].as_slice()).collect();
@@ -171,20 +173,39 @@ impl LocalEngine {
         Ok(out)
     }
 
-    /// Every token that spells the label alone: bare, and after a space in the notations of
-    /// byte-level BPE and SentencePiece.
-    fn label_ids(&self, label: &str) -> Result<Vec<i64>, Error> {
-        let spellings = [label.to_owned(), format!("Ġ{label}"), format!("▁{label}")];
-        let ids: BTreeSet<i64> = spellings
-            .iter()
-            .filter_map(|spelling| self.model.tokenizer.token_id(spelling))
-            .collect();
-        if ids.is_empty() {
+    fn query_ids(&self, chat: &Chat<'_>, query: &Query) -> Result<Vec<i64>, Error> {
+        let mut ids = chat.render_prompt(&query.messages)?;
+        if !query.opening.is_empty() {
+            ids.extend(self.model.tokenizer.encode(&query.opening, false)?);
+        }
+        Ok(ids)
+    }
+
+    /// The tokens that stand for each label.
+    fn label_ids(&self, labels: Labels) -> Result<[Vec<i64>; 2], Error> {
+        let ids = [self.spellings(labels.first)?, self.spellings(labels.second)?];
+        if ids[0].iter().any(|id| ids[1].contains(id)) {
             return Err(Error::Setting {
                 name: "method",
-                expected: format!("a judge whose vocabulary has `{label}` as one token"),
+                expected: format!(
+                    "a judge whose tokens tell `{}` from `{}`",
+                    labels.first, labels.second
+                ),
                 got: self.name.clone(),
             });
+        }
+        Ok(ids)
+    }
+
+    /// Every token that spells the label alone: bare, and after a space in the notations of
+    /// byte-level BPE and SentencePiece. Where there is none, the token a label begins with.
+    fn spellings(&self, label: &str) -> Result<Vec<i64>, Error> {
+        let tokenizer = &self.model.tokenizer;
+        let spellings = [label.to_owned(), format!("Ġ{label}"), format!("▁{label}")];
+        let ids: BTreeSet<i64> =
+            spellings.iter().filter_map(|spelling| tokenizer.token_id(spelling)).collect();
+        if ids.is_empty() {
+            return Ok(tokenizer.encode(label, false)?.into_iter().take(1).collect());
         }
         Ok(ids.into_iter().collect())
     }
@@ -201,7 +222,7 @@ impl LocalEngine {
         let mut out = vec![0.0; conversations.len()];
         let lengths: Vec<usize> = rendered.iter().map(|(whole, _)| whole.token_ids.len()).collect();
         let order: Vec<usize> = (0..lengths.len()).collect();
-        for pass in by_budget(&lengths, &lengths, &order) {
+        for pass in by_budget(&lengths, &lengths, &order, TOKENS_PER_PASS) {
             let sequences: Vec<&[i64]> =
                 pass.iter().map(|&idx| rendered[idx].0.token_ids.as_slice()).collect();
             let batch = Batch::from_sequences(&sequences);
@@ -261,7 +282,7 @@ fn passes(sequences: &[Vec<i64>], share: bool) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..sequences.len()).collect();
     let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
     if !share {
-        return by_budget(&lengths, &lengths, &order);
+        return by_budget(&lengths, &lengths, &order, TOKENS_PER_PASS);
     }
     order.sort_by(|&a, &b| sequences[a].cmp(&sequences[b]).then(a.cmp(&b)));
     // What a sequence costs is what it does not share with the one before it.
@@ -271,16 +292,25 @@ fn passes(sequences: &[Vec<i64>], share: bool) -> Vec<Vec<usize>> {
             if place == 0 { 0 } else { common(&sequences[order[place - 1]], &sequences[idx]) };
         costs[idx] = lengths[idx] - shared;
     }
-    by_budget(&costs, &lengths, &order)
+    let prefix = match (order.first(), order.last()) {
+        (Some(&first), Some(&last)) if first != last => common(&sequences[first], &sequences[last]),
+        _ => 0,
+    };
+    by_budget(&costs, &lengths, &order, TOKENS_PER_PASS.max(PASS_PER_PREFIX * prefix))
 }
 
-/// Cuts `order` into runs of at most [`TOKENS_PER_PASS`] tokens (or one sequence). A sequence costs
-/// its whole length where it begins a run, and `costs` of it after another.
-fn by_budget(costs: &[usize], lengths: &[usize], order: &[usize]) -> Vec<Vec<usize>> {
+/// Cuts `order` into runs of at most `budget` tokens (or one sequence). A sequence costs its whole
+/// length where it begins a run, and `costs` of it after another.
+fn by_budget(
+    costs: &[usize],
+    lengths: &[usize],
+    order: &[usize],
+    budget: usize,
+) -> Vec<Vec<usize>> {
     let mut out: Vec<Vec<usize>> = Vec::new();
     let mut used = usize::MAX;
     for &idx in order {
-        if used.saturating_add(costs[idx]) > TOKENS_PER_PASS {
+        if used.saturating_add(costs[idx]) > budget {
             out.push(Vec::new());
             used = lengths[idx];
         } else {

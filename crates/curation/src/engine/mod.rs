@@ -47,6 +47,15 @@ pub struct Reply {
     pub n_tokens: usize,
 }
 
+/// A question to a judge, and how its reply begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Query {
+    /// What the judge is told.
+    pub messages: Vec<Message>,
+    /// Words put into the judge's mouth, after which its label is read; a server is not given any.
+    pub opening: String,
+}
+
 /// The two answers a judge chooses from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Labels {
@@ -89,17 +98,13 @@ impl Engine {
         }
     }
 
-    /// The probability of each label as the next token, for every conversation.
+    /// The probability of each label as the next token, for every query.
     ///
     /// # Errors
     ///
     /// The local model's, or a server that fails after all retries. An answer that makes no sense
     /// is an abstention: both masses 0.
-    pub fn label_masses(
-        &self,
-        queries: &[Vec<Message>],
-        labels: Labels,
-    ) -> Result<Vec<LabelMass>, Error> {
+    pub fn label_masses(&self, queries: &[Query], labels: Labels) -> Result<Vec<LabelMass>, Error> {
         match self {
             Self::Local(engine) => engine.label_masses(queries, labels),
             Self::Server(engine) => engine.label_masses(queries, labels),

@@ -13,7 +13,7 @@ use arete_records::{FinishReason, Message};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Chain, Drawing, Labels, Reply};
+use super::{Chain, Drawing, Labels, Query, Reply};
 use crate::Error;
 use crate::judge::verdict::LabelMass;
 
@@ -215,11 +215,11 @@ impl ServerEngine {
 
     pub(super) fn label_masses(
         &self,
-        queries: &[Vec<Message>],
+        queries: &[Query],
         labels: Labels,
     ) -> Result<Vec<LabelMass>, Error> {
-        self.each(queries, |messages| {
-            let body = self.verdict_request(messages);
+        self.each(queries, |query| {
+            let body = self.verdict_request(&query.messages);
             let mass = self.ask("verdict", &body, |answer| {
                 // What does not make sense will not make sense next time: abstain, and count.
                 Ok(read_candidates(answer).and_then(|candidates| masses(&candidates, labels)))

@@ -7,9 +7,12 @@ use arete_records::{Aspect, Message, Role, Virtue};
 use self::verdict::{LabelMass, Verdict};
 use crate::config::{JudgeConfig, Method, Orders};
 use crate::constitution::Constitution;
-use crate::engine::{Chain, Drawing, Engine, Labels};
+use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply};
 use crate::exemplars::Exemplar;
 use crate::{Error, hh};
+
+/// Where a template's question ends and the beginning of the judge's reply follows.
+const REPLY: &str = "{reply}";
 
 /// Two samples of one prompt, each through the reply that is judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +32,10 @@ pub struct Judge<'a> {
     config: &'a JudgeConfig,
     constitution: &'a Constitution,
     method: Method,
+    /// The text of the question.
+    template: &'a str,
+    /// How the judge's reply begins.
+    opening: String,
     shots: Vec<Message>,
 }
 
@@ -62,7 +69,12 @@ impl<'a> Judge<'a> {
                 got: template.clone(),
             });
         }
-        let mut judge = Self { engine, config, constitution, method, shots: Vec::new() };
+        let (template, opening) = template.split_once(REPLY).unwrap_or((template, ""));
+        // Only a local model can be made to continue a reply, and a written verdict is its own.
+        let continues = matches!(engine, Engine::Local(_)) && method.needs_logprobs();
+        let opening = if continues { opening.to_owned() } else { String::new() };
+        let mut judge =
+            Self { engine, config, constitution, method, template, opening, shots: Vec::new() };
         judge.shots = judge.shots_of(exemplars)?;
         Ok(judge)
     }
@@ -92,7 +104,7 @@ impl<'a> Judge<'a> {
 
     /// The conversations the judge is asked about `pairs`: five virtues for each order (or side) of
     /// each pair.
-    pub fn queries(&self, pairs: &[Pair]) -> Vec<Vec<Message>> {
+    pub fn queries(&self, pairs: &[Pair]) -> Vec<Query> {
         let mut queries = Vec::new();
         for pair in pairs {
             let question = question_text(&pair.question);
@@ -106,7 +118,7 @@ impl<'a> Judge<'a> {
                     };
                     let mut messages = self.shots.clone();
                     messages.push(Message::user(text));
-                    queries.push(messages);
+                    queries.push(Query { messages, opening: self.opening.clone() });
                 }
             }
         }
@@ -140,14 +152,10 @@ impl<'a> Judge<'a> {
     }
 
     /// Samples the verdicts as text.
-    fn written(
-        &self,
-        pairs: &[Pair],
-        queries: Vec<Vec<Message>>,
-    ) -> Result<Vec<Option<f64>>, Error> {
+    fn written(&self, pairs: &[Pair], queries: Vec<Query>) -> Result<Vec<Option<f64>>, Error> {
         let per_pair = Virtue::ALL.len() * self.askings();
-        let chain = |(idx, messages): (usize, Vec<Message>)| Chain {
-            messages,
+        let chain = |(idx, query): (usize, Query)| Chain {
+            messages: query.messages,
             questions: Vec::new(),
             key: pairs[idx / per_pair].key,
             samples: vec![(idx % per_pair) as u64],
@@ -159,7 +167,7 @@ impl<'a> Judge<'a> {
             max_new_tokens: self.config.verdict_tokens,
         };
         let replies = self.engine.chains(&chains, &drawing)?;
-        let read = |replies: &Vec<Vec<crate::engine::Reply>>| {
+        let read = |replies: &Vec<Vec<Reply>>| {
             let text = &replies[0][0].text;
             verdict::read_label(text, Labels::AB.first, Labels::AB.second)
                 .map(|is_a| f64::from(is_a))
@@ -202,7 +210,7 @@ impl<'a> Judge<'a> {
     fn pairwise_question(&self, virtue: Virtue, question: &str, a: &str, b: &str) -> String {
         let virtue_question = self.constitution.virtues.get(virtue);
         fill(
-            &self.config.judge_template,
+            self.template,
             &[
                 ("question", question),
                 ("a", a),
@@ -216,7 +224,7 @@ impl<'a> Judge<'a> {
     fn pointwise_question(&self, virtue: Virtue, question: &str, answer: &str) -> String {
         let virtue_question = self.constitution.virtues.get(virtue);
         fill(
-            &self.config.pointwise_template,
+            self.template,
             &[
                 ("question", question),
                 ("answer", answer),
@@ -266,7 +274,8 @@ impl<'a> Judge<'a> {
                 (asked, if good_first { Labels::AB.first } else { Labels::AB.second })
             };
             shots.push(Message::user(asked));
-            shots.push(Message::assistant(answer));
+            let answer = format!("{} {answer}", self.opening);
+            shots.push(Message::assistant(answer.trim()));
         }
         Ok(shots)
     }
@@ -353,6 +362,15 @@ mod tests {
             ],
         );
         assert_eq!(text, "Q {a} {b} A {b} B b} {unknown} {question}");
+    }
+
+    #[test]
+    fn the_default_templates_open_the_reply_and_hold_what_is_needed() {
+        let (question, opening) = crate::config::PAIRWISE_TEMPLATE.split_once(REPLY).unwrap();
+        assert_eq!(opening, "Assistant");
+        assert!(
+            ["{question}", "{a}", "{b}", "{virtue_question}"].iter().all(|p| question.contains(p))
+        );
     }
 
     #[test]

@@ -1,0 +1,477 @@
+//! The stages end to end, on a tiny chat model and on a server of our own.
+
+#[expect(dead_code, reason = "the tests of the client use the rest")]
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use arete_curation::config::{
+    ConversationsConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig,
+};
+use arete_curation::engine::{Labels, LocalEngine, Query};
+use arete_curation::stage::Work;
+use arete_curation::{conversations, demonstrations, engine, merge, preferences, prompts};
+use arete_model::{Device, Kind, LoadOptions};
+use arete_records::rows::{ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow};
+use arete_records::run::RunJson;
+use arete_records::{Aspect, FinishReason, Message, Role, parquet};
+use clap::{Args, FromArgMatches};
+use common::{Answer, serve};
+use serde_json::{Value, json};
+
+fn fixture() -> String {
+    format!("{}/../../tests/fixtures/tiny-chat", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn data(name: &str) -> String {
+    format!("{}/../../data/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A configuration as the command line would give it.
+fn config<C: Args + FromArgMatches>(flags: &[&str]) -> C {
+    let command =
+        C::augment_args(clap::Command::new("test").no_binary_name(true).args_override_self(true));
+    C::from_arg_matches(&command.try_get_matches_from(flags).unwrap()).unwrap()
+}
+
+fn write_prompts(dir: &Path, n: usize) -> PathBuf {
+    let output = dir.join("prompts");
+    let limit = n.to_string();
+    let config: PromptsConfig = config(&["--limit", &limit, "--max-chars", "120"]);
+    prompts::run(&config, &[data("prompts")], &output).unwrap();
+    output
+}
+
+fn conversations_config(flags: &[&str]) -> ConversationsConfig {
+    let constitution = data("constitution.toml");
+    let mut all = vec!["--max-new-tokens", "6", "--constitution", &constitution];
+    all.extend_from_slice(flags);
+    config(&all)
+}
+
+fn converse(prompts: &Path, output: &Path, flags: &[&str]) -> Vec<ConversationRow> {
+    let inputs = conversations::Inputs { prompts: prompts.to_owned(), model: fixture() };
+    conversations::run(&conversations_config(flags), &inputs, output, &Work::Compute).unwrap();
+    let joined = output.join("conversations.parquet");
+    if joined.exists() { parquet::read(joined).unwrap() } else { Vec::new() }
+}
+
+fn preferences_config(flags: &[&str]) -> PreferencesConfig {
+    let (constitution, exemplars) =
+        (data("constitution.toml"), data("demonstrations/exemplars.jsonl"));
+    let mut all = vec![
+        "--truncated",
+        "keep",
+        "--min-pairs",
+        "1",
+        "--constitution",
+        &constitution,
+        "--exemplars",
+        &exemplars,
+    ];
+    all.extend_from_slice(flags);
+    config(&all)
+}
+
+fn judge(
+    conversations: &Path,
+    judge: Option<&str>,
+    output: &Path,
+    flags: &[&str],
+) -> Result<(), arete_curation::Error> {
+    let inputs = preferences::Inputs {
+        conversations: conversations.to_owned(),
+        judge: judge.map(str::to_owned),
+    };
+    preferences::run(&preferences_config(flags), &inputs, output, &Work::Compute)
+}
+
+fn pairs(output: &Path, aspect: Aspect) -> Vec<PreferenceRow> {
+    ["train", "validation", "test"]
+        .iter()
+        .map(|split| output.join(aspect.name()).join(format!("{split}.parquet")))
+        .filter(|path| path.exists())
+        .flat_map(|path| parquet::read::<PreferenceRow>(path).unwrap())
+        .collect()
+}
+
+fn bytes(path: impl AsRef<Path>) -> Vec<u8> {
+    fs_err::read(path.as_ref()).unwrap()
+}
+
+#[test]
+fn conversations_are_two_chains_a_prompt_and_shards_join_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 40);
+    let rows = converse(&prompts, &dir.path().join("whole"), &[]);
+    assert_eq!(rows.len(), 80);
+    for (idx, row) in rows.iter().enumerate() {
+        assert_eq!(row.sample, (idx % 2) as i32);
+        assert_eq!(row.persona, None);
+        let roles: Vec<Role> = row.messages.iter().map(|m| m.role).collect();
+        assert_eq!(roles, [Role::User, Role::Assistant].repeat(3));
+        assert_eq!(row.messages[2].content, "What is the motivation behind the answer?");
+        assert_eq!(row.messages[1].content, row.action);
+        assert_eq!(row.messages[5].content, row.consequence);
+        for aspect in Aspect::ALL {
+            let n_tokens = row.n_tokens(aspect);
+            assert!((1..=6).contains(&n_tokens));
+            if row.finish_reason(aspect) == FinishReason::Length {
+                assert_eq!(n_tokens, 6);
+            }
+        }
+    }
+    let differ = rows.chunks(2).filter(|pair| pair[0].messages != pair[1].messages).count();
+    assert!(differ > 30, "{differ}");
+
+    let parts = ["1/2", "2/2"].map(|shard| {
+        let part = dir.path().join(shard.replace('/', "-"));
+        converse(&prompts, &part, &["--shard", shard]);
+        part
+    });
+    assert!(merge::merge(&parts[..1], &dir.path().join("half")).is_err());
+    let merged = dir.path().join("merged");
+    merge::merge(&parts, &merged).unwrap();
+    let name = "conversations.parquet";
+    assert_eq!(bytes(merged.join(name)), bytes(dir.path().join("whole").join(name)));
+    let (whole, merged) =
+        (RunJson::read(dir.path().join("whole")).unwrap(), RunJson::read(merged).unwrap());
+    assert_eq!((whole.fingerprint, whole.counts), (merged.fingerprint, merged.counts));
+}
+
+#[test]
+fn a_completion_does_not_depend_on_its_neighbours() {
+    let dir = tempfile::tempdir().unwrap();
+    let (few, many) = (dir.path().join("few"), dir.path().join("many"));
+    fs_err::create_dir_all(&few).unwrap();
+    fs_err::create_dir_all(&many).unwrap();
+    let few = converse(&write_prompts(&few, 5), &few.join("out"), &[]);
+    let many = converse(&write_prompts(&many, 20), &many.join("out"), &[]);
+    assert_eq!(few[..], many[..10]);
+}
+
+#[test]
+fn contrast_samples_under_two_personas_and_labels_by_construction() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 24);
+    let samples = dir.path().join("conversations");
+    let rows = converse(&prompts, &samples, &["--personas", "contrast"]);
+    for row in &rows {
+        let expected = if row.sample == 0 { "virtuous" } else { "vicious" };
+        assert_eq!(row.persona.as_deref(), Some(expected));
+        assert!(row.messages.iter().all(|message| message.role != Role::System));
+    }
+    let output = dir.path().join("preferences");
+    judge(&samples, None, &output, &["--method", "contrast"]).unwrap();
+    for aspect in Aspect::ALL {
+        let pairs = pairs(&output, aspect);
+        assert!(pairs.len() > 15);
+        for pair in pairs {
+            let virtuous =
+                rows.iter().find(|row| row.prompt_id == pair.prompt_id && row.sample == 0).unwrap();
+            assert_eq!(pair.chosen[0].content, virtuous.action);
+            assert_eq!(pair.chosen.len(), 1 + 2 * aspect.index());
+            assert_eq!((pair.score_chosen, pair.score_rejected), (5, 0));
+            assert_eq!(pair.chosen_prob, 1.0);
+        }
+    }
+    // Without personas there is nothing to label by.
+    let plain = dir.path().join("plain");
+    converse(&prompts, &plain, &[]);
+    let error = judge(&plain, None, &dir.path().join("no"), &["--method", "contrast"]).unwrap_err();
+    assert!(error.to_string().contains("personas"), "{error}");
+}
+
+#[test]
+fn every_method_of_a_local_judge_gives_five_verdicts_a_pair() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 12);
+    let samples = dir.path().join("conversations");
+    converse(&prompts, &samples, &[]);
+    for method in ["pairwise-logits", "pairwise-text", "pointwise-logits", "likelihood"] {
+        let output = dir.path().join(method);
+        // The tiny model says anything: most verdicts may abstain, and then no pair is left.
+        let flags =
+            ["--method", method, "--min-pairs", "0", "--few-shot", "1", "--verdict-tokens", "3"];
+        judge(&samples, Some(&fixture()), &output, &flags).unwrap();
+        let rows: Vec<JudgementRow> = parquet::read(output.join("judgements.parquet")).unwrap();
+        assert_eq!(rows.len() % 5, 0);
+        assert!(rows.len() > 100, "{}", rows.len());
+        assert!(rows.iter().all(|row| row.method == method && row.judge == "tiny-chat"));
+        for row in &rows {
+            for p in [row.p_ab, row.p_ba, row.p_sample0].into_iter().flatten() {
+                assert!((0.0..=1.0).contains(&p), "{row:?}");
+            }
+            assert!(row.p_sample0.is_some() || row.vote.is_none());
+        }
+        if method == "likelihood" {
+            assert!(rows.iter().all(|row| row.p_sample0.is_some()));
+        }
+    }
+}
+
+#[test]
+fn shared_prefixes_give_the_probabilities_of_unshared_ones() {
+    let prefix = "word and another word, ".repeat(12);
+    let queries: Vec<Query> = (0..24)
+        .map(|idx| Query {
+            messages: vec![Message::user(format!(
+                "{prefix} pair {} question {}",
+                idx / 5,
+                idx % 5
+            ))],
+            opening: "Assistant".to_owned(),
+        })
+        .collect();
+    for (dtype, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-3)] {
+        let options = LoadOptions { device: Device::Cpu, dtype, nf4: None };
+        let mut local = LocalEngine::load(&fixture(), None, &options).unwrap();
+        let masses = |local: LocalEngine| {
+            let engine = engine::Engine::Local(Box::new(local));
+            let masses = engine.label_masses(&queries, Labels::AB).unwrap();
+            let engine::Engine::Local(local) = engine else { panic!("it is local") };
+            (*local, masses)
+        };
+        let (returned, shared) = masses(local);
+        local = returned;
+        local.share_prefixes = false;
+        let (_, unshared) = masses(local);
+        for (a, b) in shared.iter().zip(&unshared) {
+            assert!(a.first > 0.0 && a.second > 0.0);
+            let (p, q) = (a.first / (a.first + a.second), b.first / (b.first + b.second));
+            assert!((p - q).abs() <= tolerance, "{dtype:?}: {p} {q}");
+            assert!((a.first - b.first).abs() <= tolerance * a.first.max(1e-3));
+        }
+    }
+}
+
+/// Replies with the length of what it is asked; judges the side that holds "good" better.
+fn talking_server(request: &Value, n_good: usize) -> Answer {
+    let messages = request["messages"].as_array().unwrap();
+    let text = messages.last().unwrap()["content"].as_str().unwrap();
+    if request["logprobs"] == json!(true) {
+        let (a, b) = (text.find("[Assistant A]"), text.find("[Assistant B]"));
+        let (Some(a), Some(b)) = (a, b) else {
+            return answer(&json!({"choices": [{"logprobs": {"content": [{"top_logprobs": [
+                {"token": "A", "logprob": -0.1}]}]}}]}));
+        };
+        // Four of five for the good side shown first, three of five shown second: p 0.8 and 0.4.
+        let p_a: f64 = match (text[a..b].contains("good"), text[b..].contains("good")) {
+            (true, false) => 0.8,
+            (false, true) => 0.4,
+            _ => 0.5,
+        };
+        let top = [("A", p_a), ("B", 1.0 - p_a)]
+            .map(|(token, p)| json!({"token": token, "logprob": p.ln()}));
+        return answer(&json!({"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}));
+    }
+    let seed = request["seed"].as_u64().unwrap();
+    let word = if seed as usize % 10 < n_good { "good" } else { "bad" };
+    answer(&json!({
+        "choices": [{"message": {"content": format!("{word} {seed}")}, "finish_reason": "stop"}],
+        "usage": {"completion_tokens": 2},
+    }))
+}
+
+fn answer(body: &Value) -> Answer {
+    Answer::Http(200, "", body.to_string())
+}
+
+fn converse_by_server(
+    prompts: &Path,
+    output: &Path,
+    url: &str,
+    concurrency: &str,
+) -> Result<(), arete_curation::Error> {
+    let flags = ["--engine-url", url, "--concurrency", concurrency, "--attempts", "1"];
+    let inputs = conversations::Inputs { prompts: prompts.to_owned(), model: "served".to_owned() };
+    conversations::run(&conversations_config(&flags), &inputs, output, &Work::Compute)
+}
+
+#[test]
+fn identical_replies_give_identical_rows_and_a_broken_run_continues() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 70);
+    let healthy = serve(|_, request| talking_server(request, 5));
+    let name = "conversations.parquet";
+    let (one, eight) = (dir.path().join("one"), dir.path().join("eight"));
+    converse_by_server(&prompts, &one, &healthy.url, "1").unwrap();
+    converse_by_server(&prompts, &eight, &healthy.url, "8").unwrap();
+    assert_eq!(bytes(one.join(name)), bytes(eight.join(name)));
+
+    // A server that goes down for good in the second unit (after the probe and 32 · 2 · 3 replies)
+    // and comes back for the second run, at the same address.
+    let down = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let flag = std::sync::Arc::clone(&down);
+    let mortal = serve(move |number, request| {
+        if number > 250 && flag.load(std::sync::atomic::Ordering::SeqCst) {
+            return Answer::Http(500, "", "down".to_owned());
+        }
+        talking_server(request, 5)
+    });
+    let broken = dir.path().join("broken");
+    let error = converse_by_server(&prompts, &broken, &mortal.url, "4").unwrap_err();
+    assert!(error.to_string().contains("down"), "{error}");
+    assert!(broken.join("shards/conversations-000000.parquet").exists());
+    assert!(!broken.join("run.json").exists());
+    down.store(false, std::sync::atomic::Ordering::SeqCst);
+    let before = mortal.requests.lock().unwrap().len();
+    converse_by_server(&prompts, &broken, &mortal.url, "4").unwrap();
+    assert_eq!(bytes(one.join(name)), bytes(broken.join(name)));
+    // Only the two missing units were asked for: 38 prompts, two samples, three turns, one probe.
+    assert_eq!(mortal.requests.lock().unwrap().len() - before, 38 * 2 * 3 + 1);
+    // And a third run asks for nothing.
+    converse_by_server(&prompts, &broken, &mortal.url, "4").unwrap();
+    assert_eq!(mortal.requests.lock().unwrap().len() - before, 38 * 2 * 3 + 1);
+}
+
+#[test]
+fn a_servers_logprobs_become_votes_and_preferences() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 40);
+    let server = serve(|_, request| talking_server(request, 5));
+    let samples = dir.path().join("conversations");
+    converse_by_server(&prompts, &samples, &server.url, "4").unwrap();
+    let output = dir.path().join("preferences");
+    judge(&samples, Some("served"), &output, &["--judge-url", &server.url]).unwrap();
+    let rows: Vec<ConversationRow> = parquet::read(samples.join("conversations.parquet")).unwrap();
+    let pairs = pairs(&output, Aspect::Action);
+    assert!(pairs.len() > 5, "{}", pairs.len());
+    for pair in &pairs {
+        // Only pairs of a good and a bad answer are decided.
+        assert!(pair.chosen[0].content.starts_with("good"), "{pair:?}");
+        assert!(pair.rejected[0].content.starts_with("bad"), "{pair:?}");
+        assert_eq!((pair.score_chosen, pair.score_rejected), (5, 0));
+        // logit 0.8 = ln 4, logit 0.4 of the other shown first = ln (2/3): sigmoid of half of
+        // ln 4 - ln (2/3) = ln 6 is sqrt 6 / (1 + sqrt 6) = 0.71010.
+        assert!((pair.chosen_prob - 0.7101).abs() < 1e-4, "{}", pair.chosen_prob);
+    }
+    let judgements: Vec<JudgementRow> = parquet::read(output.join("judgements.parquet")).unwrap();
+    assert_eq!(judgements.len(), 40 * 3 * 5);
+    let torn = judgements.iter().filter(|row| row.p_sample0 == Some(0.5)).count();
+    assert!(
+        torn > 0 && judgements.iter().all(|row| (row.p_sample0 == Some(0.5)) == row.vote.is_none())
+    );
+    assert_eq!(rows.len(), 80);
+    // A flip exchanges the sides.
+    let flipped = dir.path().join("flipped");
+    judge(&samples, Some("served"), &flipped, &["--judge-url", &server.url, "--flip"]).unwrap();
+    let flipped = self::pairs(&flipped, Aspect::Action);
+    assert_eq!(flipped.len(), pairs.len());
+    assert!(flipped.iter().all(|pair| pair.chosen[0].content.starts_with("bad")));
+}
+
+#[test]
+fn demonstrations_are_the_models_revisions_and_the_shipped_exemplars() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 40);
+    let (constitution, exemplars) =
+        (data("constitution.toml"), data("demonstrations/exemplars.jsonl"));
+    let run = |name: &str, flags: &[&str], prompts: Option<&Path>| {
+        let mut all = vec![
+            "--constitution",
+            &constitution,
+            "--exemplars",
+            &exemplars,
+            "--max-new-tokens",
+            "6",
+            "--truncated",
+            "keep",
+        ];
+        all.extend_from_slice(flags);
+        let config: DemonstrationsConfig = config(&all);
+        let inputs = demonstrations::Inputs {
+            prompts: prompts.map(Path::to_owned),
+            model: prompts.map(|_| fixture()),
+        };
+        let output = dir.path().join(name);
+        demonstrations::run(&config, &inputs, &output, &Work::Compute)?;
+        let rows: Vec<DemonstrationRow> =
+            parquet::read(output.join("demonstrations.parquet")).unwrap();
+        Ok::<_, arete_curation::Error>(rows)
+    };
+    let own = run("own", &["--source", "own"], None).unwrap();
+    assert!(own.len() >= 100);
+    assert!(own.iter().all(|row| row.source == "own" && row.messages.len() == 6));
+    let revised = run("self", &["--source", "self", "--rounds", "2"], Some(&prompts)).unwrap();
+    assert!(revised.len() > 20, "{}", revised.len()); // an empty revision is left out
+    for row in &revised {
+        assert_eq!((row.rounds.len(), row.messages.len()), (2, 6));
+        assert_eq!(row.messages[1].content, row.rounds[1].revision);
+    }
+    let principles: std::collections::BTreeSet<&str> =
+        revised.iter().flat_map(|row| row.rounds.iter().map(|r| r.principle.as_str())).collect();
+    assert!(principles.len() > 8, "{principles:?}");
+    let mix = run("mix", &["--source", "mix", "--turns", "answer"], Some(&prompts)).unwrap();
+    let n_own = mix.iter().filter(|row| row.source == "own").count();
+    assert_eq!(n_own, own.len());
+    assert!(mix.iter().any(|row| row.source == "self" && row.messages.len() == 2));
+    let error = run("no", &["--source", "self"], None).unwrap_err().to_string();
+    assert!(error.contains("--prompts and --model"), "{error}");
+}
+
+fn program(args: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_arete-curation")).args(args).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn the_program_resolves_recipes_and_fails_with_the_right_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (recipe, output, input) = (at("recipe.toml"), at("prompts"), data("prompts"));
+    fs_err::write(&recipe, "[prompts]\nlimit = 7\ncontext = \"full\"\n").unwrap();
+    let prompts = ["prompts", "--input", &input, "--recipe", &recipe, "--output", &output];
+    let (code, stdout, stderr) = program(&[&prompts[..], &["--dry-run"]].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    let estimate: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(estimate["counts"]["kept"], json!(7));
+    assert!(!Path::new(&output).exists());
+    let (code, stdout, stderr) = program(&prompts);
+    assert_eq!((code, stdout.as_str()), (Some(0), ""), "{stderr}");
+    let run = RunJson::read(&output).unwrap();
+    assert_eq!((&run.config["limit"], &run.config["context"]), (&json!(7), &json!("full")));
+    assert!(program(&prompts).2.contains("up to date"));
+    let (_, _, stderr) = program(&[&prompts[..], &["--limit", "9"]].concat());
+    assert!(stderr.contains("limit") && stderr.contains("7") && stderr.contains("9"), "{stderr}");
+
+    fs_err::write(&recipe, "[prompts]\nlimt = 7\n").unwrap();
+    let (code, _, stderr) = program(&prompts);
+    assert_eq!(code, Some(65), "{stderr}");
+    assert!(stderr.contains("did you mean `limit`"), "{stderr}");
+    let missing = at("missing.jsonl");
+    let (code, _, stderr) = program(&["prompts", "--input", &missing, "--output", &at("x")]);
+    assert_eq!(code, Some(74), "{stderr}");
+    let empty = at("empty.jsonl");
+    fs_err::write(&empty, "").unwrap();
+    let (code, _, stderr) = program(&["prompts", "--input", &empty, "--output", &at("y")]);
+    assert_eq!(code, Some(65), "{stderr}");
+    let (code, _, _) = program(&["prompts", "--output", &at("z")]);
+    assert_eq!(code, Some(2));
+}
+
+#[test]
+fn damaged_conversations_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 4);
+    let samples = dir.path().join("conversations");
+    let rows = converse(&prompts, &samples, &[]);
+    let try_rows = |name: &str, rows: &[ConversationRow]| {
+        let path = dir.path().join(format!("{name}.parquet"));
+        parquet::write(&path, rows).unwrap();
+        judge(&path, None, &dir.path().join(name), &["--method", "contrast"])
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(try_rows("twice", &[rows.clone(), rows.clone()].concat()).contains("twice"));
+    assert!(try_rows("one", &rows[..3]).contains("samples 0 and 1"));
+    assert!(try_rows("none", &[]).contains("at least one"));
+    let mut other = rows.clone();
+    other[1].messages[0].content.push('!');
+    assert!(try_rows("other", &other).contains("the same prompt"));
+    let mut short = rows.clone();
+    short[0].messages.truncate(3);
+    assert!(try_rows("short", &short).contains("five turns"));
+}
