@@ -1,0 +1,362 @@
+//! The program itself: preferences to reward models, scores, kills, and every kind of bad input.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use arete_records::rows::{ConversationRow, PreferenceRow};
+use arete_records::{FinishReason, Message, Split, parquet};
+use serde_json::Value;
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
+}
+
+fn pair(i: usize) -> PreferenceRow {
+    let endings = ["with care.", "today.", "in plain words.", "and listen."];
+    let side = |text: &str| vec![Message::assistant(format!("{text} {}", endings[i % 4]))];
+    PreferenceRow {
+        prompt: vec![Message::user(format!("Question number {i}?"))],
+        chosen: side("I would rather ask first"),
+        rejected: side("You can steal it"),
+        score_chosen: 4,
+        score_rejected: 1,
+        chosen_prob: 0.8,
+        prompt_id: format!("{i:016x}"),
+        truncated_chosen: false,
+        truncated_rejected: i % 7 == 0,
+    }
+}
+
+/// `preferences/action/` with 30 pairs to train on and 10 to evaluate.
+fn preferences(dir: &Path) -> PathBuf {
+    let out = dir.join("preferences");
+    write_pairs(&out, "train", &(0..30).map(pair).collect::<Vec<_>>());
+    write_pairs(&out, "validation", &(30..40).map(pair).collect::<Vec<_>>());
+    out
+}
+
+fn write_pairs(preferences: &Path, split: &str, rows: &[PreferenceRow]) {
+    let dir = preferences.join("action");
+    fs_err::create_dir_all(&dir).unwrap();
+    parquet::write(dir.join(format!("{split}.parquet")), rows).unwrap();
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn train(preferences: &Path, output: &Path, more: &[&str]) -> Command {
+    train_on(&model(), preferences, output, more)
+}
+
+fn train_on(model: &Path, preferences: &Path, output: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+    command.args(["train", "--aspect", "action", "--rank", "2", "--batch-size", "5"]);
+    command.args(["--epochs", "3", "--learning-rate", "5e-3", "--micro-batch-tokens", "150"]);
+    command.args(["--checkpoint-every", "2", "--eval-every", "4", "--dtype", "f32"]);
+    command.args(["--threads", "1", "--model", &text(model)]);
+    command.args(["--preferences", &text(preferences), "--output", &text(output)]);
+    command.args(more).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn message(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn succeed(mut command: Command) -> Output {
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{}", message(&done));
+    done
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs_err::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Every file whose bytes are promised.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    for entry in fs_err::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            let inner = files(&path).into_iter();
+            out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if !name.starts_with('.') && name != "timings.jsonl" && !name.contains("tfevents") {
+            out.insert(name, fs_err::read(&path).unwrap());
+        }
+    }
+    out
+}
+
+fn score(model: &Path, adapter: Option<&Path>, input: &Path, more: &[&str]) -> Vec<Value> {
+    let output = input.with_extension("scores.jsonl");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+    command.args(["score", "--dtype", "f32", "--model", &text(model)]);
+    command.args(["--input", &text(input), "--output", &text(&output)]).args(more);
+    if let Some(adapter) = adapter {
+        command.args(["--adapter", &text(adapter)]);
+    }
+    succeed(command);
+    lines(&output)
+}
+
+fn number(value: &Value, key: &str) -> f64 {
+    value[key].as_f64().unwrap_or_else(|| panic!("{key} of {value}"))
+}
+
+#[test]
+fn preferences_become_a_reward_model_that_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let conversations = dir.path().join("conversations");
+    fs_err::create_dir_all(&conversations).unwrap();
+    let row = |i: usize, sample: i32, split: Split| {
+        let PreferenceRow { prompt, chosen, rejected, prompt_id, .. } = pair(i);
+        let reply = if sample == 0 { chosen } else { rejected };
+        let action = reply[0].content.clone();
+        ConversationRow {
+            prompt_id,
+            split,
+            sample,
+            persona: None,
+            messages: [prompt, reply].concat(),
+            action,
+            motivation: String::new(),
+            consequence: String::new(),
+            finish_reason_action: FinishReason::Stop,
+            finish_reason_motivation: FinishReason::Stop,
+            finish_reason_consequence: FinishReason::Stop,
+            n_tokens_action: 5,
+            n_tokens_motivation: 0,
+            n_tokens_consequence: 0,
+            seed: 0,
+        }
+    };
+    let rows: Vec<ConversationRow> = (30..36)
+        .flat_map(|i| [row(i, 0, Split::Validation), row(i, 1, Split::Validation)])
+        .chain([row(0, 0, Split::Train)])
+        .collect();
+    parquet::write(conversations.join("conversations.parquet"), &rows).unwrap();
+    let output = dir.path().join("reward");
+    let flags = ["--merge", "--conversations", conversations.to_str().unwrap()];
+    succeed(train(&preferences, &output, &flags));
+
+    let action = output.join("action");
+    let log = lines(&action.join("metrics.jsonl"));
+    assert!(number(&log[16], "loss") < number(&log[0], "loss"), "{log:?}");
+    let evaluation = json(&action.join("evaluation.json"));
+    assert_eq!((&evaluation["split"], &evaluation["n"]), (&"validation".into(), &10.into()));
+    assert_eq!(number(&evaluation["accuracy"], "estimate"), 1.0);
+    let stats = json(&action.join("score_stats.json"));
+    assert_eq!((&stats["split"], &stats["n"]), (&"validation".into(), &12.into()));
+
+    // Scores of those conversations: adapter and merged model agree, and have the statistics written.
+    let input = dir.path().join("input.jsonl");
+    let messages =
+        rows[..12].iter().map(|row| serde_json::json!({"messages": row.messages}).to_string());
+    fs_err::write(&input, messages.collect::<Vec<_>>().join("\n")).unwrap();
+    let adapter = action.join("adapter");
+    let unmerged = score(&model(), Some(&adapter), &input, &[]);
+    let scores: Vec<f64> = unmerged.iter().map(|line| number(line, "score")).collect();
+    assert!((arete_records::stats::mean(&scores) - number(&stats, "mean")).abs() < 1e-5);
+    assert!((arete_records::stats::std(&scores) - number(&stats, "std")).abs() < 1e-5);
+    let merged_dir = action.join("merged");
+    let merged = score(&merged_dir, None, &input, &["--micro-batch-tokens", "1"]);
+    for (a, b) in unmerged.iter().zip(&merged) {
+        assert!((number(a, "score") - number(b, "score")).abs() < 1e-4, "{a} {b}");
+        assert_eq!(a["n_tokens"], b["n_tokens"]);
+    }
+    let config = json(&merged_dir.join("config.json"));
+    assert_eq!(config["architectures"], serde_json::json!(["LlamaForSequenceClassification"]));
+    assert!((number(&config, "score_mean") - number(&stats, "mean")).abs() < 1e-12);
+    assert_ne!(config["pad_token_id"], config["eos_token_id"]);
+
+    // Rows of pairs are scored side by side.
+    let file = preferences.join("action/validation.parquet");
+    let lines = score(&merged_dir, None, &file, &[]);
+    assert_eq!(lines.len(), 10);
+    assert!(lines.iter().all(|line| number(line, "score_chosen") > number(line, "score_rejected")));
+    assert_eq!(lines[0]["prompt_id"], pair(30).prompt_id.as_str());
+
+    // Nothing left to do; another setting starts again.
+    let again = succeed(train(&preferences, &output, &flags));
+    assert!(message(&again).contains("up to date"));
+    let other = succeed(train(&preferences, &output, &["--max-steps", "2"]));
+    assert!(message(&other).contains("max_steps"), "{}", message(&other));
+    assert!(!merged_dir.exists());
+}
+
+#[test]
+fn killed_it_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    succeed(train(&preferences, &whole, &[]));
+    for n in [1, 7, 13] {
+        let mut child = train(&preferences, &killed, &[]).spawn().unwrap();
+        let started = Instant::now();
+        while lines(&killed.join("action/metrics.jsonl")).len() < n
+            && child.try_wait().unwrap().is_none()
+        {
+            assert!(started.elapsed() < Duration::from_secs(120), "no progress");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9), "it ended before it was killed");
+    }
+    succeed(train(&preferences, &killed, &[]));
+    let (a, b) = (files(&whole), files(&killed));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, bytes) in &a {
+        assert!(bytes == &b[name], "{name} differs");
+    }
+    assert!(a.contains_key("action/run.json"));
+}
+
+#[test]
+fn pairs_in_text_form_train_a_yardstick() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pairs.jsonl");
+    let line = |i: usize| {
+        let side = |text: &str| format!("\n\nHuman: Question {i}?\n\nAssistant: {text} {i}.");
+        serde_json::json!({"chosen": side("I would ask first"), "rejected": side("Steal it")})
+    };
+    let text_of_file: Vec<String> = (0..60).map(|i| line(i).to_string()).collect();
+    fs_err::write(&file, text_of_file.join("\n")).unwrap();
+    let train = |output: &str, more: &[&str]| {
+        let output = dir.path().join(output);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+        command.args(["train", "--model", &text(&model()), "--pairs", &text(&file)]);
+        command.args(["--output", &text(&output), "--rank", "2", "--epochs", "4"]);
+        command.args(["--learning-rate", "5e-3", "--dtype", "f32", "--threads", "1"]).args(more);
+        succeed(command);
+        (json(&output.join("run.json")), json(&output.join("evaluation.json")))
+    };
+    let (run, evaluation) = train("yardstick", &[]);
+    let (n_train, n_held_out) =
+        (number(&run["counts"], "train"), number(&run["counts"], "validation"));
+    assert_eq!(n_train + n_held_out, 60.0);
+    assert!((5.0..20.0).contains(&n_held_out), "a fifth is held out: {n_held_out}");
+    assert_eq!(evaluation["split"], "held-out");
+    assert_eq!(number(&evaluation["accuracy"], "estimate"), 1.0);
+    let (run, _) = train("all", &["--all-pairs", "--max-steps", "1"]);
+    assert_eq!(number(&run["counts"], "train"), 60.0);
+    // With labels by the toss of a coin there is nothing to learn.
+    let (_, control) = train("control", &["--shuffle-labels"]);
+    assert!(number(&control, "mean_margin") < 0.5 * number(&evaluation, "mean_margin"));
+}
+
+#[test]
+fn bad_input_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("reward");
+    let good: Vec<PreferenceRow> = (0..30).map(pair).collect();
+    let refuse = |rows: &[PreferenceRow], flags: &[&str], expected: &str| {
+        let preferences = preferences(dir.path());
+        write_pairs(&preferences, "train", rows);
+        let done = train(&preferences, &output, flags).output().unwrap();
+        assert_eq!(done.status.code(), Some(65), "{}", message(&done));
+        assert!(message(&done).contains(expected), "{}", message(&done));
+        assert!(!output.join("action/run.json").exists());
+    };
+    refuse(&[], &[], "expected at least 20 pairs to train on, got 0");
+    refuse(&good[..19], &[], "expected at least 20 pairs to train on, got 19");
+    let mut rows = good.clone();
+    rows[3].chosen_prob = f32::NAN;
+    refuse(
+        &rows,
+        &[],
+        "train.parquet: row 4: chosen_prob: expected a number within 0 to 1, got NaN",
+    );
+    let identical: Vec<PreferenceRow> = good
+        .iter()
+        .map(|row| PreferenceRow {
+            rejected: row.chosen.clone(),
+            truncated_rejected: false,
+            ..row.clone()
+        })
+        .collect();
+    refuse(&identical, &[], "got 0 (0 dropped for their length, 30 identical after cutting)");
+    // Cut on the right to the prompt, both sides of every pair are the same.
+    let cut = ["--max-length", "10", "--over-length", "truncate-right"];
+    refuse(&good, &cut, "got 0 (0 dropped for their length, 30 identical after cutting)");
+    let dropped = ["--max-length", "10", "--over-length", "drop"];
+    refuse(&good, &dropped, "got 0 (30 dropped for their length, 0 identical after cutting)");
+    let mut rows = good.clone();
+    rows[1].rejected = Vec::new();
+    refuse(
+        &rows,
+        &[],
+        "row 2: rejected: expected a conversation that ends with the assistant's reply",
+    );
+
+    // A file without the columns.
+    let preferences = preferences(dir.path());
+    let row = ConversationRow {
+        prompt_id: String::new(),
+        split: Split::Train,
+        sample: 0,
+        persona: None,
+        messages: Vec::new(),
+        action: String::new(),
+        motivation: String::new(),
+        consequence: String::new(),
+        finish_reason_action: FinishReason::Stop,
+        finish_reason_motivation: FinishReason::Stop,
+        finish_reason_consequence: FinishReason::Stop,
+        n_tokens_action: 0,
+        n_tokens_motivation: 0,
+        n_tokens_consequence: 0,
+        seed: 0,
+    };
+    parquet::write(preferences.join("action/train.parquet"), &[row]).unwrap();
+    let done = train(&preferences, &output, &[]).output().unwrap();
+    assert_eq!(done.status.code(), Some(65));
+    assert!(message(&done).contains("column `prompt` is missing"), "{}", message(&done));
+
+    fs_err::remove_file(preferences.join("action/train.parquet")).unwrap();
+    let done = train(&preferences, &output, &[]).output().unwrap();
+    assert_eq!(done.status.code(), Some(74));
+    assert!(message(&done).contains("train.parquet"), "{}", message(&done));
+}
+
+#[test]
+fn an_adapter_is_not_used_with_another_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let output = dir.path().join("reward");
+    let base = dir.path().join("base");
+    fs_err::create_dir_all(&base).unwrap();
+    for entry in fs_err::read_dir(model()).unwrap() {
+        let path = entry.unwrap().path();
+        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
+    }
+    succeed(train_on(&base, &preferences, &output, &["--max-steps", "2"]));
+    // The base changes: the last byte of a weight.
+    let weights = base.join("model.safetensors");
+    let mut bytes = fs_err::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs_err::write(&weights, bytes).unwrap();
+    let input = dir.path().join("input.jsonl");
+    fs_err::write(&input, r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#)
+        .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+    command.args(["score", "--dtype", "f32", "--model", &text(&base), "--input", &text(&input)]);
+    command.args(["--output", "-", "--adapter", &text(&output.join("action/adapter"))]);
+    let done = command.output().unwrap();
+    assert!(!done.status.success() && done.stdout.is_empty());
+    assert!(message(&done).contains("adapter's base: expected"), "{}", message(&done));
+    // Training again with the changed base starts afresh and says why.
+    let again = succeed(train_on(&base, &preferences, &output, &["--max-steps", "2"]));
+    assert!(message(&again).contains("model"), "{}", message(&again));
+}
