@@ -535,11 +535,9 @@ impl<'a> Stage<'a> {
         })?;
         write_rows(&completions_path(&self.output, iteration), &report.rows)?;
         log(&mut self.metrics, iteration, &report.metrics)?;
-        for row in report.rows.iter().take(N_SHOWN) {
+        for (row, prompt) in report.rows.iter().zip(&probe.prompts).take(N_SHOWN) {
             let reply = row.messages.last().map_or("", |message| message.content.as_str());
-            let prompt = &self.prompts.validation[0].messages;
-            let question = row.messages.get(prompt.len().saturating_sub(1));
-            let question = question.map_or("", |message| message.content.as_str());
+            let question = prompt.messages.last().map_or("", |message| message.content.as_str());
             tracing::info!(iteration, prompt_id = row.prompt_id, question, reply, "completion");
         }
         tracing::info!(iteration, z_mean = round(report.z_mean), "probe");

@@ -1,0 +1,136 @@
+//! What the stage refuses, and in which words.
+
+mod common;
+
+use std::path::Path;
+
+use arete_model::{ScalarHead, Tensor};
+use arete_ppo::{Config, TrainInputs, train};
+use arete_records::{Aspect, Message, Split, parquet, prompt_id, rows::PromptRow};
+use common::{config, random_reward, save_reward, tiny_model, write_prompts, write_rewards};
+
+fn refusal(config: &Config, dir: &Path) -> String {
+    let inputs = TrainInputs {
+        prompts: dir.join("prompts"),
+        rewards: Some(dir.join("reward")),
+        yardstick: None,
+        output: dir.join("out"),
+    };
+    train(config, &inputs).unwrap_err().to_string()
+}
+
+#[test]
+fn a_reward_model_of_another_base_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = tiny_model();
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &model);
+    let (adapter, head) = random_reward(&model, 9);
+    model.base_sha256 = "0123456789abcdef".repeat(4);
+    let motivation = dir.path().join("reward/motivation");
+    fs_err::remove_dir_all(&motivation).unwrap();
+    save_reward(&motivation, &model, &adapter, Some(&head));
+    let message = refusal(&config(&[]), dir.path());
+    assert!(message.contains("adapter's base: expected tiny-chat (sha256 0123456789ab)"), "{message}");
+}
+
+#[test]
+fn a_missing_head_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &model);
+    let (adapter, _) = random_reward(&model, 9);
+    let motivation = dir.path().join("reward/motivation");
+    fs_err::remove_dir_all(&motivation).unwrap();
+    save_reward(&motivation, &model, &adapter, None);
+    let message = refusal(&config(&[]), dir.path());
+    let wanted = "motivation/adapter: expected an adapter with a score head (modules_to_save), got an adapter without";
+    assert!(message.contains(wanted), "{message}");
+}
+
+#[test]
+fn scores_that_are_no_numbers_or_all_the_same_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    write_prompts(dir.path());
+    let dir = dir.path();
+    for (fill, with_stats, wanted) in [
+        (f64::NAN, true, "iteration 0: the score of the consequence reward model for prompt "),
+        (0.0, false, "scores of the consequence reward model on the reference: expected scores that differ between conversations, got 0 for all 12"),
+        (0.0, true, "scores of the first rollout: expected scores that differ"),
+    ] {
+        if dir.join("reward").exists() {
+            fs_err::remove_dir_all(dir.join("reward")).unwrap();
+        }
+        // The first rollout is flat only if all three are.
+        let flat_everywhere = fill == 0.0 && with_stats;
+        for aspect in Aspect::ALL {
+            let (adapter, mut head) = random_reward(&model, aspect.index() as u64);
+            if aspect == Aspect::Consequence || flat_everywhere {
+                head = ScalarHead { weight: Tensor::full_like(&head.weight, fill) };
+            }
+            let at = dir.join("reward").join(aspect.name());
+            save_reward(&at, &model, &adapter, Some(&head));
+            if with_stats {
+                let base = &model.base_sha256;
+                let stats = format!(
+                    r#"{{"mean": 0.5, "std": 2.0, "n": 9, "split": "validation", "base_sha256": "{base}"}}"#
+                );
+                fs_err::write(at.join("score_stats.json"), stats).unwrap();
+            }
+        }
+        let flags = ["--missing-eos-penalty", "0", "--rollout", "answer"];
+        let message = refusal(&config(&flags), dir);
+        assert!(message.contains(wanted), "{message}");
+    }
+}
+
+#[test]
+fn statistics_of_another_base_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    write_prompts(dir.path());
+    let rewards = write_rewards(dir.path(), &model);
+    for (stats, wanted) in [
+        (
+            r#"{"mean": 0.5, "std": 2.0, "n": 9, "split": "validation", "base_sha256": "other"}"#,
+            "expected statistics of this base, got base_sha256 other",
+        ),
+        (
+            r#"{"mean": 0.5, "std": 0.0, "n": 9, "split": "validation", "base_sha256": "other"}"#,
+            "expected a finite mean and a standard deviation above 0, got mean 0.5, std 0",
+        ),
+        ("{}", "expected score statistics"),
+    ] {
+        fs_err::write(rewards.join("action/score_stats.json"), stats).unwrap();
+        let message = refusal(&config(&[]), dir.path());
+        assert!(message.contains(wanted), "{message}");
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &model);
+    let prompt = vec![Message::user("so long ".repeat(1200))];
+    let id = prompt_id(&prompt);
+    let row = PromptRow {
+        prompt_id: id.clone(),
+        split: Split::Train,
+        source: "test".to_owned(),
+        prompt,
+    };
+    let file = dir.path().join("prompts/prompts.parquet");
+    parquet::write(&file, std::slice::from_ref(&row)).unwrap();
+    let message = refusal(&config(&[]), dir.path());
+    assert!(message.contains(&format!("prompt {id}: expected at most")), "{message}");
+    assert!(message.contains("(2048 of the model less"), "{message}");
+
+    let row = PromptRow { split: Split::Test, ..row };
+    parquet::write(&file, &[row]).unwrap();
+    let message = refusal(&config(&[]), dir.path());
+    assert!(message.contains("at least one prompt of the train split"), "{message}");
+}

@@ -1,0 +1,256 @@
+//! The stage over tiny-chat: what an iteration must keep to, whatever it learns.
+
+mod common;
+
+use arete_model::{Batch, SegmentIdx, adapter_files};
+use arete_ppo::train;
+use arete_records::rows::RolloutRow;
+use arete_records::{Aspect, FinishReason};
+use common::{by_rule, config, metric, rollout, tiny_model, write_prompts, write_rewards};
+use tch::Device;
+
+fn inputs(dir: &std::path::Path, output: &str) -> arete_ppo::TrainInputs {
+    arete_ppo::TrainInputs {
+        prompts: write_prompts(dir),
+        rewards: Some(dir.join("reward")),
+        yardstick: None,
+        output: dir.join(output),
+    }
+}
+
+#[test]
+fn with_learning_rate_0_the_ratio_is_1_and_the_kl_0_exactly() {
+    for flags in [&["--rollout", "chain"][..], &["--rollout", "answer", "--dtype", "auto"][..]] {
+        let dir = tempfile::tempdir().unwrap();
+        let rates = ["--learning-rate", "0", "--value-learning-rate", "0"];
+        let rule = ["--programmed-reward", "letter:e", "--iterations", "3"];
+        let config = config(&[flags, &rates, &rule].concat());
+        let inputs = by_rule(dir.path(), "out");
+        train(&config, &inputs).unwrap();
+        for (name, expected) in [
+            ("objective/kl", 0.0),
+            ("policy/approxkl_avg", 0.0),
+            ("policy/clipfrac_avg", 0.0),
+            ("val/ratio", 1.0),
+            ("val/ratio_var", 0.0),
+            ("first_log_ratio", 0.0),
+        ] {
+            assert_eq!(metric(&inputs.output, name), [expected; 3], "{name}");
+        }
+        let difference = metric(&inputs.output, "sampler_trainer_difference");
+        assert!(difference.iter().all(|&d| d <= 1e-4), "{difference:?}");
+        let adapter =
+            adapter_files::load(&inputs.output.join("adapter"), "p", &tiny_model().config, Device::Cpu);
+        for (name, tensor) in adapter.unwrap().adapter.parameters() {
+            let moved = tensor.abs().max().double_value(&[]);
+            assert!(name.contains("lora_A") || moved == 0.0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn scores_are_those_of_each_conversation_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    write_rewards(dir.path(), &model);
+    for kind in ["chain", "answer"] {
+        let config = config(&["--rollout", kind, "--learning-rate", "1e-3"]);
+        let inputs = inputs(dir.path(), kind);
+        train(&config, &inputs).unwrap();
+        let rows: Vec<RolloutRow> = (1..=2).flat_map(|i| rollout(&inputs.output, i)).collect();
+        assert_eq!(rows.len(), 16);
+        for aspect in Aspect::ALL {
+            let reward = adapter_files::load(
+                &dir.path().join("reward").join(aspect.name()).join("adapter"),
+                "r",
+                &model.config,
+                Device::Cpu,
+            )
+            .unwrap();
+            for row in &rows {
+                let got = f64::from(score(row, aspect));
+                let expected = score_alone(&model, &reward, row, aspect, kind == "chain");
+                assert!((got - expected).abs() < 1e-5, "{aspect}: {got} against {expected}");
+            }
+        }
+        if kind == "answer" {
+            assert!(rows.iter().all(|row| row.n_tokens_motivation.is_none()));
+        }
+    }
+}
+
+fn score(row: &RolloutRow, aspect: Aspect) -> f32 {
+    match aspect {
+        Aspect::Action => row.score_action,
+        Aspect::Motivation => row.score_motivation,
+        Aspect::Consequence => row.score_consequence,
+    }
+    .unwrap()
+}
+
+/// Renders the conversation through the aspect's reply from its messages, and scores it in a pass of its own.
+fn score_alone(
+    model: &arete_model::Model,
+    reward: &adapter_files::LoadedAdapter,
+    row: &RolloutRow,
+    aspect: Aspect,
+    is_chain: bool,
+) -> f64 {
+    let _guard = tch::no_grad_guard();
+    let chat = model.chat().unwrap();
+    let (messages, finish) = if is_chain {
+        let finish = match aspect {
+            Aspect::Action => row.finish_reason_action,
+            Aspect::Motivation => row.finish_reason_motivation,
+            Aspect::Consequence => row.finish_reason_consequence,
+        };
+        (arete_model::chain::aspect_conversation(&row.messages, aspect).unwrap(), finish)
+    } else {
+        (row.messages.as_slice(), row.finish_reason_action)
+    };
+    let rendered = match finish.unwrap() {
+        FinishReason::Stop => chat.render(messages).unwrap(),
+        FinishReason::Length => chat.render_truncated(messages).unwrap(),
+    };
+    let batch = Batch::from_sequences(&[&rendered.token_ids]);
+    let hidden = model.decoder.forward(&batch, Some(&reward.adapter)).unwrap();
+    let last = hidden.narrow(0, batch.last_row(SegmentIdx(0)) as i64, 1);
+    reward.head.as_ref().unwrap().forward(&last).double_value(&[0])
+}
+
+#[test]
+fn rewards_add_up_and_the_penalty_is_k1() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(&[
+        "--rollout", "answer", "--programmed-reward", "length:5", "--kl-coef", "0.3",
+        "--missing-eos-penalty", "0.5", "--learning-rate", "5e-3", "--iterations", "3",
+        "--target-kl", "0",
+    ]);
+    let inputs = by_rule(dir.path(), "out");
+    train(&config, &inputs).unwrap();
+    let rows = rollout(&inputs.output, 3);
+    assert!(rows.iter().any(|row| row.kl.abs() > 1e-3), "the policy has moved");
+    for row in rows {
+        let cut = f64::from(u8::from(row.finish_reason_action == Some(FinishReason::Length)));
+        let z = f64::from(row.z_action.unwrap());
+        let expected = z.clamp(-10.0, 10.0) - 0.5 * cut - 0.3 * f64::from(row.kl);
+        assert!((f64::from(row.reward) - expected).abs() < 1e-4, "{row:?}");
+    }
+}
+
+#[test]
+fn keeping_the_first_pass_changes_no_bit() {
+    for value in ["trunk", "trunk_detached", "adapter"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut sums = Vec::new();
+        for (output, keep) in [("kept", "100000"), ("twice", "0")] {
+            let flags = ["--value", value, "--keep-graph-tokens", keep, "--learning-rate", "1e-3"];
+            let rule = ["--programmed-reward", "letter:e", "--micro-batch-tokens", "300"];
+            let inputs = by_rule(dir.path(), output);
+            train(&config(&[&flags[..], &rule[..]].concat()), &inputs).unwrap();
+            sums.push(common::adapter_sum(&inputs.output));
+        }
+        assert_eq!(sums[0], sums[1], "{value}");
+    }
+}
+
+#[test]
+fn micro_batches_and_recomputation_change_rounding_at_most() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut losses = Vec::new();
+    for (output, flags) in [
+        ("whole", &["--micro-batch-tokens", "100000"][..]),
+        ("cut", &["--micro-batch-tokens", "100"][..]),
+        ("again", &["--recompute"][..]),
+    ] {
+        let shared = ["--programmed-reward", "letter:e", "--learning-rate", "1e-3", "--rollout", "answer"];
+        let inputs = by_rule(dir.path(), output);
+        train(&config(&[&shared, flags].concat()), &inputs).unwrap();
+        let of = |name| metric(&inputs.output, name);
+        losses.push([of("loss/policy_avg"), of("loss/value_avg"), of("policy_grad_norm")].concat());
+    }
+    for other in &losses[1..] {
+        for (a, b) in losses[0].iter().zip(other) {
+            assert!((a - b).abs() < 1e-4 * (1.0 + a.abs()), "{losses:?}");
+        }
+    }
+}
+
+#[test]
+fn several_minibatches_start_at_ratio_1_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(&[
+        "--programmed-reward", "letter:e", "--learning-rate", "1e-3", "--n-minibatches", "4",
+        "--whiten-rewards", "--kl-control", "adaptive", "--kl-horizon", "20",
+    ]);
+    let inputs = by_rule(dir.path(), "out");
+    train(&config, &inputs).unwrap();
+    assert_eq!(metric(&inputs.output, "first_log_ratio"), [0.0, 0.0]);
+    assert_eq!(metric(&inputs.output, "optimiser_steps"), [8.0, 8.0]);
+    // KL far below the target of 6: the coefficient falls by 0.2 · 8/20.
+    let kl_coef = metric(&inputs.output, "kl_coef");
+    assert!((kl_coef[1] - 0.05 * (1.0 - 0.2 * 8.0 / 20.0)).abs() < 1e-12, "{kl_coef:?}");
+}
+
+#[test]
+fn the_policy_waits_while_the_critic_warms_up() {
+    let dir = tempfile::tempdir().unwrap();
+    for value in ["trunk", "adapter"] {
+        let config = config(&[
+            "--programmed-reward", "letter:e", "--learning-rate", "1e-2", "--value-warmup", "2",
+            "--value-learning-rate", "1e-2", "--iterations", "4", "--schedule", "constant",
+            "--value", value,
+        ]);
+        let inputs = by_rule(dir.path(), value);
+        train(&config, &inputs).unwrap();
+        let kl = metric(&inputs.output, "objective/kl");
+        assert_eq!(kl[..3], [0.0; 3]); // measured before an iteration's steps: the third is the first that steps
+        assert_ne!(kl[3], 0.0);
+        let norms = metric(&inputs.output, "policy_grad_norm");
+        assert_eq!(norms[..2], [0.0, 0.0]);
+        assert!(norms[2] > 0.0);
+        let values = metric(&inputs.output, "value_mean");
+        assert_eq!(values[0], 0.0);
+        assert_ne!(values[1], 0.0);
+    }
+}
+
+#[test]
+fn a_huge_kl_coefficient_keeps_the_policy() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut last = Vec::new();
+    for (output, kl_coef) in [("free", "0"), ("held", "100")] {
+        let config = config(&[
+            "--programmed-reward", "length:3", "--rollout", "answer", "--learning-rate", "5e-3",
+            "--iterations", "8", "--schedule", "constant", "--rollout-size", "16",
+            "--kl-coef", kl_coef, "--probe-every", "0", "--target-kl", "0",
+        ]);
+        let inputs = by_rule(dir.path(), output);
+        train(&config, &inputs).unwrap();
+        last.push(metric(&inputs.output, "probe/kl").pop().unwrap().abs());
+    }
+    assert!(last[0] > 10.0 * last[1], "{last:?}");
+}
+
+#[test]
+fn the_mean_score_rises_under_a_length_reward() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(&[
+        "--programmed-reward", "length:4", "--rollout", "answer", "--learning-rate", "4e-3",
+        "--value-learning-rate", "1e-2", "--iterations", "14", "--rollout-size", "32",
+        "--stats-samples", "64", "--kl-coef", "0.02", "--max-new-tokens", "24",
+    ]);
+    let inputs = by_rule(dir.path(), "out");
+    train(&config, &inputs).unwrap();
+    // Standardised on the reference: 0 is where it starts, 1 is one standard deviation above.
+    let scores = metric(&inputs.output, "z_mean");
+    let last = arete_records::stats::mean(&scores[11..]);
+    assert!(last > 0.8, "{scores:?}");
+    let run = arete_records::run::RunJson::read(&inputs.output).unwrap();
+    assert!(run.counts["probe_z_after"].as_f64() > run.counts["probe_z_before"].as_f64());
+    assert!(inputs.output.join("merged/model.safetensors").exists());
+    // Complete: a second call does nothing.
+    let before = common::adapter_sum(&inputs.output);
+    train(&config, &inputs).unwrap();
+    assert_eq!(before, common::adapter_sum(&inputs.output));
+}
