@@ -80,6 +80,34 @@ fn refused(result: Result<Checkpoint, Error>, words: &[&str]) {
     }
 }
 
+/// Feeds `read` copies of `whole` with a few random damages each; `make torture` does so for longer.
+pub(super) fn torture(whole: &[u8], read: impl Fn(&[u8])) {
+    let rounds = if std::env::var_os("ARETE_TORTURE").is_some() { 500_000 } else { 500 };
+    let mut rng = crate::random::stream(1, "torture");
+    let mut below = |n: usize| (crate::random::uniform(&mut rng) * n as f64) as usize;
+    for _ in 0..rounds {
+        let mut content = whole.to_vec();
+        for _ in 0..=below(4) {
+            let (at, n) = (below(content.len()), 1 + below(16));
+            let end = (at + n).min(content.len());
+            match below(5) {
+                0 => content[at] ^= 1 << below(8),
+                1 => content[at..end].fill([0, 0x7f, 0xff][below(3)]),
+                2 => content[at] = b"\"{}[]0:,\\\0"[below(10)],
+                3 => {
+                    let piece = content[at..end].to_vec();
+                    content.splice(at..at, piece);
+                }
+                _ => drop(content.drain(at..end)),
+            }
+            if content.is_empty() {
+                break;
+            }
+        }
+        read(&content);
+    }
+}
+
 #[test]
 fn shards_are_read_as_one_model() {
     let copy = Copy::of("llama_untied");

@@ -268,6 +268,35 @@ fn numbers_kept_as_f32_are_read_as_written() {
     assert_eq!(decimal(0.1), 0.1);
 }
 
+#[test]
+fn files_that_transformers_4_and_5_were_asked_about_are_written() {
+    // `scripts/goldens/config_json.py` holds what both make of these files.
+    let text = |name: &str| fs_err::read_to_string(golden("config").join(name)).unwrap();
+    let written = |config: &ModelConfig, kind| {
+        format!("{}\n", serde_json::to_string_pretty(&Value::Object(config.to_json(kind))).unwrap())
+    };
+    let common = ModelConfig {
+        tie_word_embeddings: true,
+        bos_token_id: Some(1),
+        eos_token_ids: vec![2, 5],
+        pad_token_id: Some(0),
+        ..llama32(Some(LLAMA3))
+    };
+    assert_eq!(written(&common, tch::Kind::BFloat16), text("llama3.json"));
+    let reward = ModelConfig {
+        family: Family::Mistral,
+        sequence_classification: true,
+        tie_word_embeddings: false,
+        head_size: 8,
+        rope_theta: 1e6,
+        rope_scaling: None,
+        eos_token_ids: vec![2],
+        score_stats: Some((0.1, 0.3)),
+        ..common
+    };
+    assert_eq!(written(&reward, tch::Kind::Float), text("mistral_reward.json"));
+}
+
 fn scalings() -> impl Strategy<Value = Option<RopeScaling>> {
     prop_oneof![
         Just(None),

@@ -6,6 +6,7 @@ use tch::Device;
 
 use super::*;
 use crate::checkpoint::safetensors::SafetensorsFile;
+use crate::checkpoint::tests::torture;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf").join(name)
@@ -110,21 +111,6 @@ fn smollm2_is_unpacked_to_the_numbers_of_the_gguf_package() {
         assert_eq!(format!("{:?}", entry.ggml_type), values[1].as_str().unwrap(), "{name}");
         assert_eq!(sha256(&file.tensor(name).unwrap()), values[2].as_str().unwrap(), "{name}");
     }
-}
-
-#[test]
-fn zz_time() {
-    let Some(file) = smollm2() else { return };
-    for kind in [Kind::Float, Kind::BFloat16, Kind::Float, Kind::BFloat16] {
-        let t = std::time::Instant::now();
-        for name in file.tensors().keys() {
-            let _ = file.tensor_as(name, kind, None).unwrap();
-        }
-        println!("ZZ {kind:?} {:?}", t.elapsed());
-    }
-    let t = std::time::Instant::now();
-    smollm2();
-    println!("ZZ open {:?}", t.elapsed());
 }
 
 #[test]
@@ -372,4 +358,10 @@ proptest! {
             .collect();
         let _ = open_bytes(&file(&entries, &table, n_data));
     }
+}
+
+#[test]
+fn torture_of_the_gguf_reader() {
+    let whole = fs_err::read(golden("types.gguf")).unwrap();
+    torture(&whole, |content| drop(open_bytes(content)));
 }

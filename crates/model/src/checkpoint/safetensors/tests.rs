@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::checkpoint::tests::torture;
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/safetensors/mixed.safetensors")
@@ -211,6 +212,12 @@ fn flipped_bits_never_panic() {
         bytes[at] ^= 1 << (at % 8);
         let _ = open_bytes(&bytes);
     }
+}
+
+#[test]
+fn torture_of_the_safetensors_reader() {
+    let whole = fs_err::read(golden()).unwrap();
+    torture(&whole, |content| drop(open_bytes(content)));
 }
 
 #[test]
