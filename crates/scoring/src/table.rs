@@ -138,12 +138,18 @@ pub(crate) fn verdict(summary: &Summary) -> Option<String> {
     let (estimate, effect) = (score.interval.estimate, score.minimum_detectable_effect);
     Some(if score.is_clear() {
         let word = if estimate > 0.0 { "higher" } else { "lower" };
-        format!("{last} scores {word} than {first} ({estimate:+.3} standardised): the interval excludes no difference.")
+        format!(
+            "The Score of {last} is {word} than that of {first} by {} ({} standardised); the interval excludes zero.",
+            number(estimate.abs(), false),
+            bounds(&score.interval)
+        )
     } else {
         format!(
-            "{last} and {first} cannot be told apart: {n} prompts show a difference of {effect:.3} or more \
-             four times in five, and found {estimate:+.3}.",
-            n = summary.n_prompts
+            "The Scores of {last} and {first} cannot be told apart: {} {} standardised, while {} prompts reliably show \
+             differences from {effect:.3} on.",
+            number(estimate, true),
+            bounds(&score.interval),
+            summary.n_prompts
         )
     })
 }
@@ -152,6 +158,11 @@ pub(crate) fn verdict(summary: &Summary) -> Option<String> {
 pub(crate) fn interval(interval: &Interval, signed: bool) -> String {
     let Interval { estimate, low, high } = *interval;
     format!("{} [{}, {}]", number(estimate, signed), number(low, signed), number(high, signed))
+}
+
+/// `[−0.250, 1.000]`.
+pub(crate) fn bounds(interval: &Interval) -> String {
+    format!("[{}, {}]", number(interval.low, false), number(interval.high, false))
 }
 
 /// Three decimals, a true minus sign; a plus sign if asked.

@@ -36,20 +36,23 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
     assert_eq!(html.matches("</script>").count(), 1);
     assert!(html.contains("&lt;script&gt;document.title"));
     // Nothing is fetched: no address but namespaces of drawings, no sources, no links out.
-    let addresses: Vec<&str> = html.match_indices("http").map(|(at, _)| &html[at..at + 26]).collect();
+    let addresses: Vec<&str> = html.match_indices("http:").chain(html.match_indices("https:")).map(|(at, _)| &html[at..at + 26]).collect();
     assert!(addresses.iter().all(|address| *address == "http://www.w3.org/2000/svg"), "{addresses:?}");
-    assert!(!html.contains(" src=") && !html.contains("@import") && !html.contains("url("));
+    for fetched in ["<link", "<img", "<iframe", "<object", "<script src", "@import", "url("] {
+        assert!(!html.contains(fetched), "{fetched}");
+    }
     for id in ["score", "replies", "ppo", "reward", "judge", "data", "provenance"] {
         assert!(html.contains(&format!("<section id=\"{id}\">")), "{id}");
     }
     assert_eq!(html.matches("class=\"sample\"").count(), N_TEST);
     assert!(!html.contains("NaN") && !html.contains("not run."));
+    assert!(html.contains("that of iteration 25.") && html.contains("moved by +0.550 [+0.310, +0.800]"));
     let charts = page.parent().unwrap().join("charts");
     let names: Vec<String> = fs_err::read_dir(charts)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    for name in ["ppo-policy-loss", "ppo-reward", "ppo-kl", "ppo-length", "ppo-reward-models", "reward-accuracy", "score"] {
+    for name in ["ppo-policy-loss", "ppo-reward", "ppo-kl", "ppo-length", "ppo-truncation", "ppo-probe", "ppo-reward-models", "reward-accuracy", "score"] {
         assert!(names.contains(&format!("{name}.svg")), "{name} in {names:?}");
         assert!(html.contains(&format!("id=\"chart-{name}\"")), "{name}");
     }

@@ -47,7 +47,11 @@ impl Run {
         let prompts: Vec<PromptRow> = (0..n_test + 5)
             .map(|idx| {
                 let prompt = vec![Message::user(format!("Question {idx}: how do I help a friend?"))];
-                let split = if idx < n_test { Split::Test } else { Split::Train };
+                let split = match idx {
+                    idx if idx < n_test => Split::Test,
+                    idx if idx < n_test + 3 => Split::Validation,
+                    _ => Split::Train,
+                };
                 PromptRow { prompt_id: prompt_id(&prompt), split, source: "test".to_owned(), prompt }
             })
             .collect();
@@ -57,7 +61,7 @@ impl Run {
         for (seed, aspect) in (1..).zip(Aspect::ALL) {
             let adapter = adapter(&model, aspect.name(), seed);
             let head = ScalarHead::normal(model.config.hidden_size, seed, Device::Cpu);
-            let meta = AdapterMeta::of(&model, "tiny-chat", Task::SequenceClassification);
+            let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::SequenceClassification);
             let dir = run.at("reward").join(aspect.name());
             adapter_files::save(&dir.join("adapter"), &adapter, Some(&head), &meta).unwrap();
             let stats = format!(
@@ -66,7 +70,7 @@ impl Run {
             );
             fs_err::write(dir.join("score_stats.json"), stats).unwrap();
         }
-        let meta = AdapterMeta::of(&model, "tiny-chat", Task::CausalLm);
+        let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::CausalLm);
         adapter_files::save(&run.at("ppo/adapter"), &adapter(&model, "policy", 9), None, &meta).unwrap();
         run
     }
@@ -317,4 +321,42 @@ fn what_cannot_be_scored_is_said() {
     let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
     fs_err::write(&meta, text.replace(&model.base_sha256, &"0".repeat(64))).unwrap();
     assert!(message(&config(), &run.inputs()).contains("adapter's base: expected"));
+}
+
+fn run_binary(args: &[&str]) -> (i32, String, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_arete-scoring")).args(args).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_run_directory_is_all_the_program_needs() {
+    let run = Run::new(4);
+    let recipe = run.at("recipe.toml");
+    let text = "[run]\ndevice = \"cpu\"\ndtype = \"f32\"\n\n[scoring]\nmax_new_tokens = 8\ndraws = 100\n";
+    fs_err::write(&recipe, text).unwrap();
+    let (dir, recipe) = (run.dir.path().to_str().unwrap(), recipe.to_str().unwrap());
+    let (code, stdout, stderr) = run_binary(&["score", "--run", dir, "--recipe", recipe]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.starts_with("Score = ") && stdout.contains("final − original"), "{stdout}");
+    let again = run_binary(&["score", "--run", dir, "--recipe", recipe]);
+    assert_eq!((again.0, &again.1), (0, &stdout));
+    assert!(again.2.contains("up to date"), "{}", again.2);
+
+    let (code, stdout, stderr) = run_binary(&["doctor", "--run", dir, "--recipe", recipe, "--best-of", "4"]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("best of 4") && stdout.contains("3 prompts of validation prompts"), "{stdout}");
+    let (code, stdout, _) = run_binary(&["doctor", "--run", dir, "--json"]);
+    let findings: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!((code, findings[3]["step"].as_str()), (0, Some("best of 4")));
+
+    let (code, stdout, stderr) = run_binary(&["report", "--run", dir]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(Path::new(stdout.trim()).is_file());
+
+    assert_eq!(run_binary(&["score"]).0, 2);
+    assert_eq!(run_binary(&["score", "--run", dir, "--draws", "0"]).0, 2);
+    assert_eq!(run_binary(&["report", "--run", run.at("nowhere").to_str().unwrap()]).0, 65);
+    fs_err::write(run.at("reward/action/adapter/adapter_config.json"), "{").unwrap();
+    assert_eq!(run_binary(&["score", "--run", dir, "--max-new-tokens", "9"]).0, 65);
 }

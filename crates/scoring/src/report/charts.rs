@@ -10,7 +10,7 @@ use plotters::prelude::*;
 use crate::Error;
 
 /// Drawing size, in pixels; scaled by the page.
-const SIZE: (u32, u32) = (460, 280);
+const SIZE: (u32, u32) = (360, 236);
 const INK: RGBColor = RGBColor(0x10, 0x10, 0x11);
 const FAINT: RGBColor = RGBColor(0xE0, 0xE0, 0xE1);
 /// plotters divides by 1.24 what it is given.
@@ -204,7 +204,7 @@ fn lines(area: &Area<'_>, x_label: &str, series: &[Series]) -> DrawResult {
     let y_range = range(all().map(|(_, y)| y));
     let y_span = y_range.end - y_range.start;
     let x_span = x_range.end - x_range.start;
-    let n_x_labels = (x_span.round() as usize + 1).clamp(2, 7);
+    let n_x_labels = (x_span.round() as usize + 1).clamp(2, 6);
 
     legend(area, series)?;
     let mut chart = ChartBuilder::on(area)
@@ -212,7 +212,7 @@ fn lines(area: &Area<'_>, x_label: &str, series: &[Series]) -> DrawResult {
         .margin_right(14)
         .margin_bottom(2)
         .x_label_area_size(38)
-        .y_label_area_size(52)
+        .y_label_area_size(54)
         .build_cartesian_2d(x_range, y_range)?;
     chart
         .configure_mesh()
@@ -244,7 +244,7 @@ fn legend(area: &Area<'_>, series: &[Series]) -> DrawResult {
     if series.len() < 2 {
         return Ok(());
     }
-    let mut x = 54;
+    let mut x = 8;
     for series in series {
         let colour = series.colour.placeholder();
         area.draw(&PathElement::new([(x, 15), (x + 16, 15)], colour.stroke_width(3)))?;
@@ -278,7 +278,7 @@ fn dots(area: &Area<'_>, estimates: &[Estimate], zero: Option<f64>) -> DrawResul
         .light_line_style(TRANSPARENT)
         .bold_line_style(FAINT)
         .axis_style(FAINT)
-        .x_labels(6)
+        .x_labels(5)
         .label_style(text_style(INK))
         .x_label_formatter(&|x| tick(*x, span))
         .draw()?;
@@ -326,7 +326,7 @@ mod tests {
         let svg = chart.inline();
         assert!(svg.contains("<polyline") && svg.contains("var(--s1)"), "{svg}");
         assert!(svg.contains("a&lt;b") && !svg.contains("a<b"), "{svg}");
-        assert!(svg.contains("aria-label=\"A &amp; B\"") && !svg.contains("width=\"460\""), "{svg}");
+        assert!(svg.contains("aria-label=\"A &amp; B\"") && !svg.contains("width=\"360\""), "{svg}");
         assert!(!svg.contains("#A0") && !svg.contains("NaN"), "{svg}");
         assert!(chart.standalone().contains("--s1:#2f7d8c"));
         assert!(Chart::lines("x", "t", "c", "step", &[series("a", &[(1.0, f64::NAN)])]).unwrap().is_none());

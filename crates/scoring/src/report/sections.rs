@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use arete_records::rows::{JudgementRow, RolloutRow};
+use arete_records::rows::JudgementRow;
 use arete_records::stats::{self, Interval};
 use arete_records::{Aspect, FinishReason, Split, Virtue};
 use serde_json::Value;
@@ -12,9 +12,9 @@ use super::html::{Cell, escape, table};
 use super::samples;
 use crate::Error;
 use crate::judge::{Verdicts, kappa};
-use crate::run_files::{Metrics, RunFiles, rollout_reply};
-use crate::summary::{Change, Scale, Scope, Summary};
-use crate::table::{interval, number, percent, probability, verdict};
+use crate::run_files::{Metrics, RolloutReply, RunFiles, rollout_reply};
+use crate::summary::{Change, Difference, Scale, Scope, Summary};
+use crate::table::{bounds, interval, number, percent, probability, verdict};
 
 /// A part of the page.
 #[derive(Clone, Debug)]
@@ -153,11 +153,6 @@ fn figures(run: &RunFiles) -> Vec<(String, String, String)> {
     out
 }
 
-/// `[−0.250, 1.000]`.
-fn bounds(interval: &Interval) -> String {
-    format!("[{}, {}]", number(interval.low, false), number(interval.high, false))
-}
-
 fn score(run: &RunFiles) -> Result<Section, Error> {
     let mut section = Section::new("score", "Score");
     let Some(scoring) = &run.scoring else {
@@ -175,7 +170,7 @@ fn score(run: &RunFiles) -> Result<Section, Error> {
     section.charts.extend(distribution(run)?);
     let body = &mut section.body;
     body.push_str(&score_table(summary));
-    body.push_str(&difference_table(summary));
+    body.push_str(&difference_tables(summary));
     body.push_str(&coherence_table(summary));
     let mut rows = Vec::new();
     for (aspect, how) in &summary.standardisation {
@@ -238,7 +233,7 @@ fn score_charts(summary: &Summary) -> Result<Vec<Chart>, Error> {
         charts.extend(Chart::estimates(
             "score-difference",
             &format!("{last} − {first}, mean standardised score"),
-            "Paired over the same prompts; an interval that crosses the dashed line does not exclude no difference.",
+            "Paired over the same prompts. An interval across the dashed line leaves open whether there is any difference.",
             &differences,
             Some(0.0),
         )?);
@@ -283,72 +278,81 @@ fn distribution(run: &RunFiles) -> Result<Option<Chart>, Error> {
 }
 
 fn score_table(summary: &Summary) -> String {
-    let scales: &[(Scale, &str)] = &[
-        (Scale::Raw, "raw"),
-        (Scale::Standardised, "standardised"),
-        (Scale::Yardstick, "yardstick"),
-    ];
     let mut rows = Vec::new();
-    for model in &summary.models {
-        for (scale, name) in scales {
-            let Some(all) = model.score(*scale, Scope::All) else { continue };
+    for scale in Scale::ALL {
+        for model in &summary.models {
+            let Some(all) = model.score(scale, Scope::All) else { continue };
             let mut row = vec![
-                Cell::text(format!("{}, {name}", model.name)),
+                Cell::text(model.name.as_str()),
+                Cell::text(scale_name(scale)),
                 Cell::number(number(all.score.estimate, false)),
                 Cell::number(bounds(&all.score)),
                 Cell::number(number(all.mean, false)),
                 Cell::number(number(all.std, false)),
             ];
             for scope in [Scope::Action, Scope::Motivation, Scope::Consequence] {
-                let own = model.score(*scale, scope);
+                let own = model.score(scale, scope);
                 row.push(Cell::number(dash(own.map(|own| number(own.score.estimate, false)))));
             }
             rows.push(row);
         }
     }
-    let header = ["model", "Score", "95 % interval", "mean", "std", "action", "motivation", "consequence"];
+    let header =
+        ["model", "scores", "Score", "95 % interval", "mean", "std", "action", "motivation", "consequence"];
     table("Score of every model, and of each aspect", &header, &rows)
 }
 
-fn difference_table(summary: &Summary) -> String {
-    let mut rows = Vec::new();
-    for difference in &summary.differences {
-        if difference.scale == Scale::Raw && difference.scope != Scope::All {
-            continue; // raw scores of one aspect say nothing that standardised ones do not
-        }
-        let scale = match difference.scale {
-            Scale::Raw => "raw",
-            Scale::Standardised => "standardised",
-            Scale::Yardstick => "yardstick",
-        };
-        let what = match difference.scope {
-            Scope::All => scale.to_owned(),
-            scope => format!("{scale}, {}", scope.name()),
-        };
+fn scale_name(scale: Scale) -> &'static str {
+    match scale {
+        Scale::Raw => "raw",
+        Scale::Standardised => "standardised",
+        Scale::Yardstick => "yardstick",
+    }
+}
+
+/// Those of all scores; below, folded away, those of each aspect.
+fn difference_tables(summary: &Summary) -> String {
+    if summary.differences.is_empty() {
+        return String::new();
+    }
+    let row = |difference: &Difference| {
         let change = |change: &Change| {
-            let text = escape(&interval(&change.interval, true));
             let class = match change.is_clear() {
                 true if change.interval.estimate > 0.0 => "n good",
                 true => "n bad",
                 false => "n",
             };
-            Cell::Html(format!("<span class=\"{class}\">{text}</span>"))
+            Cell::Html(format!("<span class=\"{class}\">{}</span>", escape(&interval(&change.interval, true))))
         };
-        rows.push(vec![
+        let of = match difference.scope {
+            Scope::All => scale_name(difference.scale).to_owned(),
+            scope => format!("{}, {}", scale_name(difference.scale), scope.name()),
+        };
+        vec![
             Cell::text(format!("{} − {}", difference.last, difference.first)),
-            Cell::text(what),
+            Cell::text(of),
             change(&difference.score),
             change(&difference.mean),
             Cell::number(format!("{} / {} / {}", difference.wins, difference.ties, difference.losses)),
             Cell::number(probability(difference.sign_test)),
             Cell::number(format!("±{:.3}", difference.score.minimum_detectable_effect)),
-        ]);
-    }
-    if rows.is_empty() {
-        return String::new();
-    }
-    let header = ["difference", "of", "Score", "mean", "better / same / worse", "sign test", "detectable from"];
-    table("Differences on the same prompts", &header, &rows)
+        ]
+    };
+    let header =
+        ["difference", "scores", "Score", "mean", "better / same / worse", "sign test", "detectable from"];
+    let rows = |holds: &dyn Fn(&Difference) -> bool| -> Vec<Vec<Cell>> {
+        let mut chosen: Vec<&Difference> = summary.differences.iter().filter(|d| holds(d)).collect();
+        chosen.sort_by_key(|difference| difference.scale); // stable: models keep their order
+        chosen.into_iter().map(row).collect()
+    };
+    let all = rows(&|difference| difference.scope == Scope::All);
+    // Raw scores of one aspect say nothing that standardised ones do not.
+    let by_aspect = rows(&|difference| difference.scope != Scope::All && difference.scale != Scale::Raw);
+    format!(
+        "{}<details class=\"more\"><summary>Differences by aspect</summary>{}</details>",
+        table("Differences on the same prompts", &header, &all),
+        table("", &header, &by_aspect)
+    )
 }
 
 fn coherence_table(summary: &Summary) -> String {
@@ -368,7 +372,7 @@ fn coherence_table(summary: &Summary) -> String {
             Cell::number(percent(coherence.truncated_rate)),
             Cell::number(percent(coherence.empty_rate)),
             Cell::number(dash(pairs.map(|own| {
-                format!("{} [{}, {}] of {}", percent(own.accuracy.estimate), percent(own.accuracy.low), percent(own.accuracy.high), own.n)
+                format!("{} of {}", rate_with_bounds(&own.accuracy), own.n)
             }))),
         ]);
     }
@@ -399,6 +403,19 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
     let mut section = Section::new("ppo", "PPO");
     let Some(metrics) = &run.ppo else { return Ok(section.not_run("PPO was")) };
     section.lead = "Every point is one iteration: a rollout and the steps taken on it.".to_owned();
+    if let Some(counts) = run.stage("ppo").map(|record| &record.counts) {
+        if let Some(selected) = counts.get("selected_iteration").and_then(Value::as_u64) {
+            let _ = write!(section.lead, " The final model is that of iteration {selected}.");
+        }
+        let difference = counts.get("probe_z_difference").cloned();
+        if let Some(difference) = difference.and_then(|value| serde_json::from_value::<Interval>(value).ok()) {
+            let _ = write!(
+                section.lead,
+                " On validation prompts the ensemble's mean moved by {} from where it began.",
+                interval(&difference, true)
+            );
+        }
+    }
     let mut charts = Vec::new();
     let mut chart = |name: &str, title: &str, caption: &str, series: &[Series]| -> Result<(), Error> {
         charts.extend(Chart::lines(name, title, caption, "iteration", series)?);
@@ -425,15 +442,11 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
         "The report's Figure 3.2: the ensemble's score, and what is left of it after the KL penalty.",
         &[series("score", Colour(2), scores), series("less KL penalty", Colour(0), with_kl)],
     )?;
-    let per_model: Vec<Series> = Aspect::ALL
-        .iter()
-        .map(|&aspect| series(aspect.name(), aspect_colour(aspect), per_reward_model(run, metrics, aspect)))
-        .collect();
     chart(
         "ppo-reward-models",
         "Score by reward model",
         "Standardised: 0 is where the base began, 1 is one standard deviation of its replies.",
-        &per_model,
+        &by_aspect(metrics, "z", 1.0, run, |reply| reply.z),
     )?;
     let probe: Vec<Series> = probe_curves(metrics);
     chart(
@@ -443,31 +456,28 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
         &probe,
     )?;
     chart(
+        "ppo-yardstick",
+        "Yardstick on the held-out probe",
+        "Raw score of a reward model that PPO never sees.",
+        &[series("yardstick", Colour(1), curve(&["probe/yardstick"]))],
+    )?;
+    chart(
         "ppo-kl",
         "KL from the reference",
         "Nats a conversation, summed over the policy's own tokens. Near zero, nothing was learned.",
         &[series("KL", Colour(3), curve(&["objective/kl"]))],
     )?;
-    let lengths = |value: fn(&RolloutRow, Aspect) -> Option<f64>, scale: f64| -> Vec<Series> {
-        Aspect::ALL
-            .iter()
-            .map(|&aspect| {
-                let points = run.rollout_curve(|row| value(row, aspect).map(|value| scale * value));
-                series(aspect.name(), aspect_colour(aspect), points)
-            })
-            .collect()
-    };
     chart(
         "ppo-length",
         "Tokens per reply",
-        "Mean length of the replies sampled in each rollout that was kept.",
-        &lengths(|row, aspect| rollout_reply(row, aspect).n_tokens, 1.0),
+        "Mean length of the replies in each rollout. Rewards that rise with length alone are no progress.",
+        &by_aspect(metrics, "length", 1.0, run, |reply| reply.n_tokens),
     )?;
     chart(
         "ppo-truncation",
         "Replies cut off, per cent",
         "A cut reply has no end, so the last token its score is paid to is arbitrary.",
-        &lengths(|row, aspect| rollout_reply(row, aspect).truncated, 100.0),
+        &by_aspect(metrics, "truncated", 100.0, run, |reply| reply.truncated),
     )?;
     chart(
         "ppo-entropy",
@@ -491,6 +501,12 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
         "Standard deviation of the three standardised scores of a conversation.",
         &[series("disagreement", Colour(0), disagreement(run, metrics))],
     )?;
+    chart(
+        "ppo-explained-variance",
+        "Variance the critic explains",
+        "1 = the critic knows what every token will earn; 0 = it knows no more than the mean.",
+        &[series("explained", Colour(1), curve(&["explained_variance"]))],
+    )?;
     section.charts = charts;
     if section.charts.is_empty() {
         section.body = "<p class=\"absent\">No iteration is finished yet.</p>".to_owned();
@@ -498,24 +514,39 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
     Ok(section)
 }
 
-/// Standardised score of one reward model: logged, or from the rollouts.
-fn per_reward_model(run: &RunFiles, metrics: &Metrics, aspect: Aspect) -> Vec<(f64, f64)> {
-    let names = [format!("objective/z_{aspect}"), format!("objective/scores_{aspect}")];
-    let logged = metrics.curve(&[&names[0], &names[1]]);
-    if logged.is_empty() { run.rollout_curve(|row| rollout_reply(row, aspect).z) } else { logged }
+/// One line an aspect: logged as `<name>_<aspect>`, or else from the rollouts that were kept.
+fn by_aspect(
+    metrics: &Metrics,
+    name: &str,
+    scale: f64,
+    run: &RunFiles,
+    value: fn(RolloutReply) -> Option<f64>,
+) -> Vec<Series> {
+    Aspect::ALL
+        .iter()
+        .map(|&aspect| {
+            let logged = metrics.curve(&[&format!("{name}_{aspect}")]);
+            let points = match logged.is_empty() {
+                true => run.rollout_curve(|row| value(rollout_reply(row, aspect))),
+                false => logged,
+            };
+            let points = points.into_iter().map(|(x, y)| (x, scale * y)).collect();
+            series(aspect.name(), aspect_colour(aspect), points)
+        })
+        .collect()
 }
 
 fn probe_curves(metrics: &Metrics) -> Vec<Series> {
-    let mut out = vec![series("ensemble", Colour(2), metrics.curve(&["probe/scores"]))];
+    let mut out = vec![series("mean", Colour(2), metrics.curve(&["probe/z_mean"]))];
     for aspect in Aspect::ALL {
-        let names = [format!("probe/z_{aspect}"), format!("probe/scores_{aspect}")];
-        out.push(series(aspect.name(), aspect_colour(aspect), metrics.curve(&[&names[0], &names[1]])));
+        let name = format!("probe/z_{aspect}");
+        out.push(series(aspect.name(), aspect_colour(aspect), metrics.curve(&[&name])));
     }
     out
 }
 
 fn disagreement(run: &RunFiles, metrics: &Metrics) -> Vec<(f64, f64)> {
-    let logged = metrics.curve(&["objective/disagreement", "objective/ensemble_std"]);
+    let logged = metrics.curve(&["ensemble_disagreement"]);
     if !logged.is_empty() {
         return logged;
     }
@@ -551,8 +582,7 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
                 let lead = &evaluation.lead_over_shorter_answer;
                 row.extend([
                     Cell::number(evaluation.n.to_string()),
-                    Cell::number(percent(evaluation.accuracy.estimate)),
-                    Cell::number(format!("[{}, {}]", percent(evaluation.accuracy.low), percent(evaluation.accuracy.high))),
+                    Cell::number(rate_with_bounds(&evaluation.accuracy)),
                     Cell::number(percent(evaluation.shorter_answer.estimate)),
                     Cell::number(interval(lead, true)),
                     Cell::number(format!("{:.3}", evaluation.expected_calibration_error)),
@@ -560,7 +590,7 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
                     Cell::number(number(evaluation.mean_margin, false)),
                 ]);
             }
-            None => row.extend((0..8).map(|_| Cell::number(DASH))),
+            None => row.extend((0..7).map(|_| Cell::number(DASH))),
         }
         row.push(Cell::number(dash(stats)));
         rows.push(row);
@@ -588,11 +618,16 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
     )?);
     section.charts.extend(best_of(run)?);
     let header = [
-        "aspect", "pairs", "accuracy", "95 % interval", "shorter answer", "lead over it", "calibration error",
-        "correlation with length", "margin", "score on own replies",
+        "aspect", "pairs", "accuracy", "shorter answer", "lead over it", "calibration error", "with length", "margin",
+        "base's scores",
     ];
     section.body = table("Reward models on validation pairs", &header, &rows);
     Ok(section)
+}
+
+/// `66.0 % [57.5, 74.0]`.
+fn rate_with_bounds(rate: &Interval) -> String {
+    format!("{} [{:.1}, {:.1}]", percent(rate.estimate), 100.0 * rate.low, 100.0 * rate.high)
 }
 
 fn scaled(metrics: &Metrics, name: &str, factor: f64) -> Vec<(f64, f64)> {

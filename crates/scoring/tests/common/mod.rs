@@ -301,10 +301,16 @@ impl SyntheticRun<'_> {
             let wobble = |k: usize| noise(step as usize, k);
             let score = 0.9 * (1.0 - (-3.0 * at).exp()) + 0.08 * wobble(1);
             let kl = 7.0 * at * at + 0.2 * wobble(2).abs();
+            let z = |k: usize| score + 0.1 * k as f64 + 0.1 * wobble(10 + k);
             metrics
                 .log(
                     step,
                     &[
+                        ("z_action", z(0)),
+                        ("z_motivation", z(1)),
+                        ("z_consequence", z(2)),
+                        ("ensemble_disagreement", 0.7 + 0.1 * wobble(20)),
+                        ("explained_variance", 0.6 * at + 0.05 * wobble(21)),
                         ("objective/scores", score),
                         ("objective/rlhf_reward", score - 0.05 * kl),
                         ("objective/kl", kl),
@@ -316,6 +322,15 @@ impl SyntheticRun<'_> {
                     ],
                 )
                 .unwrap();
+            if step % 5 == 0 {
+                let probe = [
+                    ("probe/z_mean", 0.7 * score),
+                    ("probe/z_action", 0.6 * score),
+                    ("probe/z_motivation", 0.7 * score),
+                    ("probe/z_consequence", 0.8 * score),
+                ];
+                metrics.log(step, &probe).unwrap();
+            }
             let rows: Vec<RolloutRow> = (0..16)
                 .map(|k| {
                     let z = |a: usize| (score + 0.15 * a as f64 + normal(step as usize * 16 + k, a)) as f32;
@@ -348,7 +363,8 @@ impl SyntheticRun<'_> {
                 .collect();
             parquet::write(self.at("ppo/rollouts").join(format!("{step:06}.parquet")), &rows).unwrap();
         }
-        Self::finish(stage, json!({ "iterations": 30 }));
+        let interval = json!({ "estimate": 0.55, "low": 0.31, "high": 0.8 });
+        Self::finish(stage, json!({ "iterations": 30, "selected_iteration": 25, "probe_z_difference": interval }));
 
         let stage = self.begin("best-of", "best-of", json!({ "n_samples": 16 }));
         let samples: Vec<Vec<[f64; 3]>> =
@@ -373,7 +389,7 @@ impl SyntheticRun<'_> {
                 for aspect in Aspect::ALL {
                     let same = m == 2 && at % 9 == 0;
                     let own = if same { 1 } else { m };
-                    let z = 0.45 * own as f64 - 0.2 + normal(at, aspect.index()) + 0.5 * noise(at + 100 * own, aspect.index());
+                    let z = 0.3 * own as f64 - 0.2 + normal(at, aspect.index()) + 1.4 * noise(at + 100 * own, aspect.index());
                     scores.push(ScoreRow {
                         model: model.to_owned(),
                         prompt_id: row.prompt_id.clone(),
