@@ -4,12 +4,12 @@ use arete_records::Aspect;
 use arete_records::rows::RolloutRow;
 use tch::{Kind, Tensor};
 
+use crate::Error;
 use crate::config::{Config, RolloutKind};
 use crate::prompts::Prompt;
 use crate::reward::{Placement, combine, missing_eos, place, token_rewards};
 use crate::rollout::{Conversation, Layout};
 use crate::scorer::Scores;
-use crate::Error;
 use arete_records::FinishReason;
 
 /// A rollout with its rewards.
@@ -152,8 +152,7 @@ pub(crate) fn describe(
         let lengths: Vec<f64> =
             conversations.iter().map(|c| c.replies[turn].tokens.len() as f64).collect();
         let is_cut = |c: &Conversation| c.replies[turn].finish_reason == FinishReason::Length;
-        let cut: Vec<f64> =
-            conversations.iter().map(|c| f64::from(u8::from(is_cut(c)))).collect();
+        let cut: Vec<f64> = conversations.iter().map(|c| f64::from(u8::from(is_cut(c)))).collect();
         out.push((format!("length_{aspect}"), mean(&lengths)));
         out.push((format!("truncated_{aspect}"), mean(&cut)));
     }
@@ -254,8 +253,10 @@ mod tests {
     fn an_answer_is_paid_by_every_reward_model_at_its_end() {
         let conversations = [conversation(&[(3, STOP)]), conversation(&[(1, LENGTH)])];
         let layout = Layout::new(&conversations);
-        let scores =
-            Scores { raw: vec![vec![0.0; 3]; 2], z: vec![vec![1.0, 2.0, 3.0], vec![0.5, 0.5, 0.5]] };
+        let scores = Scores {
+            raw: vec![vec![0.0; 3]; 2],
+            z: vec![vec![1.0, 2.0, 3.0], vec![0.5, 0.5, 0.5]],
+        };
         let config = config(&["--rollout", "answer"]);
         let kl = Tensor::from_slice(&[0.5f32, 0.25, -0.25, 1.0]);
         let out = assess(scores, &conversations, &layout, &kl, 0.5, &config).unwrap();

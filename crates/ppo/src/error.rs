@@ -102,7 +102,9 @@ pub enum Error {
     },
 
     /// A reward model gave no number.
-    #[error("iteration {iteration}: the {what} for prompt {prompt_id} is {got}, not a finite number")]
+    #[error(
+        "iteration {iteration}: the {what} for prompt {prompt_id} is {got}, not a finite number"
+    )]
     NonFiniteScore {
         /// The iteration; 0 = before the first.
         iteration: u64,

@@ -44,16 +44,14 @@ pub fn policy_loss(
     clip_range: f64,
     n_tokens: f64,
 ) -> Result<PolicyLoss, Error> {
-    for (name, tensor) in
-        [("old_logprob", old_logprob), ("advantage", advantage), ("valid", valid)]
+    for (name, tensor) in [("old_logprob", old_logprob), ("advantage", advantage), ("valid", valid)]
     {
         check_shape(name, tensor, &logprob.size())?;
     }
     let zeros = logprob.zeros_like();
     // Before the exponential: 0 · inf would make the gradient of a padding token NaN.
-    let log_ratio = (logprob - old_logprob)
-        .where_self(valid, &zeros)
-        .clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
+    let log_ratio =
+        (logprob - old_logprob).where_self(valid, &zeros).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
     let advantage = advantage.where_self(valid, &zeros);
     let ratio = log_ratio.exp();
     let plain = -&advantage * &ratio;
@@ -174,7 +172,8 @@ mod tests {
     #[test]
     fn micro_batches_add_up_to_the_minibatch() {
         let logprob = batch(&[&[0.1, -0.4, 0.3], &[0.0, 0.2, -0.1]]);
-        let (old, advantage) = (logprob.zeros_like(), batch(&[&[1.0, -1.0, 2.0], &[0.5, -0.5, 1.0]]));
+        let (old, advantage) =
+            (logprob.zeros_like(), batch(&[&[1.0, -1.0, 2.0], &[0.5, -0.5, 1.0]]));
         let valid = bools(&[&[true, true, false], &[true, true, true]]);
         let whole = policy_loss(&logprob, &old, &advantage, &valid, 0.2, 5.0).unwrap().loss;
         let parts: f64 = (0..2)

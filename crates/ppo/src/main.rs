@@ -20,8 +20,10 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a policy (recipe table [ppo])
-    #[command(after_help = "Example:\n  arete-ppo train --prompts runs/demo/prompts --model runs/demo/sft/merged \
-        --rewards runs/demo/reward --output runs/demo/ppo --recipe recipes/demo.toml")]
+    #[command(
+        after_help = "Example:\n  arete-ppo train --prompts runs/demo/prompts --model runs/demo/sft/merged \
+        --rewards runs/demo/reward --output runs/demo/ppo --recipe recipes/demo.toml"
+    )]
     Train {
         #[command(flatten)]
         stage: StageArgs,

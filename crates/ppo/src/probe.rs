@@ -69,9 +69,8 @@ impl Probe<'_> {
         let scores = self.ensemble.scores(scoring, &conversations, iteration, |conversation| {
             self.prompts[conversation.prompt].prompt_id.clone()
         })?;
-        let logprob = |adapter| {
-            own_logprobs(decoder, adapter, &conversations, config.temperature, budget)
-        };
+        let logprob =
+            |adapter| own_logprobs(decoder, adapter, &conversations, config.temperature, budget);
         let kl = logprob(Some(policy))? - logprob(None)?; // [n]
         let layout = Layout::new(&conversations);
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;

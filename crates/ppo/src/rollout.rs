@@ -283,8 +283,7 @@ pub fn own_logprobs(
     let mut parts = Vec::new();
     for pack in Pack::all(conversations, &order, budget)? {
         let hidden = decoder.forward(&pack.batch, adapter)?;
-        let out =
-            logprobs::of_rows(decoder, &hidden, &pack.batch, &pack.rows, temperature, false)?;
+        let out = logprobs::of_rows(decoder, &hidden, &pack.batch, &pack.rows, temperature, false)?;
         parts.push(out.logprob.to_device(Device::Cpu));
     }
     Ok(Tensor::cat(&parts, 0))

@@ -194,10 +194,8 @@ impl Ensemble {
             let stats = member.stats.as_ref().expect("statistics are known before scores are");
             (score - stats.mean) / stats.std
         };
-        let z = raw
-            .iter()
-            .map(|row| self.members.iter().zip(row).map(standardise).collect())
-            .collect();
+        let z =
+            raw.iter().map(|row| self.members.iter().zip(row).map(standardise).collect()).collect();
         Ok(Scores { raw, z })
     }
 
@@ -326,11 +324,7 @@ impl Yardstick {
     }
 }
 
-fn load_reward(
-    dir: &Path,
-    name: &str,
-    model: &Model,
-) -> Result<(Adapter, ScalarHead), Error> {
+fn load_reward(dir: &Path, name: &str, model: &Model) -> Result<(Adapter, ScalarHead), Error> {
     let loaded = adapter_files::load(dir, name, &model.config, model.decoder.device())?;
     loaded.meta.check_base(model)?;
     let head = loaded.head.ok_or_else(|| Error::NotAReward {
@@ -347,8 +341,9 @@ fn read_stats(path: &PathBuf, base_sha256: Option<&str>) -> Result<Option<ScoreS
         other => other?,
     };
     let wrong = |expected, got: String| Error::NotAReward { path: path.clone(), expected, got };
-    let stats: ScoreStats = serde_json::from_slice(&bytes)
-        .map_err(|error| wrong("score statistics (mean, std, n, split, base_sha256)", error.to_string()))?;
+    let stats: ScoreStats = serde_json::from_slice(&bytes).map_err(|error| {
+        wrong("score statistics (mean, std, n, split, base_sha256)", error.to_string())
+    })?;
     if !(stats.mean.is_finite() && stats.std.is_finite() && stats.std >= MIN_STD) {
         let got = format!("mean {}, std {}", stats.mean, stats.std);
         return Err(wrong("a finite mean and a standard deviation above 0", got));

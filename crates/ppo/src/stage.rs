@@ -8,7 +8,7 @@ use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, Tensor, merge};
 use arete_records::metrics::MetricsWriter;
 use arete_records::rows::RolloutRow;
-use arete_records::run::{self, Completion, Start, StageRun, StageSpec};
+use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::{self, Resampling};
 use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet, timings};
 use arete_training::{CheckpointStore, Schedule, Select, runtime};
@@ -23,7 +23,8 @@ use crate::prompts::{Prompt, Prompts, draw};
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
 use crate::scorer::{Ensemble, ScoreStats, Scoring, Yardstick};
 use crate::update::{
-    FirstPass, Learning, Lessons, LossScale, Models, Optimisers, Rates, Targets, UpdateReport, update,
+    FirstPass, Learning, Lessons, LossScale, Models, Optimisers, Rates, Targets, UpdateReport,
+    update,
 };
 use crate::whiten::{rescale, whiten};
 use crate::{Config, Error};
@@ -173,7 +174,8 @@ struct Schedules {
 
 impl Schedules {
     fn new(config: &Config) -> Result<Self, Error> {
-        let of = |peak| Schedule::new(config.schedule, peak, config.warmup_ratio, config.iterations);
+        let of =
+            |peak| Schedule::new(config.schedule, peak, config.warmup_ratio, config.iterations);
         Ok(Self { policy: of(config.learning_rate)?, critic: of(config.value_learning_rate)? })
     }
 
@@ -366,7 +368,8 @@ impl<'a> Stage<'a> {
         } else {
             (&self.prompts.validation, Split::Validation)
         };
-        let prompts: Vec<&Prompt> = prompts.iter().cycle().take(self.config.stats_samples).collect();
+        let prompts: Vec<&Prompt> =
+            prompts.iter().cycle().take(self.config.stats_samples).collect();
         let conversations =
             self.sampler.sample(self.model, &self.chat, None, &prompts, Purpose::Statistics, 0)?;
         let raw = self.ensemble.raw_scores(self.scoring(), &conversations)?;
@@ -400,11 +403,8 @@ impl<'a> Stage<'a> {
         let config = self.config;
         let iteration = self.state.iteration + 1;
         let rates = self.schedules.rates(self.state.iteration);
-        let learning = if iteration > config.value_warmup {
-            Learning::Both
-        } else {
-            Learning::Critic
-        };
+        let learning =
+            if iteration > config.value_warmup { Learning::Both } else { Learning::Critic };
         let drawn = draw(self.prompts.train.len(), config.rollout_size, iteration, config.seed);
         let prompts: Vec<&Prompt> = drawn.iter().map(|&idx| &self.prompts.train[idx]).collect();
         let clock = Clock { output: &self.output, iteration };
@@ -441,8 +441,7 @@ impl<'a> Stage<'a> {
         let layout = Layout::new(&conversations);
         let kl = &first.old_logprob - ref_logprob; // [n]
         let kl_coef = self.state.kl_coef;
-        let assessment =
-            assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
+        let assessment = assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
         check_variance(&assessment.paid, iteration)?;
         let valid = layout.valid();
         let rewards = if config.whiten_rewards {
@@ -454,10 +453,8 @@ impl<'a> Stage<'a> {
         let raw = estimate_advantages(&rewards, &values, &valid, config.gamma, config.lambda)?;
         let advantage =
             if config.whiten_advantages { whiten(&raw.advantage, &valid)? } else { raw.advantage };
-        let targets = Targets {
-            advantage: layout.gather(&advantage),
-            returns: layout.gather(&raw.returns),
-        };
+        let targets =
+            Targets { advantage: layout.gather(&advantage), returns: layout.gather(&raw.returns) };
         interrupt::check()?;
         let mut line = {
             let kind = self.model.decoder.kind();
@@ -480,8 +477,7 @@ impl<'a> Stage<'a> {
         let mean_kl = stats::mean(&assessment.kl);
         self.state.iteration = iteration;
         self.state.episodes += conversations.len() as u64;
-        self.state.kl_coef =
-            config.kl_controller().next(kl_coef, mean_kl, conversations.len());
+        self.state.kl_coef = config.kl_controller().next(kl_coef, mean_kl, conversations.len());
         self.state.loss_scale = self.optimisers.scale;
         line.extend(of_update(&report));
         line.extend(assess::describe(&conversations, &aspects, &assessment.scores));
@@ -624,8 +620,7 @@ impl<'a> Stage<'a> {
         };
         let (first, last) = (clusters(&first)?, clusters(&last)?);
         let resampling = Resampling::seeded(self.config.seed);
-        let interval =
-            stats::paired_difference_of(&first, &last, stats::mean, resampling).interval;
+        let interval = stats::paired_difference_of(&first, &last, stats::mean, resampling).interval;
         tracing::info!(
             before = round(stats::mean(&first.concat())),
             after = round(stats::mean(&last.concat())),

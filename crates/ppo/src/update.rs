@@ -499,7 +499,12 @@ pub fn update(
             if config.target_kl > 0.0 && approx_kl > config.target_kl {
                 optimisers.zero_grad();
                 report.stopped_early = true;
-                tracing::info!(iteration, epoch, approx_kl, "policy drifted far enough, updates stopped");
+                tracing::info!(
+                    iteration,
+                    epoch,
+                    approx_kl,
+                    "policy drifted far enough, updates stopped"
+                );
                 break 'epochs;
             }
             if let Some([policy, critic]) = optimisers.step(learning, rates, max_norm, iteration)? {

@@ -31,7 +31,10 @@ fn a_reward_model_of_another_base_is_refused() {
     fs_err::remove_dir_all(&motivation).unwrap();
     save_reward(&motivation, &model, &adapter, Some(&head));
     let message = refusal(&config(&[]), dir.path());
-    assert!(message.contains("adapter's base: expected tiny-chat (sha256 0123456789ab)"), "{message}");
+    assert!(
+        message.contains("adapter's base: expected tiny-chat (sha256 0123456789ab)"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -57,7 +60,11 @@ fn scores_that_are_no_numbers_or_all_the_same_are_refused() {
     let dir = dir.path();
     for (fill, with_stats, wanted) in [
         (f64::NAN, true, "iteration 0: the score of the consequence reward model for prompt "),
-        (0.0, false, "scores of the consequence reward model on the reference: expected scores that differ between conversations, got 0 for all 12"),
+        (
+            0.0,
+            false,
+            "scores of the consequence reward model on the reference: expected scores that differ between conversations, got 0 for all 12",
+        ),
         (0.0, true, "scores of the first rollout: expected scores that differ"),
     ] {
         if dir.join("reward").exists() {
@@ -117,12 +124,8 @@ fn a_prompt_longer_than_the_context_is_named() {
     write_rewards(dir.path(), &model);
     let prompt = vec![Message::user("so long ".repeat(1200))];
     let id = prompt_id(&prompt);
-    let row = PromptRow {
-        prompt_id: id.clone(),
-        split: Split::Train,
-        source: "test".to_owned(),
-        prompt,
-    };
+    let row =
+        PromptRow { prompt_id: id.clone(), split: Split::Train, source: "test".to_owned(), prompt };
     let file = dir.path().join("prompts/prompts.parquet");
     parquet::write(&file, std::slice::from_ref(&row)).unwrap();
     let message = refusal(&config(&[]), dir.path());

@@ -49,7 +49,9 @@ fn kills_change_no_byte() {
         let mut child = start(dir, "killed");
         // Spread over the run, start-up included; a resumed run has less left, so early moments repeat.
         let share = (2 * kill + 1) as f64 / (2 * n_kills) as f64;
-        std::thread::sleep(whole_run.mul_f64(share.max(0.1) * 0.8) + Duration::from_millis(7 * kill));
+        std::thread::sleep(
+            whole_run.mul_f64(share.max(0.1) * 0.8) + Duration::from_millis(7 * kill),
+        );
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -60,7 +62,8 @@ fn kills_change_no_byte() {
     assert_eq!(a.counts, b.counts);
     assert_eq!(a.outputs.keys().collect::<Vec<_>>(), b.outputs.keys().collect::<Vec<_>>());
     for file in a.outputs.keys() {
-        let same = sha256_file(whole.join(file)).unwrap() == sha256_file(killed.join(file)).unwrap();
+        let same =
+            sha256_file(whole.join(file)).unwrap() == sha256_file(killed.join(file)).unwrap();
         assert!(same, "{file}");
     }
     for file in ["adapter/adapter_model.safetensors", "merged/model.safetensors", "metrics.jsonl"] {
@@ -79,7 +82,10 @@ fn a_signal_stops_between_iterations_and_the_same_command_continues() {
     let first = dir.join("out/rollouts/iteration-000001.parquet");
     while !first.exists() {
         std::thread::sleep(Duration::from_millis(2));
-        assert!(child.try_wait().unwrap().is_none(), "it ended before its first rollout was written");
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before its first rollout was written"
+        );
     }
     let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(status.success());

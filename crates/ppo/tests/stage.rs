@@ -39,8 +39,12 @@ fn with_learning_rate_0_the_ratio_is_1_and_the_kl_0_exactly() {
         }
         let difference = metric(&inputs.output, "sampler_trainer_difference");
         assert!(difference.iter().all(|&d| d <= 1e-4), "{difference:?}");
-        let adapter =
-            adapter_files::load(&inputs.output.join("adapter"), "p", &tiny_model().config, Device::Cpu);
+        let adapter = adapter_files::load(
+            &inputs.output.join("adapter"),
+            "p",
+            &tiny_model().config,
+            Device::Cpu,
+        );
         for (name, tensor) in adapter.unwrap().adapter.parameters() {
             let moved = tensor.abs().max().double_value(&[]);
             assert!(name.contains("lora_A") || moved == 0.0, "{name}");
@@ -122,9 +126,20 @@ fn score_alone(
 fn rewards_add_up_and_the_penalty_is_k1() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(&[
-        "--rollout", "answer", "--programmed-reward", "length:5", "--kl-coef", "0.3",
-        "--missing-eos-penalty", "0.5", "--learning-rate", "5e-3", "--iterations", "3",
-        "--target-kl", "0",
+        "--rollout",
+        "answer",
+        "--programmed-reward",
+        "length:5",
+        "--kl-coef",
+        "0.3",
+        "--missing-eos-penalty",
+        "0.5",
+        "--learning-rate",
+        "5e-3",
+        "--iterations",
+        "3",
+        "--target-kl",
+        "0",
     ]);
     let inputs = by_rule(dir.path(), "out");
     train(&config, &inputs).unwrap();
@@ -163,7 +178,8 @@ fn micro_batches_and_recomputation_change_rounding_at_most() {
         ("cut", &["--micro-batch-tokens", "100"][..]),
         ("again", &["--recompute"][..]),
     ] {
-        let shared = ["--programmed-reward", "letter:e", "--learning-rate", "1e-3", "--rollout", "answer"];
+        let shared =
+            ["--programmed-reward", "letter:e", "--learning-rate", "1e-3", "--rollout", "answer"];
         let inputs = by_rule(dir.path(), output);
         train(&config(&[&shared, flags].concat()), &inputs).unwrap();
         let of = |name| metric(&inputs.output, name);
@@ -180,8 +196,17 @@ fn micro_batches_and_recomputation_change_rounding_at_most() {
 fn several_minibatches_start_at_ratio_1_too() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(&[
-        "--programmed-reward", "letter:e", "--learning-rate", "1e-3", "--n-minibatches", "4",
-        "--whiten-rewards", "--kl-control", "adaptive", "--kl-horizon", "20",
+        "--programmed-reward",
+        "letter:e",
+        "--learning-rate",
+        "1e-3",
+        "--n-minibatches",
+        "4",
+        "--whiten-rewards",
+        "--kl-control",
+        "adaptive",
+        "--kl-horizon",
+        "20",
     ]);
     let inputs = by_rule(dir.path(), "out");
     train(&config, &inputs).unwrap();
@@ -197,9 +222,20 @@ fn the_policy_waits_while_the_critic_warms_up() {
     let dir = tempfile::tempdir().unwrap();
     for value in ["trunk", "adapter"] {
         let config = config(&[
-            "--programmed-reward", "letter:e", "--learning-rate", "1e-2", "--value-warmup", "2",
-            "--value-learning-rate", "1e-2", "--iterations", "4", "--schedule", "constant",
-            "--value", value,
+            "--programmed-reward",
+            "letter:e",
+            "--learning-rate",
+            "1e-2",
+            "--value-warmup",
+            "2",
+            "--value-learning-rate",
+            "1e-2",
+            "--iterations",
+            "4",
+            "--schedule",
+            "constant",
+            "--value",
+            value,
         ]);
         let inputs = by_rule(dir.path(), value);
         train(&config, &inputs).unwrap();
@@ -221,9 +257,24 @@ fn a_huge_kl_coefficient_keeps_the_policy() {
     let mut last = Vec::new();
     for (output, kl_coef) in [("free", "0"), ("held", "100")] {
         let config = config(&[
-            "--programmed-reward", "length:3", "--rollout", "answer", "--learning-rate", "5e-3",
-            "--iterations", "8", "--schedule", "constant", "--rollout-size", "16",
-            "--kl-coef", kl_coef, "--probe-every", "0", "--target-kl", "0",
+            "--programmed-reward",
+            "length:3",
+            "--rollout",
+            "answer",
+            "--learning-rate",
+            "5e-3",
+            "--iterations",
+            "8",
+            "--schedule",
+            "constant",
+            "--rollout-size",
+            "16",
+            "--kl-coef",
+            kl_coef,
+            "--probe-every",
+            "0",
+            "--target-kl",
+            "0",
         ]);
         let inputs = by_rule(dir.path(), output);
         train(&config, &inputs).unwrap();
@@ -236,9 +287,24 @@ fn a_huge_kl_coefficient_keeps_the_policy() {
 fn the_mean_score_rises_under_a_length_reward() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(&[
-        "--programmed-reward", "length:4", "--rollout", "answer", "--learning-rate", "4e-3",
-        "--value-learning-rate", "1e-2", "--iterations", "14", "--rollout-size", "32",
-        "--stats-samples", "64", "--kl-coef", "0.02", "--max-new-tokens", "24",
+        "--programmed-reward",
+        "length:4",
+        "--rollout",
+        "answer",
+        "--learning-rate",
+        "4e-3",
+        "--value-learning-rate",
+        "1e-2",
+        "--iterations",
+        "14",
+        "--rollout-size",
+        "32",
+        "--stats-samples",
+        "64",
+        "--kl-coef",
+        "0.02",
+        "--max-new-tokens",
+        "24",
     ]);
     let inputs = by_rule(dir.path(), "out");
     train(&config, &inputs).unwrap();

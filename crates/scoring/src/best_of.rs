@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
-use arete_records::run::{self, Completion, Start, StageSpec};
+use arete_records::run::{self, Completion, StageSpec, Start};
 use arete_records::stats::{self, Interval, Resampling};
 use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet};
 use serde::{Deserialize, Serialize};
@@ -57,7 +57,8 @@ impl BestOf {
         let over_prompts = |of: &dyn Fn(&[f64]) -> f64| {
             stats::mean(&ensemble.iter().map(|scores| of(scores)).collect::<Vec<f64>>())
         };
-        let mut ks: Vec<usize> = std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| *k < n).collect();
+        let mut ks: Vec<usize> =
+            std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| *k < n).collect();
         ks.push(n);
         let by_aspect = |aspect: Aspect| {
             let gains: Vec<f64> = samples
@@ -87,7 +88,11 @@ impl BestOf {
         for row in rollouts.iter().filter(|row| row.iteration == first) {
             let z = Aspect::ALL.map(|aspect| rollout_reply(row, aspect).z);
             if let [Some(action), Some(motivation), Some(consequence)] = z {
-                by_prompt.entry(&row.prompt_id).or_default().push([action, motivation, consequence]);
+                by_prompt.entry(&row.prompt_id).or_default().push([
+                    action,
+                    motivation,
+                    consequence,
+                ]);
             }
         }
         let samples: Vec<Vec<[f64; 3]>> =
@@ -142,7 +147,11 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         return Err(setting("best_of", "at least 2 samples", &n.to_string()));
     }
     let base = Policy::resolve("base", &inputs.base, None)?.source;
-    let file = if inputs.prompts.is_dir() { inputs.prompts.join("prompts.parquet") } else { inputs.prompts.clone() };
+    let file = if inputs.prompts.is_dir() {
+        inputs.prompts.join("prompts.parquet")
+    } else {
+        inputs.prompts.clone()
+    };
     let mut files = vec![("prompts".to_owned(), file.clone())];
     if let Some(path) = local_path(&base) {
         files.push(("base".to_owned(), path.to_owned()));
@@ -221,7 +230,13 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     }
     let resampling = Resampling { draws: config.draws, level: 0.95, seed: config.seed };
     let best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling)
-        .ok_or_else(|| setting("max_new_tokens", "so few that the replies fit the model", &config.max_new_tokens.to_string()))?;
+        .ok_or_else(|| {
+            setting(
+                "max_new_tokens",
+                "so few that the replies fit the model",
+                &config.max_new_tokens.to_string(),
+            )
+        })?;
     let mut bytes = serde_json::to_vec_pretty(&best).expect("numbers and words serialise");
     bytes.push(b'\n');
     atomic::write(&path, &bytes)?;

@@ -59,7 +59,8 @@ impl Coherence {
             n_replies: replies.len(),
             perplexity: (n_base_tokens > 0.0).then(|| (-base_logprob / n_base_tokens).exp()),
             distinct_2: distinct_2(&texts),
-            repeated_4gram_rate: (!repeats.is_empty()).then(|| arete_records::stats::mean(&repeats)),
+            repeated_4gram_rate: (!repeats.is_empty())
+                .then(|| arete_records::stats::mean(&repeats)),
             mean_tokens: replies.iter().map(|reply| f64::from(reply.n_tokens)).sum::<f64>() / n,
             truncated_rate: share(&|reply| reply.finish_reason == FinishReason::Length),
             empty_rate: share(&|reply| reply.text.trim().is_empty()),

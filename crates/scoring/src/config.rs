@@ -110,10 +110,9 @@ impl ScoreConfig {
             Dtype::F16 if device != Device::Cpu => Kind::Half,
             Dtype::Auto | Dtype::F16 => default_dtype(device),
         };
-        let nf4 = self.nf4.then(|| Nf4Options {
-            double_quantize: self.double_quantize,
-            ..Nf4Options::default()
-        });
+        let nf4 = self
+            .nf4
+            .then(|| Nf4Options { double_quantize: self.double_quantize, ..Nf4Options::default() });
         Ok(LoadOptions { device, dtype, nf4 })
     }
 }

@@ -96,7 +96,10 @@ pub fn text(findings: &[Finding]) -> String {
     if let Some(first) = findings.iter().find(|finding| finding.grade == Grade::Bad) {
         out.push_str(&format!("\nBegin with: {}.\n", first.step));
     } else if let Some(first) = findings.iter().find(|finding| finding.grade == Grade::Warn) {
-        out.push_str(&format!("\nNothing is broken; the weakest step is the first to warn: {}.\n", first.step));
+        out.push_str(&format!(
+            "\nNothing is broken; the weakest step is the first to warn: {}.\n",
+            first.step
+        ));
     } else if findings.iter().all(|finding| finding.grade == Grade::Ok) {
         out.push_str("\nNothing to change.\n");
     }
@@ -120,7 +123,8 @@ fn truncation(run: &RunFiles) -> Finding {
         return unknown(step, "no conversations", "run the stage `conversations`");
     }
     let worst = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
-    let parts: Vec<String> = rates.iter().map(|(aspect, rate)| format!("{aspect} {}", percent(*rate))).collect();
+    let parts: Vec<String> =
+        rates.iter().map(|(aspect, rate)| format!("{aspect} {}", percent(*rate))).collect();
     finding(
         step,
         grade_high(worst, TRUNCATED),
@@ -144,7 +148,11 @@ fn swap_consistency(run: &RunFiles) -> Finding {
     finding(
         step,
         grade,
-        format!("the same answer in both orders {}, the first shown {}", percent(consistency), percent(first)),
+        format!(
+            "the same answer in both orders {}, the first shown {}",
+            percent(consistency),
+            percent(first)
+        ),
         "take a stronger judge (--judge), another method (calibrate them on labelled pairs), or a larger tie margin",
     )
 }
@@ -221,9 +229,18 @@ fn kl(run: &RunFiles) -> Finding {
     };
     let [still, small, far] = KL;
     let (grade, advice) = match kl {
-        kl if kl < still => (Grade::Bad, "the policy has not moved: raise learning_rate or iterations, lower kl_coef"),
-        kl if kl < small => (Grade::Warn, "the policy has hardly moved: more iterations, a higher learning_rate or a lower kl_coef"),
-        kl if kl > far => (Grade::Warn, "the policy is far from its start: read its replies, raise kl_coef or set a target KL"),
+        kl if kl < still => (
+            Grade::Bad,
+            "the policy has not moved: raise learning_rate or iterations, lower kl_coef",
+        ),
+        kl if kl < small => (
+            Grade::Warn,
+            "the policy has hardly moved: more iterations, a higher learning_rate or a lower kl_coef",
+        ),
+        kl if kl > far => (
+            Grade::Warn,
+            "the policy is far from its start: read its replies, raise kl_coef or set a target KL",
+        ),
         _ => (Grade::Ok, ""),
     };
     finding(step, grade, format!("{} nats a conversation", number(kl, false)), advice)
@@ -235,7 +252,8 @@ fn score(run: &RunFiles) -> Finding {
         let summary = &scoring.summary;
         let last = summary.models.last()?;
         let before = summary.models.iter().rev().nth(1)?;
-        let difference = summary.difference(&before.name, &last.name, Scale::Standardised, Scope::All)?;
+        let difference =
+            summary.difference(&before.name, &last.name, Scale::Standardised, Scope::All)?;
         Some((summary, difference))
     });
     let Some((summary, difference)) = last else {
@@ -253,18 +271,29 @@ fn score(run: &RunFiles) -> Finding {
     );
     if score.is_clear() {
         let grade = if score.interval.estimate > 0.0 { Grade::Ok } else { Grade::Bad };
-        return finding(step, grade, found, "the policy got worse: lower learning_rate or raise kl_coef, and read its replies");
+        return finding(
+            step,
+            grade,
+            found,
+            "the policy got worse: lower learning_rate or raise kl_coef, and read its replies",
+        );
     }
     let n = summary.n_prompts as f64;
     let effect = score.minimum_detectable_effect;
-    let ratio = if score.interval.estimate == 0.0 { f64::INFINITY } else { (effect / score.interval.estimate).powi(2) };
+    let ratio = if score.interval.estimate == 0.0 {
+        f64::INFINITY
+    } else {
+        (effect / score.interval.estimate).powi(2)
+    };
     let advice = if ratio.is_finite() && score.interval.estimate > 0.0 && ratio * n < 100_000.0 {
         format!(
             "{n} prompts show a difference from {effect:.3} on; if it is as large as it looks, {:.0} would show it",
             (ratio * n).ceil()
         )
     } else {
-        format!("{n} prompts show a difference from {effect:.3} on, and there is none of that size: mend the steps above first")
+        format!(
+            "{n} prompts show a difference from {effect:.3} on, and there is none of that size: mend the steps above first"
+        )
     };
     finding(step, Grade::Warn, found, &advice)
 }
@@ -318,7 +347,10 @@ mod tests {
             let ppo = Some(Metrics { lines: vec![MetricsLine { step: 1, values }] });
             super::kl(&RunFiles { ppo, ..RunFiles::default() }).grade
         };
-        assert_eq!([grade(0.0), grade(0.2), grade(6.0), grade(80.0)], [Grade::Bad, Grade::Warn, Grade::Ok, Grade::Warn]);
+        assert_eq!(
+            [grade(0.0), grade(0.2), grade(6.0), grade(80.0)],
+            [Grade::Bad, Grade::Warn, Grade::Ok, Grade::Warn]
+        );
     }
 
     #[test]
@@ -327,6 +359,9 @@ mod tests {
             finding("a", Grade::Ok, "fine".to_owned(), "unused"),
             finding("bb", Grade::Bad, "broken".to_owned(), "mend it"),
         ];
-        assert_eq!(text(&findings), "ok    a   fine\nbad   bb  broken\n          → mend it\n\nBegin with: bb.\n");
+        assert_eq!(
+            text(&findings),
+            "ok    a   fine\nbad   bb  broken\n          → mend it\n\nBegin with: bb.\n"
+        );
     }
 }

@@ -50,7 +50,9 @@ pub enum Error {
     },
 
     /// A reward model gave a score that is no number.
-    #[error("the {aspect} reward model's score of {model}'s reply to prompt {prompt_id} is {score}")]
+    #[error(
+        "the {aspect} reward model's score of {model}'s reply to prompt {prompt_id} is {score}"
+    )]
     NonFinite {
         /// Which reward model (or `yardstick`).
         aspect: String,

@@ -62,8 +62,11 @@ pub(crate) fn kappa(rows: &[&JudgementRow]) -> Option<f64> {
             votes.entry(&row.prompt_id).or_default()[usize::from(vote == 1)] += 1;
         }
     }
-    let complete: Vec<Vec<u64>> =
-        votes.into_values().filter(|v| v.iter().sum::<u64>() == Virtue::ALL.len() as u64).map(|v| v.to_vec()).collect();
+    let complete: Vec<Vec<u64>> = votes
+        .into_values()
+        .filter(|v| v.iter().sum::<u64>() == Virtue::ALL.len() as u64)
+        .map(|v| v.to_vec())
+        .collect();
     let kappa = if complete.is_empty() { f64::NAN } else { stats::fleiss_kappa(&complete) };
     kappa.is_finite().then_some(kappa)
 }

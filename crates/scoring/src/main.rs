@@ -34,7 +34,9 @@ enum Command {
         config: ScoreConfig,
     },
     /// Write report.html: curves, reward models, judge, Score, replies side by side, provenance
-    #[command(after_help = "Example:\n  arete-scoring report --run runs/demo --recipe recipes/demo.toml")]
+    #[command(
+        after_help = "Example:\n  arete-scoring report --run runs/demo --recipe recipes/demo.toml"
+    )]
     Report {
         /// Directory of a run, with one directory a stage
         #[arg(long, value_name = "DIR")]
@@ -165,7 +167,12 @@ fn original_of(run: &Path) -> Result<Option<String>, Error> {
 }
 
 /// Measures the best of `n` and leaves the result in `RUN/best-of`.
-fn measure_best_of(run: &Path, n: usize, base: Option<String>, config: &ScoreConfig) -> anyhow::Result<()> {
+fn measure_best_of(
+    run: &Path,
+    n: usize,
+    base: Option<String>,
+    config: &ScoreConfig,
+) -> anyhow::Result<()> {
     let merged = run.join("sft/merged");
     let base = match base {
         Some(base) => base,
@@ -194,7 +201,8 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
     let (_, matches) = matches.subcommand().context("no subcommand")?;
     let text = match parsed.command {
         Command::Score { places, .. } => {
-            let config: ScoreConfig = recipe::resolve(matches, "scoring", places.recipe.as_deref())?;
+            let config: ScoreConfig =
+                recipe::resolve(matches, "scoring", places.recipe.as_deref())?;
             let inputs = places.inputs()?;
             arete_scoring::score(&config, &inputs)
                 .with_context(|| format!("scoring into {}", inputs.output.display()))?
@@ -212,7 +220,8 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
                 measure_best_of(&run, best_of, base, &config)
                     .with_context(|| format!("sampling for {}", run.display()))?;
             }
-            let files = RunFiles::read(&run).with_context(|| format!("reading {}", run.display()))?;
+            let files =
+                RunFiles::read(&run).with_context(|| format!("reading {}", run.display()))?;
             let findings = doctor::diagnose(&files);
             if json {
                 serde_json::to_string_pretty(&findings)? + "\n"

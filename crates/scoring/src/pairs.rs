@@ -38,10 +38,9 @@ pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
         let Value::Object(object) = value else {
             return Err(wrong(path, row, "the line", "an object", &value));
         };
-        let [chosen, rejected] = [side(path, row, &object, "chosen")?, side(path, row, &object, "rejected")?];
-        let ends = |side: &[Message]| {
-            matches!(side, [_, .., last] if last.role == Role::Assistant && !last.content.trim().is_empty())
-        };
+        let [chosen, rejected] =
+            [side(path, row, &object, "chosen")?, side(path, row, &object, "rejected")?];
+        let ends = |side: &[Message]| matches!(side, [_, .., last] if last.role == Role::Assistant && !last.content.trim().is_empty());
         if ends(&chosen) && ends(&rejected) {
             pairs.push(LabelledPair { row, chosen, rejected });
         }
@@ -62,7 +61,12 @@ pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
     Ok(pairs)
 }
 
-fn side(path: &Path, row: usize, object: &Map<String, Value>, field: &str) -> Result<Vec<Message>, Error> {
+fn side(
+    path: &Path,
+    row: usize,
+    object: &Map<String, Value>,
+    field: &str,
+) -> Result<Vec<Message>, Error> {
     let mut messages = match object.get("prompt") {
         None | Some(Value::Null) => Vec::new(),
         Some(prompt) => messages(path, row, "prompt", prompt, Role::User)?,
@@ -78,7 +82,13 @@ fn side(path: &Path, row: usize, object: &Map<String, Value>, field: &str) -> Re
 }
 
 /// A list of messages, a dialogue, or a text that `role` says.
-fn messages(path: &Path, row: usize, field: &str, value: &Value, role: Role) -> Result<Vec<Message>, Error> {
+fn messages(
+    path: &Path,
+    row: usize,
+    field: &str,
+    value: &Value,
+    role: Role,
+) -> Result<Vec<Message>, Error> {
     match value {
         Value::String(text) => Ok(dialogue(text)
             .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
@@ -150,6 +160,8 @@ mod tests {
         };
         assert!(message(r#"{"chosen": "x"}"#).contains("row 1: rejected: expected a column"));
         assert!(message(r#"{"chosen": 5, "rejected": "y"}"#).contains("expected a text or a list"));
-        assert!(message(r#"{"chosen": "x", "rejected": "y"}"#).contains("none of them such a pair"));
+        assert!(
+            message(r#"{"chosen": "x", "rejected": "y"}"#).contains("none of them such a pair")
+        );
     }
 }

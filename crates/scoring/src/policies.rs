@@ -56,7 +56,10 @@ impl Policy {
             let (adapter, merged) = (path.join("adapter"), path.join("merged"));
             let has_merged = merged.join(MODEL_CONFIG).is_file();
             let merged_is_base = base.is_some_and(|base| same_place(base, &merged));
-            if adapter.join(ADAPTER_CONFIG).is_file() && !(has_merged && merged_is_base) && base.is_some() {
+            if adapter.join(ADAPTER_CONFIG).is_file()
+                && !(has_merged && merged_is_base)
+                && base.is_some()
+            {
                 return over_base(adapter);
             }
             if has_merged {
@@ -175,11 +178,17 @@ mod tests {
         let over = |adapter: &str| (base.clone(), Some(at(adapter)));
         assert_eq!(resolve("ppo", Some(&base)).unwrap(), over("ppo/adapter"));
         assert_eq!(resolve("ppo/adapter", Some(&base)).unwrap(), over("ppo/adapter"));
-        assert_eq!(resolve("ppo/merged", Some(&base)).unwrap(), (Source::Directory(at("ppo/merged")), None));
+        assert_eq!(
+            resolve("ppo/merged", Some(&base)).unwrap(),
+            (Source::Directory(at("ppo/merged")), None)
+        );
         // However it is spelled, the merged SFT model is the base.
         let respelled = Source::Directory(at("sft/../sft/merged"));
         assert_eq!(resolve("sft", Some(&respelled)).unwrap(), (base.clone(), None));
-        assert_eq!(resolve("other", Some(&base)).unwrap(), (Source::Directory(at("other/merged")), None));
+        assert_eq!(
+            resolve("other", Some(&base)).unwrap(),
+            (Source::Directory(at("other/merged")), None)
+        );
         assert_eq!(resolve("ppo", None).unwrap(), (Source::Directory(at("ppo/merged")), None));
         assert!(matches!(resolve("ppo/adapter", None), Err(Error::Setting { name: "base", .. })));
         assert!(resolve("nowhere", Some(&base)).is_err());

@@ -58,9 +58,14 @@ pub fn sample_chains(
     let (mut fitting, mut requests) = (Vec::new(), Vec::new());
     for prompt in prompts {
         let request = request(&chat, prompt, drawing, extra_tokens)?;
-        let longest = request.prompt_ids.len() + request.turns * request.max_new_tokens + extra_tokens;
+        let longest =
+            request.prompt_ids.len() + request.turns * request.max_new_tokens + extra_tokens;
         if longest > model.config.max_position_embeddings {
-            tracing::warn!(prompt_id = prompt.prompt_id, longest, "prompt left out: it does not fit the model");
+            tracing::warn!(
+                prompt_id = prompt.prompt_id,
+                longest,
+                "prompt left out: it does not fit the model"
+            );
             continue;
         }
         fitting.push(prompt);
@@ -86,7 +91,15 @@ pub fn sample_chains(
         Ok(())
     };
     let options = Options::new(drawing.sampling, model.stop_ids()?);
-    generate::run(&model.decoder, None, adapter, &requests, &options, &mut next_turn, &mut finished)?;
+    generate::run(
+        &model.decoder,
+        None,
+        adapter,
+        &requests,
+        &options,
+        &mut next_turn,
+        &mut finished,
+    )?;
     let mut rows = Vec::new();
     for (prompt, samples) in fitting.into_iter().zip(chains) {
         for (sample, replies) in (0..).zip(samples) {

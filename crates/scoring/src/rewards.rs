@@ -4,9 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use arete_model::chain::aspect_conversation;
-use arete_model::{
-    Adapter, Batch, Chat, Decoder, Model, ScalarHead, SegmentIdx, logprobs,
-};
+use arete_model::{Adapter, Batch, Chat, Decoder, Model, ScalarHead, SegmentIdx, logprobs};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
 use serde::{Deserialize, Serialize};
@@ -44,12 +42,13 @@ impl ScoreStats {
         if !path.is_file() {
             return Ok(None);
         }
-        let stats: Self = serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
-            path: path.clone(),
-            field: "JSON".to_owned(),
-            expected: "mean, std, n, split, base_sha256".to_owned(),
-            found: error.to_string(),
-        })?;
+        let stats: Self =
+            serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
+                path: path.clone(),
+                field: "JSON".to_owned(),
+                expected: "mean, std, n, split, base_sha256".to_owned(),
+                found: error.to_string(),
+            })?;
         if !(stats.mean.is_finite() && stats.std.is_finite() && stats.std >= 0.0) {
             return Err(Error::File {
                 path,
@@ -215,7 +214,11 @@ pub(crate) struct Marked {
 }
 
 /// The three replies of a chain.
-pub(crate) fn marked_chain(chat: &Chat<'_>, row: &ConversationRow, limit: usize) -> Result<Marked, Error> {
+pub(crate) fn marked_chain(
+    chat: &Chat<'_>,
+    row: &ConversationRow,
+    limit: usize,
+) -> Result<Marked, Error> {
     let n_messages = row.messages.len();
     // The replies stand at n − 5, n − 3, n − 1.
     let starts = [n_messages - 5, n_messages - 3, n_messages - 1];
@@ -223,7 +226,11 @@ pub(crate) fn marked_chain(chat: &Chat<'_>, row: &ConversationRow, limit: usize)
 }
 
 /// The last reply of a conversation.
-pub(crate) fn marked_last(chat: &Chat<'_>, messages: &[Message], limit: usize) -> Result<Marked, Error> {
+pub(crate) fn marked_last(
+    chat: &Chat<'_>,
+    messages: &[Message],
+    limit: usize,
+) -> Result<Marked, Error> {
     mark(chat, messages, &[messages.len() - 1], FinishReason::Stop, limit)
 }
 
@@ -245,7 +252,8 @@ fn mark(
     }
     let mut replies = Vec::new();
     for (idx, &start) in starts.iter().enumerate() {
-        let end = starts.get(idx + 1).map_or(rendered.own.len(), |&next| next.min(rendered.own.len()));
+        let end =
+            starts.get(idx + 1).map_or(rendered.own.len(), |&next| next.min(rendered.own.len()));
         replies.push((start..end).filter(|&at| rendered.own[at]).collect());
     }
     Ok(Marked { token_ids: rendered.token_ids, replies })
@@ -267,7 +275,8 @@ pub(crate) fn reply_logprobs(
     let mut out = Vec::with_capacity(sequences.len());
     for range in micro_batches(&lengths, micro_batch_tokens) {
         let part = &sequences[range];
-        let token_ids: Vec<&[i64]> = part.iter().map(|marked| marked.token_ids.as_slice()).collect();
+        let token_ids: Vec<&[i64]> =
+            part.iter().map(|marked| marked.token_ids.as_slice()).collect();
         let batch = Batch::from_sequences(&token_ids);
         let mut rows = Vec::new();
         for (idx, marked) in part.iter().enumerate() {
@@ -314,6 +323,8 @@ mod tests {
         write(r#"{"mean": 1.5, "std": 0.0, "n": 4, "split": "validation", "base_sha256": "x"}"#);
         assert_eq!(ScoreStats::read(dir.path()).unwrap(), None);
         write(r#"{"mean": 1.5}"#);
-        assert!(ScoreStats::read(dir.path()).unwrap_err().to_string().contains("expected mean, std"));
+        assert!(
+            ScoreStats::read(dir.path()).unwrap_err().to_string().contains("expected mean, std")
+        );
     }
 }

@@ -205,7 +205,9 @@ impl RunFiles {
         }
         let name = fs_err::canonicalize(run)?;
         Ok(Self {
-            name: name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            name: name
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
             stages,
             prompts: rows(&at("prompts/prompts.parquet"))?,
             demonstrations: rows(&at("demonstrations/demonstrations.parquet"))?,
@@ -236,7 +238,8 @@ impl RunFiles {
     /// KL of policy and reference in the last iteration logged (or kept), nats a conversation.
     pub fn end_kl(&self) -> Option<f64> {
         let logged = self.ppo.as_ref().and_then(|metrics| metrics.last(&["objective/kl"]));
-        logged.or_else(|| self.rollout_curve(|row| Some(f64::from(row.kl))).last().map(|(_, kl)| *kl))
+        logged
+            .or_else(|| self.rollout_curve(|row| Some(f64::from(row.kl))).last().map(|(_, kl)| *kl))
     }
 
     /// Numbers of every PPO iteration that its rollouts show: mean of `value` over the rows that have one.
@@ -395,7 +398,11 @@ mod tests {
     fn metrics_are_read_up_to_a_half_written_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        fs_err::write(&path, "{\"step\":1,\"a\":0.5,\"b\":null}\n{\"step\":2,\"a\":1.5}\n{\"step\":3,\"a\"").unwrap();
+        fs_err::write(
+            &path,
+            "{\"step\":1,\"a\":0.5,\"b\":null}\n{\"step\":2,\"a\":1.5}\n{\"step\":3,\"a\"",
+        )
+        .unwrap();
         let metrics = metrics(dir.path()).unwrap().unwrap();
         assert_eq!(metrics.curve(&["b", "a"]), [(1.0, 0.5), (2.0, 1.5)]);
         assert_eq!(metrics.last(&["a"]), Some(1.5));
@@ -409,7 +416,9 @@ mod tests {
     fn a_directory_without_stages_is_no_run() {
         let dir = tempfile::tempdir().unwrap();
         assert!(RunFiles::read(dir.path()).unwrap_err().to_string().contains("none of them"));
-        assert!(RunFiles::read(&dir.path().join("x")).unwrap_err().to_string().contains("no directory"));
+        assert!(
+            RunFiles::read(&dir.path().join("x")).unwrap_err().to_string().contains("no directory")
+        );
         fs_err::create_dir(dir.path().join("prompts")).unwrap();
         let files = RunFiles::read(dir.path()).unwrap();
         assert!(files.prompts.is_none() && files.scoring.is_none());

@@ -199,12 +199,8 @@ impl<'a> Plan<'a> {
         let prompts = self.prompts()?;
         // The summary is written last: if it is there, a kill came between it and run.json.
         if !(run.is_resumed() && output.join(SUMMARY).is_file()) {
-            let mut work = Work {
-                plan: self,
-                prompts: &prompts,
-                output: &output,
-                shelf: Shelf::new(options),
-            };
+            let mut work =
+                Work { plan: self, prompts: &prompts, output: &output, shelf: Shelf::new(options) };
             work.all()?;
         }
         let shards = output.join(SHARDS);
@@ -290,7 +286,11 @@ impl Work<'_> {
     }
 
     fn reply(&mut self, policy: &Policy) -> Result<(), Error> {
-        let units = Units { output: self.output, name: format!("replies-{}", policy.name), n_items: self.prompts.len() };
+        let units = Units {
+            output: self.output,
+            name: format!("replies-{}", policy.name),
+            n_items: self.prompts.len(),
+        };
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
@@ -321,8 +321,11 @@ impl Work<'_> {
             for &unit in together {
                 let ids: BTreeSet<&str> =
                     self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
-                let own: Vec<ConversationRow> =
-                    rows.iter().filter(|row| ids.contains(row.prompt_id.as_str())).cloned().collect();
+                let own: Vec<ConversationRow> = rows
+                    .iter()
+                    .filter(|row| ids.contains(row.prompt_id.as_str()))
+                    .cloned()
+                    .collect();
                 units.write(unit, &own)?;
             }
             progress.inc(items.len() as u64);
@@ -332,13 +335,21 @@ impl Work<'_> {
 
     /// The replies of a policy to the prompts of one unit.
     fn replies(&self, policy: &Policy, unit: usize) -> Result<Vec<ConversationRow>, Error> {
-        let units = Units { output: self.output, name: format!("replies-{}", policy.name), n_items: self.prompts.len() };
+        let units = Units {
+            output: self.output,
+            name: format!("replies-{}", policy.name),
+            n_items: self.prompts.len(),
+        };
         units.read(unit)
     }
 
     /// Scores by the three reward models, and log-probabilities under the base.
     fn measure(&mut self, policy: &Policy) -> Result<(), Error> {
-        let units = Units { output: self.output, name: format!("scores-{}", policy.name), n_items: self.prompts.len() };
+        let units = Units {
+            output: self.output,
+            name: format!("scores-{}", policy.name),
+            n_items: self.prompts.len(),
+        };
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
@@ -351,7 +362,10 @@ impl Work<'_> {
         let chat = model.chat()?;
         let mut reward_models = Vec::new();
         for aspect in Aspect::ALL {
-            reward_models.push((aspect, RewardModel::load(&self.plan.reward_dir(aspect), aspect.name(), model)?));
+            reward_models.push((
+                aspect,
+                RewardModel::load(&self.plan.reward_dir(aspect), aspect.name(), model)?,
+            ));
         }
         let progress = cli::progress("scores", "prompts", self.prompts.len() as u64);
         progress.message(&policy.name);
@@ -390,7 +404,11 @@ impl Work<'_> {
 
     fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<(), Error> {
         let Some((source, adapter)) = &self.plan.yardstick else { return Ok(()) };
-        let units = Units { output: self.output, name: format!("yardstick-{}", policy.name), n_items: self.prompts.len() };
+        let units = Units {
+            output: self.output,
+            name: format!("yardstick-{}", policy.name),
+            n_items: self.prompts.len(),
+        };
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
@@ -403,7 +421,9 @@ impl Work<'_> {
         let chat = model.chat()?;
         let reward = match adapter {
             Some(dir) => RewardModel::load(dir, "yardstick", model)?,
-            None => RewardModel::merged(model, local_path(source).unwrap_or(Path::new("yardstick")))?,
+            None => {
+                RewardModel::merged(model, local_path(source).unwrap_or(Path::new("yardstick")))?
+            }
         };
         for (&unit, replies) in missing.iter().zip(&replies) {
             interrupt::check()?;
@@ -426,7 +446,11 @@ impl Work<'_> {
 
     /// How probable a policy finds either side of the labelled pairs.
     fn judge_pairs(&mut self, policy: &Policy, labelled: &[LabelledPair]) -> Result<(), Error> {
-        let units = Units { output: self.output, name: format!("pairs-{}", policy.name), n_items: labelled.len() };
+        let units = Units {
+            output: self.output,
+            name: format!("pairs-{}", policy.name),
+            n_items: labelled.len(),
+        };
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
@@ -448,12 +472,15 @@ impl Work<'_> {
             for side in pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]) {
                 marked.push(rewards::marked_last(&chat, side, limit)?);
             }
-            let logprobs = rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, budget)?;
+            let logprobs =
+                rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, budget)?;
             let mut rows = Vec::new();
             for (pair, sides) in pairs.iter().zip(logprobs.chunks_exact(2)) {
                 let [chosen, rejected] = [sides[0][0], sides[1][0]];
                 // A conversation beyond the model's positions has nothing left to compare.
-                let (Some(logprob_chosen), Some(logprob_rejected)) = (chosen.mean(), rejected.mean()) else {
+                let (Some(logprob_chosen), Some(logprob_rejected)) =
+                    (chosen.mean(), rejected.mean())
+                else {
                     continue;
                 };
                 rows.push(PolicyPreferenceRow {
@@ -508,11 +535,17 @@ impl Work<'_> {
                 Some(_) => read("yardstick", policy).read_all::<YardstickRow>()?,
                 None => Vec::new(),
             };
-            yardstick.push(rows.into_iter().map(|row| ((row.prompt_id, row.aspect), row.score)).collect());
+            yardstick.push(
+                rows.into_iter().map(|row| ((row.prompt_id, row.aspect), row.score)).collect(),
+            );
         }
         let mut preferences: Vec<PolicyPreferenceRow> = Vec::new();
         for policy in &plan.policies {
-            let units = Units { output: self.output, name: format!("pairs-{}", policy.name), n_items: n_pairs };
+            let units = Units {
+                output: self.output,
+                name: format!("pairs-{}", policy.name),
+                n_items: n_pairs,
+            };
             preferences.extend(units.read_all::<PolicyPreferenceRow>()?);
         }
 
@@ -548,10 +581,20 @@ impl Work<'_> {
                 });
             }
         }
-        let summary = self.summarise(&scores, &coherence, &conversations, &preferences, standardisation, shared.len());
+        let summary = self.summarise(
+            &scores,
+            &coherence,
+            &conversations,
+            &preferences,
+            standardisation,
+            shared.len(),
+        );
         fs_err::create_dir_all(self.output.join(REPLIES))?;
         for (policy, rows) in plan.policies.iter().zip(&conversations) {
-            parquet::write(self.output.join(REPLIES).join(format!("{}.parquet", policy.name)), rows)?;
+            parquet::write(
+                self.output.join(REPLIES).join(format!("{}.parquet", policy.name)),
+                rows,
+            )?;
         }
         parquet::write(self.output.join(SCORES), &scores)?;
         parquet::write(self.output.join(COHERENCE), &coherence)?;
@@ -571,9 +614,12 @@ impl Work<'_> {
         let mut out = BTreeMap::new();
         for aspect in Aspect::ALL {
             let standardisation = match ScoreStats::read(&self.plan.reward_dir(aspect))? {
-                Some(ScoreStats { mean, std, n, split, .. }) => {
-                    Standardisation { mean, std, n, from: format!("{split} conversations of the base") }
-                }
+                Some(ScoreStats { mean, std, n, split, .. }) => Standardisation {
+                    mean,
+                    std,
+                    n,
+                    from: format!("{split} conversations of the base"),
+                },
                 None => {
                     let name = &self.plan.policies[0].name;
                     tracing::warn!(
@@ -673,7 +719,8 @@ fn shared_prompts<'a>(
     prompts: &'a [PromptRow],
     conversations: &[Vec<ConversationRow>],
 ) -> BTreeSet<&'a str> {
-    let mut shared: BTreeSet<&str> = prompts.iter().map(|prompt| prompt.prompt_id.as_str()).collect();
+    let mut shared: BTreeSet<&str> =
+        prompts.iter().map(|prompt| prompt.prompt_id.as_str()).collect();
     for rows in conversations {
         let own: BTreeSet<&str> = rows.iter().map(|row| row.prompt_id.as_str()).collect();
         shared.retain(|prompt_id| own.contains(prompt_id));

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 
+use arete_records::Aspect;
 use arete_records::rows::ScoreRow;
 use arete_records::stats::{self, Bootstrap, Interval, Resampling};
-use arete_records::Aspect;
 use serde::{Deserialize, Serialize};
 
 use crate::coherence::Coherence;
@@ -226,7 +226,13 @@ pub struct Summary {
 
 impl Summary {
     /// A difference, if both models are there.
-    pub fn difference(&self, first: &str, last: &str, scale: Scale, scope: Scope) -> Option<&Difference> {
+    pub fn difference(
+        &self,
+        first: &str,
+        last: &str,
+        scale: Scale,
+        scope: Scope,
+    ) -> Option<&Difference> {
         self.differences.iter().find(|difference| {
             difference.first == first
                 && difference.last == last
@@ -236,7 +242,12 @@ impl Summary {
 }
 
 /// The scores of one model as clusters: one a prompt, in the order of `prompt_ids`.
-fn clusters(rows: &[&ScoreRow], prompt_ids: &[&str], scale: Scale, scope: Scope) -> Option<Vec<Vec<f64>>> {
+fn clusters(
+    rows: &[&ScoreRow],
+    prompt_ids: &[&str],
+    scale: Scale,
+    scope: Scope,
+) -> Option<Vec<Vec<f64>>> {
     let mut by_prompt: BTreeMap<&str, Vec<(Aspect, f64)>> = BTreeMap::new();
     for row in rows.iter().filter(|row| scope.holds(row.aspect)) {
         by_prompt.entry(&row.prompt_id).or_default().push((row.aspect, scale.of(row)?));
@@ -304,8 +315,10 @@ pub fn differences(rows: &[ScoreRow], resampling: Resampling) -> Vec<Difference>
     for (at, (last, last_rows)) in models.iter().enumerate() {
         for (first, first_rows) in models[..at].iter().rev() {
             let theirs = prompt_ids(first_rows);
-            let shared: Vec<&str> =
-                prompt_ids(last_rows).into_iter().filter(|id| theirs.binary_search(id).is_ok()).collect();
+            let shared: Vec<&str> = prompt_ids(last_rows)
+                .into_iter()
+                .filter(|id| theirs.binary_search(id).is_ok())
+                .collect();
             if shared.is_empty() {
                 continue;
             }
@@ -341,8 +354,9 @@ fn difference(
             std::cmp::Ordering::Less => losses += 1,
         }
     }
-    let change =
-        |statistic: fn(&[f64]) -> f64| Change::of(stats::paired_difference_of(before, after, statistic, resampling));
+    let change = |statistic: fn(&[f64]) -> f64| {
+        Change::of(stats::paired_difference_of(before, after, statistic, resampling))
+    };
     Difference {
         first: first.to_owned(),
         last: last.to_owned(),
@@ -397,7 +411,8 @@ mod tests {
         let scores = scores(&rows, quick());
         let (name, scores) = &scores[0];
         assert_eq!(name, "original");
-        let of = |scale, scope| scores.iter().find(|s| (s.scale, s.scope) == (scale, scope)).unwrap();
+        let of =
+            |scale, scope| scores.iter().find(|s| (s.scale, s.scope) == (scale, scope)).unwrap();
         let all = of(Scale::Raw, Scope::All);
         assert_eq!((all.n, all.mean, all.std, all.score.estimate), (6, 4.0, 1.0, 3.5));
         assert!(all.score.low <= 3.5 && all.score.high >= 3.5);
@@ -412,9 +427,8 @@ mod tests {
         let mut all = rows("original", &[[0.0; 3], [1.0; 3], [5.0, 6.0, 7.0], [2.0; 3]]);
         all.extend(rows("final", &[[1.0; 3], [2.0; 3], [6.0, 7.0, 8.0], [2.0; 3]]));
         let differences = differences(&all, quick());
-        let of = |scope| {
-            differences.iter().find(|d| (d.scale, d.scope) == (Scale::Raw, scope)).unwrap()
-        };
+        let of =
+            |scope| differences.iter().find(|d| (d.scale, d.scope) == (Scale::Raw, scope)).unwrap();
         let d = of(Scope::All);
         assert_eq!((d.first.as_str(), d.last.as_str()), ("original", "final"));
         assert_eq!((d.wins, d.ties, d.losses), (3, 1, 0));
@@ -439,7 +453,8 @@ mod tests {
 
     #[test]
     fn accuracy_of_a_policy_on_pairs() {
-        let accuracy = PreferenceAccuracy::of(&[(-1.0, -2.0), (-2.0, -1.0), (-1.0, -1.0), (-0.5, -3.0)]);
+        let accuracy =
+            PreferenceAccuracy::of(&[(-1.0, -2.0), (-2.0, -1.0), (-1.0, -1.0), (-0.5, -3.0)]);
         assert_eq!(accuracy.unwrap().accuracy.estimate, 0.5);
         assert!(PreferenceAccuracy::of(&[]).is_none());
     }

@@ -54,7 +54,9 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
     let mut rows = vec![header];
     for model in &summary.models {
         let score = |scale, scope| {
-            model.score(scale, scope).map_or("–".to_owned(), |score| interval(&score.score, false))
+            model
+                .score(scale, scope)
+                .map_or("–".to_owned(), |score| interval(&score.score, false))
         };
         let mut row = vec![
             model.name.clone(),
@@ -74,7 +76,8 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
 }
 
 fn differences(summary: &Summary) -> Vec<Vec<String>> {
-    let header = ["difference", "Score", "standardised", "better/same/worse", "p", "detectable from"];
+    let header =
+        ["difference", "Score", "standardised", "better/same/worse", "p", "detectable from"];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     let raw = |d: &&Difference| d.scale == Scale::Raw && d.scope == Scope::All;
     for difference in summary.differences.iter().filter(raw) {
@@ -85,11 +88,13 @@ fn differences(summary: &Summary) -> Vec<Vec<String>> {
             format!("{last} − {first}"),
             change(&difference.score),
             standardised.map_or("–".to_owned(), |own| change(&own.score)),
-            standardised
-                .map_or("–".to_owned(), |own| format!("{}/{}/{}", own.wins, own.ties, own.losses)),
+            standardised.map_or("–".to_owned(), |own| {
+                format!("{}/{}/{}", own.wins, own.ties, own.losses)
+            }),
             standardised.map_or("–".to_owned(), |own| probability(own.sign_test)),
-            standardised
-                .map_or("–".to_owned(), |own| format!("±{:.3}", own.score.minimum_detectable_effect)),
+            standardised.map_or("–".to_owned(), |own| {
+                format!("±{:.3}", own.score.minimum_detectable_effect)
+            }),
         ]);
     }
     rows
@@ -119,11 +124,9 @@ fn coherence(summary: &Summary) -> Vec<Vec<String>> {
             coherence.repeated_4gram_rate.map_or("–".to_owned(), percent),
         ];
         if with_pairs {
-            row.push(
-                preference_accuracy
-                    .as_ref()
-                    .map_or("–".to_owned(), |own| format!("{} of {}", percent(own.accuracy.estimate), own.n)),
-            );
+            row.push(preference_accuracy.as_ref().map_or("–".to_owned(), |own| {
+                format!("{} of {}", percent(own.accuracy.estimate), own.n)
+            }));
         }
         rows.push(row);
     }
@@ -190,14 +193,22 @@ pub(crate) fn probability(p: f64) -> String {
 pub(crate) fn aligned(rows: &[Vec<String>]) -> Vec<String> {
     let n_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..n_columns).map(width).collect();
     rows.iter()
         .map(|row| {
             let mut line = String::new();
             for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                let padded = if column == 0 { format!("{cell:<width$}") } else { format!("  {cell:>width$}") };
+                let padded = if column == 0 {
+                    format!("{cell:<width$}")
+                } else {
+                    format!("  {cell:>width$}")
+                };
                 write!(line, "{padded}").expect("writing to a String cannot fail");
             }
             line
@@ -211,7 +222,8 @@ mod tests {
 
     #[test]
     fn columns_are_aligned_by_characters() {
-        let rows = [["a", "µ", "x"], ["long", "10", "−1"]].map(|row| row.map(str::to_owned).to_vec());
+        let rows =
+            [["a", "µ", "x"], ["long", "10", "−1"]].map(|row| row.map(str::to_owned).to_vec());
         assert_eq!(aligned(&rows), ["a      µ   x", "long  10  −1"]);
     }
 

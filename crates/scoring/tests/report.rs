@@ -36,8 +36,15 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
     assert_eq!(html.matches("</script>").count(), 1);
     assert!(html.contains("&lt;script&gt;document.title"));
     // Nothing is fetched: no address but namespaces of drawings, no sources, no links out.
-    let addresses: Vec<&str> = html.match_indices("http:").chain(html.match_indices("https:")).map(|(at, _)| &html[at..at + 26]).collect();
-    assert!(addresses.iter().all(|address| *address == "http://www.w3.org/2000/svg"), "{addresses:?}");
+    let addresses: Vec<&str> = html
+        .match_indices("http:")
+        .chain(html.match_indices("https:"))
+        .map(|(at, _)| &html[at..at + 26])
+        .collect();
+    assert!(
+        addresses.iter().all(|address| *address == "http://www.w3.org/2000/svg"),
+        "{addresses:?}"
+    );
     for fetched in ["<link", "<img", "<iframe", "<object", "<script src", "@import", "url("] {
         assert!(!html.contains(fetched), "{fetched}");
     }
@@ -46,13 +53,25 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
     }
     assert_eq!(html.matches("class=\"sample\"").count(), N_TEST);
     assert!(!html.contains("NaN") && !html.contains("not run."));
-    assert!(html.contains("that of iteration 25.") && html.contains("moved by +0.550 [+0.310, +0.800]"));
+    assert!(
+        html.contains("that of iteration 25.") && html.contains("moved by +0.550 [+0.310, +0.800]")
+    );
     let charts = page.parent().unwrap().join("charts");
     let names: Vec<String> = fs_err::read_dir(charts)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    for name in ["ppo-policy-loss", "ppo-reward", "ppo-kl", "ppo-length", "ppo-truncation", "ppo-probe", "ppo-reward-models", "reward-accuracy", "score"] {
+    for name in [
+        "ppo-policy-loss",
+        "ppo-reward",
+        "ppo-kl",
+        "ppo-length",
+        "ppo-truncation",
+        "ppo-probe",
+        "ppo-reward-models",
+        "reward-accuracy",
+        "score",
+    ] {
         assert!(names.contains(&format!("{name}.svg")), "{name} in {names:?}");
         assert!(html.contains(&format!("id=\"chart-{name}\"")), "{name}");
     }
@@ -85,7 +104,12 @@ fn stages_that_were_not_run_are_said_to_be_so() {
     SyntheticRun { dir: &run }.data();
     let page = report(&inputs(&run)).unwrap();
     let html = fs_err::read_to_string(&page).unwrap();
-    for text in ["Scoring was not run.", "PPO was not run.", "Reward modelling was not run.", "have not been scored yet"] {
+    for text in [
+        "Scoring was not run.",
+        "PPO was not run.",
+        "Reward modelling was not run.",
+        "have not been scored yet",
+    ] {
         assert!(html.contains(text), "{text}");
     }
     assert!(html.contains("Votes by virtue"));
@@ -113,7 +137,17 @@ fn the_doctor_reads_the_run_in_order() {
     SyntheticRun::write(&run);
     let findings = doctor::diagnose(&RunFiles::read(&run).unwrap());
     let steps: Vec<&str> = findings.iter().map(|finding| finding.step.as_str()).collect();
-    assert_eq!(steps, ["replies cut off", "judge, both orders", "reward models", "best of 16", "KL at the end", "Score"]);
+    assert_eq!(
+        steps,
+        [
+            "replies cut off",
+            "judge, both orders",
+            "reward models",
+            "best of 16",
+            "KL at the end",
+            "Score"
+        ]
+    );
     let text = doctor::text(&findings);
     assert!(text.contains("nats a conversation") && text.contains("final − sft"), "{text}");
     // Without the measurement, the rollouts' four conversations a prompt serve.
@@ -132,7 +166,9 @@ struct Browser {
 impl Browser {
     fn find() -> Option<Self> {
         let program = ["chromium", "chromium-browser", "google-chrome"].iter().find_map(|name| {
-            std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
+            std::env::split_paths(&std::env::var_os("PATH")?)
+                .map(|dir| dir.join(name))
+                .find(|path| path.is_file())
         });
         if program.is_none() {
             println!("skipped: no Chromium on this machine");
@@ -143,8 +179,18 @@ impl Browser {
     /// The page's elements after its script has run, and what the browser logged.
     fn dom(&self, page: &Path, fragment: &str) -> (String, String) {
         let output = Command::new(&self.program)
-            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
-            .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+            .args([
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+            ])
+            .args([
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ])
             .args(["--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000", "--dump-dom"])
             .arg(format!("--user-data-dir={}", self.profile.path().display()))
             .arg(format!("file://{}{fragment}", page.display()))

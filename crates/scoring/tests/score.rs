@@ -46,13 +46,19 @@ impl Run {
         let run = Self { dir };
         let prompts: Vec<PromptRow> = (0..n_test + 5)
             .map(|idx| {
-                let prompt = vec![Message::user(format!("Question {idx}: how do I help a friend?"))];
+                let prompt =
+                    vec![Message::user(format!("Question {idx}: how do I help a friend?"))];
                 let split = match idx {
                     idx if idx < n_test => Split::Test,
                     idx if idx < n_test + 3 => Split::Validation,
                     _ => Split::Train,
                 };
-                PromptRow { prompt_id: prompt_id(&prompt), split, source: "test".to_owned(), prompt }
+                PromptRow {
+                    prompt_id: prompt_id(&prompt),
+                    split,
+                    source: "test".to_owned(),
+                    prompt,
+                }
             })
             .collect();
         fs_err::create_dir_all(run.at("prompts")).unwrap();
@@ -61,7 +67,8 @@ impl Run {
         for (seed, aspect) in (1..).zip(Aspect::ALL) {
             let adapter = adapter(&model, aspect.name(), seed);
             let head = ScalarHead::normal(model.config.hidden_size, seed, Device::Cpu);
-            let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::SequenceClassification);
+            let meta =
+                AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::SequenceClassification);
             let dir = run.at("reward").join(aspect.name());
             adapter_files::save(&dir.join("adapter"), &adapter, Some(&head), &meta).unwrap();
             let stats = format!(
@@ -71,7 +78,8 @@ impl Run {
             fs_err::write(dir.join("score_stats.json"), stats).unwrap();
         }
         let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::CausalLm);
-        adapter_files::save(&run.at("ppo/adapter"), &adapter(&model, "policy", 9), None, &meta).unwrap();
+        adapter_files::save(&run.at("ppo/adapter"), &adapter(&model, "policy", 9), None, &meta)
+            .unwrap();
         run
     }
 
@@ -118,9 +126,12 @@ fn models_are_scored_and_compared() {
     let run = Run::new(5);
     let pairs = run.at("pairs.jsonl");
     let line = |good: &str, bad: &str| {
-        format!(r#"{{"chosen": "\n\nHuman: Hi\n\nAssistant: {good}", "rejected": "\n\nHuman: Hi\n\nAssistant: {bad}"}}"#)
+        format!(
+            r#"{{"chosen": "\n\nHuman: Hi\n\nAssistant: {good}", "rejected": "\n\nHuman: Hi\n\nAssistant: {bad}"}}"#
+        )
     };
-    fs_err::write(&pairs, [line("Hello there.", "Go away!"), line("Yes.", "No")].join("\n")).unwrap();
+    fs_err::write(&pairs, [line("Hello there.", "Go away!"), line("Yes.", "No")].join("\n"))
+        .unwrap();
     let inputs = ScoreInputs { pairs: Some(pairs), ..run.inputs() };
     let text = score(&config(), &inputs).unwrap();
     assert!(text.contains("final − original") && text.contains("human pairs"), "{text}");
@@ -131,7 +142,8 @@ fn models_are_scored_and_compared() {
     let coherence: Vec<CoherenceRow> = parquet::read(out.join("coherence.parquet")).unwrap();
     assert_eq!(coherence.len(), scores.len());
     let replies: Vec<ConversationRow> = parquet::read(out.join("replies/final.parquet")).unwrap();
-    let originals: Vec<ConversationRow> = parquet::read(out.join("replies/original.parquet")).unwrap();
+    let originals: Vec<ConversationRow> =
+        parquet::read(out.join("replies/original.parquet")).unwrap();
     assert_eq!((replies.len(), originals.len()), (5, 5));
     assert_ne!(replies, originals);
     assert!(replies.iter().all(|row| row.split == Split::Test));
@@ -182,7 +194,8 @@ fn the_base_finds_its_own_replies_as_likely_as_when_it_sampled_them() {
     let inputs = run.inputs();
     score(&ScoreConfig { temperature: 1.0, ..config() }, &inputs).unwrap();
     let rows: Vec<CoherenceRow> = parquet::read(inputs.output.join("coherence.parquet")).unwrap();
-    let replies: Vec<ConversationRow> = parquet::read(inputs.output.join("replies/original.parquet")).unwrap();
+    let replies: Vec<ConversationRow> =
+        parquet::read(inputs.output.join("replies/original.parquet")).unwrap();
     let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
     let chat = model.chat().unwrap();
     let stop_ids = model.stop_ids().unwrap();
@@ -197,15 +210,22 @@ fn the_base_finds_its_own_replies_as_likely_as_when_it_sampled_them() {
             extra_tokens: 0,
         };
         let options = Options::new(Sampling::at(1.0), stop_ids.clone());
-        let sampled = &generate::complete(&model.decoder, None, None, &[request], &options).unwrap()[0][0];
+        let sampled =
+            &generate::complete(&model.decoder, None, None, &[request], &options).unwrap()[0][0];
         let raw = model.tokenizer.decode(&sampled.token_ids).unwrap();
         let again = model.tokenizer.encode(&raw, false).unwrap();
-        if sampled.finish_reason != FinishReason::Stop || again != sampled.token_ids || raw.trim() != raw {
+        if sampled.finish_reason != FinishReason::Stop
+            || again != sampled.token_ids
+            || raw.trim() != raw
+        {
             continue; // the text does not stand for the same tokens
         }
         let row = rows
             .iter()
-            .find(|row| (row.model.as_str(), row.aspect, &row.prompt_id) == ("original", Aspect::Action, &reply.prompt_id))
+            .find(|row| {
+                (row.model.as_str(), row.aspect, &row.prompt_id)
+                    == ("original", Aspect::Action, &reply.prompt_id)
+            })
             .unwrap();
         let expected: f32 = sampled.logprobs.iter().sum();
         assert_eq!(row.n_base_tokens as usize, sampled.token_ids.len());
@@ -221,7 +241,13 @@ fn a_killed_run_ends_with_the_same_bytes() {
     let inputs = run.inputs();
     let config = ScoreConfig { max_new_tokens: 6, ..config() };
     score(&config, &inputs).unwrap();
-    let files = ["scores.parquet", "coherence.parquet", "replies/final.parquet", "summary.json", "run.json"];
+    let files = [
+        "scores.parquet",
+        "coherence.parquet",
+        "replies/final.parquet",
+        "summary.json",
+        "run.json",
+    ];
     let bytes = |name: &str| fs_err::read(inputs.output.join(name)).unwrap();
     let expected = files.map(bytes);
 
@@ -268,7 +294,8 @@ impl Stage {
             let rows: Vec<ConversationRow> =
                 parquet::read(output.join(format!("replies/{model}.parquet"))).unwrap();
             for (unit, rows) in rows.chunks(32).enumerate() {
-                parquet::write(shards.join(format!("replies-{model}-{unit:06}.parquet")), rows).unwrap();
+                parquet::write(shards.join(format!("replies-{model}-{unit:06}.parquet")), rows)
+                    .unwrap();
             }
         }
         for entry in fs_err::read_dir(output).unwrap() {
@@ -310,7 +337,8 @@ fn what_cannot_be_scored_is_said() {
 
     // No test prompts.
     let rows: Vec<PromptRow> = parquet::read(run.at("prompts/prompts.parquet")).unwrap();
-    let train: Vec<PromptRow> = rows.iter().filter(|row| row.split == Split::Train).cloned().collect();
+    let train: Vec<PromptRow> =
+        rows.iter().filter(|row| row.split == Split::Train).cloned().collect();
     parquet::write(run.at("train.parquet"), &train).unwrap();
     let only_train = ScoreInputs { prompts: run.at("train.parquet"), ..run.inputs() };
     assert!(message(&config(), &only_train).contains("at least one test prompt"));
@@ -324,7 +352,10 @@ fn what_cannot_be_scored_is_said() {
 }
 
 fn run_binary(args: &[&str]) -> (i32, String, String) {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_arete-scoring")).args(args).output().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_arete-scoring"))
+        .args(args)
+        .output()
+        .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
@@ -333,7 +364,8 @@ fn run_binary(args: &[&str]) -> (i32, String, String) {
 fn a_run_directory_is_all_the_program_needs() {
     let run = Run::new(4);
     let recipe = run.at("recipe.toml");
-    let text = "[run]\ndevice = \"cpu\"\ndtype = \"f32\"\n\n[scoring]\nmax_new_tokens = 8\ndraws = 100\n";
+    let text =
+        "[run]\ndevice = \"cpu\"\ndtype = \"f32\"\n\n[scoring]\nmax_new_tokens = 8\ndraws = 100\n";
     fs_err::write(&recipe, text).unwrap();
     let (dir, recipe) = (run.dir.path().to_str().unwrap(), recipe.to_str().unwrap());
     let (code, stdout, stderr) = run_binary(&["score", "--run", dir, "--recipe", recipe]);
@@ -343,9 +375,13 @@ fn a_run_directory_is_all_the_program_needs() {
     assert_eq!((again.0, &again.1), (0, &stdout));
     assert!(again.2.contains("up to date"), "{}", again.2);
 
-    let (code, stdout, stderr) = run_binary(&["doctor", "--run", dir, "--recipe", recipe, "--best-of", "4"]);
+    let (code, stdout, stderr) =
+        run_binary(&["doctor", "--run", dir, "--recipe", recipe, "--best-of", "4"]);
     assert_eq!(code, 0, "{stderr}");
-    assert!(stdout.contains("best of 4") && stdout.contains("3 prompts of validation prompts"), "{stdout}");
+    assert!(
+        stdout.contains("best of 4") && stdout.contains("3 prompts of validation prompts"),
+        "{stdout}"
+    );
     let (code, stdout, _) = run_binary(&["doctor", "--run", dir, "--json"]);
     let findings: serde_json::Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!((code, findings[3]["step"].as_str()), (0, Some("best of 4")));

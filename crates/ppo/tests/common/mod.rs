@@ -32,9 +32,27 @@ struct Cli {
 pub fn config(flags: &[&str]) -> Config {
     let model = tiny_chat();
     let base = [
-        "ppo", "--model", model.to_str().unwrap(), "--dtype", "f32", "--device", "cpu",
-        "--iterations", "2", "--rollout-size", "8", "--max-new-tokens", "12", "--rank", "4",
-        "--value-warmup", "0", "--probe-prompts", "4", "--stats-samples", "12",
+        "ppo",
+        "--model",
+        model.to_str().unwrap(),
+        "--dtype",
+        "f32",
+        "--device",
+        "cpu",
+        "--iterations",
+        "2",
+        "--rollout-size",
+        "8",
+        "--max-new-tokens",
+        "12",
+        "--rank",
+        "4",
+        "--value-warmup",
+        "0",
+        "--probe-prompts",
+        "4",
+        "--stats-samples",
+        "12",
     ];
     Cli::try_parse_from([&base, flags].concat()).unwrap().config
 }

@@ -185,7 +185,8 @@ fn range(values: impl Iterator<Item = f64> + Clone) -> std::ops::Range<f64> {
 
 /// A number with as many digits as the span of its axis asks for.
 fn tick(value: f64, span: f64) -> String {
-    let digits = if span >= 20.0 { 0 } else { (1.3 - span.log10()).ceil().clamp(0.0, 8.0) as usize };
+    let digits =
+        if span >= 20.0 { 0 } else { (1.3 - span.log10()).ceil().clamp(0.0, 8.0) as usize };
     if value != 0.0 && (span < 1e-5 || value.abs() >= 1e6) {
         return format!("{value:.1e}");
     }
@@ -199,7 +200,8 @@ fn tick(value: f64, span: f64) -> String {
 
 fn lines(area: &Area<'_>, x_label: &str, series: &[Series]) -> DrawResult {
     let all = || series.iter().flat_map(|series| series.points.iter().copied());
-    let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(x), high.max(x)));
+    let (low, high) = all()
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(x), high.max(x)));
     let x_range = if high > low { low..high } else { low - 0.5..high + 0.5 };
     let y_range = range(all().map(|(_, y)| y));
     let y_span = y_range.end - y_range.start;
@@ -225,12 +227,15 @@ fn lines(area: &Area<'_>, x_label: &str, series: &[Series]) -> DrawResult {
         .x_desc(x_label)
         .label_style(text_style(INK))
         .axis_desc_style(text_style(INK))
-        .x_label_formatter(&|x| if x.fract().abs() < 1e-9 { tick(*x, 1000.0) } else { String::new() })
+        .x_label_formatter(&|x| {
+            if x.fract().abs() < 1e-9 { tick(*x, 1000.0) } else { String::new() }
+        })
         .y_label_formatter(&|y| tick(*y, y_span))
         .draw()?;
     for series in series {
         let colour = series.colour.placeholder();
-        chart.draw_series(LineSeries::new(series.points.iter().copied(), colour.stroke_width(2)))?;
+        chart
+            .draw_series(LineSeries::new(series.points.iter().copied(), colour.stroke_width(2)))?;
         if series.points.len() <= 40 {
             let dot = |&point| Circle::new(point, 2, colour.filled());
             chart.draw_series(series.points.iter().map(dot))?;
@@ -326,10 +331,17 @@ mod tests {
         let svg = chart.inline();
         assert!(svg.contains("<polyline") && svg.contains("var(--s1)"), "{svg}");
         assert!(svg.contains("a&lt;b") && !svg.contains("a<b"), "{svg}");
-        assert!(svg.contains("aria-label=\"A &amp; B\"") && !svg.contains("width=\"360\""), "{svg}");
+        assert!(
+            svg.contains("aria-label=\"A &amp; B\"") && !svg.contains("width=\"360\""),
+            "{svg}"
+        );
         assert!(!svg.contains("#A0") && !svg.contains("NaN"), "{svg}");
         assert!(chart.standalone().contains("--s1:#2f7d8c"));
-        assert!(Chart::lines("x", "t", "c", "step", &[series("a", &[(1.0, f64::NAN)])]).unwrap().is_none());
+        assert!(
+            Chart::lines("x", "t", "c", "step", &[series("a", &[(1.0, f64::NAN)])])
+                .unwrap()
+                .is_none()
+        );
         // One point, a flat line: still drawable.
         for points in [&[(1.0, 2.0)][..], &[(1.0, 2.0), (2.0, 2.0)]] {
             assert!(Chart::lines("x", "t", "c", "step", &[series("a", points)]).unwrap().is_some());

@@ -11,8 +11,8 @@ mod sections;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use arete_records::run::{self, Completion, Start, StageSpec};
 use arete_records::atomic;
+use arete_records::run::{self, Completion, StageSpec, Start};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 
@@ -64,7 +64,8 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
     // Checked first, so that a wrong path does not leave an output directory behind.
     let run_files = RunFiles::read(&inputs.run)?;
     let config = json!({ "max_samples": inputs.max_samples, "page": page_version() });
-    let spec = StageSpec { stage: "report", output: &inputs.output, config, seed: 0, inputs: files };
+    let spec =
+        StageSpec { stage: "report", output: &inputs.output, config, seed: 0, inputs: files };
     let run = match run::begin(spec)? {
         Start::UpToDate(_) => {
             tracing::info!(page = %page.display(), "up to date");
@@ -133,7 +134,11 @@ fn render(run: &RunFiles, sections: &[Section]) -> String {
         }
         let _ = write!(out, "{body}\n</section>\n");
     }
-    let _ = write!(out, "</main>\n<footer class=\"end\">Made by arete-scoring {}</footer>\n", env!("CARGO_PKG_VERSION"));
+    let _ = write!(
+        out,
+        "</main>\n<footer class=\"end\">Made by arete-scoring {}</footer>\n",
+        env!("CARGO_PKG_VERSION")
+    );
     let _ = write!(out, "<script>{SCRIPT}</script>\n</body>\n</html>\n");
     out
 }

@@ -38,11 +38,15 @@ pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> String {
     let mut samples = Vec::new();
     for row in scoring.replies.first().map_or(&[][..], |(_, rows)| rows) {
         let id = row.prompt_id.as_str();
-        let replies: Option<Vec<&ConversationRow>> = by_prompt.iter().map(|own| own.get(id).copied()).collect();
+        let replies: Option<Vec<&ConversationRow>> =
+            by_prompt.iter().map(|own| own.get(id).copied()).collect();
         let Some(replies) = replies else { continue };
         let mean = |name: &&str| {
-            let own: Vec<f64> =
-                Aspect::ALL.iter().filter_map(|a| scores.get(&(*name, id, *a))).map(|row| f64::from(row.z)).collect();
+            let own: Vec<f64> = Aspect::ALL
+                .iter()
+                .filter_map(|a| scores.get(&(*name, id, *a)))
+                .map(|row| f64::from(row.z))
+                .collect();
             stats::mean(&own)
         };
         let z = names.iter().map(mean).collect();
@@ -55,7 +59,11 @@ pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> String {
     let pairs = pairs(names.len());
     let mut out = controls(&names, &pairs);
     if samples.len() < n_all {
-        let _ = write!(out, "<p class=\"dim\">The first {} of {n_all} prompts are shown.</p>", samples.len());
+        let _ = write!(
+            out,
+            "<p class=\"dim\">The first {} of {n_all} prompts are shown.</p>",
+            samples.len()
+        );
     }
     out.push_str("<div id=\"samples\">\n");
     for (at, sample) in samples.iter().enumerate() {
@@ -81,7 +89,12 @@ fn controls(names: &[&str], pairs: &[(usize, usize)]) -> String {
     if !pairs.is_empty() {
         out.push_str("<label>Compare<select id=\"pair\">");
         for (at, &(first, last)) in pairs.iter().enumerate() {
-            let _ = write!(out, "<option value=\"{at}\">{} − {}</option>", escape(names[last]), escape(names[first]));
+            let _ = write!(
+                out,
+                "<option value=\"{at}\">{} − {}</option>",
+                escape(names[last]),
+                escape(names[first])
+            );
         }
         out.push_str("</select></label>");
     }
@@ -107,12 +120,13 @@ fn controls(names: &[&str], pairs: &[(usize, usize)]) -> String {
 impl Sample<'_> {
     fn card(&self, at: usize, names: &[&str], pairs: &[(usize, usize)]) -> String {
         let first = self.replies[0];
-        let is_cut = self
-            .replies
+        let is_cut = self.replies.iter().any(|row| {
+            Aspect::ALL.iter().any(|a| row.finish_reason(*a) == arete_records::FinishReason::Length)
+        });
+        let differences: Vec<String> = pairs
             .iter()
-            .any(|row| Aspect::ALL.iter().any(|a| row.finish_reason(*a) == arete_records::FinishReason::Length));
-        let differences: Vec<String> =
-            pairs.iter().map(|&(first, last)| format!("{:.6}", self.z[last] - self.z[first])).collect();
+            .map(|&(first, last)| format!("{:.6}", self.z[last] - self.z[first]))
+            .collect();
         let mut out = format!(
             "<article class=\"sample\" data-at=\"{at}\" data-cut=\"{}\" data-diff=\"{}\">",
             u8::from(is_cut),
@@ -121,9 +135,18 @@ impl Sample<'_> {
         let prompt = prompt_of(&first.messages).unwrap_or(&first.messages);
         if let Some((question, context)) = prompt.split_last() {
             if !context.is_empty() {
-                let _ = write!(out, "<details class=\"context\"><summary>{} earlier messages</summary>", context.len());
+                let _ = write!(
+                    out,
+                    "<details class=\"context\"><summary>{} earlier messages</summary>",
+                    context.len()
+                );
                 for message in context {
-                    let _ = write!(out, "<p><b>{}</b> {}</p>", message.role.name(), escape(&message.content));
+                    let _ = write!(
+                        out,
+                        "<p><b>{}</b> {}</p>",
+                        message.role.name(),
+                        escape(&message.content)
+                    );
                 }
                 out.push_str("</details>");
             }

@@ -45,7 +45,11 @@ fn not_run(what: &str) -> String {
 }
 
 /// Every section, in the order of the page.
-pub(crate) fn all(run: &RunFiles, max_samples: usize, recipe: Option<&str>) -> Result<Vec<Section>, Error> {
+pub(crate) fn all(
+    run: &RunFiles,
+    max_samples: usize,
+    recipe: Option<&str>,
+) -> Result<Vec<Section>, Error> {
     Ok(vec![
         score(run)?,
         replies(run, max_samples),
@@ -76,7 +80,8 @@ fn aspect_colour(aspect: Aspect) -> Colour {
 pub(crate) fn summary(run: &RunFiles) -> String {
     let mut out = String::new();
     let sentence = run.scoring.as_ref().and_then(|scoring| verdict(&scoring.summary));
-    let sentence = sentence.unwrap_or_else(|| "The models of this run have not been scored yet.".to_owned());
+    let sentence =
+        sentence.unwrap_or_else(|| "The models of this run have not been scored yet.".to_owned());
     let _ = write!(out, "<p class=\"verdict\">{}</p>\n<dl class=\"figures\">", escape(&sentence));
     for (name, value, note) in figures(run) {
         let _ = write!(
@@ -94,7 +99,9 @@ pub(crate) fn summary(run: &RunFiles) -> String {
             (None, true) => ("begun", "begun, not complete"),
             (None, false) => ("absent", "not run"),
         };
-        if class == "absent" && matches!(stage.dir.as_str(), "calibration" | "yardstick" | "best-of") {
+        if class == "absent"
+            && matches!(stage.dir.as_str(), "calibration" | "yardstick" | "best-of")
+        {
             continue; // optional
         }
         let _ = write!(out, "<li class=\"{class}\" title=\"{state}\">{}", escape(&stage.dir));
@@ -112,7 +119,11 @@ fn figures(run: &RunFiles) -> Vec<(String, String, String)> {
     let mut figure = |name: String, value: String, note: String| out.push((name, value, note));
     if let Some(scoring) = &run.scoring {
         let summary = &scoring.summary;
-        if let Some(last) = summary.differences.iter().rfind(|d| d.scale == Scale::Standardised && d.scope == Scope::All) {
+        if let Some(last) = summary
+            .differences
+            .iter()
+            .rfind(|d| d.scale == Scale::Standardised && d.scope == Scope::All)
+        {
             figure(
                 format!("{} − {}, standardised Score", last.last, last.first),
                 number(last.score.interval.estimate, true),
@@ -121,7 +132,11 @@ fn figures(run: &RunFiles) -> Vec<(String, String, String)> {
             figure(
                 "better / same / worse".to_owned(),
                 format!("{} / {} / {}", last.wins, last.ties, last.losses),
-                format!("of {} test prompts, sign test p = {}", summary.n_prompts, probability(last.sign_test)),
+                format!(
+                    "of {} test prompts, sign test p = {}",
+                    summary.n_prompts,
+                    probability(last.sign_test)
+                ),
             );
         }
     }
@@ -140,7 +155,11 @@ fn figures(run: &RunFiles) -> Vec<(String, String, String)> {
         );
     }
     if let Some(kl) = run.end_kl() {
-        figure("KL at the end".to_owned(), format!("{} nats", number(kl, false)), "from the reference, a conversation".to_owned());
+        figure(
+            "KL at the end".to_owned(),
+            format!("{} nats", number(kl, false)),
+            "from the reference, a conversation".to_owned(),
+        );
     }
     let cut: Vec<f64> = Aspect::ALL.iter().filter_map(|aspect| run.truncated(*aspect)).collect();
     if cut.len() == 3 {
@@ -258,13 +277,18 @@ fn distribution(run: &RunFiles) -> Result<Option<Chart>, Error> {
         .iter()
         .enumerate()
         .map(|(at, model)| {
-            let own: Vec<f64> =
-                scoring.scores.iter().filter(|row| row.model == model.name).map(|row| f64::from(row.z)).collect();
+            let own: Vec<f64> = scoring
+                .scores
+                .iter()
+                .filter(|row| row.model == model.name)
+                .map(|row| f64::from(row.z))
+                .collect();
             let mut counts = [0.0; BINS];
             for z in &own {
                 counts[(((z - low) / width) as usize).min(BINS - 1)] += 100.0 / own.len() as f64;
             }
-            let points = (0..BINS).map(|bin| (low + (bin as f64 + 0.5) * width, counts[bin])).collect();
+            let points =
+                (0..BINS).map(|bin| (low + (bin as f64 + 0.5) * width, counts[bin])).collect();
             Series { name: model.name.clone(), colour: model_colour(at), points }
         })
         .collect();
@@ -297,8 +321,17 @@ fn score_table(summary: &Summary) -> String {
             rows.push(row);
         }
     }
-    let header =
-        ["model", "scores", "Score", "95 % interval", "mean", "std", "action", "motivation", "consequence"];
+    let header = [
+        "model",
+        "scores",
+        "Score",
+        "95 % interval",
+        "mean",
+        "std",
+        "action",
+        "motivation",
+        "consequence",
+    ];
     table("Score of every model, and of each aspect", &header, &rows)
 }
 
@@ -322,7 +355,10 @@ fn difference_tables(summary: &Summary) -> String {
                 true => "n bad",
                 false => "n",
             };
-            Cell::Html(format!("<span class=\"{class}\">{}</span>", escape(&interval(&change.interval, true))))
+            Cell::Html(format!(
+                "<span class=\"{class}\">{}</span>",
+                escape(&interval(&change.interval, true))
+            ))
         };
         let of = match difference.scope {
             Scope::All => scale_name(difference.scale).to_owned(),
@@ -333,21 +369,33 @@ fn difference_tables(summary: &Summary) -> String {
             Cell::text(of),
             change(&difference.score),
             change(&difference.mean),
-            Cell::number(format!("{} / {} / {}", difference.wins, difference.ties, difference.losses)),
+            Cell::number(format!(
+                "{} / {} / {}",
+                difference.wins, difference.ties, difference.losses
+            )),
             Cell::number(probability(difference.sign_test)),
             Cell::number(format!("±{:.3}", difference.score.minimum_detectable_effect)),
         ]
     };
-    let header =
-        ["difference", "scores", "Score", "mean", "better / same / worse", "sign test", "detectable from"];
+    let header = [
+        "difference",
+        "scores",
+        "Score",
+        "mean",
+        "better / same / worse",
+        "sign test",
+        "detectable from",
+    ];
     let rows = |holds: &dyn Fn(&Difference) -> bool| -> Vec<Vec<Cell>> {
-        let mut chosen: Vec<&Difference> = summary.differences.iter().filter(|d| holds(d)).collect();
+        let mut chosen: Vec<&Difference> =
+            summary.differences.iter().filter(|d| holds(d)).collect();
         chosen.sort_by_key(|difference| difference.scale); // stable: models keep their order
         chosen.into_iter().map(row).collect()
     };
     let all = rows(&|difference| difference.scope == Scope::All);
     // Raw scores of one aspect say nothing that standardised ones do not.
-    let by_aspect = rows(&|difference| difference.scope != Scope::All && difference.scale != Scale::Raw);
+    let by_aspect =
+        rows(&|difference| difference.scope != Scope::All && difference.scale != Scale::Raw);
     format!(
         "{}<details class=\"more\"><summary>Differences by aspect</summary>{}</details>",
         table("Differences on the same prompts", &header, &all),
@@ -371,13 +419,20 @@ fn coherence_table(summary: &Summary) -> String {
             Cell::number(format!("{:.1}", coherence.mean_tokens)),
             Cell::number(percent(coherence.truncated_rate)),
             Cell::number(percent(coherence.empty_rate)),
-            Cell::number(dash(pairs.map(|own| {
-                format!("{} of {}", rate_with_bounds(&own.accuracy), own.n)
-            }))),
+            Cell::number(dash(
+                pairs.map(|own| format!("{} of {}", rate_with_bounds(&own.accuracy), own.n)),
+            )),
         ]);
     }
     let header = [
-        "model", "perplexity", "distinct-2", "repeated 4-grams", "tokens", "cut off", "empty", "human pairs",
+        "model",
+        "perplexity",
+        "distinct-2",
+        "repeated 4-grams",
+        "tokens",
+        "cut off",
+        "empty",
+        "human pairs",
     ];
     table("Do the replies still read as language?", &header, &rows)
 }
@@ -408,7 +463,9 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
             let _ = write!(section.lead, " The final model is that of iteration {selected}.");
         }
         let difference = counts.get("probe_z_difference").cloned();
-        if let Some(difference) = difference.and_then(|value| serde_json::from_value::<Interval>(value).ok()) {
+        if let Some(difference) =
+            difference.and_then(|value| serde_json::from_value::<Interval>(value).ok())
+        {
             let _ = write!(
                 section.lead,
                 " On validation prompts the ensemble's mean moved by {} from where it began.",
@@ -417,10 +474,11 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
         }
     }
     let mut charts = Vec::new();
-    let mut chart = |name: &str, title: &str, caption: &str, series: &[Series]| -> Result<(), Error> {
-        charts.extend(Chart::lines(name, title, caption, "iteration", series)?);
-        Ok(())
-    };
+    let mut chart =
+        |name: &str, title: &str, caption: &str, series: &[Series]| -> Result<(), Error> {
+            charts.extend(Chart::lines(name, title, caption, "iteration", series)?);
+            Ok(())
+        };
     let curve = |names: &[&str]| metrics.curve(names);
     chart(
         "ppo-policy-loss",
@@ -551,7 +609,8 @@ fn disagreement(run: &RunFiles, metrics: &Metrics) -> Vec<(f64, f64)> {
         return logged;
     }
     run.rollout_curve(|row| {
-        let z: Option<Vec<f64>> = Aspect::ALL.iter().map(|aspect| rollout_reply(row, *aspect).z).collect();
+        let z: Option<Vec<f64>> =
+            Aspect::ALL.iter().map(|aspect| rollout_reply(row, *aspect).z).collect();
         z.map(|z| stats::std(&z))
     })
 }
@@ -569,7 +628,10 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
         let colour = aspect_colour(aspect);
         curves.push(series(aspect.name(), colour, scaled(&reward.metrics, "eval_accuracy", 100.0)));
         losses.push(series(aspect.name(), colour, reward.metrics.curve(&["loss"])));
-        let stats = reward.stats.as_ref().map(|stats| format!("{} ± {}", number(stats.mean, false), number(stats.std, false)));
+        let stats = reward
+            .stats
+            .as_ref()
+            .map(|stats| format!("{} ± {}", number(stats.mean, false), number(stats.std, false)));
         let mut row = vec![Cell::text(aspect.name())];
         match &reward.evaluation {
             Some(evaluation) => {
@@ -618,7 +680,14 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
     )?);
     section.charts.extend(best_of(run)?);
     let header = [
-        "aspect", "pairs", "accuracy", "shorter answer", "lead over it", "calibration error", "with length", "margin",
+        "aspect",
+        "pairs",
+        "accuracy",
+        "shorter answer",
+        "lead over it",
+        "calibration error",
+        "with length",
+        "margin",
         "base's scores",
     ];
     section.body = table("Reward models on validation pairs", &header, &rows);
@@ -678,7 +747,15 @@ fn judge(run: &RunFiles) -> Section {
         }
     }
     let header = [
-        "aspect", "virtue", "verdicts", "sample 0", "sample 1", "neither", "first shown", "same in both orders", "abstained",
+        "aspect",
+        "virtue",
+        "verdicts",
+        "sample 0",
+        "sample 1",
+        "neither",
+        "first shown",
+        "same in both orders",
+        "abstained",
     ];
     section.body = table("Votes by virtue", &header, &table_rows);
     section
@@ -726,7 +803,8 @@ fn counts_table(run: &RunFiles) -> String {
         match rows {
             None => (0..4).map(|_| Cell::number(DASH)).collect(),
             Some(rows) => {
-                let count = |wanted| rows.iter().filter(|row| split(row) == wanted).count().to_string();
+                let count =
+                    |wanted| rows.iter().filter(|row| split(row) == wanted).count().to_string();
                 let mut cells = vec![Cell::number(rows.len().to_string())];
                 cells.extend(Split::ALL.map(|wanted| Cell::number(count(wanted))));
                 cells
@@ -768,7 +846,8 @@ fn truncation_table(run: &RunFiles) -> String {
     };
     if let Some(conversations) = run.conversations.as_ref().filter(|rows| !rows.is_empty()) {
         let rates = Aspect::ALL.map(|aspect| {
-            let tokens: Vec<f64> = conversations.iter().map(|row| f64::from(row.n_tokens(aspect))).collect();
+            let tokens: Vec<f64> =
+                conversations.iter().map(|row| f64::from(row.n_tokens(aspect))).collect();
             run.truncated(aspect).map(|cut| (cut, stats::mean(&tokens)))
         });
         rows.push(cells("conversations", rates));
@@ -777,8 +856,10 @@ fn truncation_table(run: &RunFiles) -> String {
         for (name, iteration) in [("first", first.iteration), ("last", last.iteration)] {
             let rates = Aspect::ALL.map(|aspect| {
                 let own = || run.rollouts.iter().filter(|row| row.iteration == iteration);
-                let cut: Vec<f64> = own().filter_map(|row| rollout_reply(row, aspect).truncated).collect();
-                let tokens: Vec<f64> = own().filter_map(|row| rollout_reply(row, aspect).n_tokens).collect();
+                let cut: Vec<f64> =
+                    own().filter_map(|row| rollout_reply(row, aspect).truncated).collect();
+                let tokens: Vec<f64> =
+                    own().filter_map(|row| rollout_reply(row, aspect).n_tokens).collect();
                 (!cut.is_empty()).then(|| (stats::mean(&cut), stats::mean(&tokens)))
             });
             rows.push(cells(&format!("{name} rollout kept (iteration {iteration})"), rates));
@@ -797,7 +878,13 @@ fn truncation_table(run: &RunFiles) -> String {
         return not_run("Sampling was");
     }
     let header = [
-        "replies", "action cut", "tokens", "motivation cut", "tokens", "consequence cut", "tokens",
+        "replies",
+        "action cut",
+        "tokens",
+        "motivation cut",
+        "tokens",
+        "consequence cut",
+        "tokens",
     ];
     table("Replies cut off by the token limit, and mean tokens", &header, &rows)
 }
@@ -807,10 +894,18 @@ fn preference_table(run: &RunFiles) -> String {
     let mut rows = Vec::new();
     for aspect in Aspect::ALL {
         let Some(counts) = stage.counts.get(aspect.name()) else { continue };
-        let cell = |name: &str| Cell::number(dash(counts.get(name).and_then(Value::as_u64).map(|n| n.to_string())));
-        let pairs: Vec<_> = Split::ALL.iter().filter_map(|split| run.preferences.get(&(aspect, *split))).flatten().collect();
+        let cell = |name: &str| {
+            Cell::number(dash(counts.get(name).and_then(Value::as_u64).map(|n| n.to_string())))
+        };
+        let pairs: Vec<_> = Split::ALL
+            .iter()
+            .filter_map(|split| run.preferences.get(&(aspect, *split)))
+            .flatten()
+            .collect();
         let share = |holds: fn(&arete_records::rows::PreferenceRow) -> bool| {
-            (!pairs.is_empty()).then(|| percent(pairs.iter().filter(|pair| holds(pair)).count() as f64 / pairs.len() as f64))
+            (!pairs.is_empty()).then(|| {
+                percent(pairs.iter().filter(|pair| holds(pair)).count() as f64 / pairs.len() as f64)
+            })
         };
         rows.push(vec![
             Cell::text(aspect.name()),
@@ -827,22 +922,38 @@ fn preference_table(run: &RunFiles) -> String {
         return String::new();
     }
     let header = [
-        "aspect", "judged", "pairs", "ties", "dropped: cut off", "dropped: no full sentence", "dropped: identical", "pairs with a cut reply",
+        "aspect",
+        "judged",
+        "pairs",
+        "ties",
+        "dropped: cut off",
+        "dropped: no full sentence",
+        "dropped: identical",
+        "pairs with a cut reply",
     ];
     table("From conversations to preference pairs", &header, &rows)
 }
 
 fn provenance(run: &RunFiles, recipe: Option<&str>) -> Section {
     let mut section = Section::new("provenance", "Recipe and provenance");
-    section.lead = "Everything that each stage's results depend on, as recorded in its run.json.".to_owned();
+    section.lead =
+        "Everything that each stage's results depend on, as recorded in its run.json.".to_owned();
     let body = &mut section.body;
     if let Some(recipe) = recipe {
-        let _ = write!(body, "<details><summary>The recipe</summary><pre>{}</pre></details>", escape(recipe));
+        let _ = write!(
+            body,
+            "<details><summary>The recipe</summary><pre>{}</pre></details>",
+            escape(recipe)
+        );
     }
     for stage in &run.stages {
         let Some(record) = &stage.run else {
             if stage.begun {
-                let _ = write!(body, "<p class=\"absent\">{}: begun, not complete.</p>", escape(&stage.dir));
+                let _ = write!(
+                    body,
+                    "<p class=\"absent\">{}: begun, not complete.</p>",
+                    escape(&stage.dir)
+                );
             }
             continue;
         };
@@ -862,7 +973,9 @@ fn provenance(run: &RunFiles, recipe: Option<&str>) -> Section {
         let mut counted = Vec::new();
         flatten("", &counts, &mut counted);
         let pairs = |rows: Vec<(String, String)>| -> Vec<Vec<Cell>> {
-            rows.into_iter().map(|(name, value)| vec![Cell::text(name), Cell::text(value)]).collect()
+            rows.into_iter()
+                .map(|(name, value)| vec![Cell::text(name), Cell::text(value)])
+                .collect()
         };
         body.push_str(&table("Settings", &["setting", "value"], &pairs(rows)));
         body.push_str(&table("Counts", &["count", "value"], &pairs(counted)));
@@ -871,10 +984,13 @@ fn provenance(run: &RunFiles, recipe: Option<&str>) -> Section {
         let outputs = record
             .outputs
             .iter()
-            .map(|(name, file)| (name.clone(), format!("{} · {} bytes", short(&file.sha256), file.size)))
+            .map(|(name, file)| {
+                (name.clone(), format!("{} · {} bytes", short(&file.sha256), file.size))
+            })
             .collect();
         body.push_str(&table("Outputs", &["file", "SHA-256"], &pairs(outputs)));
-        let versions: Vec<String> = record.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
+        let versions: Vec<String> =
+            record.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
         let _ = write!(body, "<p class=\"dim\">{}</p></details>", escape(&versions.join(", ")));
     }
     section
@@ -892,8 +1008,10 @@ fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, String)>) {
         Value::Null => out.push((prefix.to_owned(), DASH.to_owned())),
         Value::String(text) => out.push((prefix.to_owned(), text.clone())),
         Value::Array(items) => {
-            let items: Vec<String> =
-                items.iter().map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned)).collect();
+            let items: Vec<String> = items
+                .iter()
+                .map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned))
+                .collect();
             out.push((prefix.to_owned(), items.join(", ")));
         }
         other => out.push((prefix.to_owned(), other.to_string())),

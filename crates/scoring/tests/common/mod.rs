@@ -8,7 +8,7 @@ use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, Round,
     ScoreRow,
 };
-use arete_records::run::{self, Completion, Start, StageRun, StageSpec};
+use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::Resampling;
 use arete_records::{Aspect, FinishReason, Message, Split, Virtue, parquet, prompt_id};
 use arete_scoring::best_of::BestOf;
@@ -61,7 +61,8 @@ impl SyntheticRun<'_> {
 
     fn finish(run: StageRun, counts: Value) {
         let counts = counts.as_object().cloned().unwrap_or_default();
-        run.finish(Completion { device: "cpu".to_owned(), dtype: "bf16".to_owned(), counts }).unwrap();
+        run.finish(Completion { device: "cpu".to_owned(), dtype: "bf16".to_owned(), counts })
+            .unwrap();
     }
 
     fn prompts() -> Vec<PromptRow> {
@@ -79,7 +80,11 @@ impl SyntheticRun<'_> {
                 let question = if idx == 3 { format!("{question} {HOSTILE}") } else { question };
                 let mut prompt = vec![Message::user(question)];
                 if idx == 5 {
-                    prompt = vec![Message::user("Hello!"), Message::assistant("Hello."), prompt.remove(0)];
+                    prompt = vec![
+                        Message::user("Hello!"),
+                        Message::assistant("Hello."),
+                        prompt.remove(0),
+                    ];
                 }
                 let split = match idx {
                     0..N_TEST => Split::Test,
@@ -105,8 +110,12 @@ impl SyntheticRun<'_> {
         ];
         let about = match aspect {
             Aspect::Action => "the question itself, and what would be fair to everyone concerned.",
-            Aspect::Motivation => "why this matters: honesty first, then care for those who could be hurt.",
-            Aspect::Consequence => "what follows from it, for you and for others, in a month and in a year.",
+            Aspect::Motivation => {
+                "why this matters: honesty first, then care for those who could be hurt."
+            }
+            Aspect::Consequence => {
+                "what follows from it, for you and for others, in a month and in a year."
+            }
         };
         // Some prompts get the same reply of both tuned models.
         let opening = if model == 2 && prompt % 9 == 0 { openings[1] } else { openings[model] };
@@ -118,7 +127,8 @@ impl SyntheticRun<'_> {
     }
 
     fn conversation(model: usize, at: usize, prompt: &PromptRow, sample: i32) -> ConversationRow {
-        let replies = Aspect::ALL.map(|aspect| Self::reply(model, at + 1000 * sample as usize, aspect));
+        let replies =
+            Aspect::ALL.map(|aspect| Self::reply(model, at + 1000 * sample as usize, aspect));
         let mut messages = prompt.prompt.clone();
         for (aspect, (text, _, _)) in Aspect::ALL.into_iter().zip(&replies) {
             messages.extend(aspect.question().map(Message::user));
@@ -150,7 +160,8 @@ impl SyntheticRun<'_> {
         parquet::write(self.at("prompts/prompts.parquet"), &prompts).unwrap();
         Self::finish(stage, json!({ "prompts": 120 }));
 
-        let stage = self.begin("demonstrations", "demonstrations", json!({ "source": "mix", "rounds": 1 }));
+        let stage =
+            self.begin("demonstrations", "demonstrations", json!({ "source": "mix", "rounds": 1 }));
         let demonstrations: Vec<DemonstrationRow> = prompts[36..]
             .iter()
             .map(|prompt| DemonstrationRow {
@@ -169,7 +180,11 @@ impl SyntheticRun<'_> {
         parquet::write(self.at("demonstrations/demonstrations.parquet"), &demonstrations).unwrap();
         Self::finish(stage, json!({ "demonstrations": 84 }));
 
-        let stage = self.begin("conversations", "conversations", json!({ "max_new_tokens": 40, "temperature": 0.7 }));
+        let stage = self.begin(
+            "conversations",
+            "conversations",
+            json!({ "max_new_tokens": 40, "temperature": 0.7 }),
+        );
         let conversations: Vec<ConversationRow> = prompts
             .iter()
             .enumerate()
@@ -181,7 +196,11 @@ impl SyntheticRun<'_> {
     }
 
     fn preferences(&self, prompts: &[PromptRow], conversations: &[ConversationRow]) {
-        let stage = self.begin("preferences", "preferences", json!({ "method": HOSTILE, "truncated": "trim" }));
+        let stage = self.begin(
+            "preferences",
+            "preferences",
+            json!({ "method": HOSTILE, "truncated": "trim" }),
+        );
         let mut judgements = Vec::new();
         let mut counts = Map::new();
         for aspect in Aspect::ALL {
@@ -212,7 +231,9 @@ impl SyntheticRun<'_> {
                 }
                 if votes[0] != votes[1] {
                     let chosen = usize::from(votes[1] > votes[0]);
-                    let side = |sample: usize| vec![Message::assistant(conversations[2 * at + sample].reply(aspect))];
+                    let side = |sample: usize| {
+                        vec![Message::assistant(conversations[2 * at + sample].reply(aspect))]
+                    };
                     let cut = |sample: usize| {
                         conversations[2 * at + sample].finish_reason(aspect) == FinishReason::Length
                     };
@@ -234,9 +255,13 @@ impl SyntheticRun<'_> {
             }
             fs_err::create_dir_all(self.at("preferences").join(aspect.name())).unwrap();
             for split in Split::ALL {
-                let rows: Vec<PreferenceRow> =
-                    pairs.iter().filter(|(own, _)| *own == split).map(|(_, row)| row.clone()).collect();
-                let path = self.at("preferences").join(aspect.name()).join(format!("{split}.parquet"));
+                let rows: Vec<PreferenceRow> = pairs
+                    .iter()
+                    .filter(|(own, _)| *own == split)
+                    .map(|(_, row)| row.clone())
+                    .collect();
+                let path =
+                    self.at("preferences").join(aspect.name()).join(format!("{split}.parquet"));
                 parquet::write(path, &rows).unwrap();
             }
             counts.insert(
@@ -250,7 +275,11 @@ impl SyntheticRun<'_> {
     }
 
     pub fn training(&self) {
-        let stage = self.begin("sft", "sft", json!({ "rank": 16, "learning_rate": 2e-4, "targets": ["q", "v"] }));
+        let stage = self.begin(
+            "sft",
+            "sft",
+            json!({ "rank": 16, "learning_rate": 2e-4, "targets": ["q", "v"] }),
+        );
         let mut metrics = MetricsWriter::create(self.at("sft")).unwrap();
         for step in 1..=42_u64 {
             let loss = 2.9 * (-(step as f64) / 18.0).exp() + 1.1 + 0.08 * noise(step as usize, 1);
@@ -264,7 +293,8 @@ impl SyntheticRun<'_> {
 
         for (k, aspect) in Aspect::ALL.into_iter().enumerate() {
             let dir = format!("reward/{aspect}");
-            let stage = self.begin("reward", &dir, json!({ "learning_rate": 1e-4, "aspect": aspect }));
+            let stage =
+                self.begin("reward", &dir, json!({ "learning_rate": 1e-4, "aspect": aspect }));
             let mut metrics = MetricsWriter::create(self.at(&dir)).unwrap();
             for step in 1..=24_u64 {
                 let loss = 0.693 - 0.006 * step as f64 + 0.02 * noise(step as usize, k);
@@ -292,7 +322,11 @@ impl SyntheticRun<'_> {
     }
 
     fn ppo(&self) {
-        let stage = self.begin("ppo", "ppo", json!({ "kl_coef": 0.05, "ensemble": "mean", "learning_rate": 5e-5 }));
+        let stage = self.begin(
+            "ppo",
+            "ppo",
+            json!({ "kl_coef": 0.05, "ensemble": "mean", "learning_rate": 5e-5 }),
+        );
         let mut metrics = MetricsWriter::create(self.at("ppo")).unwrap();
         fs_err::create_dir_all(self.at("ppo/rollouts")).unwrap();
         let prompts = Self::prompts();
@@ -317,7 +351,10 @@ impl SyntheticRun<'_> {
                         ("objective/entropy", 90.0 - 20.0 * at),
                         ("policy/entropy_avg", 2.1 - 0.5 * at + 0.03 * wobble(3)),
                         ("policy/clipfrac_avg", 0.02 + 0.03 * at * (1.0 + 0.4 * wobble(4))),
-                        ("loss/policy_avg", -0.02 + 0.01 * (6.0 * PI * at).sin() + 0.004 * wobble(5)),
+                        (
+                            "loss/policy_avg",
+                            -0.02 + 0.01 * (6.0 * PI * at).sin() + 0.004 * wobble(5),
+                        ),
                         ("loss/value_avg", 0.6 * (-4.0 * at).exp() + 0.08 + 0.02 * wobble(6)),
                     ],
                 )
@@ -333,7 +370,9 @@ impl SyntheticRun<'_> {
             }
             let rows: Vec<RolloutRow> = (0..16)
                 .map(|k| {
-                    let z = |a: usize| (score + 0.15 * a as f64 + normal(step as usize * 16 + k, a)) as f32;
+                    let z = |a: usize| {
+                        (score + 0.15 * a as f64 + normal(step as usize * 16 + k, a)) as f32
+                    };
                     let n = |a: usize| Some(30 - (8.0 * at) as i32 + ((k + a) % 7) as i32);
                     let reason = |a: usize| {
                         let cut = noise(step as usize * 16 + k, 50 + a) > 0.3 + 0.6 * at;
@@ -361,35 +400,48 @@ impl SyntheticRun<'_> {
                     }
                 })
                 .collect();
-            parquet::write(self.at("ppo/rollouts").join(format!("{step:06}.parquet")), &rows).unwrap();
+            parquet::write(self.at("ppo/rollouts").join(format!("{step:06}.parquet")), &rows)
+                .unwrap();
         }
         let interval = json!({ "estimate": 0.55, "low": 0.31, "high": 0.8 });
-        Self::finish(stage, json!({ "iterations": 30, "selected_iteration": 25, "probe_z_difference": interval }));
+        Self::finish(
+            stage,
+            json!({ "iterations": 30, "selected_iteration": 25, "probe_z_difference": interval }),
+        );
 
         let stage = self.begin("best-of", "best-of", json!({ "n_samples": 16 }));
-        let samples: Vec<Vec<[f64; 3]>> =
-            (0..12).map(|p| (0..16).map(|k| [0, 1, 2].map(|a| normal(97 * p + k, a))).collect()).collect();
+        let samples: Vec<Vec<[f64; 3]>> = (0..12)
+            .map(|p| (0..16).map(|k| [0, 1, 2].map(|a| normal(97 * p + k, a))).collect())
+            .collect();
         let resampling = Resampling { draws: 500, level: 0.95, seed: 0 };
-        let best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling).unwrap();
+        let best =
+            BestOf::of(&samples, "validation prompts, sampled from the base", resampling).unwrap();
         fs_err::write(self.at("best-of/best_of.json"), serde_json::to_vec(&best).unwrap()).unwrap();
         Self::finish(stage, json!({}));
     }
 
     pub fn scoring(&self) {
-        let stage = self.begin("scoring", "scoring", json!({ "max_new_tokens": 40, "temperature": 0.7 }));
+        let stage =
+            self.begin("scoring", "scoring", json!({ "max_new_tokens": 40, "temperature": 0.7 }));
         let prompts: Vec<PromptRow> = Self::prompts().into_iter().take(N_TEST).collect();
         fs_err::create_dir_all(self.at("scoring/replies")).unwrap();
         let mut scores = Vec::new();
         let mut facts: Vec<Vec<(Aspect, ConversationRow)>> = Vec::new();
         for (m, model) in MODELS.into_iter().enumerate() {
-            let rows: Vec<ConversationRow> =
-                prompts.iter().enumerate().map(|(at, prompt)| Self::conversation(m, at, prompt, 0)).collect();
-            parquet::write(self.at("scoring/replies").join(format!("{model}.parquet")), &rows).unwrap();
+            let rows: Vec<ConversationRow> = prompts
+                .iter()
+                .enumerate()
+                .map(|(at, prompt)| Self::conversation(m, at, prompt, 0))
+                .collect();
+            parquet::write(self.at("scoring/replies").join(format!("{model}.parquet")), &rows)
+                .unwrap();
             for (at, row) in rows.iter().enumerate() {
                 for aspect in Aspect::ALL {
                     let same = m == 2 && at % 9 == 0;
                     let own = if same { 1 } else { m };
-                    let z = 0.3 * own as f64 - 0.2 + normal(at, aspect.index()) + 1.4 * noise(at + 100 * own, aspect.index());
+                    let z = 0.3 * own as f64 - 0.2
+                        + normal(at, aspect.index())
+                        + 1.4 * noise(at + 100 * own, aspect.index());
                     scores.push(ScoreRow {
                         model: model.to_owned(),
                         prompt_id: row.prompt_id.clone(),
@@ -403,7 +455,9 @@ impl SyntheticRun<'_> {
                 }
             }
             facts.push(
-                rows.iter().flat_map(|row| Aspect::ALL.map(|aspect| (aspect, row.clone()))).collect(),
+                rows.iter()
+                    .flat_map(|row| Aspect::ALL.map(|aspect| (aspect, row.clone())))
+                    .collect(),
             );
         }
         let resampling = Resampling { draws: 1000, level: 0.95, seed: 0 };
@@ -430,8 +484,14 @@ impl SyntheticRun<'_> {
                     name,
                     scores,
                     coherence: of(None),
-                    coherence_by_aspect: Aspect::ALL.map(|aspect| (aspect, of(Some(aspect)))).into(),
-                    preference_accuracy: PreferenceAccuracy::of(&[(-1.0, -2.0), (-1.5, -1.2), (-1.0, -1.1)]),
+                    coherence_by_aspect: Aspect::ALL
+                        .map(|aspect| (aspect, of(Some(aspect))))
+                        .into(),
+                    preference_accuracy: PreferenceAccuracy::of(&[
+                        (-1.0, -2.0),
+                        (-1.5, -1.2),
+                        (-1.0, -1.1),
+                    ]),
                 }
             })
             .collect();
@@ -453,7 +513,11 @@ impl SyntheticRun<'_> {
             differences: summary::differences(&scores, resampling),
         };
         parquet::write(self.at("scoring/scores.parquet"), &scores).unwrap();
-        fs_err::write(self.at("scoring/summary.json"), serde_json::to_vec_pretty(&summary).unwrap()).unwrap();
+        fs_err::write(
+            self.at("scoring/summary.json"),
+            serde_json::to_vec_pretty(&summary).unwrap(),
+        )
+        .unwrap();
         Self::finish(stage, json!({ "prompts": N_TEST }));
     }
 }
