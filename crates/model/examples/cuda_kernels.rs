@@ -99,7 +99,10 @@ fn main() -> anyhow::Result<()> {
             .collect();
         let at = |i: usize| &matrices[i % matrices.len()];
 
-        let time = seconds(|_| Ok(drop(cuda::quantize(&dense, 64)?)))?;
+        let time = seconds(|_| {
+            let _: () = drop(cuda::quantize(&dense, 64)?);
+            Ok(())
+        })?;
         row("quantise bf16", &text, 2 * n + packed_bytes, time, copy)?;
         let weights = Tensor::empty(shape, (Kind::BFloat16, GPU));
         let time = seconds(|i| Ok(cuda::dequantize_into(&at(i).packed(), &weights)?))?;
@@ -107,13 +110,17 @@ fn main() -> anyhow::Result<()> {
         for rows in [1, 2, 4, 8, 16] {
             let x = Tensor::randn([rows, inputs], (Kind::BFloat16, GPU));
             let bytes = packed_bytes + 2 * rows * (inputs + outputs);
-            let time = seconds(|i| Ok(drop(cuda::multiply(&x, &at(i).packed())?)))?;
+            let time = seconds(|i| {
+                let _: () = drop(cuda::multiply(&x, &at(i).packed())?);
+                Ok(())
+            })?;
             row(&format!("multiply bf16, {rows} rows"), &text, bytes, time, copy)?;
         }
         let x = Tensor::randn([16, inputs], (Kind::BFloat16, GPU));
         let time = seconds(|i| {
             cuda::dequantize_into(&at(i).packed(), &weights)?;
-            Ok(drop(x.f_mm(&weights.f_tr()?)?))
+            let _: () = drop(x.f_mm(&weights.f_tr()?)?);
+            Ok(())
         })?;
         let bytes = packed_bytes + 4 * n + 32 * (inputs + outputs);
         row("dequantise + cuBLAS, 16 rows", &text, bytes, time, copy)?;

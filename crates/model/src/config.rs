@@ -466,14 +466,14 @@ impl ModelConfig {
         let fail = |field: &str, expected: String, found: String| {
             Err(Error::field(path, field, expected, found))
         };
-        if self.num_heads % self.num_kv_heads != 0 {
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             return fail(
                 "num_key_value_heads",
                 format!("a divisor of {} heads", self.num_heads),
                 self.num_kv_heads.to_string(),
             );
         }
-        if self.head_size % 2 != 0 {
+        if !self.head_size.is_multiple_of(2) {
             return fail("head_dim", "an even size".to_owned(), self.head_size.to_string());
         }
         let limits = [

@@ -417,11 +417,11 @@ impl Tokenizer {
         if let Some(template) = &inner.template {
             // The sidecar wins where both are known; transformers before 4.47 reads the key only.
             config.insert("chat_template".to_owned(), Value::String(template.clone()));
-            atomic::write(&directory.join(TEMPLATE_FILE), template.as_bytes())?;
+            atomic::write(directory.join(TEMPLATE_FILE), template.as_bytes())?;
         }
-        atomic::write(&directory.join(TOKENIZER_FILE), &json)?;
-        atomic::write(&directory.join(CONFIG_FILE), pretty(config).as_bytes())?;
-        atomic::write(&directory.join(SPECIAL_FILE), pretty(special_map).as_bytes())?;
+        atomic::write(directory.join(TOKENIZER_FILE), &json)?;
+        atomic::write(directory.join(CONFIG_FILE), pretty(config).as_bytes())?;
+        atomic::write(directory.join(SPECIAL_FILE), pretty(special_map).as_bytes())?;
         Ok(())
     }
 }

@@ -26,7 +26,7 @@ fn pair(i: usize) -> PreferenceRow {
         chosen_prob: 0.8,
         prompt_id: format!("{i:016x}"),
         truncated_chosen: false,
-        truncated_rejected: i % 7 == 0,
+        truncated_rejected: i.is_multiple_of(7),
     }
 }
 

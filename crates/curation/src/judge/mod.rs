@@ -169,8 +169,7 @@ impl<'a> Judge<'a> {
         let replies = self.engine.chains(&chains, &drawing)?;
         let read = |replies: &Vec<Vec<Reply>>| {
             let text = &replies[0][0].text;
-            verdict::read_label(text, Labels::AB.first, Labels::AB.second)
-                .map(|is_a| f64::from(is_a))
+            verdict::read_label(text, Labels::AB.first, Labels::AB.second).map(f64::from)
         };
         Ok(replies.iter().map(read).collect())
     }

@@ -206,7 +206,7 @@ fn packed_matrices_may_be_spread_over_shards() {
         let whole = copy.open().unwrap();
         fs_err::remove_file(copy.path("model.safetensors")).unwrap();
         // Codes in one file, what describes them in the other.
-        copy.shard(|name| bitsandbytes::is_part(name));
+        copy.shard(bitsandbytes::is_part);
         let shards = Checkpoint::open(&copy.source()).unwrap();
         let query = "model.layers.0.self_attn.q_proj.weight";
         assert!(whole.nf4(query).unwrap().is_some());

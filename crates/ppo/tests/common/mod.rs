@@ -11,12 +11,12 @@ use clap::Parser;
 use tch::{Device, Kind};
 
 /// The 220 kB chat model.
-pub fn tiny_chat() -> PathBuf {
+pub(crate) fn tiny_chat() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
 }
 
 /// Loads it in f32.
-pub fn tiny_model() -> Model {
+pub(crate) fn tiny_model() -> Model {
     let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
     Model::load(&Source::Directory(tiny_chat()), &options).unwrap()
 }
@@ -29,7 +29,7 @@ struct Cli {
 }
 
 /// Settings for tiny-chat: f32, a few iterations, flags on top.
-pub fn config(flags: &[&str]) -> Config {
+pub(crate) fn config(flags: &[&str]) -> Config {
     let model = tiny_chat();
     let base = [
         "ppo",
@@ -75,7 +75,7 @@ const QUESTIONS: [&str; 14] = [
 ];
 
 /// Writes `prompts.parquet`: ten prompts to train on, four to validate.
-pub fn write_prompts(dir: &Path) -> PathBuf {
+pub(crate) fn write_prompts(dir: &Path) -> PathBuf {
     let rows: Vec<PromptRow> = QUESTIONS
         .iter()
         .enumerate()
@@ -96,7 +96,7 @@ pub fn write_prompts(dir: &Path) -> PathBuf {
 }
 
 /// A reward model with random weights.
-pub fn random_reward(model: &Model, seed: u64) -> (Adapter, ScalarHead) {
+pub(crate) fn random_reward(model: &Model, seed: u64) -> (Adapter, ScalarHead) {
     let lora = LoraConfig { rank: 4, alpha: 8.0, targets: Target::ALL.to_vec() };
     let adapter = Adapter::new("reward", &model.config, &lora, seed, Device::Cpu).unwrap();
     let _guard = tch::no_grad_guard();
@@ -111,14 +111,14 @@ pub fn random_reward(model: &Model, seed: u64) -> (Adapter, ScalarHead) {
 }
 
 /// Writes an adapter with its head as a reward model trained on `model`.
-pub fn save_reward(dir: &Path, model: &Model, adapter: &Adapter, head: Option<&ScalarHead>) {
+pub(crate) fn save_reward(dir: &Path, model: &Model, adapter: &Adapter, head: Option<&ScalarHead>) {
     let meta = AdapterMeta::of(model, "tiny-chat", Task::SequenceClassification);
     fs_err::create_dir_all(dir).unwrap();
     adapter_files::save(&dir.join("adapter"), adapter, head, &meta).unwrap();
 }
 
 /// Three random reward models.
-pub fn write_rewards(dir: &Path, model: &Model) -> PathBuf {
+pub(crate) fn write_rewards(dir: &Path, model: &Model) -> PathBuf {
     let dir = dir.join("reward");
     for (seed, aspect) in Aspect::ALL.into_iter().enumerate() {
         let (adapter, head) = random_reward(model, seed as u64);
@@ -128,7 +128,7 @@ pub fn write_rewards(dir: &Path, model: &Model) -> PathBuf {
 }
 
 /// Inputs for a programmed reward.
-pub fn by_rule(dir: &Path, output: &str) -> TrainInputs {
+pub(crate) fn by_rule(dir: &Path, output: &str) -> TrainInputs {
     TrainInputs {
         prompts: write_prompts(dir),
         rewards: None,
@@ -138,7 +138,7 @@ pub fn by_rule(dir: &Path, output: &str) -> TrainInputs {
 }
 
 /// One metric over the iterations that have it.
-pub fn metric(output: &Path, name: &str) -> Vec<f64> {
+pub(crate) fn metric(output: &Path, name: &str) -> Vec<f64> {
     arete_records::jsonl::read(output.join("metrics.jsonl"))
         .unwrap()
         .into_iter()
@@ -147,11 +147,11 @@ pub fn metric(output: &Path, name: &str) -> Vec<f64> {
 }
 
 /// The rows of an iteration's rollout.
-pub fn rollout(output: &Path, iteration: u64) -> Vec<RolloutRow> {
+pub(crate) fn rollout(output: &Path, iteration: u64) -> Vec<RolloutRow> {
     parquet::read(output.join(format!("rollouts/iteration-{iteration:06}.parquet"))).unwrap()
 }
 
 /// SHA-256 of the policy's weights.
-pub fn adapter_sum(output: &Path) -> String {
+pub(crate) fn adapter_sum(output: &Path) -> String {
     arete_records::run::sha256_file(output.join("adapter/adapter_model.safetensors")).unwrap()
 }

@@ -17,9 +17,9 @@ use arete_scoring::summary::{self, ModelSummary, PreferenceAccuracy, Standardisa
 use serde_json::{Map, Value, json};
 
 /// A reply that tries to break out of the page.
-pub const HOSTILE: &str = "</p></section><script>document.title = 'owned'</script>\
+pub(crate) const HOSTILE: &str = "</p></section><script>document.title = 'owned'</script>\
                            <img src=x onerror=\"console.error('owned')\"> & \u{202e}txet";
-pub const N_TEST: usize = 24;
+pub(crate) const N_TEST: usize = 24;
 const MODELS: [&str; 3] = ["original", "sft", "final"];
 
 /// A number in [−1, 1] that looks random and is always the same.
@@ -33,13 +33,13 @@ fn normal(a: usize, b: usize) -> f64 {
     (0..4).map(|k| noise(a + 31 * k, b + 17 * k)).sum::<f64>() * 0.85
 }
 
-pub struct SyntheticRun<'a> {
+pub(crate) struct SyntheticRun<'a> {
     pub dir: &'a Path,
 }
 
 impl SyntheticRun<'_> {
     /// Every stage.
-    pub fn write(dir: &Path) {
+    pub(crate) fn write(dir: &Path) {
         let run = SyntheticRun { dir };
         run.data();
         run.training();
@@ -118,7 +118,8 @@ impl SyntheticRun<'_> {
             }
         };
         // Some prompts get the same reply of both tuned models.
-        let opening = if model == 2 && prompt % 9 == 0 { openings[1] } else { openings[model] };
+        let opening =
+            if model == 2 && prompt.is_multiple_of(9) { openings[1] } else { openings[model] };
         let cut = noise(prompt * 3 + aspect.index(), model) > [0.2, 0.6, 0.8][model];
         let text = format!("{opening} {about} This is case {prompt}.");
         let text = if cut { text[..text.len() - 12].to_owned() } else { text };
@@ -154,7 +155,7 @@ impl SyntheticRun<'_> {
         }
     }
 
-    pub fn data(&self) {
+    pub(crate) fn data(&self) {
         let prompts = Self::prompts();
         let stage = self.begin("prompts", "prompts", json!({ "limit": 120 }));
         parquet::write(self.at("prompts/prompts.parquet"), &prompts).unwrap();
@@ -274,7 +275,7 @@ impl SyntheticRun<'_> {
         Self::finish(stage, Value::Object(counts));
     }
 
-    pub fn training(&self) {
+    pub(crate) fn training(&self) {
         let stage = self.begin(
             "sft",
             "sft",
@@ -420,7 +421,7 @@ impl SyntheticRun<'_> {
         Self::finish(stage, json!({}));
     }
 
-    pub fn scoring(&self) {
+    pub(crate) fn scoring(&self) {
         let stage =
             self.begin("scoring", "scoring", json!({ "max_new_tokens": 40, "temperature": 0.7 }));
         let prompts: Vec<PromptRow> = Self::prompts().into_iter().take(N_TEST).collect();
