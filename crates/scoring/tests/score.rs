@@ -189,53 +189,6 @@ fn models_are_scored_and_compared() {
 }
 
 #[test]
-fn the_base_finds_its_own_replies_as_likely_as_when_it_sampled_them() {
-    let run = Run::new(400); // about 40 test prompts: some replies end by themselves
-    let inputs = run.inputs();
-    score(&ScoreConfig { temperature: 1.0, ..config() }, &inputs).unwrap();
-    let rows: Vec<CoherenceRow> = parquet::read(inputs.output.join("coherence.parquet")).unwrap();
-    let replies: Vec<ConversationRow> =
-        parquet::read(inputs.output.join("replies/original.parquet")).unwrap();
-    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
-    let chat = model.chat().unwrap();
-    let stop_ids = model.stop_ids().unwrap();
-    let mut n_compared = 0;
-    for reply in &replies {
-        let prompt = u64::from_str_radix(&reply.prompt_id, 16).unwrap();
-        let request = Request {
-            prompt_ids: chat.render_prompt(&reply.messages[..1]).unwrap(),
-            streams: vec![Stream { seed: 0, prompt, sample: 0 }],
-            max_new_tokens: 24,
-            turns: 1,
-            extra_tokens: 0,
-        };
-        let options = Options::new(Sampling::at(1.0), stop_ids.clone());
-        let sampled =
-            &generate::complete(&model.decoder, None, None, &[request], &options).unwrap()[0][0];
-        let raw = model.tokenizer.decode(&sampled.token_ids).unwrap();
-        let again = model.tokenizer.encode(&raw, false).unwrap();
-        if sampled.finish_reason != FinishReason::Stop
-            || again != sampled.token_ids
-            || raw.trim() != raw
-        {
-            continue; // the text does not stand for the same tokens
-        }
-        let row = rows
-            .iter()
-            .find(|row| {
-                (row.model.as_str(), row.aspect, &row.prompt_id)
-                    == ("original", Aspect::Action, &reply.prompt_id)
-            })
-            .unwrap();
-        let expected: f32 = sampled.logprobs.iter().sum();
-        assert_eq!(row.n_base_tokens as usize, sampled.token_ids.len());
-        assert!((row.base_logprob - expected).abs() < 1e-3, "{row:?}, expected {expected}");
-        n_compared += 1;
-    }
-    assert!(n_compared > 0, "no reply could be compared");
-}
-
-#[test]
 fn a_killed_run_ends_with_the_same_bytes() {
     let run = Run::new(40); // two units
     let inputs = run.inputs();
