@@ -2,6 +2,7 @@
 
 pub mod adapter_files;
 mod batch;
+pub mod bench;
 mod cache;
 pub mod chain;
 pub mod checkpoint;

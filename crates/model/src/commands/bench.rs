@@ -1,16 +1,13 @@
 //! `arete-model bench`: this model's work beside this machine's matrix products, in one run.
-//!
-//! Absolute figures drift on shared machines; the ratio to the ceiling measured a moment earlier does not.
 
-use std::io::Write as _;
 use std::time::Instant;
 
 use anyhow::Context;
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use super::ModelArgs;
+use crate::bench::{Table, products_per_s, time};
 use crate::generate::{self, Options, Request, Sampling, Stream};
-use crate::lora::Target;
 use crate::{Adapter, Batch, Decoder, LoraConfig, logprobs};
 
 /// Measure sampling, prefill and training against this machine's matrix products
@@ -24,52 +21,6 @@ pub(super) struct Bench {
     /// New tokens per sequence
     #[arg(long, default_value_t = 48)]
     new_tokens: usize,
-}
-
-/// Calls `work` for at least a second; seconds per call.
-fn time(mut work: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
-    work()?;
-    let (start, mut n) = (Instant::now(), 0);
-    while start.elapsed().as_secs_f64() < 1.0 {
-        work()?;
-        n += 1;
-    }
-    Ok(start.elapsed().as_secs_f64() / f64::from(n))
-}
-
-/// Tokens a second that the linear layers alone would give, dense, in the compute dtype.
-fn ceiling(decoder: &Decoder, rows: usize, with_head: bool) -> anyhow::Result<f64> {
-    let config = decoder.config();
-    let mut products: Vec<(usize, usize, usize)> = vec![];
-    let size = |target: Target| target.size(config);
-    let (q, k, gate) = (size(Target::Q), size(Target::K), size(Target::Gate));
-    products.push((q.0 + 2 * k.0, q.1, config.num_layers));
-    products.push((size(Target::O).0, size(Target::O).1, config.num_layers));
-    products.push((2 * gate.0, gate.1, config.num_layers));
-    products.push((size(Target::Down).0, size(Target::Down).1, config.num_layers));
-    if with_head {
-        products.push((config.vocab_size, config.hidden_size, 1));
-    }
-    let options = (decoder.kind(), decoder.device());
-    let mut seconds = 0.0;
-    for (outputs, inputs, count) in products {
-        let weights: Vec<Tensor> = (0..if count > 1 { 6 } else { 1 })
-            .map(|_| {
-                Tensor::randn([outputs as i64, inputs as i64], (Kind::Float, options.1))
-                    .to_kind(options.0)
-            })
-            .collect();
-        let x = Tensor::randn([rows as i64, inputs as i64], (Kind::Float, options.1))
-            .to_kind(options.0);
-        let each = time(|| {
-            for weight in &weights {
-                let _ = x.f_matmul(&weight.transpose(0, 1))?;
-            }
-            Ok(())
-        })?;
-        seconds += each / weights.len() as f64 * count as f64;
-    }
-    Ok(rows as f64 / seconds)
 }
 
 fn requests(n: usize, prompt_tokens: usize, new_tokens: usize) -> Vec<Request> {
@@ -95,25 +46,32 @@ fn sampling(decoder: &Decoder, rows: usize, new_tokens: usize) -> anyhow::Result
 
 pub(super) fn run(arguments: &Bench) -> anyhow::Result<()> {
     let (mut model, _) = arguments.model.load()?;
-    let mut rows: Vec<(String, f64, f64)> = Vec::new();
+    let mut table = Table::default();
     {
         let _guard = tch::no_grad_guard();
         let batch = arguments.batch;
-        let bound = ceiling(&model.decoder, batch, true)?;
+        let bound = products_per_s(&model.decoder, batch, true)?;
         sampling(&model.decoder, batch, 4)?;
         let figure = sampling(&model.decoder, batch, arguments.new_tokens)?;
-        rows.push((format!("sampling, {batch} sequences, tokens/s"), figure, bound));
+        let work = format!("sampling, {batch} sequences");
+        table.push(work, figure, "tokens/s", Some(bound), "ceiling: products");
 
-        let bound = ceiling(&model.decoder, 512, false)?;
+        let bound = products_per_s(&model.decoder, 512, false)?;
         let prefill = Batch::from_sequences(&vec![vec![7i64; 128]; 8]);
-        let seconds = time(|| Ok(model.decoder.forward(&prefill, None).map(drop)?))?;
-        rows.push(("prefill, 8 × 128 tokens, tokens/s".to_owned(), 1024.0 / seconds, bound));
+        let seconds = time(1.0, || model.decoder.forward(&prefill, None).map(drop))?;
+        table.push(
+            "prefill, 8 × 128 tokens",
+            1024.0 / seconds,
+            "tokens/s",
+            Some(bound),
+            "ceiling: products",
+        );
 
-        let bound = ceiling(&model.decoder, 1, true)?;
+        let bound = products_per_s(&model.decoder, 1, true)?;
         model.decoder.set_packed_decoding(true);
         sampling(&model.decoder, 1, 8)?;
         let figure = sampling(&model.decoder, 1, arguments.new_tokens)?;
-        rows.push(("one sequence, tokens/s (ceiling: dense products)".to_owned(), figure, bound));
+        table.push("one sequence", figure, "tokens/s", Some(bound), "ceiling: dense products");
         model.decoder.set_packed_decoding(false);
     }
     let config = LoraConfig::default();
@@ -123,21 +81,18 @@ pub(super) fn run(arguments: &Bench) -> anyhow::Result<()> {
     let batch = Batch::from_sequences(&vec![vec![7i64; 100]; 16]);
     let counted: Vec<usize> = (0..1600).filter(|row| row % 100 != 0).collect();
     // Forward, and backward to the inputs alone: two products for each of the forward pass, three with the vocabulary's.
-    let bound = ceiling(&model.decoder, 512, true)? / 2.0;
-    let seconds = time(|| {
+    let bound = products_per_s(&model.decoder, 512, true)? / 2.0;
+    let seconds = time(1.0, || -> anyhow::Result<()> {
         let pass = model.decoder.pass(&batch, &adapter, false)?;
         let found = logprobs::of_rows(&model.decoder, &pass.hidden, &batch, &counted, 1.0, false)?;
         Ok(pass.backward(&-found.logprob.mean(Kind::Float))?)
     })?;
-    rows.push(("SFT step, 16 × 100 tokens, tokens/s".to_owned(), 1600.0 / seconds, bound));
-
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "| work | figure | products alone | ratio |\n|---|---|---|---|")?;
-    for (work, figure, bound) in rows {
-        writeln!(out, "| {work} | {figure:.0} | {bound:.0} | {:.2} |", figure / bound)?;
-    }
-    let status = fs_err::read_to_string("/proc/self/status").unwrap_or_default();
-    let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("VmHWM: unknown");
-    writeln!(out, "\npeak memory: {}", peak.trim_start_matches("VmHWM:").trim())
-        .context("writing to stdout")
+    table.push(
+        "SFT pass, 16 × 100 tokens",
+        1600.0 / seconds,
+        "tokens/s",
+        Some(bound),
+        "ceiling: products, twice",
+    );
+    table.write(&mut std::io::stdout().lock(), &model.decoder).context("writing to stdout")
 }
