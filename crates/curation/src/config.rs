@@ -22,6 +22,18 @@ pub struct PromptsConfig {
     /// Most prompts to keep, spread evenly over the inputs; 0 keeps all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub limit: usize,
+    /// Most prompts of the training split, which conversations, SFT and PPO learn from; 0 keeps all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[serde(default)]
+    pub max_train: usize,
+    /// Most prompts of the validation split, which probes and reward model evaluation read; 0 keeps all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[serde(default)]
+    pub max_validation: usize,
+    /// Most prompts of the test split, which only scoring reads; 0 keeps all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[serde(default)]
+    pub max_test: usize,
     /// Longer prompts (in characters) are left out and counted
     #[arg(long, default_value_t = 2000, value_name = "N")]
     pub max_chars: usize,

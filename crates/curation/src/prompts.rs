@@ -34,6 +34,8 @@ pub struct Selection {
     pub context: Context,
     /// Most prompts to keep; 0 keeps all.
     pub limit: usize,
+    /// Most prompts to keep of the training, validation and test split; 0 keeps all.
+    pub max_of_split: [usize; 3],
     /// Longer prompts (in characters, all messages together) are left out.
     pub max_chars: usize,
     /// Name to record as every prompt's source, instead of what the records say.
@@ -53,7 +55,7 @@ pub struct Counts {
     pub too_long: usize,
     /// Prompts seen before.
     pub duplicates: usize,
-    /// Prompts beyond the limit.
+    /// Prompts beyond the limits.
     pub beyond_limit: usize,
     /// Prompts kept.
     pub kept: usize,
@@ -125,6 +127,7 @@ fn selection(config: &PromptsConfig) -> Selection {
     Selection {
         context: config.context,
         limit: config.limit,
+        max_of_split: [config.max_train, config.max_validation, config.max_test],
         max_chars: config.max_chars,
         source: config.source.clone(),
         seed: config.seed,
@@ -216,10 +219,21 @@ pub fn gather(
         });
     }
     rows.sort_by_cached_key(|row| spread_key(selection.seed, &row.prompt_id));
+    let n_usable = rows.len();
+    let mut n_kept = [0; 3];
+    rows.retain(|row| {
+        let (most, kept) = match row.split {
+            Split::Train => (selection.max_of_split[0], &mut n_kept[0]),
+            Split::Validation => (selection.max_of_split[1], &mut n_kept[1]),
+            Split::Test => (selection.max_of_split[2], &mut n_kept[2]),
+        };
+        *kept += 1;
+        most == 0 || *kept <= most
+    });
     if selection.limit > 0 && rows.len() > selection.limit {
-        counts.beyond_limit = rows.len() - selection.limit;
         rows.truncate(selection.limit);
     }
+    counts.beyond_limit = n_usable - rows.len();
     counts.kept = rows.len();
     Ok((rows, counts))
 }
@@ -442,7 +456,14 @@ mod tests {
     use super::*;
 
     fn selection() -> Selection {
-        Selection { context: Context::Opening, limit: 0, max_chars: 4000, source: None, seed: 0 }
+        Selection {
+            context: Context::Opening,
+            limit: 0,
+            max_of_split: [0; 3],
+            max_chars: 4000,
+            source: None,
+            seed: 0,
+        }
     }
 
     fn file(dir: &tempfile::TempDir, name: &str, text: &str) -> PathBuf {
@@ -517,6 +538,27 @@ mod tests {
         assert!(sources["a"] >= 4 && sources["b"] >= 4, "{sources:?}");
         let other = Selection { limit: 20, seed: 1, ..selection() };
         assert_ne!(gather(&inputs, &other).unwrap().0, small);
+    }
+
+    #[test]
+    fn each_split_has_a_limit_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines: String = (0..200).map(|i| format!("{{\"prompt\": \"{i}\"}}\n")).collect();
+        let inputs = [file(&dir, "x.jsonl", &lines)];
+        let of =
+            |max_of_split| gather(&inputs, &Selection { max_of_split, ..selection() }).unwrap();
+        let (all, _) = of([0; 3]);
+        let n_validation = tally(&all).1[&Split::Validation];
+        let (some, counts) = of([30, 0, 5]);
+        let (_, splits) = tally(&some);
+        assert_eq!(splits[&Split::Train], 30);
+        assert_eq!(splits[&Split::Validation], n_validation);
+        assert_eq!(splits[&Split::Test], 5);
+        assert_eq!((counts.kept, counts.beyond_limit), (some.len(), 200 - some.len()));
+        // The first of each split, in the order they would have had anyway.
+        let first: Vec<_> = all.iter().filter(|row| row.split == Split::Train).take(30).collect();
+        let kept: Vec<_> = some.iter().filter(|row| row.split == Split::Train).collect();
+        assert_eq!(kept, first);
     }
 
     #[test]
