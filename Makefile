@@ -73,9 +73,10 @@ $(BINARIES):
 
 ##@ Tests
 
+# Tests run side by side already: more threads inside each would only wait for one another.
 .PHONY: test
 test: $(READY) ## run every test of the workspace (sets up and builds first)
-	@cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
 
 .PHONY: check
 check: $(READY) .tools/bin/cargo-machete ## formatting, clippy, docs, unused dependencies: what must be green before a commit

@@ -11,6 +11,7 @@
 
 pub mod best_of;
 pub mod coherence;
+pub mod compare;
 pub mod config;
 pub mod doctor;
 mod error;

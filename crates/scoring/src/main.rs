@@ -6,8 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use arete_records::cli::{self, Usage};
+use arete_records::stats::Resampling;
 use arete_records::{Aspect, interrupt, recipe};
 use arete_scoring::best_of::{self, BestOfInputs};
+use arete_scoring::compare::{self, Arm, ScoredRun};
 use arete_scoring::{
     Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
 };
@@ -50,6 +52,28 @@ enum Command {
         /// Directory that receives report.html and the charts [default: RUN/report]
         #[arg(long, value_name = "DIR")]
         output: Option<PathBuf>,
+    },
+    /// Compare runs: what each gained, and the yardstick's scores between arms (recipes, say; several runs of one are its seeds)
+    #[command(
+        after_help = "Example:\n  arete-scoring compare report=runs/report-1 report=runs/report-2 \
+        recommended=runs/recommended-1 recommended=runs/recommended-2"
+    )]
+    Compare {
+        /// Runs, each under the name of its arm
+        #[arg(required = true, value_name = "ARM=RUN")]
+        runs: Vec<String>,
+        /// The model that gains are counted from
+        #[arg(long, default_value = "original", value_name = "NAME")]
+        first: String,
+        /// The model that is compared
+        #[arg(long, default_value = "final", value_name = "NAME")]
+        last: String,
+        /// Redraws of the bootstrap
+        #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        draws: u32,
+        /// Seed of the bootstrap
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
     },
     /// Say why the reward is flat: truncation, judge, reward models, best of n, KL, Score, and what to change
     #[command(after_help = "Examples:\n  arete-scoring doctor --run runs/demo\n  \
@@ -189,6 +213,18 @@ fn measure_best_of(
     Ok(())
 }
 
+/// `ARM=RUN`.
+fn arm(text: &str) -> anyhow::Result<Arm> {
+    match text.split_once('=') {
+        Some((name, run)) if !name.is_empty() && !run.is_empty() => {
+            Ok(Arm { name: name.to_owned(), run: PathBuf::from(run) })
+        }
+        _ => {
+            Err(Usage(format!("expected ARM=RUN (recommended=runs/mine, say), got {text}")).into())
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     cli::init_tracing();
@@ -213,6 +249,14 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
             let page = report::report(&inputs)
                 .with_context(|| format!("reporting on {}", inputs.run.display()))?;
             format!("{}\n", page.display())
+        }
+        Command::Compare { runs, first, last, draws, seed } => {
+            let runs = runs
+                .iter()
+                .map(|text| Ok(ScoredRun::read(arm(text)?)?))
+                .collect::<anyhow::Result<Vec<_>>>()?;
+            let resampling = Resampling { draws: draws as usize, ..Resampling::seeded(seed) };
+            compare::text(&runs, &first, &last, resampling)
         }
         Command::Doctor { run, best_of, base, json, recipe, .. } => {
             if best_of > 0 {

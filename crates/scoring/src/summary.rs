@@ -151,7 +151,7 @@ pub struct Change {
 }
 
 impl Change {
-    fn of(bootstrap: Bootstrap) -> Self {
+    pub(crate) fn of(bootstrap: Bootstrap) -> Self {
         let Bootstrap { interval, standard_error } = bootstrap;
         let effect = stats::minimum_detectable_effect(standard_error, ALPHA, POWER);
         Self { interval, standard_error, minimum_detectable_effect: effect }

@@ -1,0 +1,290 @@
+//! Runs compared: what each recipe gained within its own runs, and the yardstick's scores between recipes.
+//!
+//! In: `scoring/scores.parquet` and `scoring/summary.json` of several runs, each under the name of an arm (a recipe, say);
+//! an arm with several runs has several seeds. Out: two tables.
+//!
+//! Each recipe trains reward models of its own, so its Score means something within its runs alone; between arms only
+//! the yardstick's scores of the same test prompts are compared. The seeds of an arm are pooled within each
+//! prompt, and prompts are redrawn, so the interval covers the choice of prompts; how far seeds agree is seen in the
+//! first table, which has a row for every run.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use arete_records::parquet;
+use arete_records::rows::ScoreRow;
+use arete_records::stats::{self, Interval, Resampling};
+
+use crate::Error;
+use crate::score;
+use crate::summary::{Change, Difference, Scale, Scope, Summary};
+use crate::table::{aligned, bounds, interval, number};
+
+/// A run under the name of its arm.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arm {
+    /// What its runs have in common: a recipe, say.
+    pub name: String,
+    /// Directory of the run, with one directory a stage.
+    pub run: PathBuf,
+}
+
+/// A run's scores.
+#[derive(Debug)]
+pub struct ScoredRun {
+    /// Its arm and place.
+    pub arm: Arm,
+    /// What scoring wrote.
+    pub summary: Summary,
+    /// Every score.
+    pub scores: Vec<ScoreRow>,
+}
+
+impl ScoredRun {
+    /// Reads what `score` left in the run.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if scoring has not been run there, [`Error::Records`] if its files are damaged.
+    pub fn read(arm: Arm) -> Result<Self, Error> {
+        let dir = arm.run.join("scoring");
+        let path = dir.join(score::SUMMARY);
+        if !path.is_file() {
+            return Err(Error::File {
+                path,
+                field: "scoring".to_owned(),
+                expected: "the results of `arete-scoring score`".to_owned(),
+                found: "no file".to_owned(),
+            });
+        }
+        let summary =
+            serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
+                path,
+                field: "summary".to_owned(),
+                expected: "what `arete-scoring score` writes".to_owned(),
+                found: error.to_string(),
+            })?;
+        let scores = parquet::read(dir.join(score::SCORES))?;
+        Ok(Self { arm, summary, scores })
+    }
+
+    /// The yardstick's scores of one model's replies, by prompt; none without a yardstick.
+    fn yardstick(&self, model: &str) -> BTreeMap<&str, Vec<f64>> {
+        let mut out: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for row in self.scores.iter().filter(|row| row.model == model) {
+            if let Some(score) = row.yardstick {
+                out.entry(&row.prompt_id).or_default().push(f64::from(score));
+            }
+        }
+        out
+    }
+}
+
+/// How two arms compare by the yardstick.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ArmDifference {
+    /// What is subtracted.
+    pub first: String,
+    /// What it is subtracted from.
+    pub last: String,
+    /// Prompts that every run of both answered.
+    pub n_prompts: usize,
+    /// Of the mean over prompts, aspects and seeds.
+    pub mean: Change,
+}
+
+/// The yardstick's mean score of `model`, later arm − earlier arm, for every two arms that have one.
+///
+/// # Panics
+///
+/// If `resampling` has no draws.
+pub fn arm_differences(
+    runs: &[ScoredRun],
+    model: &str,
+    resampling: Resampling,
+) -> Vec<ArmDifference> {
+    let mut names: Vec<&str> = Vec::new();
+    for run in runs {
+        if !names.contains(&run.arm.name.as_str()) {
+            names.push(&run.arm.name);
+        }
+    }
+    let of = |name: &str| -> Vec<BTreeMap<&str, Vec<f64>>> {
+        runs.iter().filter(|run| run.arm.name == name).map(|run| run.yardstick(model)).collect()
+    };
+    let mut out = Vec::new();
+    for (at, last) in names.iter().enumerate() {
+        for first in &names[..at] {
+            let (before, after) = (of(first), of(last));
+            let shared = shared_prompts(before.iter().chain(&after));
+            if shared.is_empty() {
+                continue;
+            }
+            // One cluster a prompt: its scores in every run of the arm.
+            let clusters = |runs: &[BTreeMap<&str, Vec<f64>>]| -> Vec<Vec<f64>> {
+                let pooled = |id: &&str| runs.iter().flat_map(|run| run[*id].clone()).collect();
+                shared.iter().map(pooled).collect()
+            };
+            let (before, after) = (clusters(&before), clusters(&after));
+            let difference = stats::paired_difference_of(&before, &after, stats::mean, resampling);
+            out.push(ArmDifference {
+                first: (*first).to_owned(),
+                last: (*last).to_owned(),
+                n_prompts: shared.len(),
+                mean: Change::of(difference),
+            });
+        }
+    }
+    out
+}
+
+/// Prompts that are in every one.
+fn shared_prompts<'a>(runs: impl Iterator<Item = &'a BTreeMap<&'a str, Vec<f64>>>) -> Vec<&'a str> {
+    runs.map(|run| run.keys().copied().collect::<BTreeSet<_>>())
+        .reduce(|a, b| a.intersection(&b).copied().collect())
+        .map(|shared| shared.into_iter().collect())
+        .unwrap_or_default()
+}
+
+/// Both tables as aligned text.
+pub fn text(runs: &[ScoredRun], first: &str, last: &str, resampling: Resampling) -> String {
+    let mut rows = vec![
+        [
+            "arm",
+            "run",
+            "prompts",
+            "Score",
+            "standardised",
+            "better/same/worse",
+            "detectable from",
+            "yardstick",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    ];
+    rows.extend(runs.iter().map(|run| row(run, first, last)));
+    let mut out = format!("{last} − {first} within each run; [95 % interval]\n\n");
+    let mut lines = aligned(&rows);
+    lines.push(String::new());
+    let between = arm_differences(runs, last, resampling);
+    if between.is_empty() {
+        lines.push(format!(
+            "No two arms share a yardstick's scores of {last}: score them with the same --yardstick to compare them."
+        ));
+    } else {
+        lines.push(format!("The yardstick's mean score of {last} between arms; [95 % interval]"));
+        lines.push(String::new());
+        let mut rows =
+            vec![["arms", "yardstick", "prompts", "detectable from"].map(str::to_owned).to_vec()];
+        rows.extend(between.iter().map(|own| {
+            vec![
+                format!("{} − {}", own.last, own.first),
+                interval(&own.mean.interval, true),
+                own.n_prompts.to_string(),
+                format!("±{:.3}", own.mean.minimum_detectable_effect),
+            ]
+        }));
+        lines.extend(aligned(&rows));
+    }
+    for line in lines {
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    arete_records::cli::printable(&out)
+}
+
+fn row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {
+    let of = |scale| run.summary.difference(first, last, scale, Scope::All);
+    let cell = |found: Option<&Difference>, read: fn(&Difference) -> &Interval| {
+        found.map_or("–".to_owned(), |own| {
+            format!("{} {}", number(read(own).estimate, true), bounds(read(own)))
+        })
+    };
+    let (raw, own) = (of(Scale::Raw), of(Scale::Standardised));
+    vec![
+        run.arm.name.clone(),
+        name_of(&run.arm.run),
+        run.summary.n_prompts.to_string(),
+        cell(raw, |own| &own.score.interval),
+        cell(own, |own| &own.score.interval),
+        own.map_or("–".to_owned(), |own| format!("{}/{}/{}", own.wins, own.ties, own.losses)),
+        own.map_or("–".to_owned(), |own| format!("±{:.3}", own.score.minimum_detectable_effect)),
+        cell(of(Scale::Yardstick), |own| &own.mean.interval),
+    ]
+}
+
+/// The last part of a path.
+fn name_of(path: &Path) -> String {
+    path.file_name()
+        .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use arete_records::{Aspect, FinishReason};
+
+    use super::*;
+
+    /// A run in which every aspect of prompt i has the i-th yardstick score.
+    fn run(arm: &str, scores: &[(u32, f32)]) -> ScoredRun {
+        let scores = scores
+            .iter()
+            .flat_map(|&(prompt, score)| {
+                Aspect::ALL.map(|aspect| ScoreRow {
+                    model: "final".to_owned(),
+                    prompt_id: format!("{prompt:016x}"),
+                    aspect,
+                    score: 0.0,
+                    z: 0.0,
+                    yardstick: Some(score),
+                    n_tokens: 1,
+                    finish_reason: FinishReason::Stop,
+                })
+            })
+            .collect();
+        let summary = Summary {
+            n_prompts: 2,
+            n_left_out: 0,
+            draws: 1,
+            level: 0.95,
+            base: String::new(),
+            yardstick: None,
+            standardisation: BTreeMap::new(),
+            models: Vec::new(),
+            differences: Vec::new(),
+        };
+        let arm = Arm { name: arm.to_owned(), run: PathBuf::from(format!("runs/{arm}")) };
+        ScoredRun { arm, summary, scores }
+    }
+
+    fn quick() -> Resampling {
+        Resampling { draws: 200, level: 0.95, seed: 1 }
+    }
+
+    #[test]
+    fn seeds_are_pooled_and_prompts_paired() {
+        // Prompt 3 is missing from one run of the second arm, so it counts nowhere.
+        let runs = [
+            run("report", &[(1, 0.0), (2, 1.0), (3, 9.0)]),
+            run("recommended", &[(1, 1.0), (2, 2.0)]),
+            run("recommended", &[(1, 2.0), (2, 3.0), (3, 9.0)]),
+        ];
+        let differences = arm_differences(&runs, "final", quick());
+        assert_eq!(differences.len(), 1);
+        let own = &differences[0];
+        assert_eq!((own.first.as_str(), own.last.as_str()), ("report", "recommended"));
+        assert_eq!(own.n_prompts, 2);
+        // (1 + 2 + 2 + 3) / 4 − (0 + 1) / 2; every prompt has the same difference, so no redraw has another.
+        assert_eq!(own.mean.interval, Interval { estimate: 1.5, low: 1.5, high: 1.5 });
+    }
+
+    #[test]
+    fn without_a_yardstick_nothing_is_compared_between_arms() {
+        let mut runs = [run("a", &[(1, 0.0)]), run("b", &[(1, 1.0)])];
+        for row in runs.iter_mut().flat_map(|run| &mut run.scores) {
+            row.yardstick = None;
+        }
+        assert_eq!(arm_differences(&runs, "final", quick()), []);
+        assert!(text(&runs, "original", "final", quick()).contains("the same --yardstick"));
+    }
+}
