@@ -31,7 +31,7 @@ enum Command {
         --final runs/demo/ppo --reward runs/demo/reward --output runs/demo/scoring")]
     Score {
         #[command(flatten)]
-        places: Places,
+        places: Box<Places>,
         #[command(flatten)]
         config: ScoreConfig,
     },

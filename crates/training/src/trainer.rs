@@ -140,7 +140,7 @@ pub fn train(
     };
     let metrics = MetricsWriter::open_at(output, resumed_at)?;
     let mut run = Run { objective, optimiser, plan, config, output, store, metrics, state };
-    run.to_the_end()?;
+    run.run_to_end()?;
     run.select()
 }
 
@@ -156,7 +156,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn to_the_end(&mut self) -> Result<(), Error> {
+    fn run_to_end(&mut self) -> Result<(), Error> {
         let total = self.plan.total_steps();
         let progress = cli::progress("training", "steps", total);
         progress.skip(self.state.global_step);
