@@ -709,7 +709,7 @@ mod tests {
             (&vec![q.clone()], &vec![yes.clone()])
         );
         let hhh = r#"{"prompt":"p (A) x (B) y","corrects":[" (B)"],"text_correct":"\n\nHuman: q: Human?\n\nAssistant: yes","text_incorrect":"\n\nHuman: q: Human?\n\nAssistant: no"}"#;
-        assert_eq!(pairs(hhh).unwrap()[0].better, [yes.clone()]);
+        assert_eq!(pairs(hhh).unwrap()[0].better, std::slice::from_ref(&yes));
         let choice = r#"{"prompt":"Talk.\n\nChoose:\n (A) The assistant was harmful.\n (B) It behaved.\nThe answer is:","corrects":[" (B)"],"incorrects":[" (A)"]}"#;
         let from_choice = pairs(choice).unwrap();
         assert_eq!(from_choice[0].better, [Message::assistant("It behaved.")]);

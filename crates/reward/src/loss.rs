@@ -59,7 +59,7 @@ mod tests {
         // −log σ(1) = log(1 + e⁻¹)
         assert!((losses(1.5, 0.5, 1.0, 0.0, 0.0) - 0.313_261_687_518_222_86).abs() < 1e-6);
         // no lead: log 2
-        assert!((losses(0.3, 0.3, 1.0, 0.0, 0.0) - 0.693_147_180_559_945_3).abs() < 1e-6);
+        assert!((losses(0.3, 0.3, 1.0, 0.0, 0.0) - std::f64::consts::LN_2).abs() < 1e-6);
     }
 
     #[test]
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn a_margin_is_demanded_of_the_winner() {
         // Δ = 1, margin 1: −log σ(0) = log 2
-        assert!((losses(1.5, 0.5, 1.0, 1.0, 0.0) - 0.693_147_180_559_945_3).abs() < 1e-6);
+        assert!((losses(1.5, 0.5, 1.0, 1.0, 0.0) - std::f64::consts::LN_2).abs() < 1e-6);
         // rejected wins (p = 0) with Δ = 1, margin 1: −log σ(−2) = log(1 + e²)
         assert!((losses(1.5, 0.5, 0.0, 1.0, 0.0) - 2.126_928_011_042_972_5).abs() < 1e-6);
     }
