@@ -114,6 +114,8 @@ pub fn value_loss(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::test_tensors::{batch, bools, close, values_of};
 
@@ -191,5 +193,54 @@ mod tests {
             })
             .sum();
         assert!(close(scalar(&whole), parts));
+    }
+    /// Of each token: new, old, advantage or return, valid.
+    type Token = (f32, f32, f32, bool);
+
+    /// Both losses, and their gradients by the first column.
+    fn losses(tokens: &[Token]) -> Vec<f64> {
+        let part = |f: fn(&Token) -> f32| batch(&[&tokens.iter().map(f).collect::<Vec<_>>()]);
+        let valid = bools(&[&tokens.iter().map(|token| token.3).collect::<Vec<_>>()]);
+        let n_tokens = tokens.iter().filter(|token| token.3).count().max(1) as f64;
+        let (old, target) = (part(|t| t.1), part(|t| t.2));
+        let mut out = Vec::new();
+        for is_policy in [true, false] {
+            let new = part(|t| t.0).set_requires_grad(true);
+            let loss = if is_policy {
+                policy_loss(&new, &old, &target, &valid, 0.2, n_tokens).unwrap().loss
+            } else {
+                value_loss(&new, &old, &target, &valid, 0.2, n_tokens).unwrap().loss
+            };
+            loss.backward();
+            out.push(scalar(&loss));
+            out.extend(values_of(&new.grad()));
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn what_lies_outside_valid_and_the_order_change_nothing(
+            tokens in prop::collection::vec(
+                (-2.0f32..2.0, -2.0f32..2.0, -2.0f32..2.0, prop::bool::weighted(0.7)), 1..30,
+            ),
+        ) {
+            let out = losses(&tokens);
+            let noisy: Vec<Token> = tokens
+                .iter()
+                .map(|&token| if token.3 { token } else { (f32::NAN, 7.0, f32::NAN, false) })
+                .collect();
+            prop_assert_eq!(&losses(&noisy), &out);
+            let backwards: Vec<Token> = tokens.iter().rev().copied().collect();
+            let turned = losses(&backwards);
+            let n = tokens.len() + 1;
+            for at in [0, n] {
+                prop_assert!(close(turned[at], out[at]));
+                for token in 0..tokens.len() {
+                    let (a, b) = (turned[at + 1 + token], out[at + tokens.len() - token]);
+                    prop_assert!(close(a, b), "{} against {}", a, b);
+                }
+            }
+        }
     }
 }

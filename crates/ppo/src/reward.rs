@@ -119,8 +119,10 @@ pub fn missing_eos(truncated: &Tensor, penalty: f64) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::test_tensors::{batch, bools, values_of};
+    use crate::test_tensors::{batch, bools, close, values_of};
 
     #[test]
     fn ensembles_by_hand() {
@@ -156,5 +158,44 @@ mod tests {
         }
         let cut = bools(&[&[true, false]]);
         assert_eq!(values_of(&missing_eos(&cut, 1.5)), [1.5, 0.0]);
+    }
+    proptest! {
+        #[test]
+        fn an_ensemble_knows_no_order(
+            rows in prop::collection::vec(prop::collection::vec(-3.0f32..3.0, 3), 1..8),
+        ) {
+            let tensor = |rows: &[Vec<f32>]| batch(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
+            let turned: Vec<Vec<f32>> =
+                rows.iter().rev().map(|row| row.iter().rev().copied().collect()).collect();
+            for ensemble in [Ensemble::Mean, Ensemble::MeanMinusStd, Ensemble::Min] {
+                let out = values_of(&combine(&tensor(&rows), ensemble, 0.5).unwrap());
+                let back = values_of(&combine(&tensor(&turned), ensemble, 0.5).unwrap());
+                for (a, b) in out.iter().zip(back.iter().rev()) {
+                    prop_assert!(close(*a, *b));
+                }
+                // None promises more than the mean.
+                let mean = values_of(&combine(&tensor(&rows), Ensemble::Mean, 0.5).unwrap());
+                prop_assert!(out.iter().zip(&mean).all(|(a, mean)| *a <= mean + 1e-5));
+            }
+        }
+
+        #[test]
+        fn rewards_do_not_depend_on_what_is_not_valid(
+            tokens in prop::collection::vec((-2.0f32..2.0, -2.0f32..2.0, prop::bool::weighted(0.7)), 1..20),
+            noise in -9.0f32..9.0,
+        ) {
+            let valid = bools(&[&tokens.iter().map(|token| token.2).collect::<Vec<_>>()]);
+            let rewards = |noise: Option<f32>| {
+                let part = |f: fn(&(f32, f32, bool)) -> f32| {
+                    let column = tokens.iter().map(|token| match noise {
+                        Some(noise) if !token.2 => noise,
+                        _ => f(token),
+                    });
+                    batch(&[&column.collect::<Vec<_>>()])
+                };
+                values_of(&token_rewards(&part(|t| t.0), &part(|t| t.1), &valid, 0.3).unwrap())
+            };
+            prop_assert_eq!(rewards(None), rewards(Some(noise)));
+        }
     }
 }

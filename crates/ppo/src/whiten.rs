@@ -66,8 +66,10 @@ fn moments(x: &Tensor, valid: &Tensor) -> Result<(f64, f64), Error> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::test_tensors::{batch, bools, values_of};
+    use crate::test_tensors::{batch, bools, close, values_of};
 
     #[test]
     fn four_numbers_by_hand() {
@@ -91,5 +93,47 @@ mod tests {
     #[test]
     fn shapes_are_checked() {
         assert!(whiten(&batch(&[&[1.0]]), &bools(&[&[true, true]])).is_err());
+    }
+    proptest! {
+        #[test]
+        fn what_lies_outside_valid_and_the_order_change_nothing(
+            rows in prop::collection::vec((-3.0f32..3.0, prop::bool::weighted(0.8)), 2..40),
+            noise in -9.0f32..9.0,
+        ) {
+            let tensors = |rows: &[(f32, bool)]| {
+                let (x, valid): (Vec<f32>, Vec<bool>) = rows.iter().copied().unzip();
+                (batch(&[&x]), bools(&[&valid]))
+            };
+            let (x, valid) = tensors(&rows);
+            let noisy: Vec<(f32, bool)> =
+                rows.iter().map(|&(x, valid)| (if valid { x } else { noise }, valid)).collect();
+            let backwards: Vec<(f32, bool)> = rows.iter().rev().copied().collect();
+            for normalise in [whiten, rescale] {
+                let out = values_of(&normalise(&x, &valid).unwrap());
+                prop_assert_eq!(&values_of(&normalise(&tensors(&noisy).0, &valid).unwrap()), &out);
+                let (x, valid) = tensors(&backwards);
+                let turned = values_of(&normalise(&x, &valid).unwrap());
+                for (a, b) in turned.into_iter().rev().zip(out) {
+                    prop_assert!(close(a, b));
+                }
+            }
+        }
+
+        #[test]
+        fn variance_is_1_and_the_mean_is_removed_or_kept(x in prop::collection::vec(-3.0f32..3.0, 3..40)) {
+            let spread = arete_records::stats::std(&x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>());
+            prop_assume!(spread > 0.1);
+            let (tensor, valid) = (batch(&[&x]), bools(&[&vec![true; x.len()]]));
+            let n = x.len() as f64;
+            let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+            for (out, expected) in
+                [(whiten(&tensor, &valid), 0.0), (rescale(&tensor, &valid), mean)]
+            {
+                let out = values_of(&out.unwrap());
+                prop_assert!(close(arete_records::stats::mean(&out), expected));
+                let variance = arete_records::stats::std(&out).powi(2) * n / (n - 1.0);
+                prop_assert!((variance - 1.0).abs() < 1e-4, "{variance}");
+            }
+        }
     }
 }
