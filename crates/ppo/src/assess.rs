@@ -231,7 +231,7 @@ mod tests {
     fn scores_are_paid_per_turn_or_at_the_end() {
         let conversations = [conversation(&[(2, STOP), (1, LENGTH), (1, STOP)])];
         let layout = Layout::new(&conversations);
-        let scores = Scores { raw: vec![vec![0.0; 3]], z: vec![vec![3.0, 6.0, -1.5]] };
+        let scores = Scores { raw: vec![vec![0.0; 3]], z: vec![vec![3.0, 6.0, -1.5]], n_tokens: 0 };
         // Penalty 1.5 for the second reply, thirds: 1, (6 − 1.5)/3 = 1.5, −0.5.
         let config_of = |args: &[&str]| config(&[&["--missing-eos-penalty", "1.5"], args].concat());
         let paid = pay(&scores, &conversations, &layout, &config_of(&[])).unwrap();
@@ -243,6 +243,10 @@ mod tests {
         let min = config_of(&["--placement", "final", "--ensemble", "min"]);
         let paid = pay(&scores, &conversations, &layout, &min).unwrap();
         assert_eq!(values_of(&paid), [0.0, 0.0, 0.0, 0.0, 0.0, -2.0]);
+        // Mean 2.5, standard deviation √((0.25 + 12.25 + 16) / 3) = √9.5, a third of the penalty.
+        let cautious = config_of(&["--placement", "final", "--ensemble", "mean_minus_std"]);
+        let paid = values_of(&pay(&scores, &conversations, &layout, &cautious).unwrap());
+        assert!((paid[5] - (2.5 - 0.5 * 9.5f64.sqrt() - 0.5)).abs() < 1e-6);
         // Clipped at ±2: (2 + 2 − 1.5)/3 is what the mean becomes, both ways.
         let clipped = config_of(&["--placement", "final", "--score-clip", "2"]);
         let paid = values_of(&pay(&scores, &conversations, &layout, &clipped).unwrap());
@@ -256,7 +260,17 @@ mod tests {
         let scores = Scores {
             raw: vec![vec![0.0; 3]; 2],
             z: vec![vec![1.0, 2.0, 3.0], vec![0.5, 0.5, 0.5]],
+            n_tokens: 0,
         };
+        // Without clipping, the minimum and the mean less the spread (√(2/3) of the first, none of the second).
+        for (ensemble, expected) in
+            [("min", 1.0), ("mean_minus_std", 2.0 - 0.5 * (2f64 / 3.0).sqrt())]
+        {
+            let config = config(&["--rollout", "answer", "--ensemble", ensemble]);
+            let paid = values_of(&pay(&scores, &conversations, &layout, &config).unwrap());
+            assert!((paid[2] - expected).abs() < 1e-6, "{ensemble}: {paid:?}");
+            assert_eq!(paid[3], 0.5 - 1.0); // the cut one, at its only token
+        }
         let config = config(&["--rollout", "answer"]);
         let kl = Tensor::from_slice(&[0.5f32, 0.25, -0.25, 1.0]);
         let out = assess(scores, &conversations, &layout, &kl, 0.5, &config).unwrap();

@@ -22,12 +22,17 @@
 //! Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024 (arXiv:2403.17031);
 //! ensembles: Coste et al. 2023 (arXiv:2310.02743).
 
+pub mod alarm;
 mod assess;
+pub mod bench;
 pub mod config;
 mod error;
 pub mod gae;
+mod iteration;
+pub mod journal;
 pub mod kl;
 pub mod loss;
+mod packing;
 pub mod probe;
 pub mod prompts;
 pub mod reward;

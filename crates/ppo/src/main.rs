@@ -39,6 +39,8 @@ enum Command {
         #[command(flatten)]
         config: Box<Config>,
     },
+    /// Measure iterations at the peers' setting against this machine's matrix products
+    Bench(arete_ppo::bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -48,12 +50,17 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let matches = Cli::command().get_matches();
-    let Command::Train { stage, prompts, rewards, yardstick, .. } =
-        Cli::from_arg_matches(&matches)?.command;
-    let matches = matches.subcommand_matches("train").expect("the command parsed");
-    let config: Config = recipe::resolve(matches, "ppo", stage.recipe.as_deref())?;
-    interrupt::install()?;
-    let context = format!("training on {}", prompts.display());
-    let inputs = TrainInputs { prompts, rewards, yardstick, output: stage.output };
-    arete_ppo::train(&config, &inputs).with_context(|| context)
+    match Cli::from_arg_matches(&matches)?.command {
+        Command::Train { stage, prompts, rewards, yardstick, .. } => {
+            let matches = matches.subcommand_matches("train").expect("the command parsed");
+            let config: Config = recipe::resolve(matches, "ppo", stage.recipe.as_deref())?;
+            interrupt::install()?;
+            let context = format!("training on {}", prompts.display());
+            let inputs = TrainInputs { prompts, rewards, yardstick, output: stage.output };
+            arete_ppo::train(&config, &inputs).with_context(|| context)
+        }
+        Command::Bench(arguments) => {
+            arete_ppo::bench::run(&arguments).context("measuring PPO iterations")
+        }
+    }
 }

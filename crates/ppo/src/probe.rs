@@ -1,13 +1,14 @@
 //! The held-out probe: how the policy does on validation prompts that it never learns from.
 //!
 //! The prompts and the random streams are the same at every probe, so probes can be compared pair by pair. With a
-//! yardstick the probe is the alarm for over-optimisation: the ensemble rises, the yardstick falls.
+//! yardstick the probe is the alarm for over-optimisation ([`crate::alarm`]): the ensemble rises, the yardstick falls.
 
 use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::RolloutRow;
 use arete_records::{Aspect, stats};
 
 use crate::Error;
+use crate::alarm::Baseline;
 use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
@@ -38,6 +39,8 @@ pub struct Report {
     pub z_mean: f64,
     /// Numbers to log.
     pub metrics: Vec<(String, f64)>,
+    /// What later probes are measured against.
+    pub baseline: Baseline,
     /// The conversations.
     pub rows: Vec<RolloutRow>,
 }
@@ -63,6 +66,7 @@ impl Probe<'_> {
             &self.prompts,
             Purpose::Probe,
             0,
+            None,
         )?;
         let budget = config.micro_batch_tokens;
         let scoring = Scoring { decoder, chat: self.chat, budget };
@@ -83,12 +87,17 @@ impl Probe<'_> {
                 .map(|(name, value)| (format!("probe/{name}"), value))
                 .collect();
         metrics.push(("probe/kl".to_owned(), stats::mean(&assessment.kl)));
+        let narrow = |scores: &[f64]| scores.iter().map(|&score| score as f32).collect();
+        let z_means = assessment.scores.z_means();
+        let mut baseline = Baseline { z: narrow(&z_means), yardstick: Vec::new() };
         if let Some(yardstick) = self.yardstick {
             let scores = yardstick.scores(scoring, &conversations)?;
             metrics.push(("probe/yardstick".to_owned(), stats::mean(&scores)));
+            baseline.yardstick = narrow(&scores);
         }
         Ok(Report {
-            z_mean: stats::mean(&assessment.scores.z_means()),
+            z_mean: stats::mean(&z_means),
+            baseline,
             metrics,
             rows: rows(iteration, &conversations, &self.prompts, &assessment),
         })

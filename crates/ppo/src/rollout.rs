@@ -3,13 +3,15 @@
 use std::ops::Range;
 
 use arete_model::generate::{self, Request, Sampling, Stream, TurnEnd};
-use arete_model::{Adapter, Batch, Chat, Decoder, Model, SegmentIdx, Tensor, logprobs};
+use arete_model::{Adapter, Batch, Chat, Decoder, Model, Tensor, logprobs};
 use arete_records::{Aspect, FinishReason, Message, interrupt};
 use arete_training::order;
 use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::RolloutKind;
+use crate::journal::Journal;
+use crate::packing::Packed;
 use crate::prompts::Prompt;
 
 /// What a sequence of random numbers is for; keeps rollouts, probes and statistics apart.
@@ -121,11 +123,14 @@ impl Sampler {
         Aspect::ALL.into_iter().filter_map(Aspect::question).take(n_questions)
     }
 
-    /// Samples one conversation for each prompt; conversation i draws from the stream `first + i`.
+    /// Samples one conversation for each prompt; conversation i draws from the stream `first + i`. What a journal holds
+    /// is not sampled again, and what is sampled is added to it.
     ///
     /// # Errors
     ///
-    /// [`Error::Interrupted`] after a signal; [`Error::Model`] if a prompt does not fit or memory runs out.
+    /// [`Error::Interrupted`] after a signal; [`Error::Model`] if a prompt does not fit or memory runs out;
+    /// [`Error::Io`] if the journal cannot be written.
+    #[expect(clippy::too_many_arguments, reason = "who samples, what, and from which streams")]
     pub fn sample(
         &self,
         model: &Model,
@@ -134,32 +139,40 @@ impl Sampler {
         prompts: &[&Prompt],
         purpose: Purpose,
         first: u64,
+        mut journal: Option<&mut Journal>,
     ) -> Result<Vec<Conversation>, Error> {
+        let mut sequences: Vec<Option<generate::Sequence>> = match &mut journal {
+            Some(journal) => journal.take_known(),
+            None => vec![None; prompts.len()],
+        };
+        let missing: Vec<usize> =
+            (0..prompts.len()).filter(|&idx| sequences[idx].is_none()).collect();
+        if missing.len() < prompts.len() {
+            let known = prompts.len() - missing.len();
+            tracing::info!(known, missing = missing.len(), "rollout continued");
+        }
         let extra_tokens = self.n_question_tokens(chat)?;
-        let requests: Vec<Request> = (first..)
-            .zip(prompts)
-            .map(|(counter, prompt)| Request {
-                prompt_ids: prompt.token_ids.clone(),
-                streams: vec![purpose.stream(self.seed, counter)],
+        let requests: Vec<Request> = missing
+            .iter()
+            .map(|&idx| Request {
+                prompt_ids: prompts[idx].token_ids.clone(),
+                streams: vec![purpose.stream(self.seed, first + idx as u64)],
                 max_new_tokens: self.max_new_tokens,
                 turns: self.kind.n_turns(),
                 extra_tokens,
             })
             .collect();
-        let options = generate::Options {
-            sampling: Sampling::at(self.temperature),
-            stop_ids: self.stop_ids.clone(),
-            stop_strings: Vec::new(),
-            max_rows: self.max_rows,
-        };
         let questions: Vec<&str> = self.questions().collect();
         let mut next_turn = |end: TurnEnd<'_>| {
             let last = end.completion.token_ids.last();
             let ended = last == Some(&chat.end_of_turn_id());
             chat.next_turn(ended, questions[end.turn])
         };
-        let mut sequences: Vec<Option<generate::Sequence>> = vec![None; requests.len()];
-        let mut finished = |sequence: generate::Sequence| {
+        let mut finished = |mut sequence: generate::Sequence| -> Result<(), arete_model::Error> {
+            sequence.request = missing[sequence.request];
+            if let Some(journal) = &mut journal {
+                journal.append(&sequence)?;
+            }
             let request = sequence.request;
             sequences[request] = Some(sequence);
             match interrupt::check() {
@@ -172,7 +185,7 @@ impl Sampler {
             Some(&model.tokenizer),
             adapter,
             &requests,
-            &options,
+            &self.options(),
             &mut next_turn,
             &mut finished,
         );
@@ -188,6 +201,15 @@ impl Sampler {
                 conversation(chat, idx, prompts[idx], &sequence, &questions)
             })
             .collect()
+    }
+
+    fn options(&self) -> generate::Options {
+        generate::Options {
+            sampling: Sampling::at(self.temperature),
+            stop_ids: self.stop_ids.clone(),
+            stop_strings: Vec::new(),
+            max_rows: self.max_rows,
+        }
     }
 }
 
@@ -250,15 +272,15 @@ impl Pack {
     fn new(all: &[Conversation], conversations: Vec<usize>) -> Self {
         let sequences: Vec<&[i64]> =
             conversations.iter().map(|&idx| all[idx].token_ids.as_slice()).collect();
-        let batch = Batch::from_sequences(&sequences);
+        // The prompt's last token stays with each conversation: its state comes before the first own token.
+        let n_prompt = conversations.iter().map(|&idx| all[idx].n_prompt).min().unwrap_or(0);
+        let packed = Packed::new(&sequences, n_prompt.saturating_sub(1));
         let mut rows = Vec::new();
         for (place, &idx) in conversations.iter().enumerate() {
-            let start = batch.rows(SegmentIdx(place)).start;
-            rows.extend(all[idx].own_tokens().map(|token| start + token));
+            rows.extend(all[idx].own_tokens().map(|token| packed.row(place, token)));
         }
-        // A reply is never the first thing in a conversation, and sequences are roots: the row before is the state.
         let states: Vec<i64> = rows.iter().map(|&row| row as i64 - 1).collect();
-        Self { conversations, batch, rows, states: Tensor::from_slice(&states) }
+        Self { conversations, batch: packed.batch, rows, states: Tensor::from_slice(&states) }
     }
 }
 

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use arete_model::{
-    Adapter, Batch, Chat, Decoder, LoadOptions, Model, ScalarHead, SegmentIdx, Source, Tensor,
-    adapter_files,
+    Adapter, Chat, Decoder, LoadOptions, Model, ScalarHead, Source, Tensor, adapter_files,
 };
 use arete_records::{Aspect, FinishReason, stats};
 use arete_training::order;
@@ -13,6 +12,7 @@ use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::{ProgrammedReward, RolloutKind};
+use crate::packing::Packed;
 use crate::rollout::Conversation;
 
 /// Name of the file with a reward model's score statistics.
@@ -67,6 +67,8 @@ pub struct Scores {
     pub raw: Vec<Vec<f64>>,
     /// Standardised, `[B][K]`.
     pub z: Vec<Vec<f64>>,
+    /// Tokens that the reward models read, in all.
+    pub n_tokens: usize,
 }
 
 impl Scores {
@@ -113,6 +115,26 @@ impl Ensemble {
         Ok(Self { members, kind })
     }
 
+    /// The three aspects' reward models as they are given, their scores taken as standardised already.
+    pub fn of_models(models: [(Adapter, ScalarHead); 3], kind: RolloutKind) -> Self {
+        let members = Aspect::ALL
+            .into_iter()
+            .zip(models)
+            .map(|(aspect, (adapter, head))| Member {
+                aspect,
+                judge: Judge::Model { adapter, head },
+                stats: Some(ScoreStats {
+                    mean: 0.0,
+                    std: 1.0,
+                    n: 0,
+                    split: String::new(),
+                    base_sha256: String::new(),
+                }),
+            })
+            .collect();
+        Self { members, kind }
+    }
+
     /// Members that score by rule: one for each reply.
     pub fn programmed(rule: &ProgrammedReward, kind: RolloutKind) -> Self {
         let members = Aspect::ALL
@@ -131,7 +153,7 @@ impl Ensemble {
         }
     }
 
-    /// The members' raw scores, `[B][K]`. Each is read after the conversation through the member's reply, whole as the
+    /// The members' raw scores, `[B][K]`, and the tokens they read. Each is read after the conversation through the member's reply, whole as the
     /// chat template has it; what else is scored beside it changes nothing but rounding.
     ///
     /// # Errors
@@ -141,8 +163,9 @@ impl Ensemble {
         &self,
         scoring: Scoring<'_>,
         conversations: &[Conversation],
-    ) -> Result<Vec<Vec<f64>>, Error> {
+    ) -> Result<(Vec<Vec<f64>>, usize), Error> {
         let mut out = vec![Vec::with_capacity(self.members.len()); conversations.len()];
+        let mut n_tokens = 0;
         let mut sequences: Option<(usize, Vec<Vec<i64>>)> = None;
         for member in &self.members {
             let turn = self.turn_of(member);
@@ -152,13 +175,14 @@ impl Ensemble {
                         sequences = Some((turn, render(scoring.chat, conversations, turn)?));
                     }
                     let (_, sequences) = sequences.as_ref().expect("rendered above");
+                    n_tokens += sequences.iter().map(Vec::len).sum::<usize>();
                     sequence_scores(scoring, Some(adapter), head, sequences)?
                 }
                 Judge::Rule(rule) => conversations.iter().map(|c| rule.score(c, turn)).collect(),
             };
             out.iter_mut().zip(scores).for_each(|(row, score)| row.push(score));
         }
-        Ok(out)
+        Ok((out, n_tokens))
     }
 
     /// Raw and standardised scores.
@@ -177,7 +201,7 @@ impl Ensemble {
         iteration: u64,
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Scores, Error> {
-        let raw = self.raw_scores(scoring, conversations)?;
+        let (raw, n_tokens) = self.raw_scores(scoring, conversations)?;
         for (row, conversation) in raw.iter().zip(conversations) {
             for (member, &score) in self.members.iter().zip(row) {
                 if !score.is_finite() {
@@ -196,7 +220,7 @@ impl Ensemble {
         };
         let z =
             raw.iter().map(|row| self.members.iter().zip(row).map(standardise).collect()).collect();
-        Ok(Scores { raw, z })
+        Ok(Scores { raw, z, n_tokens })
     }
 
     /// Takes the statistics of members that have none from these scores of the reference.
@@ -386,10 +410,9 @@ fn sequence_scores(
     let mut out = Vec::with_capacity(sequences.len());
     for run in order::micro_batches(&lengths, scoring.budget)? {
         let part = &sequences[run];
-        let batch = Batch::from_sequences(part);
-        let last: Vec<i64> =
-            (0..part.len()).map(|idx| batch.last_row(SegmentIdx(idx)) as i64).collect();
-        let hidden = scoring.decoder.forward(&batch, adapter)?;
+        let packed = Packed::new(part, usize::MAX);
+        let last: Vec<i64> = (0..part.len()).map(|idx| packed.last_row(idx) as i64).collect();
+        let hidden = scoring.decoder.forward(&packed.batch, adapter)?;
         let last = Tensor::from_slice(&last).to_device(hidden.device());
         let scores = head.forward(&hidden.index_select(0, &last)); // [n]
         out.extend(Vec::<f64>::try_from(scores.to_kind(Kind::Double).to_device(Device::Cpu))?);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
-use arete_model::{Batch, Chat, LoadOptions, Model, Source, Tensor, merge};
+use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
 use arete_records::metrics::MetricsWriter;
 use arete_records::rows::RolloutRow;
 use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
@@ -14,19 +14,16 @@ use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet, timings};
 use arete_training::{CheckpointStore, Schedule, Select, runtime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tch::{Device, Kind};
 
-use crate::assess::{self, Assessment};
-use crate::gae::estimate_advantages;
+use crate::alarm::{Baseline, Change};
+use crate::assess;
+use crate::iteration::{Iteration, Outcome, Phase};
+use crate::journal::{self, Journal};
 use crate::probe::Probe;
 use crate::prompts::{Prompt, Prompts, draw};
-use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
+use crate::rollout::{Purpose, Sampler};
 use crate::scorer::{Ensemble, ScoreStats, Scoring, Yardstick};
-use crate::update::{
-    FirstPass, Learning, Lessons, LossScale, Models, Optimisers, Rates, Targets, UpdateReport,
-    update,
-};
-use crate::whiten::{rescale, whiten};
+use crate::update::{LossScale, Models, Optimisers, Rates};
 use crate::{Config, Error};
 
 /// Names of the optimisers inside checkpoints.
@@ -34,10 +31,12 @@ const POLICY: &str = "policy";
 const CRITIC: &str = "critic";
 /// File with the statistics that this stage had to take itself.
 const SCORE_STATS: &str = "score_stats.json";
+/// Directory of the sampled conversations.
+const ROLLOUTS: &str = "rollouts";
 /// Prompts whose logits are compared between the merged model and the adapter.
 const N_COMPARED: usize = 8;
 /// Conversations shown in the log after a probe.
-const N_SHOWN: usize = 2;
+const N_SHOWN: usize = 3;
 
 /// What to train on and where to write.
 #[derive(Clone, Debug)]
@@ -145,12 +144,21 @@ struct State {
     /// Weight of the KL penalty from here on.
     #[serde(with = "exact")]
     kl_coef: f64,
-    /// Iteration and ensemble mean of the best probe.
-    best: Option<(u64, f64)>,
-    /// Ensemble mean of the probe before the first iteration.
-    first_probe: Option<f64>,
+    /// The best probe after an iteration.
+    best: Option<Best>,
+    /// The probe before the first iteration.
+    first_probe: Option<Baseline>,
     /// Loss scale of an f16 run.
     loss_scale: LossScale,
+}
+
+/// A probe that none was better than.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Best {
+    iteration: u64,
+    /// Mean standardised score of the ensemble.
+    #[serde(with = "exact")]
+    z_mean: f64,
 }
 
 /// A float as text that parses to the same bits: `serde_json` may miss the last one.
@@ -272,6 +280,12 @@ impl<'a> Stage<'a> {
             dtype = runtime::dtype_name(options.dtype),
             "policy, critic and reward models over one base"
         );
+        if let Some(saved) = saved {
+            journal::remove_through(&output.join(ROLLOUTS), saved)?;
+        }
+        if yardstick.is_none() {
+            tracing::info!("no yardstick: nothing watches for over-optimisation");
+        }
         let metrics = MetricsWriter::open_at(&output, saved)?;
         Ok(Self {
             schedules: Schedules::new(config)?,
@@ -370,9 +384,15 @@ impl<'a> Stage<'a> {
         };
         let prompts: Vec<&Prompt> =
             prompts.iter().cycle().take(self.config.stats_samples).collect();
+        let purpose = Purpose::Statistics;
         let conversations =
-            self.sampler.sample(self.model, &self.chat, None, &prompts, Purpose::Statistics, 0)?;
-        let raw = self.ensemble.raw_scores(self.scoring(), &conversations)?;
+            self.sampler.sample(self.model, &self.chat, None, &prompts, purpose, 0, None)?;
+        let scoring = Scoring {
+            decoder: &self.model.decoder,
+            chat: &self.chat,
+            budget: self.config.micro_batch_tokens,
+        };
+        let (raw, _) = self.ensemble.raw_scores(scoring, &conversations)?;
         self.ensemble.calibrate(&raw, split.name(), &self.model.base_sha256)?;
         let stats: BTreeMap<Aspect, &ScoreStats> = self
             .ensemble
@@ -388,110 +408,42 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    fn scoring(&self) -> Scoring<'_> {
-        Scoring {
-            decoder: &self.model.decoder,
-            chat: &self.chat,
-            budget: self.config.micro_batch_tokens,
-        }
-    }
-
-    /// One rollout and its updates; a note for the progress bar.
+    /// One rollout and its updates, and their files; a note for the progress bar.
     fn iterate(&mut self) -> Result<String, Error> {
         let started = Instant::now();
         interrupt::check()?;
         let config = self.config;
         let iteration = self.state.iteration + 1;
         let rates = self.schedules.rates(self.state.iteration);
-        let learning =
-            if iteration > config.value_warmup { Learning::Both } else { Learning::Critic };
         let drawn = draw(self.prompts.train.len(), config.rollout_size, iteration, config.seed);
         let prompts: Vec<&Prompt> = drawn.iter().map(|&idx| &self.prompts.train[idx]).collect();
-        let clock = Clock { output: &self.output, iteration };
-
-        let conversations = clock.time("sampling", |n_tokens| {
-            let first = (iteration - 1) * config.rollout_size as u64;
-            let adapter = Some(&self.models.policy);
-            let purpose = Purpose::Rollout;
-            let out =
-                self.sampler.sample(self.model, &self.chat, adapter, &prompts, purpose, first)?;
-            *n_tokens = out.iter().map(Conversation::n_own).sum();
-            Ok(out)
-        })?;
-        let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
-        let scores = clock.time("scoring", |n| {
-            *n = n_tokens * self.ensemble.members.len();
-            let prompt_id = |c: &Conversation| prompts[c.prompt].prompt_id.clone();
-            self.ensemble.scores(self.scoring(), &conversations, iteration, prompt_id)
-        })?;
-        interrupt::check()?;
-        let ref_logprob = clock.time("reference", |n| {
-            *n = n_tokens;
-            let decoder = &self.model.decoder;
-            let budget = config.micro_batch_tokens;
-            own_logprobs(decoder, None, &conversations, config.temperature, budget)
-        })?;
-        interrupt::check()?;
-        let lessons = Lessons::new(&conversations, config, iteration)?;
-        let first = clock.time("first pass", |n| {
-            *n = n_tokens;
-            lessons.first_pass(&self.models, learning)
-        })?;
-
-        let layout = Layout::new(&conversations);
-        let kl = &first.old_logprob - ref_logprob; // [n]
-        let kl_coef = self.state.kl_coef;
-        let assessment = assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
-        check_variance(&assessment.paid, iteration)?;
-        let valid = layout.valid();
-        let rewards = if config.whiten_rewards {
-            rescale(&assessment.token_rewards, &valid)?
-        } else {
-            assessment.token_rewards.shallow_clone()
+        let rollouts = self.output.join(ROLLOUTS);
+        let mut journal = Journal::open(&rollouts, iteration, prompts.len())?;
+        let work = Iteration {
+            config,
+            model: self.model,
+            chat: &self.chat,
+            ensemble: &self.ensemble,
+            sampler: &self.sampler,
+            iteration,
+            kl_coef: self.state.kl_coef,
+            rates,
         };
-        let values = layout.spread(&first.old_value); // [B, T]
-        let raw = estimate_advantages(&rewards, &values, &valid, config.gamma, config.lambda)?;
-        let advantage =
-            if config.whiten_advantages { whiten(&raw.advantage, &valid)? } else { raw.advantage };
-        let targets =
-            Targets { advantage: layout.gather(&advantage), returns: layout.gather(&raw.returns) };
-        interrupt::check()?;
-        let mut line = {
-            let kind = self.model.decoder.kind();
-            summary(&conversations, &assessment, &first, &targets, kl_coef, kind)?
-        };
-        let n_passes = config.epochs as usize;
-        let report = clock.time("update", |n| {
-            *n = n_tokens * n_passes;
-            let (models, optimisers) = (&self.models, &mut self.optimisers);
-            update(
-                models, optimisers, &lessons, first, &targets, config, learning, rates, iteration,
-            )
-        })?;
+        let outcome = work.run(&self.models, &mut self.optimisers, &prompts, Some(&mut journal))?;
+        let Outcome { conversations, assessment, report, mut metrics, phases } = outcome;
 
-        let name = format!("rollouts/iteration-{iteration:06}.parquet");
         let rows = assess::rows(iteration, &conversations, &prompts, &assessment);
-        write_rows(&self.output.join(name), &rows)?;
-        let aspects: Vec<Aspect> =
-            self.ensemble.members.iter().map(|member| member.aspect).collect();
+        write_rows(&rollouts.join(format!("iteration-{iteration:06}.parquet")), &rows)?;
         let mean_kl = stats::mean(&assessment.kl);
+        let kl_coef = self.state.kl_coef;
         self.state.iteration = iteration;
         self.state.episodes += conversations.len() as u64;
         self.state.kl_coef = config.kl_controller().next(kl_coef, mean_kl, conversations.len());
         self.state.loss_scale = self.optimisers.scale;
-        line.extend(of_update(&report));
-        line.extend(assess::describe(&conversations, &aspects, &assessment.scores));
-        line.push(("lr".to_owned(), rates.policy));
-        line.push(("value_lr".to_owned(), rates.critic));
-        line.push(("episode".to_owned(), self.state.episodes as f64));
-        log(&mut self.metrics, iteration, &line)?;
+        metrics.push(("episode".to_owned(), self.state.episodes as f64));
+        log(&mut self.metrics, iteration, &metrics)?;
         let seconds = started.elapsed().as_secs_f64();
-        let fields = [
-            ("iteration", iteration.into()),
-            ("n_tokens", n_tokens.into()),
-            ("eps", (conversations.len() as f64 / seconds).into()),
-        ];
-        timings::log(&self.output, "iteration", seconds, &fields)?;
+        self.log_phases(&phases, seconds, conversations.len())?;
         let (paid, reward) = (stats::mean(&assessment.paid), stats::mean(&assessment.reward));
         tracing::info!(
             iteration,
@@ -506,7 +458,24 @@ impl<'a> Stage<'a> {
         Ok(format!("score {paid:.3}, KL {mean_kl:.2}"))
     }
 
-    /// Answers validation prompts, logs how that went, and keeps the best.
+    /// Wall times and throughput, a line a phase, and TRL's `eps` (conversations a second) for the whole.
+    fn log_phases(&self, phases: &[Phase], seconds: f64, n: usize) -> Result<(), Error> {
+        let iteration = ("iteration", self.state.iteration.into());
+        for phase in phases {
+            let tokens_per_s = phase.tokens_per_s();
+            let fields = [
+                iteration.clone(),
+                ("n_tokens", phase.n_tokens.into()),
+                ("tokens_per_s", tokens_per_s.into()),
+            ];
+            timings::log(&self.output, phase.what, phase.seconds, &fields)?;
+            tracing::debug!(phase = phase.what, seconds = phase.seconds, tokens_per_s, "phase");
+        }
+        let fields = [iteration, ("eps", (n as f64 / seconds).into())];
+        Ok(timings::log(&self.output, "iteration", seconds, &fields)?)
+    }
+
+    /// Answers validation prompts, logs how that went, keeps the best, and warns of over-optimisation.
     fn probe(&mut self) -> Result<(), Error> {
         if self.prompts.validation.is_empty() {
             tracing::warn!("no validation prompts: nothing is probed");
@@ -524,23 +493,24 @@ impl<'a> Stage<'a> {
             prompts: self.prompts.validation.iter().take(n_prompts).collect(),
             sampler: Sampler { temperature: config.probe_temperature(), ..self.sampler.clone() },
         };
-        let report = clock.time("probe", |n| {
+        let mut report = clock.time("probe", |n| {
             let report = probe.run(&self.models.policy, config, self.state.kl_coef, iteration)?;
             *n = report.rows.len();
             Ok(report)
         })?;
         write_rows(&completions_path(&self.output, iteration), &report.rows)?;
-        log(&mut self.metrics, iteration, &report.metrics)?;
-        for (row, prompt) in report.rows.iter().zip(&probe.prompts).take(N_SHOWN) {
-            let reply = row.messages.last().map_or("", |message| message.content.as_str());
-            let question = prompt.messages.last().map_or("", |message| message.content.as_str());
-            tracing::info!(iteration, prompt_id = row.prompt_id, question, reply, "completion");
-        }
+        show(&report.rows, &probe.prompts);
         tracing::info!(iteration, z_mean = round(report.z_mean), "probe");
-        if iteration == 0 {
-            self.state.first_probe = Some(report.z_mean);
-        } else if self.state.best.is_none_or(|(_, best)| report.z_mean > best) {
-            self.state.best = Some((iteration, report.z_mean));
+        match &self.state.first_probe {
+            None => self.state.first_probe = Some(report.baseline.clone()),
+            Some(first) => {
+                let change = Change::between(first, &report.baseline, config.seed);
+                report.metrics.extend(watch(change.as_ref(), iteration));
+            }
+        }
+        log(&mut self.metrics, iteration, &report.metrics)?;
+        if iteration > 0 && self.state.best.is_none_or(|best| report.z_mean > best.z_mean) {
+            self.state.best = Some(Best { iteration, z_mean: report.z_mean });
         }
         Ok(())
     }
@@ -560,13 +530,13 @@ impl<'a> Stage<'a> {
             Ok(self.store.save(iteration, &tensors, &self.state, &protect)?)
         })?;
         self.saved = Some(iteration);
-        Ok(())
+        journal::remove_through(&self.output.join(ROLLOUTS), iteration)
     }
 
     /// The iteration whose weights may be selected.
     fn best(&self) -> Option<u64> {
         match self.config.select {
-            Select::Best => self.state.best.map(|(iteration, _)| iteration),
+            Select::Best => self.state.best.map(|best| best.iteration),
             Select::Last => None,
         }
     }
@@ -611,12 +581,7 @@ impl<'a> Stage<'a> {
         }
         let clusters = |path: &Path| -> Result<Vec<Vec<f64>>, Error> {
             let rows: Vec<RolloutRow> = parquet::read(path)?;
-            let mean = |row: &RolloutRow| {
-                let z = [row.z_action, row.z_motivation, row.z_consequence];
-                let z: Vec<f64> = z.into_iter().flatten().map(f64::from).collect();
-                stats::mean(&z)
-            };
-            Ok(rows.iter().map(|row| vec![mean(row)]).collect())
+            Ok(rows.iter().map(|row| vec![z_mean(row)]).collect())
         };
         let (first, last) = (clusters(&first)?, clusters(&last)?);
         let resampling = Resampling::seeded(self.config.seed);
@@ -703,6 +668,52 @@ fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
     Ok(parquet::write(path, rows)?)
 }
 
+/// The first completions of a probe, for the terminal; all of them are in `completions/`.
+fn show(rows: &[RolloutRow], prompts: &[&Prompt]) {
+    for (row, prompt) in rows.iter().zip(prompts).take(N_SHOWN) {
+        let replies = row.messages.iter().skip(prompt.messages.len()).step_by(2);
+        let replies: Vec<&str> = replies.map(|message| message.content.as_str()).collect();
+        let question = prompt.messages.last().map_or("", |message| message.content.as_str());
+        tracing::info!(
+            iteration = row.iteration,
+            prompt_id = row.prompt_id,
+            z_mean = round(z_mean(row)),
+            kl = row.kl,
+            question,
+            replies = replies.join(" | "),
+            "completion"
+        );
+    }
+}
+
+/// Mean standardised score of a conversation.
+fn z_mean(row: &RolloutRow) -> f64 {
+    let z = [row.z_action, row.z_motivation, row.z_consequence];
+    let z: Vec<f64> = z.into_iter().flatten().map(f64::from).collect();
+    stats::mean(&z)
+}
+
+/// What the yardstick says of the change since the first probe, for the metrics; and a warning if it is a bad one.
+fn watch(change: Option<&Change>, iteration: u64) -> Vec<(String, f64)> {
+    let Some(change) = change else { return Vec::new() };
+    let alarm = change.is_over_optimised();
+    if alarm {
+        tracing::warn!(
+            iteration,
+            z_gain = round(change.z.estimate),
+            yardstick_gain = round(change.yardstick.estimate),
+            yardstick_gain_high = round(change.yardstick.high),
+            "over-optimisation: the reward models' scores rise, the yardstick falls; stop earlier, raise kl_coef, or \
+             choose a more cautious ensemble"
+        );
+    }
+    vec![
+        ("probe/z_gain".to_owned(), change.z.estimate),
+        ("probe/yardstick_gain".to_owned(), change.yardstick.estimate),
+        ("probe/over_optimised".to_owned(), f64::from(u8::from(alarm))),
+    ]
+}
+
 fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result<(), Error> {
     let line: Vec<(&str, f64)> = line.iter().map(|(name, value)| (name.as_str(), *value)).collect();
     Ok(metrics.log(step, &line)?)
@@ -711,94 +722,4 @@ fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result
 /// Four significant places after the point, for the log.
 fn round(value: f64) -> f64 {
     (value * 1e4).round() / 1e4
-}
-
-/// An iteration whose conversations all score the same teaches nothing: a broken reward model if it is the first.
-fn check_variance(paid: &[f64], iteration: u64) -> Result<(), Error> {
-    let first = paid.first().copied().unwrap_or(0.0);
-    if paid.len() < 2 || paid.iter().any(|&score| score != first) {
-        return Ok(());
-    }
-    if iteration == 1 {
-        return Err(Error::ZeroVariance {
-            what: "scores of the first rollout".to_owned(),
-            got: first,
-            n: paid.len(),
-        });
-    }
-    tracing::warn!(iteration, score = first, "every conversation scores the same");
-    Ok(())
-}
-
-/// What is known of an iteration before its first step. Sums are per conversation, entropy and values per token.
-fn summary(
-    conversations: &[Conversation],
-    assessment: &Assessment,
-    first: &FirstPass<'_>,
-    targets: &Targets,
-    kl_coef: f64,
-    kind: Kind,
-) -> Result<Vec<(String, f64)>, Error> {
-    let number = |tensor: Tensor| f64::try_from(tensor.to_kind(Kind::Double));
-    let sampled: Vec<f32> =
-        conversations.iter().flat_map(|c| c.sampled_logprob.iter().copied()).collect();
-    let sampled = Tensor::from_slice(&sampled).to_device(Device::Cpu);
-    let difference = number((&sampled - &first.old_logprob).abs().max())?;
-    warn_of_difference(difference, kind);
-    let n = conversations.len() as f64;
-    let non_score: Vec<f64> = assessment.kl.iter().map(|kl| -kl_coef * kl).collect();
-    let (paid, non_score) = (stats::mean(&assessment.paid), stats::mean(&non_score));
-    let variance = |tensor: &Tensor| number(tensor.to_kind(Kind::Double).var(false));
-    let residual = variance(&(&targets.returns - &first.old_value))?;
-    let spread = variance(&targets.returns)?;
-    let ended = conversations
-        .iter()
-        .flat_map(|c| &c.replies)
-        .filter(|reply| reply.finish_reason == arete_records::FinishReason::Stop)
-        .count();
-    let line = [
-        ("objective/kl", stats::mean(&assessment.kl)),
-        ("objective/entropy", -number(first.old_logprob.sum(Kind::Double))? / n),
-        ("objective/non_score_reward", non_score),
-        ("objective/rlhf_reward", paid + non_score),
-        ("objective/scores", paid),
-        ("objective/scores_std", stats::std(&assessment.paid)),
-        ("policy/entropy_avg", number(first.entropy.mean(Kind::Double))?),
-        ("val/num_eos_tokens", ended as f64),
-        ("value_mean", number(first.old_value.mean(Kind::Double))?),
-        ("returns_mean", number(targets.returns.mean(Kind::Double))?),
-        ("explained_variance", if spread > 0.0 { 1.0 - residual / spread } else { 0.0 }),
-        ("sampler_trainer_difference", difference),
-        ("kl_coef", kl_coef),
-    ];
-    Ok(line.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
-}
-
-/// Sampler and trainer are one decoder: on the CPU their numbers differ by little, elsewhere nothing is promised.
-fn warn_of_difference(difference: f64, kind: Kind) {
-    let limit = if kind == Kind::Float { 1e-4 } else { 1e-3 };
-    if difference > limit {
-        tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
-    }
-}
-
-/// The steps' numbers under TRL's names.
-fn of_update(report: &UpdateReport) -> Vec<(String, f64)> {
-    [
-        ("policy/approxkl_avg", report.approx_kl),
-        ("policy/clipfrac_avg", report.clip_fraction),
-        ("loss/policy_avg", report.policy_loss),
-        ("loss/value_avg", report.value_loss),
-        ("val/clipfrac_avg", report.value_clip_fraction),
-        ("val/ratio", report.ratio),
-        ("val/ratio_var", report.ratio_variance),
-        ("first_log_ratio", report.first_log_ratio),
-        ("policy_grad_norm", report.policy_grad_norm),
-        ("value_grad_norm", report.value_grad_norm),
-        ("optimiser_steps", report.n_steps as f64),
-        ("stopped_early", f64::from(u8::from(report.stopped_early))),
-    ]
-    .into_iter()
-    .map(|(name, value)| (name.to_owned(), value))
-    .collect()
 }

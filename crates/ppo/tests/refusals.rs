@@ -7,7 +7,9 @@ use std::path::Path;
 use arete_model::{ScalarHead, Tensor};
 use arete_ppo::{Config, TrainInputs, train};
 use arete_records::{Aspect, Message, Split, parquet, prompt_id, rows::PromptRow};
-use common::{config, random_reward, save_reward, tiny_model, write_prompts, write_rewards};
+use common::{
+    config, random_reward, save_reward, tiny_chat, tiny_model, write_prompts, write_rewards,
+};
 
 fn refusal(config: &Config, dir: &Path) -> String {
     let inputs = TrainInputs {
@@ -35,6 +37,45 @@ fn a_reward_model_of_another_base_is_refused() {
         message.contains("adapter's base: expected tiny-chat (sha256 0123456789ab)"),
         "{message}"
     );
+}
+
+#[test]
+fn reward_models_of_another_tokenizer_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    fs_err::create_dir(&base).unwrap();
+    for entry in fs_err::read_dir(tiny_chat()).unwrap() {
+        let entry = entry.unwrap();
+        fs_err::copy(entry.path(), base.join(entry.file_name())).unwrap();
+    }
+    // The same weights, but two tokens have changed their numbers.
+    let path = base.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value =
+        serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let (a, b) = (vocabulary["a"].clone(), vocabulary["b"].clone());
+    vocabulary.insert("a".to_owned(), b);
+    vocabulary.insert("b".to_owned(), a);
+    fs_err::write(&path, tokenizer.to_string()).unwrap();
+
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &tiny_model());
+    let message = refusal(&config(&["--model", base.to_str().unwrap()]), dir.path());
+    assert!(
+        message.contains("adapter's base: expected tiny-chat (sha256 ")
+            && message.contains("got a model with sha256 "),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_reward_model_that_is_not_there_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &tiny_model());
+    fs_err::remove_dir_all(dir.path().join("reward/consequence")).unwrap();
+    let message = refusal(&config(&[]), dir.path());
+    assert!(message.contains("reward/consequence/adapter"), "{message}");
 }
 
 #[test]

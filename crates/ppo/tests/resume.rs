@@ -4,14 +4,15 @@ mod common;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use arete_model::random;
 use arete_records::run::{RunJson, sha256_file};
 use common::{tiny_chat, tiny_model, write_prompts, write_rewards};
 
-/// Kills a run; `ARETE_KILLS` asks for more (the torture test).
-fn n_kills() -> u64 {
-    std::env::var("ARETE_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(3)
+/// Kills in `make test`; `make torture` asks for more.
+fn n_kills() -> usize {
+    if std::env::var_os("ARETE_TORTURE").is_some() { 20 } else { 3 }
 }
 
 fn start(dir: &Path, output: &str) -> Child {
@@ -20,6 +21,8 @@ fn start(dir: &Path, output: &str) -> Child {
         .arg(dir.join("prompts"))
         .arg("--rewards")
         .arg(dir.join("reward"))
+        .arg("--yardstick")
+        .arg(dir.join("reward/action"))
         .arg("--model")
         .arg(tiny_chat())
         .arg("--output")
@@ -27,49 +30,111 @@ fn start(dir: &Path, output: &str) -> Child {
         .args(["--iterations", "6", "--rollout-size", "8", "--max-new-tokens", "12", "--rank", "4"])
         .args(["--learning-rate", "2e-3", "--kl-control", "adaptive", "--kl-horizon", "100"])
         .args(["--probe-every", "2", "--probe-prompts", "4", "--stats-samples", "8"])
-        .args(["--device", "cpu", "--threads", "1"])
+        .args(["--checkpoint-every", "2", "--device", "cpu", "--threads", "1"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap()
 }
 
+/// Everything the run made, by content; wall times are no results.
+fn sums(output: &Path) -> Vec<(String, String)> {
+    let run = RunJson::read(output).unwrap();
+    let files: Vec<(String, String)> = run
+        .outputs
+        .keys()
+        .map(|file| (file.clone(), sha256_file(output.join(file)).unwrap()))
+        .collect();
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    for file in [
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "metrics.jsonl",
+        "rollouts/iteration-000006.parquet",
+    ] {
+        assert!(names.contains(&file), "{file}");
+    }
+    assert!(!names.iter().any(|name| name.contains("partial")), "{names:?}");
+    files
+}
+
 #[test]
-fn kills_change_no_byte() {
+fn torture_by_kills_changes_no_byte() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     write_prompts(dir);
     write_rewards(dir, &tiny_model());
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     assert!(start(dir, "whole").wait().unwrap().success());
     let whole_run = started.elapsed();
+    let expected = sums(&dir.join("whole"));
 
-    let n_kills = n_kills();
-    for kill in 0..n_kills {
+    let output = dir.join("killed");
+    let mut rng = random::stream(5, "kills");
+    let (mut n_killed, mut n_finished) = (0, 0);
+    while n_killed < n_kills() {
         let mut child = start(dir, "killed");
-        // Spread over the run, start-up included; a resumed run has less left, so early moments repeat.
-        let share = (2 * kill + 1) as f64 / (2 * n_kills) as f64;
-        std::thread::sleep(
-            whole_run.mul_f64(share.max(0.1) * 0.8) + Duration::from_millis(7 * kill),
-        );
-        child.kill().unwrap();
+        // A resumed run has less left than a whole one; one that is through starts again from nothing.
+        std::thread::sleep(whole_run.mul_f64(random::uniform(&mut rng)));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success());
+            assert_eq!(sums(&output), expected, "after {n_killed} kills");
+            fs_err::remove_dir_all(&output).unwrap();
+            n_finished += 1;
+            continue;
+        }
+        child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
+        n_killed += 1;
     }
     assert!(start(dir, "killed").wait().unwrap().success());
+    assert_eq!(sums(&output), expected, "after {n_killed} kills");
+    println!("{n_killed} kills, {} runs with the same bytes", n_finished + 1);
+}
 
-    let (whole, killed) = (dir.join("whole"), dir.join("killed"));
-    let (a, b) = (RunJson::read(&whole).unwrap(), RunJson::read(&killed).unwrap());
-    assert_eq!(a.counts, b.counts);
-    assert_eq!(a.outputs.keys().collect::<Vec<_>>(), b.outputs.keys().collect::<Vec<_>>());
-    for file in a.outputs.keys() {
-        let same =
-            sha256_file(whole.join(file)).unwrap() == sha256_file(killed.join(file)).unwrap();
-        assert!(same, "{file}");
+#[test]
+fn a_half_finished_rollout_is_continued() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_prompts(dir);
+    write_rewards(dir, &tiny_model());
+    assert!(start(dir, "whole").wait().unwrap().success());
+    // Killed as soon as the first sequences of the third rollout have ended: with a checkpoint every second iteration,
+    // its journal is the only one left.
+    let journal = dir.join("out/rollouts/iteration-000003.partial.jsonl");
+    let has_lines = || fs_err::metadata(&journal).is_ok_and(|file| file.len() > 0);
+    let mut child = start(dir, "out");
+    while !has_lines() {
+        std::thread::sleep(Duration::from_micros(200));
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its third rollout began");
     }
-    for file in ["adapter/adapter_model.safetensors", "merged/model.safetensors", "metrics.jsonl"] {
-        assert!(a.outputs.contains_key(file), "{file}");
-    }
-    assert!(a.outputs.contains_key("rollouts/iteration-000006.parquet"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Tokens of the whole lines; the kill may have cut the last.
+    let kept: u64 = fs_err::read_to_string(&journal)
+        .unwrap()
+        .split_inclusive('\n')
+        .filter(|line| line.ends_with('\n'))
+        .map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let turns = line["turns"].as_array().unwrap();
+            turns.iter().map(|turn| turn["token_ids"].as_array().unwrap().len() as u64).sum::<u64>()
+        })
+        .sum();
+    assert!(kept > 0);
+    assert!(start(dir, "out").wait().unwrap().success());
+    assert!(!journal.exists());
+    assert_eq!(sums(&dir.join("out")), sums(&dir.join("whole")));
+    // What was kept was not sampled again. The killed attempt had not come to log its phases.
+    let sampled = |output: &str| -> Vec<u64> {
+        arete_records::jsonl::read(dir.join(output).join("timings.jsonl"))
+            .unwrap()
+            .into_iter()
+            .filter(|(_, line)| line["what"] == "sampling" && line["iteration"] == 3)
+            .map(|(_, line)| line["n_tokens"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(sampled("out"), [sampled("whole")[0] - kept]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod common;
 
 use arete_model::{Batch, SegmentIdx, adapter_files};
+use arete_ppo::rollout::{Conversation, Reply, own_logprobs};
 use arete_ppo::train;
 use arete_records::rows::RolloutRow;
 use arete_records::{Aspect, FinishReason};
@@ -215,6 +216,175 @@ fn several_minibatches_start_at_ratio_1_too() {
     // KL far below the target of 6: the coefficient falls by 0.2 · 8/20.
     let kl_coef = metric(&inputs.output, "kl_coef");
     assert!((kl_coef[1] - 0.05 * (1.0 - 0.2 * 8.0 / 20.0)).abs() < 1e-12, "{kl_coef:?}");
+}
+
+#[test]
+fn a_policy_that_drifts_too_far_stops_its_iteration_early() {
+    let dir = tempfile::tempdir().unwrap();
+    for (target_kl, steps, stopped) in [("1e-4", 1.0, 1.0), ("0", 4.0, 0.0)] {
+        let config = config(&[
+            "--programmed-reward",
+            "letter:e",
+            "--rollout",
+            "answer",
+            "--learning-rate",
+            "3e-2",
+            "--epochs",
+            "4",
+            "--iterations",
+            "1",
+            "--target-kl",
+            target_kl,
+        ]);
+        let inputs = by_rule(dir.path(), target_kl);
+        train(&config, &inputs).unwrap();
+        assert_eq!(metric(&inputs.output, "optimiser_steps"), [steps]);
+        assert_eq!(metric(&inputs.output, "stopped_early"), [stopped]);
+    }
+}
+
+#[test]
+fn everything_that_is_to_be_watched_is_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    write_rewards(dir.path(), &tiny_model());
+    let inputs = arete_ppo::TrainInputs {
+        yardstick: Some(dir.path().join("reward/action")),
+        ..inputs(dir.path(), "out")
+    };
+    train(&config(&["--iterations", "4", "--probe-every", "2"]), &inputs).unwrap();
+    let aspects = ["action", "motivation", "consequence"];
+    let per_aspect = ["score", "z", "length", "truncated"];
+    let per_aspect =
+        per_aspect.iter().flat_map(|name| aspects.map(|aspect| format!("{name}_{aspect}")));
+    let described: Vec<String> =
+        per_aspect.chain(["z_mean", "ensemble_disagreement"].map(str::to_owned)).collect();
+    let rollouts = [
+        // TRL's names; its `eps` is a wall time and stands in timings.jsonl.
+        "objective/kl",
+        "objective/entropy",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+        "objective/scores",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "policy/entropy_avg",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "val/clipfrac_avg",
+        "val/ratio",
+        "val/ratio_var",
+        "val/num_eos_tokens",
+        "lr",
+        "episode",
+        // Ours.
+        "explained_variance",
+        "first_log_ratio",
+        "sampler_trainer_difference",
+        "kl_coef",
+        "value_lr",
+        "policy_grad_norm",
+        "value_grad_norm",
+    ];
+    for name in rollouts.into_iter().chain(described.iter().map(String::as_str)) {
+        assert_eq!(metric(&inputs.output, name).len(), 4, "{name}");
+    }
+    for name in described.iter().map(String::as_str).chain(["kl", "yardstick"]) {
+        assert_eq!(metric(&inputs.output, &format!("probe/{name}")).len(), 3, "{name}");
+    }
+    for name in ["z_gain", "yardstick_gain", "over_optimised"] {
+        assert_eq!(metric(&inputs.output, &format!("probe/{name}")).len(), 2, "{name}");
+    }
+    for iteration in [0, 2, 4] {
+        let table = inputs.output.join(format!("completions/iteration-{iteration:06}.parquet"));
+        let rows: Vec<RolloutRow> = arete_records::parquet::read(table).unwrap();
+        assert_eq!(rows.len(), 4);
+    }
+    let timings = arete_records::jsonl::read(inputs.output.join("timings.jsonl")).unwrap();
+    for phase in ["sampling", "scoring", "reference", "first pass", "update"] {
+        let speeds: Vec<f64> = timings
+            .iter()
+            .filter(|(_, line)| line["what"] == phase)
+            .map(|(_, line)| line["tokens_per_s"].as_f64().unwrap())
+            .collect();
+        assert!(
+            speeds.len() == 4 && speeds.iter().all(|&speed| speed > 0.0),
+            "{phase}: {speeds:?}"
+        );
+    }
+    assert_eq!(timings.iter().filter(|(_, line)| line["eps"].is_number()).count(), 4);
+}
+
+#[test]
+fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    let (adapter, head) = common::random_reward(&model, 3);
+    let opposite = arete_model::ScalarHead { weight: -head.weight.copy() };
+    for (name, head) in [
+        ("reward/action", &head),
+        ("reward/motivation", &head),
+        ("reward/consequence", &head),
+        ("opposite", &opposite),
+    ] {
+        common::save_reward(&dir.path().join(name), &model, &adapter, Some(head));
+    }
+    let config = config(&[
+        "--rollout",
+        "answer",
+        "--learning-rate",
+        "4e-3",
+        "--value-learning-rate",
+        "1e-2",
+        "--iterations",
+        "14",
+        "--rollout-size",
+        "32",
+        "--kl-coef",
+        "0",
+        "--missing-eos-penalty",
+        "0",
+        "--select",
+        "last",
+    ]);
+    for (yardstick, alarm) in [("opposite", 1.0), ("reward/action", 0.0)] {
+        let inputs = arete_ppo::TrainInputs {
+            yardstick: Some(dir.path().join(yardstick)),
+            ..inputs(dir.path(), &format!("out/{alarm}"))
+        };
+        train(&config, &inputs).unwrap();
+        let last = |name: &str| metric(&inputs.output, name).pop().unwrap();
+        assert!(last("probe/z_gain") > 0.5, "{}", last("probe/z_gain"));
+        assert_eq!(last("probe/yardstick_gain") < 0.0, alarm > 0.0);
+        assert_eq!(last("probe/over_optimised"), alarm);
+    }
+}
+
+#[test]
+fn a_beginning_computed_once_changes_no_bit() {
+    let model = tiny_model();
+    let _guard = tch::no_grad_guard();
+    let (adapter, _) = common::random_reward(&model, 4);
+    let conversations: Vec<Conversation> = (0..11)
+        .map(|i| {
+            let own = 3 + i % 4;
+            let token_ids: Vec<i64> =
+                (10..30).chain((0..2 + own).map(|k| 40 + (13 * i + 7 * k) % 400)).collect();
+            let reply = Reply { tokens: 22..token_ids.len(), finish_reason: FinishReason::Stop };
+            Conversation {
+                prompt: 0,
+                token_ids,
+                n_prompt: 22,
+                replies: vec![reply],
+                sampled_logprob: Vec::new(),
+                messages: Vec::new(),
+            }
+        })
+        .collect();
+    let logprobs = |budget| -> Vec<f32> {
+        let all = own_logprobs(&model.decoder, Some(&adapter), &conversations, 0.7, budget);
+        all.unwrap().try_into().unwrap()
+    };
+    assert_eq!(logprobs(4096), logprobs(1)); // one by one nothing is shared
 }
 
 #[test]

@@ -1,0 +1,269 @@
+//! One iteration but for its files: a rollout, its rewards, the steps; and how long each phase took.
+
+use std::time::Instant;
+
+use arete_model::{Chat, Model, Tensor};
+use arete_records::{Aspect, FinishReason, interrupt, stats};
+use tch::{Device, Kind};
+
+use crate::assess::{self, Assessment};
+use crate::gae::estimate_advantages;
+use crate::journal::Journal;
+use crate::prompts::Prompt;
+use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
+use crate::scorer::{Ensemble, Scoring};
+use crate::update::{
+    FirstPass, Learning, Lessons, Models, Optimisers, Rates, Targets, UpdateReport, update,
+};
+use crate::whiten::{rescale, whiten};
+use crate::{Config, Error};
+
+/// What an iteration works with.
+#[derive(Debug)]
+pub(crate) struct Iteration<'a> {
+    /// The settings.
+    pub(crate) config: &'a Config,
+    /// The base.
+    pub(crate) model: &'a Model,
+    /// Its chat template.
+    pub(crate) chat: &'a Chat<'a>,
+    /// The reward models.
+    pub(crate) ensemble: &'a Ensemble,
+    /// How conversations are sampled.
+    pub(crate) sampler: &'a Sampler,
+    /// Which iteration, from 1.
+    pub(crate) iteration: u64,
+    /// Weight of the KL penalty.
+    pub(crate) kl_coef: f64,
+    /// Learning rates.
+    pub(crate) rates: Rates,
+}
+
+/// A part of an iteration, timed.
+#[derive(Clone, Debug)]
+pub(crate) struct Phase {
+    /// Its name.
+    pub(crate) what: &'static str,
+    /// How long it took.
+    pub(crate) seconds: f64,
+    /// Tokens that went through it: sampled ones for sampling, whole conversations elsewhere.
+    pub(crate) n_tokens: usize,
+}
+
+impl Phase {
+    /// Tokens a second.
+    pub(crate) fn tokens_per_s(&self) -> f64 {
+        self.n_tokens as f64 / self.seconds
+    }
+}
+
+/// What came of an iteration.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The rollout.
+    pub(crate) conversations: Vec<Conversation>,
+    /// Its scores and rewards.
+    pub(crate) assessment: Assessment,
+    /// The steps.
+    pub(crate) report: UpdateReport,
+    /// Numbers to log, in order.
+    pub(crate) metrics: Vec<(String, f64)>,
+    /// The phases, in order.
+    pub(crate) phases: Vec<Phase>,
+}
+
+impl Iteration<'_> {
+    /// Samples, scores and learns.
+    pub(crate) fn run(
+        &self,
+        models: &Models<'_>,
+        optimisers: &mut Optimisers,
+        prompts: &[&Prompt],
+        journal: Option<&mut Journal>,
+    ) -> Result<Outcome, Error> {
+        let (config, iteration) = (self.config, self.iteration);
+        let learning =
+            if iteration > config.value_warmup { Learning::Both } else { Learning::Critic };
+        let budget = config.micro_batch_tokens;
+        let mut phases = Vec::new();
+
+        let known: Vec<bool> = (0..prompts.len())
+            .map(|idx| journal.as_ref().is_some_and(|journal| journal.knows(idx)))
+            .collect();
+        let conversations = timed(&mut phases, "sampling", || {
+            let first = (iteration - 1) * config.rollout_size as u64;
+            let (adapter, purpose) = (Some(&models.policy), Purpose::Rollout);
+            let out = self
+                .sampler
+                .sample(self.model, self.chat, adapter, prompts, purpose, first, journal)?;
+            let sampled = out.iter().zip(&known).filter(|(_, is_known)| !**is_known);
+            let n_sampled = sampled.map(|(conversation, _)| conversation.n_own()).sum();
+            Ok((out, n_sampled))
+        })?;
+        let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
+        let scores = timed(&mut phases, "scoring", || {
+            let scoring = Scoring { decoder: &self.model.decoder, chat: self.chat, budget };
+            let prompt_id = |c: &Conversation| prompts[c.prompt].prompt_id.clone();
+            let scores = self.ensemble.scores(scoring, &conversations, iteration, prompt_id)?;
+            let n_read = scores.n_tokens;
+            Ok((scores, n_read))
+        })?;
+        interrupt::check()?;
+        let ref_logprob = timed(&mut phases, "reference", || {
+            let decoder = &self.model.decoder;
+            let out = own_logprobs(decoder, None, &conversations, config.temperature, budget)?;
+            Ok((out, n_tokens))
+        })?;
+        interrupt::check()?;
+        let lessons = Lessons::new(&conversations, config, iteration)?;
+        let first = timed(&mut phases, "first pass", || {
+            Ok((lessons.first_pass(models, learning)?, n_tokens))
+        })?;
+
+        let layout = Layout::new(&conversations);
+        let kl = &first.old_logprob - ref_logprob; // [n]
+        let kl_coef = self.kl_coef;
+        let assessment = assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
+        check_variance(&assessment.paid, iteration)?;
+        let targets = targets(&assessment, &layout, &first, config)?;
+        interrupt::check()?;
+        let kind = self.model.decoder.kind();
+        let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef, kind)?;
+        let report = timed(&mut phases, "update", || {
+            let rates = self.rates;
+            let report = update(
+                models, optimisers, &lessons, first, &targets, config, learning, rates, iteration,
+            )?;
+            let n_passes = report.n_steps.div_ceil(config.n_minibatches as u64) as usize;
+            Ok((report, n_tokens * n_passes))
+        })?;
+        let aspects: Vec<Aspect> =
+            self.ensemble.members.iter().map(|member| member.aspect).collect();
+        metrics.extend(of_update(&report));
+        metrics.extend(assess::describe(&conversations, &aspects, &assessment.scores));
+        metrics.push(("lr".to_owned(), self.rates.policy));
+        metrics.push(("value_lr".to_owned(), self.rates.critic));
+        Ok(Outcome { conversations, assessment, report, metrics, phases })
+    }
+}
+
+fn timed<T>(
+    phases: &mut Vec<Phase>,
+    what: &'static str,
+    work: impl FnOnce() -> Result<(T, usize), Error>,
+) -> Result<T, Error> {
+    let started = Instant::now();
+    let (out, n_tokens) = work()?;
+    phases.push(Phase { what, seconds: started.elapsed().as_secs_f64(), n_tokens });
+    Ok(out)
+}
+
+/// Advantages and returns of every own token.
+fn targets(
+    assessment: &Assessment,
+    layout: &Layout,
+    first: &FirstPass<'_>,
+    config: &Config,
+) -> Result<Targets, Error> {
+    let valid = layout.valid();
+    let rewards = if config.whiten_rewards {
+        rescale(&assessment.token_rewards, &valid)?
+    } else {
+        assessment.token_rewards.shallow_clone()
+    };
+    let values = layout.spread(&first.old_value); // [B, T]
+    let raw = estimate_advantages(&rewards, &values, &valid, config.gamma, config.lambda)?;
+    let advantage =
+        if config.whiten_advantages { whiten(&raw.advantage, &valid)? } else { raw.advantage };
+    Ok(Targets { advantage: layout.gather(&advantage), returns: layout.gather(&raw.returns) })
+}
+
+/// An iteration whose conversations all score the same teaches nothing: a broken reward model if it is the first.
+fn check_variance(paid: &[f64], iteration: u64) -> Result<(), Error> {
+    let first = paid.first().copied().unwrap_or(0.0);
+    if paid.len() < 2 || paid.iter().any(|&score| score != first) {
+        return Ok(());
+    }
+    if iteration == 1 {
+        return Err(Error::ZeroVariance {
+            what: "scores of the first rollout".to_owned(),
+            got: first,
+            n: paid.len(),
+        });
+    }
+    tracing::warn!(iteration, score = first, "every conversation scores the same");
+    Ok(())
+}
+
+/// What is known of an iteration before its first step. Sums are per conversation, entropy and values per token.
+fn summary(
+    conversations: &[Conversation],
+    assessment: &Assessment,
+    first: &FirstPass<'_>,
+    targets: &Targets,
+    kl_coef: f64,
+    kind: Kind,
+) -> Result<Vec<(String, f64)>, Error> {
+    let number = |tensor: Tensor| f64::try_from(tensor.to_kind(Kind::Double));
+    let sampled: Vec<f32> =
+        conversations.iter().flat_map(|c| c.sampled_logprob.iter().copied()).collect();
+    let sampled = Tensor::from_slice(&sampled).to_device(Device::Cpu);
+    let difference = number((&sampled - &first.old_logprob).abs().max())?;
+    warn_of_difference(difference, kind);
+    let n = conversations.len() as f64;
+    let non_score: Vec<f64> = assessment.kl.iter().map(|kl| -kl_coef * kl).collect();
+    let (paid, non_score) = (stats::mean(&assessment.paid), stats::mean(&non_score));
+    let variance = |tensor: &Tensor| number(tensor.to_kind(Kind::Double).var(false));
+    let residual = variance(&(&targets.returns - &first.old_value))?;
+    let spread = variance(&targets.returns)?;
+    let ended = conversations
+        .iter()
+        .flat_map(|c| &c.replies)
+        .filter(|reply| reply.finish_reason == FinishReason::Stop)
+        .count();
+    let line = [
+        ("objective/kl", stats::mean(&assessment.kl)),
+        ("objective/entropy", -number(first.old_logprob.sum(Kind::Double))? / n),
+        ("objective/non_score_reward", non_score),
+        ("objective/rlhf_reward", paid + non_score),
+        ("objective/scores", paid),
+        ("objective/scores_std", stats::std(&assessment.paid)),
+        ("policy/entropy_avg", number(first.entropy.mean(Kind::Double))?),
+        ("val/num_eos_tokens", ended as f64),
+        ("value_mean", number(first.old_value.mean(Kind::Double))?),
+        ("returns_mean", number(targets.returns.mean(Kind::Double))?),
+        ("explained_variance", if spread > 0.0 { 1.0 - residual / spread } else { 0.0 }),
+        ("sampler_trainer_difference", difference),
+        ("kl_coef", kl_coef),
+    ];
+    Ok(line.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
+/// Sampler and trainer are one decoder: on the CPU their numbers differ by little, elsewhere nothing is promised.
+fn warn_of_difference(difference: f64, kind: Kind) {
+    let limit = if kind == Kind::Float { 1e-4 } else { 1e-3 };
+    if difference > limit {
+        tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
+    }
+}
+
+/// The steps' numbers under TRL's names.
+fn of_update(report: &UpdateReport) -> Vec<(String, f64)> {
+    [
+        ("policy/approxkl_avg", report.approx_kl),
+        ("policy/clipfrac_avg", report.clip_fraction),
+        ("loss/policy_avg", report.policy_loss),
+        ("loss/value_avg", report.value_loss),
+        ("val/clipfrac_avg", report.value_clip_fraction),
+        ("val/ratio", report.ratio),
+        ("val/ratio_var", report.ratio_variance),
+        ("first_log_ratio", report.first_log_ratio),
+        ("policy_grad_norm", report.policy_grad_norm),
+        ("value_grad_norm", report.value_grad_norm),
+        ("optimiser_steps", report.n_steps as f64),
+        ("stopped_early", f64::from(u8::from(report.stopped_early))),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
