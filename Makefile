@@ -103,8 +103,9 @@ referees: .venv/ready $(BINARIES) ## judge our files by transformers, peft, data
 	@touch $@
 
 .PHONY: bench
-bench: $(ARETE)-model ## speed of the model crate beside what the hardware allows
+bench: $(ARETE)-model $(ARETE)-ppo ## speed of the stages beside what the hardware allows
 	$(ARETE)-model bench --model $(SMOLLM2)
+	$(ARETE)-ppo bench --model $(SMOLLM2)
 
 MISTRAL_7B := .deps/mistral-7b-random
 .PHONY: bench-7b
