@@ -17,6 +17,7 @@ use crate::{
 };
 
 mod bench;
+mod push;
 
 /// Generate, score, inspect and convert Llama and Mistral models
 #[derive(Debug, clap::Parser)]
@@ -48,6 +49,8 @@ enum Command {
     Merge(Merge),
     /// Measure sampling, prefill and training against this machine's matrix products
     Bench(bench::Bench),
+    /// Upload an adapter, a merged model or a data set to the hub, with a card
+    Push(push::Push),
 }
 
 /// Which model, and how it is held.
@@ -241,6 +244,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Quantize(arguments) => run_quantize(&arguments),
         Command::Merge(arguments) => run_merge(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Push(arguments) => push::run(&arguments),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Models and data files of the Hugging Face hub, downloaded into its cache and verified.
+//! Models and data files of the Hugging Face hub, downloaded into its cache and verified; and uploads ([`Hub::push`]).
 //!
 //! Downloads go through `hf-hub`, into a folder of their own; a file enters the cache (same layout as Python's
 //! `huggingface_hub`, so both share downloads) only after its size and hash agree with what the repository's
@@ -7,6 +7,8 @@
 //!
 //! Environment, as in Python: `HF_TOKEN` (or `HF_TOKEN_PATH`, or the token of `hf auth login`), `HF_ENDPOINT`,
 //! `HF_HUB_CACHE`, `HF_HOME`, `HF_HUB_OFFLINE`.
+
+mod upload;
 
 use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
@@ -20,6 +22,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Error;
 use crate::checkpoint::shards_of_index;
+pub use upload::{Content, Pushed, RepositoryKind, Upload};
 
 /// The branch taken when none is named.
 pub const DEFAULT_REVISION: &str = "main";
@@ -378,7 +381,7 @@ pub fn data_set(given: &str) -> Result<PathBuf, Error> {
 }
 
 /// `owner/name`, both plain enough for a file name.
-fn split_id(id: &str) -> Result<(&str, &str), Error> {
+pub(crate) fn split_id(id: &str) -> Result<(&str, &str), Error> {
     let plain = |part: &str| {
         (1..=96).contains(&part.len())
             && !part.starts_with(['.', '-'])

@@ -4,6 +4,7 @@ pub mod adapter_files;
 mod batch;
 pub mod bench;
 mod cache;
+pub mod card;
 pub mod chain;
 pub mod checkpoint;
 pub mod commands;
