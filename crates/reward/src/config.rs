@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum OverLength {
-    /// Its last `max_length` tokens are kept, and with them the answer and its end.
+    /// Its last `max_length` tokens are kept, and with them the answer and its end. Both sides of a pair lose the same
+    /// tokens where these are common to both.
     TruncateLeft,
     /// Its first `max_length` tokens are kept (the report's setting; no end of turn is seen).
     TruncateRight,

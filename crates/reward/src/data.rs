@@ -62,8 +62,7 @@ pub struct Pair {
 
 impl Pair {
     fn new(chosen: Sequence, rejected: Sequence, chosen_prob: f32, margin: f32) -> Self {
-        let common =
-            chosen.token_ids.iter().zip(&rejected.token_ids).take_while(|(a, b)| a == b).count();
+        let common = n_common(&chosen.token_ids, &rejected.token_ids);
         let shorter = chosen.token_ids.len().min(rejected.token_ids.len());
         let n_shared = common.min(shorter - 1);
         Self { chosen, rejected, n_shared, chosen_prob, margin }
@@ -306,22 +305,58 @@ pub fn tokenize_conversation(
     max_length: usize,
     over_length: OverLength,
 ) -> Result<Option<(Sequence, bool)>, arete_model::Error> {
+    let mut sequence = tokenize_whole(conversation, chat)?;
+    let is_cut = sequence.token_ids.len() > max_length;
+    if is_cut && over_length == OverLength::Drop {
+        return Ok(None);
+    }
+    cut(&mut sequence.token_ids, max_length, over_length);
+    Ok(Some((sequence, is_cut)))
+}
+
+fn tokenize_whole(
+    conversation: &Conversation,
+    chat: &Chat<'_>,
+) -> Result<Sequence, arete_model::Error> {
     let rendered = if conversation.truncated {
         chat.render_truncated(&conversation.messages)?
     } else {
         chat.render(&conversation.messages)?
     };
-    let mut token_ids = rendered.token_ids;
     let n_own_tokens = rendered.own.iter().filter(|&&own| own).count();
-    let is_cut = token_ids.len() > max_length;
-    if is_cut {
-        match over_length {
-            OverLength::TruncateLeft => drop(token_ids.drain(..token_ids.len() - max_length)),
-            OverLength::TruncateRight => token_ids.truncate(max_length),
-            OverLength::Drop => return Ok(None),
+    Ok(Sequence { token_ids: rendered.token_ids, n_own_tokens })
+}
+
+fn cut(token_ids: &mut Vec<i64>, max_length: usize, over_length: OverLength) {
+    match over_length {
+        OverLength::TruncateLeft => {
+            drop(token_ids.drain(..token_ids.len().saturating_sub(max_length)));
+        }
+        OverLength::TruncateRight | OverLength::Drop => token_ids.truncate(max_length),
+    }
+}
+
+/// Cuts the sides of a pair. On the left, both lose the same tokens as long as these are common to both: then they are
+/// compared in the same context, and what they share is still computed once.
+fn cut_pair(
+    chosen: &mut Vec<i64>,
+    rejected: &mut Vec<i64>,
+    max_length: usize,
+    over_length: OverLength,
+) {
+    let excess = chosen.len().max(rejected.len()).saturating_sub(max_length);
+    if over_length == OverLength::TruncateLeft && excess < n_common(chosen, rejected) {
+        for side in [&mut *chosen, &mut *rejected] {
+            drop(side.drain(..excess));
         }
     }
-    Ok(Some((Sequence { token_ids, n_own_tokens }, is_cut)))
+    cut(chosen, max_length, over_length);
+    cut(rejected, max_length, over_length);
+}
+
+/// Leading tokens that are the same.
+fn n_common(a: &[i64], b: &[i64]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 /// Tokenises pairs.
@@ -339,22 +374,23 @@ pub fn tokenize(
     let mut out = Pairs::default();
     for preference in preferences {
         let side = |conversation| {
-            tokenize_conversation(conversation, chat, max_length, over_length).map_err(|source| {
+            tokenize_whole(conversation, chat).map_err(|source| {
                 let source = Box::new(source);
                 Error::Rendering { path: path.to_owned(), row: preference.row, source }
             })
         };
-        let (Some((chosen, chosen_cut)), Some((rejected, rejected_cut))) =
-            (side(&preference.chosen)?, side(&preference.rejected)?)
-        else {
+        let (mut chosen, mut rejected) = (side(&preference.chosen)?, side(&preference.rejected)?);
+        let is_long = chosen.token_ids.len().max(rejected.token_ids.len()) > max_length;
+        if is_long && over_length == OverLength::Drop {
             out.n_dropped += 1;
             continue;
-        };
+        }
+        cut_pair(&mut chosen.token_ids, &mut rejected.token_ids, max_length, over_length);
         if chosen.token_ids == rejected.token_ids {
             out.n_identical += 1;
             continue;
         }
-        out.n_cut += usize::from(chosen_cut || rejected_cut);
+        out.n_cut += usize::from(is_long);
         let chosen_prob = match label {
             Label::Soft => preference.chosen_prob,
             Label::Hard => 1.0,
@@ -383,6 +419,23 @@ mod tests {
         assert_eq!(shared(&[5], &[5, 6]), 0);
         let pair = Pair::new(sequence(&[1, 2, 3, 4]), sequence(&[1, 2, 9]), 1.0, 0.0);
         assert_eq!(pair.n_tokens(), 5);
+    }
+
+    #[test]
+    fn sides_cut_on_the_left_keep_the_same_context() {
+        let cut = |chosen: &[i64], rejected: &[i64]| {
+            let (mut chosen, mut rejected) = (chosen.to_vec(), rejected.to_vec());
+            cut_pair(&mut chosen, &mut rejected, 4, OverLength::TruncateLeft);
+            (chosen, rejected)
+        };
+        // 1 2 3 are common: the longer side's excess is one, both lose the 1.
+        assert_eq!(cut(&[1, 2, 3, 8, 9], &[1, 2, 3, 7]), (vec![2, 3, 8, 9], vec![2, 3, 7]));
+        // The excess is all they share: each keeps as much as fits.
+        assert_eq!(cut(&[1, 2, 6, 7, 8, 9], &[1, 2, 5]), (vec![6, 7, 8, 9], vec![1, 2, 5]));
+        assert_eq!(cut(&[1, 2], &[1, 3]), (vec![1, 2], vec![1, 3]));
+        let (mut chosen, mut rejected) = (vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4, 6]);
+        cut_pair(&mut chosen, &mut rejected, 4, OverLength::TruncateRight);
+        assert_eq!(chosen, rejected);
     }
 
     #[test]

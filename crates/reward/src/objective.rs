@@ -27,6 +27,8 @@ pub struct BradleyTerry<'a> {
     pub micro_batch_tokens: usize,
     /// Whether blocks run again in the backward pass.
     pub recompute: bool,
+    /// Scores of the validation pairs, chosen and rejected, as the last evaluation found them.
+    pub evaluated: Option<Vec<[f64; 2]>>,
 }
 
 impl Objective for BradleyTerry<'_> {
@@ -65,6 +67,7 @@ impl Objective for BradleyTerry<'_> {
         let pairs: Vec<&Pair> = self.validation.iter().collect();
         let budget = self.micro_batch_tokens;
         let scores = pair_scores(self.decoder, Some(self.adapter), self.head, &pairs, budget)?;
+        self.evaluated = Some(scores.clone());
         let (chosen, rejected): (Vec<f64>, Vec<f64>) =
             scores.into_iter().map(|[chosen, rejected]| (chosen, rejected)).unzip();
         let both = Tensor::from_slice(&[chosen.as_slice(), &rejected].concat());

@@ -210,14 +210,19 @@ impl Base<'_> {
         let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |a| a.index() as u64));
         let mut head = ScalarHead::normal(model.config.hidden_size, head_seed, device);
         head.set_trainable(true);
-        let outcome = self.optimise(&job, &data, &adapter, &head)?;
+        let (outcome, evaluated) = self.optimise(&job, &data, &adapter, &head)?;
         adapter.set_trainable(false);
         head.set_trainable(false);
 
-        let stats = self.score_stats(&job, &data, &chat, &adapter, &head)?;
+        let scores = match evaluated {
+            Some(scores) => scores,
+            None => self.validation_scores(&data, &adapter, &head)?,
+        };
+        let stats = self.score_stats(&job, &data, &scores, &chat, &adapter, &head)?;
         write_json(&output.join("score_stats.json"), &stats)?;
-        let evaluation = self.evaluate(&data, &adapter, &head)?;
-        if let Some(report) = &evaluation {
+        if !scores.is_empty() {
+            let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
+            let report = &evaluation::report(data.validation_name, &pairs, &scores, config.seed);
             write_json(&output.join("evaluation.json"), report)?;
             tracing::info!(
                 n = report.n,
@@ -281,13 +286,14 @@ impl Base<'_> {
         })
     }
 
+    /// Trains; also the scores of the validation pairs with the weights it ends with, if it has just computed them.
     fn optimise(
         &self,
         job: &Job,
         data: &Data,
         adapter: &Adapter,
         head: &ScalarHead,
-    ) -> Result<Outcome, Error> {
+    ) -> Result<(Outcome, Option<Vec<[f64; 2]>>), Error> {
         let config = self.config;
         let mut parameters = adapter.parameters();
         parameters.push((HEAD.to_owned(), head.weight.shallow_clone()));
@@ -335,40 +341,46 @@ impl Base<'_> {
             center: config.center_rewards_coefficient,
             micro_batch_tokens: config.micro_batch_tokens,
             recompute: config.recompute,
+            evaluated: None,
         };
         let fingerprint = job.run.fingerprint().to_owned();
         let output = job.run.output();
-        Ok(train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, &fingerprint)?)
+        let outcome =
+            train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, &fingerprint)?;
+        let is_last = outcome.selected_step == outcome.state.global_step;
+        Ok((outcome, objective.evaluated.filter(|_| is_last)))
     }
 
-    fn evaluate(
+    /// Scores of the validation pairs, chosen and rejected.
+    fn validation_scores(
         &self,
         data: &Data,
         adapter: &Adapter,
         head: &ScalarHead,
-    ) -> Result<Option<evaluation::Report>, Error> {
-        if data.validation.pairs.is_empty() {
-            return Ok(None);
-        }
+    ) -> Result<Vec<[f64; 2]>, Error> {
         let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
         let budget = self.config.micro_batch_tokens;
-        let scores = pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?;
-        Ok(Some(evaluation::report(data.validation_name, &pairs, &scores, self.config.seed)))
+        Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
     }
 
-    /// Statistics of the scores of validation conversations.
+    /// Statistics of the scores of validation conversations; without those, of the validation pairs.
     fn score_stats(
         &self,
         job: &Job,
         data: &Data,
+        scores: &[[f64; 2]],
         chat: &Chat<'_>,
         adapter: &Adapter,
         head: &ScalarHead,
     ) -> Result<ScoreStats, Error> {
         let sequences = match (&job.conversations, job.aspect) {
             (Some(path), Some(aspect)) => self.conversations(path, aspect, chat)?,
-            _ => both_sides(&data.validation.pairs),
+            _ => Vec::new(),
         };
+        if sequences.is_empty() && !scores.is_empty() {
+            let base_sha256 = &self.model.base_sha256;
+            return Ok(ScoreStats::of(&scores.concat(), data.validation_name, base_sha256));
+        }
         let (sequences, split) = if sequences.is_empty() {
             tracing::warn!("no validation conversations: score statistics are of training pairs");
             (both_sides(&data.train.pairs), Split::Train.name())

@@ -107,6 +107,7 @@ fn losses_gradients_and_weights_are_those_of_trl() {
             center: 0.01,
             micro_batch_tokens,
             recompute,
+            evaluated: None,
         };
         let schedule = Schedule::new(ScheduleKind::Linear, 5e-3, 0.0, N_STEPS as u64).unwrap();
         let mut num_tokens = 0.0;
