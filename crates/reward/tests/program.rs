@@ -1,4 +1,4 @@
-//! The program itself: preferences to reward models, scores, kills, and every kind of bad input.
+//! The program itself: preferences to reward models, scores, kills, signals, a full disk, and every kind of bad input.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use arete_records::rows::{ConversationRow, PreferenceRow};
 use arete_records::{FinishReason, Message, Split, parquet};
+use rand_chacha::rand_core::Rng;
 use serde_json::Value;
 
 fn model() -> PathBuf {
@@ -196,31 +197,158 @@ fn preferences_become_a_reward_model_that_scores() {
     assert!(!merged_dir.exists());
 }
 
-#[test]
-fn killed_it_ends_with_the_same_bytes() {
-    let dir = tempfile::tempdir().unwrap();
-    let preferences = preferences(dir.path());
-    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
-    succeed(train(&preferences, &whole, &[]));
-    for n in [1, 7, 13] {
-        let mut child = train(&preferences, &killed, &[]).spawn().unwrap();
-        let started = Instant::now();
-        while lines(&killed.join("action/metrics.jsonl")).len() < n
-            && child.try_wait().unwrap().is_none()
-        {
-            assert!(started.elapsed() < Duration::from_secs(120), "no progress");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        child.kill().unwrap();
-        assert_eq!(child.wait().unwrap().signal(), Some(9), "it ended before it was killed");
+/// Starts training and waits until it has logged `n` lines (or ended).
+fn start_until(preferences: &Path, output: &Path, n: usize) -> std::process::Child {
+    let mut child = train(preferences, output, &[]).spawn().unwrap();
+    let started = Instant::now();
+    while lines(&output.join("action/metrics.jsonl")).len() < n
+        && child.try_wait().unwrap().is_none()
+    {
+        assert!(started.elapsed() < Duration::from_secs(120), "no progress");
+        std::thread::sleep(Duration::from_millis(1));
     }
-    succeed(train(&preferences, &killed, &[]));
-    let (a, b) = (files(&whole), files(&killed));
+    child
+}
+
+fn assert_same_files(a: &Path, b: &Path) {
+    let (a, b) = (files(a), files(b));
     assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
     for (name, bytes) in &a {
         assert!(bytes == &b[name], "{name} differs");
     }
     assert!(a.contains_key("action/run.json"));
+}
+
+/// Three kills; `make torture` kills twenty times.
+#[test]
+fn torture_by_kills_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    succeed(train(&preferences, &whole, &[]));
+    let n_kills: usize = if std::env::var_os("ARETE_TORTURE").is_some() { 20 } else { 3 };
+    let n_lines = lines(&whole.join("action/metrics.jsonl")).len();
+    let mut rng = arete_model::random::stream(11, "kills");
+    let mut n_interrupted = 0;
+    for kill in 0..n_kills {
+        // Anywhere: while starting, in a step, while a checkpoint is written, while the results are.
+        let mut child = start_until(&preferences, &killed, n_lines * kill / n_kills);
+        std::thread::sleep(Duration::from_micros(rng.next_u64() % 30_000));
+        child.kill().unwrap();
+        n_interrupted += usize::from(child.wait().unwrap().signal() == Some(9));
+    }
+    assert!(2 * n_interrupted > n_kills, "{n_interrupted} of {n_kills} were killed in time");
+    succeed(train(&preferences, &killed, &[]));
+    assert_same_files(&whole, &killed);
+}
+
+#[test]
+fn a_signal_ends_it_with_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let output = dir.path().join("reward");
+    for (n, signal, code) in [(3, "INT", 130), (8, "TERM", 143)] {
+        let child = start_until(&preferences, &output, n);
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+        let done = child.wait_with_output().unwrap();
+        assert_eq!(done.status.code(), Some(code), "{}", message(&done));
+    }
+    succeed(train(&preferences, &output, &[]));
+    let whole = dir.path().join("whole");
+    succeed(train(&preferences, &whole, &[]));
+    assert_same_files(&whole, &output);
+}
+
+/// Kills a run that has a checkpoint; returns its checkpoints.
+fn killed_with_a_checkpoint(preferences: &Path, output: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut child = start_until(preferences, output, 7);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let mut files = files(output);
+    files.retain(|name, _| name.contains("checkpoint-"));
+    assert!(files.keys().any(|name| name.ends_with("MANIFEST.json")));
+    files
+}
+
+#[test]
+fn a_full_disk_leaves_the_last_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let output = dir.path().join("reward");
+    let before = killed_with_a_checkpoint(&preferences, &output);
+    // No file may grow beyond 20 blocks of 512 bytes: the checkpoint cannot be written.
+    let command = train(&preferences, &output, &[]);
+    let quoted: Vec<String> =
+        command.get_args().map(|argument| format!("'{}'", argument.to_str().unwrap())).collect();
+    let program = env!("CARGO_BIN_EXE_arete-reward");
+    let script = format!("trap '' XFSZ; ulimit -f 20; exec '{program}' {}", quoted.join(" "));
+    let full = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert_eq!(full.status.code(), Some(74), "{}", message(&full));
+    assert!(message(&full).contains("tensors.safetensors"), "{}", message(&full));
+    let after = files(&output);
+    for (name, bytes) in &before {
+        assert_eq!(after.get(name), Some(bytes), "{name}");
+    }
+    succeed(train(&preferences, &output, &[]));
+    let whole = dir.path().join("whole");
+    succeed(train(&preferences, &whole, &[]));
+    assert_same_files(&whole, &output);
+}
+
+/// A copy of the base, of which one bit of a weight can be changed.
+fn copied_base(dir: &Path) -> PathBuf {
+    let base = dir.join("base");
+    fs_err::create_dir_all(&base).unwrap();
+    for entry in fs_err::read_dir(model()).unwrap() {
+        let path = entry.unwrap().path();
+        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
+    }
+    base
+}
+
+fn change_a_weight(base: &Path) {
+    let weights = base.join("model.safetensors");
+    let mut bytes = fs_err::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs_err::write(&weights, bytes).unwrap();
+}
+
+#[test]
+fn a_checkpoint_over_another_base_is_not_continued() {
+    let dir = tempfile::tempdir().unwrap();
+    let (preferences, base) = (preferences(dir.path()), copied_base(dir.path()));
+    let output = dir.path().join("reward");
+    // Interrupted half-way: two of eighteen steps, as if it had been killed there.
+    let mut child = train_on(&base, &preferences, &output, &[]).spawn().unwrap();
+    let metrics = output.join("action/metrics.jsonl");
+    while lines(&metrics).len() < 7 && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(files(&output).keys().any(|name| name.contains("checkpoint-")));
+    change_a_weight(&base);
+    let again = succeed(train_on(&base, &preferences, &output, &[]));
+    let said = message(&again);
+    assert!(said.contains("model") && !said.contains("resuming from checkpoint"), "{said}");
+    let fresh = dir.path().join("fresh");
+    succeed(train_on(&base, &preferences, &fresh, &[]));
+    assert_same_files(&fresh, &output);
+}
+
+#[test]
+fn without_validation_pairs_it_trains_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    write_pairs(&preferences, "validation", &[]);
+    let output = dir.path().join("reward");
+    let done = succeed(train(&preferences, &output, &["--max-steps", "2"]));
+    assert!(message(&done).contains("the run is not evaluated"), "{}", message(&done));
+    let action = output.join("action");
+    assert!(!action.join("evaluation.json").exists());
+    let stats = json(&action.join("score_stats.json"));
+    assert_eq!((&stats["split"], &stats["n"]), (&"train".into(), &60.into()));
 }
 
 #[test]
@@ -335,18 +463,9 @@ fn an_adapter_is_not_used_with_another_base() {
     let dir = tempfile::tempdir().unwrap();
     let preferences = preferences(dir.path());
     let output = dir.path().join("reward");
-    let base = dir.path().join("base");
-    fs_err::create_dir_all(&base).unwrap();
-    for entry in fs_err::read_dir(model()).unwrap() {
-        let path = entry.unwrap().path();
-        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
-    }
+    let base = copied_base(dir.path());
     succeed(train_on(&base, &preferences, &output, &["--max-steps", "2"]));
-    // The base changes: the last byte of a weight.
-    let weights = base.join("model.safetensors");
-    let mut bytes = fs_err::read(&weights).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    fs_err::write(&weights, bytes).unwrap();
+    change_a_weight(&base);
     let input = dir.path().join("input.jsonl");
     fs_err::write(&input, r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#)
         .unwrap();

@@ -1,11 +1,13 @@
 //! The program itself: killed at any moment it ends with the same bytes; signals, a full disk and bad input leave clear
-//! errors and the last checkpoint. `ARETE_KILLS` sets the number of kills (default 3).
+//! errors and the last checkpoint.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use rand_chacha::rand_core::Rng;
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
@@ -109,23 +111,26 @@ fn start_until(data: &Path, output: &Path, n: usize) -> std::process::Child {
     child
 }
 
+/// Three kills; `make torture` kills twenty times.
 #[test]
-fn killed_at_any_moment_it_ends_with_the_same_bytes() {
+fn torture_by_kills_ends_with_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let data = demonstrations(dir.path());
     let whole = dir.path().join("whole");
     succeed(&data, &whole);
-    let n_kills = std::env::var("ARETE_KILLS").map_or(3, |kills| kills.parse().unwrap());
+    let n_kills: usize = if std::env::var_os("ARETE_TORTURE").is_some() { 20 } else { 3 };
+    let n_lines = n_lines(&whole.join("metrics.jsonl"));
+    let mut rng = arete_model::random::stream(11, "kills");
     let killed = dir.path().join("killed");
     let mut n_interrupted = 0;
     for kill in 0..n_kills {
-        // 38 lines in all; the waits in microseconds are arbitrary.
-        let mut child = start_until(&data, &killed, 2 + 36 * kill / n_kills.max(1));
-        std::thread::sleep(Duration::from_micros(7919 * (kill as u64 + 1) % 20_000));
+        // Anywhere: while starting, in a step, while a checkpoint is written, while the results are.
+        let mut child = start_until(&data, &killed, n_lines * kill / n_kills);
+        std::thread::sleep(Duration::from_micros(rng.next_u64() % 30_000));
         child.kill().unwrap();
         n_interrupted += usize::from(child.wait().unwrap().signal() == Some(9));
     }
-    assert!(n_interrupted > 0, "every run ended before it was killed");
+    assert!(2 * n_interrupted > n_kills, "{n_interrupted} of {n_kills} were killed in time");
     succeed(&data, &killed);
     assert_same_files(&whole, &killed);
 
@@ -182,6 +187,45 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     let whole = dir.path().join("whole");
     succeed(&data, &whole);
     assert_same_files(&whole, &output);
+}
+
+#[test]
+fn a_checkpoint_over_another_base_is_not_continued() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = demonstrations(dir.path());
+    let base = dir.path().join("base");
+    fs_err::create_dir_all(&base).unwrap();
+    for entry in fs_err::read_dir(model()).unwrap() {
+        let path = entry.unwrap().path();
+        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
+    }
+    let over_base = |output: &Path| {
+        let mut arguments = arguments(&data, output);
+        let at = arguments.iter().position(|flag| flag == "--model").unwrap() + 1;
+        arguments[at] = base.to_str().unwrap().to_owned();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-sft"));
+        command.args(arguments).stderr(Stdio::piped()).stdout(Stdio::null());
+        command
+    };
+    let output = dir.path().join("run");
+    let mut child = over_base(&output).spawn().unwrap();
+    while n_lines(&output.join("metrics.jsonl")) < 7 && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(files(&output).keys().any(|name| name.starts_with("checkpoint-")));
+    let weights = base.join("model.safetensors");
+    let mut bytes = fs_err::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs_err::write(&weights, bytes).unwrap();
+    let again = over_base(&output).output().unwrap();
+    assert!(again.status.success(), "{}", message(&again));
+    let said = message(&again);
+    assert!(said.contains("model") && !said.contains("resuming from checkpoint"), "{said}");
+    let fresh = dir.path().join("fresh");
+    assert!(over_base(&fresh).status().unwrap().success());
+    assert_same_files(&fresh, &output);
 }
 
 #[test]
