@@ -42,6 +42,9 @@ JSON
 logprobs() { # logprobs OUTPUT MODEL [ADAPTER]
     target/release/arete-model logprobs --model "$2" ${3:+--adapter "$3"} --dtype f32 --jsonl "$jsonl" >"$1"
 }
+scores() { # scores OUTPUT MODEL [ADAPTER]
+    target/release/arete-reward score --model "$2" ${3:+--adapter "$3"} --dtype f32 --input "$jsonl" --output "$1"
+}
 
 # ORIGINAL: the model the run started from, as a Hugging Face directory.
 original=${ORIGINAL:-.deps/smollm2/hf}
@@ -55,7 +58,8 @@ mapfile -t adapters < <(find "$run" -name adapter_config.json -not -path '*/chec
 for adapter in "${adapters[@]}"; do
     if [[ $adapter == "$run/sft"* ]]; then over=$original; else over=$base; fi
     if grep -q '"SEQ_CLS"' "$adapter/adapter_config.json"; then
-        check $here/check_adapter.py --base "$over" --adapter "$adapter"
+        scores "$work/scores" "$over" "$adapter"
+        check $here/check_adapter.py --base "$over" --adapter "$adapter" --scores "$work/scores" --conversations "$jsonl" --tolerance 1e-4
     else
         logprobs "$work/adapter" "$over" "$adapter"
         check $here/check_adapter.py --base "$over" --adapter "$adapter" --logprobs "$work/adapter" --tolerance 2e-4
@@ -63,7 +67,12 @@ for adapter in "${adapters[@]}"; do
 done
 mapfile -t models < <(find "$run" -name config.json -not -path "$run/sft/merged/*" -not -path '*/checkpoint*' -printf '%h\n' | sort)
 for model in "${models[@]}"; do
-    check $here/check_model.py "$model"
+    if grep -q ForSequenceClassification "$model/config.json"; then
+        scores "$work/scores" "$model"
+        check $here/check_model.py "$model" --scores "$work/scores" --conversations "$jsonl"
+    else
+        check $here/check_model.py "$model"
+    fi
 done
 
 [ $checked -gt 0 ] || {

@@ -1,11 +1,12 @@
 """Loads one of our LoRA adapters in peft; compares log-probabilities or scores, and our merged model with peft's merge.
 
 Run: .venv/bin/python scripts/referees/check_adapter.py --base DIR --adapter DIR [--merged DIR] [--logprobs FILE]
-       [--tolerance 1e-5] [--merged-tolerance 1e-4]
+       [--scores FILE --conversations FILE] [--tolerance 1e-5] [--merged-tolerance 1e-4]
 
 --base       the Hugging Face directory the adapter was trained over
 --adapter    our directory (adapter_config.json, adapter_model.safetensors), CAUSAL_LM or SEQ_CLS
 --logprobs   output of `arete-model logprobs --model BASE --adapter ADAPTER --dtype f32 --jsonl …`
+--scores     output of `arete-reward score --model BASE --adapter ADAPTER --dtype f32 --input CONVERSATIONS`
 --merged     our merged directory of the same adapter; for a merge stored in bf16 allow more (--merged-tolerance)
 """
 
@@ -14,6 +15,7 @@ import json
 import pathlib
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--adapter", type=pathlib.Path, required=True)
     parser.add_argument("--merged", type=pathlib.Path)
     parser.add_argument("--logprobs", type=pathlib.Path)
+    parser.add_argument("--scores", type=pathlib.Path)
+    parser.add_argument("--conversations", type=pathlib.Path)
     parser.add_argument("--tolerance", type=float, default=1e-5)
     parser.add_argument("--merged-tolerance", type=float, default=1e-4)
     arguments = parser.parse_args()
@@ -54,6 +58,9 @@ def main() -> None:
                 common.fail(f"{arguments.adapter}: the adapter changes nothing")
     if arguments.logprobs:
         common.compare_logprobs(model, arguments.logprobs, arguments.tolerance)
+    if arguments.scores:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.base)
+        common.compare_scores(model, tokenizer, arguments.conversations, arguments.scores, arguments.tolerance)
     if arguments.merged:
         ours = common.load(arguments.merged)
         difference = (ours(ids).logits - with_adapter).abs().max().item()

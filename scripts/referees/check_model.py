@@ -1,8 +1,9 @@
 """Loads one of our model directories in transformers: every tensor used, template and tokenizer there, values finite.
 
-Run: .venv/bin/python scripts/referees/check_model.py DIR [--logprobs FILE] [--tolerance 1e-4]
+Run: .venv/bin/python scripts/referees/check_model.py DIR [--logprobs FILE] [--scores FILE --conversations FILE] [--tolerance 1e-4]
 
 --logprobs   output of `arete-model logprobs --model DIR --dtype f32 --jsonl …` (language models)
+--scores     output of `arete-reward score --model DIR --dtype f32 --input CONVERSATIONS` (reward models)
 """
 
 import argparse
@@ -19,6 +20,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--logprobs", type=pathlib.Path)
+    parser.add_argument("--scores", type=pathlib.Path)
+    parser.add_argument("--conversations", type=pathlib.Path)
     parser.add_argument("--tolerance", type=float, default=1e-4)
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -45,6 +48,8 @@ def main() -> None:
         common.require_within(f"score of {folder} with padding", (model(padded).logits - logits).abs().max().item(), 1e-4)
     if arguments.logprobs:
         common.compare_logprobs(model, arguments.logprobs, arguments.tolerance)
+    if arguments.scores:
+        common.compare_scores(model, tokenizer, arguments.conversations, arguments.scores, arguments.tolerance)
     common.passed(f"transformers loads {folder} ({type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters)")
 
 

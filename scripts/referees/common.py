@@ -77,3 +77,22 @@ def compare_logprobs(model: torch.nn.Module, path: pathlib.Path, tolerance: floa
     if tokens == 0:
         fail(f"{path}: no tokens to compare")
     require_within(f"log-probabilities of {tokens} tokens against transformers ({path.name})", largest, tolerance)
+
+
+@torch.no_grad()
+def compare_scores(model: torch.nn.Module, tokenizer, conversations: pathlib.Path, path: pathlib.Path, tolerance: float) -> None:
+    """Compares with the lines of `arete-reward score --input CONVERSATIONS`: the score at the template's last token."""
+    largest, rows = 0.0, 0
+    ours = [json.loads(line) for line in path.read_text().splitlines()]
+    theirs = [json.loads(line) for line in conversations.read_text().splitlines()]
+    if len(ours) != len(theirs) or not ours:
+        fail(f"{path}: {len(ours)} scores of {len(theirs)} conversations")
+    for row, conversation in zip(ours, theirs):
+        text = tokenizer.apply_chat_template(conversation["messages"], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if ids.shape[1] != row["n_tokens"]:
+            fail(f"{path}: row {row['row']} has {row['n_tokens']} tokens, transformers finds {ids.shape[1]}")
+        difference = abs(model(ids).logits[0, 0].item() - row["score"])
+        largest = max(largest, difference) if difference == difference else float("nan")
+        rows += 1
+    require_within(f"scores of {rows} conversations against transformers ({path.name})", largest, tolerance)
