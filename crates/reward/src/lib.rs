@@ -9,6 +9,7 @@
 //! are computed once; over-long conversations are cut or dropped as told, not silently dropped; rows whose sides
 //! are identical after cutting are left out and counted; labels may be soft.
 
+pub mod bench;
 pub mod config;
 pub mod data;
 mod error;

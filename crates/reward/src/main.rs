@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use arete_records::cli::{self, StageArgs};
 use arete_records::{Aspect, interrupt, recipe};
+use arete_reward::bench::Bench;
 use arete_reward::score::ScoreConfig;
 use arete_reward::{Config, Error, PreferenceSource, TrainInputs};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -73,6 +74,12 @@ enum Command {
         #[command(flatten)]
         config: Config,
     },
+    /// Measure training against this machine's matrix products
+    #[command(after_help = "Example:\n  arete-reward bench --model models/SmolLM2-135M-Instruct")]
+    Bench {
+        #[command(flatten)]
+        bench: Bench,
+    },
     /// Score conversations
     #[command(after_help = "Example:\n  arete-reward score --model runs/demo/sft/merged \
         --adapter runs/demo/reward/action/adapter --input conversations.jsonl --output scores.jsonl")]
@@ -107,6 +114,7 @@ fn run() -> anyhow::Result<()> {
             arete_reward::train(&config, &inputs)
                 .with_context(|| format!("training on {}", from.display()))
         }
+        Command::Bench { bench } => arete_reward::bench::run(&bench).context("measuring"),
         Command::Score { config } => arete_reward::score::run(&config)
             .with_context(|| format!("scoring {}", config.input.display())),
     }

@@ -10,6 +10,7 @@
 //! tokens a step, because the product with the vocabulary would cost more than the number is worth (in evaluations it
 //! is over all of them).
 
+pub mod bench;
 pub mod config;
 pub mod data;
 mod error;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use arete_records::cli::{self, StageArgs};
 use arete_records::{interrupt, recipe};
+use arete_sft::bench::Bench;
 use arete_sft::{Config, Error};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -31,6 +32,12 @@ enum Command {
         #[command(flatten)]
         config: Config,
     },
+    /// Measure training against this machine's matrix products
+    #[command(after_help = "Example:\n  arete-sft bench --model models/SmolLM2-135M-Instruct")]
+    Bench {
+        #[command(flatten)]
+        bench: Bench,
+    },
 }
 
 fn main() -> ExitCode {
@@ -40,8 +47,11 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let matches = Cli::command().get_matches();
-    let Command::Train { stage, demonstrations, .. } = Cli::from_arg_matches(&matches)?.command;
-    let matches = matches.subcommand_matches("train").expect("the only command");
+    let (stage, demonstrations) = match Cli::from_arg_matches(&matches)?.command {
+        Command::Train { stage, demonstrations, .. } => (stage, demonstrations),
+        Command::Bench { bench } => return arete_sft::bench::run(&bench).context("measuring"),
+    };
+    let matches = matches.subcommand_matches("train").expect("the command parsed");
     let config: Config = recipe::resolve(matches, "sft", stage.recipe.as_deref())?;
     interrupt::install()?;
     arete_sft::train(&config, &demonstrations, &stage.output)

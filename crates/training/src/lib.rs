@@ -14,6 +14,7 @@
 //! - A loss or gradient that is not finite stops the run before it reaches the optimiser; only f16 on a GPU skips
 //!   the step instead, and halves its loss scale.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod error;
 pub mod optimiser;
