@@ -29,6 +29,8 @@ recipe = $(strip $(shell awk -F ' *= *' '/^\[/ { t = $$0 } t == "[$(1)]" && $$1 
 MODEL ?= $(or $(call recipe,run,model),$(SMOLLM2))# the original model: directory, GGUF file or hub id
 JUDGE ?=# another judge than the base
 PROMPTS ?= data/prompts# file, directory or hub id of the prompts
+PAIRS ?=# human preference pairs for the yardstick (hh-rlhf's form: JSON lines, .gz too, or Parquet)
+YARDSTICK ?=# directory of a yardstick (`make yardstick`) to score every model with
 
 ##@ Set-up and build
 
@@ -126,6 +128,7 @@ SFT_ENABLED := $(if $(filter false,$(call recipe,sft,enabled)),,yes)
 # What the stages after SFT load and freeze.
 BASE := $(if $(SFT_ENABLED),$(RUN)/sft/merged,$(MODEL))
 BASE_DONE := $(if $(SFT_ENABLED),$(RUN)/sft/run.json)
+YARDSTICK_FLAG = $(if $(YARDSTICK), --yardstick $(YARDSTICK))
 MODEL_FILE := $(wildcard $(MODEL) $(MODEL)/config.json)
 
 # The command of each stage, one line a stage.
@@ -135,8 +138,8 @@ run_sft = $(ARETE)-sft train $(STAGE_FLAGS) --demonstrations $(RUN)/demonstratio
 run_conversations = $(ARETE)-curation conversations $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --output $(RUN)/conversations
 run_preferences = $(ARETE)-curation preferences $(STAGE_FLAGS) --conversations $(RUN)/conversations --judge $(or $(JUDGE),$(BASE)) --output $(RUN)/preferences
 run_reward = $(ARETE)-reward train $(STAGE_FLAGS) --aspect all --preferences $(RUN)/preferences --conversations $(RUN)/conversations --model $(BASE) --output $(RUN)/reward
-run_ppo = $(ARETE)-ppo train $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --reward $(RUN)/reward --output $(RUN)/ppo
-run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward --output $(RUN)/scoring
+run_ppo = $(ARETE)-ppo train $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --reward $(RUN)/reward$(YARDSTICK_FLAG) --output $(RUN)/ppo
+run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward$(YARDSTICK_FLAG) --output $(RUN)/scoring
 run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)/report
 run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 
@@ -174,6 +177,21 @@ doctor: $(RUN)/scoring/run.json ## why is the reward flat? the diagnosis, one li
 	@$(run_doctor)
 demo: all ## every stage with recipes/demo.toml: about ten minutes on two cores
 	@echo "report: $(RUN)/report/report.html"
+
+##@ The yardstick (PAIRS=FILE): one reward model from human pairs, by which models of all recipes can be compared
+
+# Settings of its own, so that every recipe is measured by the same one.
+YARDSTICK_MODEL ?= $(SMOLLM2)# what it is trained on
+run_yardstick = $(ARETE)-reward train --recipe recipes/yardstick.toml --pairs $(PAIRS) --model $(YARDSTICK_MODEL)
+
+.PHONY: yardstick yardstick-check needs-pairs
+needs-pairs:
+	@[ -n "$(PAIRS)" ] || { echo "make: name human pairs with PAIRS=FILE (Anthropic/hh-rlhf, harmless-base)" >&2; exit 2; }
+yardstick: needs-pairs $(ARETE)-reward ## train it on all pairs, into runs/yardstick (or YARDSTICK=DIR); then YARDSTICK=DIR scores with it
+	$(run_yardstick) --all-pairs --merge --output $(or $(YARDSTICK),runs/yardstick)
+yardstick-check: needs-pairs $(ARETE)-reward ## is it any good? trained on four fifths, tested on the rest; and with labels by coin toss
+	$(run_yardstick) --output runs/yardstick-check/human
+	$(run_yardstick) --shuffle-labels --output runs/yardstick-check/shuffled
 
 ##@ Cleaning
 
