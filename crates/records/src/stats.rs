@@ -224,8 +224,18 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     ranks
 }
 
-/// Expected calibration error: the gap between stated probability and observed frequency, over
-/// bins of equal width, weighted by their sizes. NaN of nothing.
+/// Stated probabilities of about the same size, and how often they came true.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationBin {
+    /// How many.
+    pub n: usize,
+    /// Mean stated probability.
+    pub stated: f64,
+    /// Part of them that came true.
+    pub observed: f64,
+}
+
+/// A reliability diagram: bins of equal width, empty ones left out.
 ///
 /// # Panics
 ///
@@ -233,19 +243,49 @@ fn ranks(values: &[f64]) -> Vec<f64> {
 ///
 /// # Source
 ///
-/// Guo et al. 2017 (arXiv:1706.04599), eq. 3; a probability on an edge belongs to the upper bin,
-/// 1 to the last.
-pub fn expected_calibration_error(probabilities: &[f64], outcomes: &[bool], n_bins: usize) -> f64 {
+/// Guo et al. 2017 (arXiv:1706.04599), section 2; a probability on an edge belongs to the upper
+/// bin, 1 to the last.
+pub fn calibration_bins(
+    probabilities: &[f64],
+    outcomes: &[bool],
+    n_bins: usize,
+) -> Vec<CalibrationBin> {
     assert_eq!(probabilities.len(), outcomes.len(), "one outcome a probability");
     assert!(n_bins > 0, "at least one bin");
-    let mut gaps = vec![0.0; n_bins];
+    let mut bins = vec![(0, 0.0, 0.0); n_bins];
     for (&p, &outcome) in probabilities.iter().zip(outcomes) {
         assert!((0.0..=1.0).contains(&p), "a probability");
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 ≤ p ≤ 1")]
         let bin = ((p * count(n_bins)) as usize).min(n_bins - 1);
-        gaps[bin] += p - f64::from(u8::from(outcome));
+        let (n, stated, observed) = &mut bins[bin];
+        *n += 1;
+        *stated += p;
+        *observed += f64::from(u8::from(outcome));
     }
-    gaps.iter().map(|gap| gap.abs()).sum::<f64>() / count(probabilities.len())
+    bins.into_iter()
+        .filter(|(n, _, _)| *n > 0)
+        .map(|(n, stated, observed)| CalibrationBin {
+            n,
+            stated: stated / count(n),
+            observed: observed / count(n),
+        })
+        .collect()
+}
+
+/// Expected calibration error: the gap between stated probability and observed frequency, over
+/// bins of equal width, weighted by their sizes. NaN of nothing.
+///
+/// # Panics
+///
+/// As [`calibration_bins`].
+///
+/// # Source
+///
+/// Guo et al. 2017 (arXiv:1706.04599), eq. 3.
+pub fn expected_calibration_error(probabilities: &[f64], outcomes: &[bool], n_bins: usize) -> f64 {
+    let gap = |bin: CalibrationBin| count(bin.n) * (bin.stated - bin.observed).abs();
+    let bins = calibration_bins(probabilities, outcomes, n_bins);
+    bins.into_iter().map(gap).sum::<f64>() / count(probabilities.len())
 }
 
 /// Two-sided exact sign test: the probability of a split at least as uneven if wins and losses

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use arete_records::atomic;
-use arete_records::stats::{self, Interval, Resampling};
+use arete_records::stats::{self, CalibrationBin, Interval, Resampling};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -30,6 +30,8 @@ pub struct Report {
     pub lead_over_shorter_answer: Interval,
     /// Gap between the probability of the predicted side and how often it is right.
     pub expected_calibration_error: f64,
+    /// The same gap bin by bin: stated probability of the predicted side (½ to 1) against how often it is right.
+    pub calibration: Vec<CalibrationBin>,
     /// Pearson's correlation of score with length; null if either does not vary.
     pub pearson_score_length: Option<f64>,
     /// Spearman's.
@@ -85,6 +87,7 @@ pub fn report(split: &str, pairs: &[&Pair], scores: &[[f64; 2]], seed: u64) -> R
             &is_right,
             N_BINS,
         ),
+        calibration: stats::calibration_bins(&confidences, &is_right, N_BINS),
         pearson_score_length: finite(stats::pearson(&flat, &lengths)),
         spearman_score_length: finite(stats::spearman(&flat, &lengths)),
         mean_margin: stats::mean(&margins),
@@ -180,6 +183,10 @@ mod tests {
         // Bins: [0.7, 0.8): |1.4621 − 1|, [0.5, 0.6): 0.5, [0.8, 0.9): |0.8808 − 1|.
         let expected = (0.462_117_157 + 0.5 + 0.119_202_922) / 4.0;
         assert!((report.expected_calibration_error - expected).abs() < 1e-8);
+        let bins: Vec<(usize, f64)> =
+            report.calibration.iter().map(|bin| (bin.n, bin.observed)).collect();
+        assert_eq!(bins, [(1, 0.0), (2, 0.5), (1, 1.0)]);
+        assert!((report.calibration[1].stated - 0.731_058_579).abs() < 1e-8);
         assert_eq!(report.mean_margin, 0.5);
         assert!(report.pearson_score_length.is_some());
     }
