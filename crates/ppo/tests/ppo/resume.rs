@@ -1,14 +1,12 @@
 //! Killing the program at any moment changes no byte of the results.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::common::{tiny_chat, tiny_model, write_prompts, write_rewards};
 use arete_model::random;
 use arete_records::run::{RunJson, sha256_file};
-use common::{tiny_chat, tiny_model, write_prompts, write_rewards};
 
 /// Kills in `make test`; `make torture` asks for more.
 fn n_kills() -> usize {

@@ -1,10 +1,8 @@
 //! The bench program prints a figure for every phase of every case.
 
-mod common;
-
 use std::process::Command;
 
-use common::tiny_chat;
+use crate::common::tiny_chat;
 
 #[test]
 fn every_phase_has_a_figure_and_a_ceiling() {

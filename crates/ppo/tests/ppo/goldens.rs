@@ -1,11 +1,10 @@
 //! Rewards, advantages, whitening and losses against TRL's own lines, and whole steps against PyTorch's
 //! (`scripts/goldens/ppo.py`).
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use crate::common::{config, tiny_model};
 use arete_model::{Kind, ScalarHead, Tensor, adapter_files};
 use arete_ppo::Config;
 use arete_ppo::gae::estimate_advantages;
@@ -17,7 +16,6 @@ use arete_ppo::update::{
 };
 use arete_ppo::whiten::{rescale, whiten};
 use arete_records::FinishReason;
-use common::{config, tiny_model};
 use tch::Device;
 
 fn goldens(name: &str) -> PathBuf {

@@ -1,15 +1,13 @@
 //! What the stage refuses, and in which words.
 
-mod common;
-
 use std::path::Path;
 
+use crate::common::{
+    config, random_reward, save_reward, tiny_chat, tiny_model, write_prompts, write_rewards,
+};
 use arete_model::{ScalarHead, Tensor};
 use arete_ppo::{Config, TrainInputs, train};
 use arete_records::{Aspect, Message, Split, parquet, prompt_id, rows::PromptRow};
-use common::{
-    config, random_reward, save_reward, tiny_chat, tiny_model, write_prompts, write_rewards,
-};
 
 fn refusal(config: &Config, dir: &Path) -> String {
     let inputs = TrainInputs {

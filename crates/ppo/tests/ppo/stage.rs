@@ -1,13 +1,11 @@
 //! The stage over tiny-chat: what an iteration must keep to, whatever it learns.
 
-mod common;
-
+use crate::common::{by_rule, config, metric, rollout, tiny_model, write_prompts, write_rewards};
 use arete_model::{Batch, SegmentIdx, adapter_files};
 use arete_ppo::rollout::{Conversation, Reply, own_logprobs};
 use arete_ppo::train;
 use arete_records::rows::RolloutRow;
 use arete_records::{Aspect, FinishReason};
-use common::{by_rule, config, metric, rollout, tiny_model, write_prompts, write_rewards};
 use tch::Device;
 
 fn inputs(dir: &std::path::Path, output: &str) -> arete_ppo::TrainInputs {
@@ -164,7 +162,7 @@ fn keeping_the_first_pass_changes_no_bit() {
             let rule = ["--programmed-reward", "letter:e", "--micro-batch-tokens", "300"];
             let inputs = by_rule(dir.path(), output);
             train(&config(&[&flags[..], &rule[..]].concat()), &inputs).unwrap();
-            sums.push(common::adapter_sum(&inputs.output));
+            sums.push(crate::common::adapter_sum(&inputs.output));
         }
         assert_eq!(sums[0], sums[1], "{value}");
     }
@@ -318,7 +316,7 @@ fn everything_that_is_to_be_watched_is_logged() {
 fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_model();
-    let (adapter, head) = common::random_reward(&model, 3);
+    let (adapter, head) = crate::common::random_reward(&model, 3);
     let opposite = arete_model::ScalarHead { weight: -head.weight.copy() };
     for (name, head) in [
         ("reward/action", &head),
@@ -326,7 +324,7 @@ fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
         ("reward/consequence", &head),
         ("opposite", &opposite),
     ] {
-        common::save_reward(&dir.path().join(name), &model, &adapter, Some(head));
+        crate::common::save_reward(&dir.path().join(name), &model, &adapter, Some(head));
     }
     let config = config(&[
         "--rollout",
@@ -363,7 +361,7 @@ fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
 fn a_beginning_computed_once_changes_no_bit() {
     let model = tiny_model();
     let _guard = tch::no_grad_guard();
-    let (adapter, _) = common::random_reward(&model, 4);
+    let (adapter, _) = crate::common::random_reward(&model, 4);
     let conversations: Vec<Conversation> = (0..11)
         .map(|i| {
             let own = 3 + i % 4;
@@ -486,7 +484,7 @@ fn the_mean_score_rises_under_a_length_reward() {
     assert!(run.counts["probe_z_after"].as_f64() > run.counts["probe_z_before"].as_f64());
     assert!(inputs.output.join("merged/model.safetensors").exists());
     // Complete: a second call does nothing.
-    let before = common::adapter_sum(&inputs.output);
+    let before = crate::common::adapter_sum(&inputs.output);
     train(&config, &inputs).unwrap();
-    assert_eq!(before, common::adapter_sum(&inputs.output));
+    assert_eq!(before, crate::common::adapter_sum(&inputs.output));
 }
