@@ -129,6 +129,7 @@ SFT_ENABLED := $(if $(filter false,$(call recipe,sft,enabled)),,yes)
 BASE := $(if $(SFT_ENABLED),$(RUN)/sft/merged,$(MODEL))
 BASE_DONE := $(if $(SFT_ENABLED),$(RUN)/sft/run.json)
 YARDSTICK_FLAG = $(if $(YARDSTICK), --yardstick $(YARDSTICK))
+YARDSTICK_FILE := $(if $(YARDSTICK),$(wildcard $(YARDSTICK)/run.json))
 MODEL_FILE := $(wildcard $(MODEL) $(MODEL)/config.json)
 
 # The command of each stage, one line a stage.
@@ -157,8 +158,8 @@ $(eval $(call stage,sft,sft,$(RUN)/demonstrations/run.json $(MODEL_FILE)))
 $(eval $(call stage,conversations,curation,$(RUN)/prompts/run.json $(BASE_DONE) $(MODEL_FILE)))
 $(eval $(call stage,preferences,curation,$(RUN)/conversations/run.json $(BASE_DONE)))
 $(eval $(call stage,reward,reward,$(RUN)/preferences/run.json $(RUN)/conversations/run.json $(BASE_DONE)))
-$(eval $(call stage,ppo,ppo,$(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
-$(eval $(call stage,scoring,scoring,$(RUN)/ppo/run.json $(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
+$(eval $(call stage,ppo,ppo,$(YARDSTICK_FILE) $(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
+$(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(RUN)/ppo/run.json $(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
 $(eval $(call stage,report,scoring,$(RUN)/scoring/run.json))
 
 .PRECIOUS: $(RUN)/%/run.json

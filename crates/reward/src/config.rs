@@ -64,7 +64,7 @@ pub struct Config {
     #[arg(long, default_value_t = 20)]
     pub batch_size: usize,
     /// Most tokens in one forward pass (a longer pair goes alone); bounds memory, changes results only by rounding
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 1024)]
     pub micro_batch_tokens: usize,
     /// Most tokens of a conversation
     #[arg(long, default_value_t = 512)]

@@ -26,7 +26,7 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 16)]
     pub rank: usize,
     /// Most tokens in one forward pass
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 1024)]
     pub micro_batch_tokens: usize,
     /// Pack the base to NF4 (QLoRA)
     #[arg(long)]
