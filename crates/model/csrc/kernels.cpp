@@ -3,10 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -645,7 +646,14 @@ void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin,
     absmax[block] = largest;
     float inverse = 1.0f / std::max(largest, 1e-38f);
     uint8_t* out = codes + block * block_size / 2;
-    for (int64_t i = 0; i < n; i += 2) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      f32x16 x = load16(in + i) * inverse;
+      i32x16 index = {};
+      for (int c = 0; c < 15; c++) index -= x > splat((kNf4Codebook[c] + kNf4Codebook[c + 1]) * 0.5f);  // true is -1
+      for (int64_t j = 0; j < 8; j++) out[i / 2 + j] = uint8_t(index[2 * j] << 4 | index[2 * j + 1]);
+    }
+    for (; i < n; i += 2) {
       int high = nearest_nf4(to_float(in[i]) * inverse);
       int low = i + 1 < n ? nearest_nf4(to_float(in[i + 1]) * inverse) : 0;
       out[i / 2] = uint8_t(high << 4 | low);
@@ -673,6 +681,78 @@ void nf4_dequantize(const uint8_t* codes, const float* absmax, const float* code
   }
 }
 
+#ifdef __AVX2__
+constexpr int64_t kGroup = 64;           // elements quantised with one scale: 32 bytes of codes
+constexpr float kLargestInteger = 16383;  // eight products of two such integers fit in 32 bits
+
+// Sixty-four elements of x as integers of 15 bits, in the order in which the codes of 32 bytes are unpacked: first those of the
+// high nibbles, then those of the low ones; within each, eight from bytes 0-7, 16-23, 8-15, 24-31. Returns the scale.
+template <class T>
+inline float to_integers(const T* x, int16_t* out) {
+  float largest = 0, check = 0;
+  for (int64_t i = 0; i < kGroup; i++) {
+    float value = to_float(x[i]);
+    largest = std::max(largest, std::fabs(value));
+    check += value * 0.0f;  // NaN if a value is not finite
+  }
+  bool usable = largest > 1e-30f && check == 0;
+  float inverse = usable ? kLargestInteger / largest : 0.0f;
+  for (int64_t half = 0; half < 4; half++) {  // lanes 0-7 and 8-15 of each vector
+    int64_t byte = half % 2 * 8;
+    int16_t* to = out + half * 16;
+    for (int64_t j = 0; j < 8; j++) {
+      to[j] = usable ? int16_t(std::lrintf(to_float(x[2 * (byte + j) + half / 2]) * inverse)) : int16_t(0);
+      to[j + 8] = usable ? int16_t(std::lrintf(to_float(x[2 * (byte + 16 + j) + half / 2]) * inverse)) : int16_t(0);
+    }
+  }
+  return largest / kLargestInteger + check;
+}
+
+// Rows [0, R) of integers against packed rows [begin, end). Sixteen codes become sixteen 16-bit integers by two shuffles (their
+// low and high bytes); the products of 64 elements are added as integers, then scaled in f32.
+template <class T, int R>
+void nf4_matmul_integers(const int16_t* integers, const float* scales, const uint8_t* codes, const float* absmax,
+                         const float* codebook, T* y, int64_t columns, int64_t outputs, int64_t block_size, int64_t begin,
+                         int64_t end) {
+  alignas(16) uint8_t low_bytes[16], high_bytes[16];
+  for (int c = 0; c < 16; c++) {
+    int value = int(std::lrintf(codebook[c] * kLargestInteger));
+    low_bytes[c] = uint8_t(value & 255);
+    high_bytes[c] = uint8_t((value >> 8) & 255);
+  }
+  __m256i low_table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)low_bytes));
+  __m256i high_table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)high_bytes));
+  __m256i nibble = _mm256_set1_epi8(15);
+  int64_t groups = columns / kGroup, per_block = block_size / kGroup;
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t* in = codes + n * columns / 2;
+    const float* row_absmax = absmax + n * columns / block_size;
+    __m256 totals[R];
+    for (int m = 0; m < R; m++) totals[m] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; g++) {
+      __m256i bytes = _mm256_loadu_si256((const __m256i*)(in + g * kGroup / 2));
+      __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), low = _mm256_and_si256(bytes, nibble);
+      __m256i high0 = _mm256_shuffle_epi8(low_table, high), high1 = _mm256_shuffle_epi8(high_table, high);
+      __m256i low0 = _mm256_shuffle_epi8(low_table, low), low1 = _mm256_shuffle_epi8(high_table, low);
+      __m256i weights[4] = {_mm256_unpacklo_epi8(high0, high1), _mm256_unpackhi_epi8(high0, high1),
+                            _mm256_unpacklo_epi8(low0, low1), _mm256_unpackhi_epi8(low0, low1)};
+      float scale = row_absmax[per_block == 1 ? g : g / per_block];
+      for (int m = 0; m < R; m++) {
+        const __m256i* x = (const __m256i*)(integers + m * columns + g * kGroup);
+        __m256i sum = _mm256_add_epi32(
+            _mm256_add_epi32(_mm256_madd_epi16(weights[0], x[0]), _mm256_madd_epi16(weights[1], x[1])),
+            _mm256_add_epi32(_mm256_madd_epi16(weights[2], x[2]), _mm256_madd_epi16(weights[3], x[3])));
+        totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(scale * scales[m * groups + g]), totals[m]);
+      }
+    }
+    for (int m = 0; m < R; m++) {
+      f32x8 t = (f32x8)totals[m];
+      f32x4 b = __builtin_shufflevector(t, t, 0, 1, 2, 3) + __builtin_shufflevector(t, t, 4, 5, 6, 7);
+      from_float(((b[0] + b[2]) + (b[1] + b[3])) * (1.0f / kLargestInteger), y + m * outputs + n);
+    }
+  }
+}
+#else
 // Splits a row of x into its even and odd elements, matching the high and low nibbles of the codes.
 template <class T>
 inline void split_even_odd(const T* x, int64_t columns, float* even, float* odd) {
@@ -681,14 +761,15 @@ inline void split_even_odd(const T* x, int64_t columns, float* even, float* odd)
     odd[i] = to_float(x[2 * i + 1]);
   }
 }
+#endif
 
 template <class T>
 void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const float* codebook, void* y_,
                 int64_t rows, int64_t columns, int64_t outputs, int64_t block_size, int64_t begin, int64_t end) {
   const T* x = (const T*)x_;
   T* y = (T*)y_;
-  int64_t half = columns / 2, blocks = columns / block_size, half_block = block_size / 2;
   Scratch& memory = scratch();
+  [[maybe_unused]] int64_t half = columns / 2, blocks = columns / block_size, half_block = block_size / 2;
 #ifdef __AVX512BF16__
   if constexpr (sizeof(T) == 2) {
     // 32 bf16 activations of each parity against 32 looked-up bf16 codes per instruction; absmax in f32 per block.
@@ -728,6 +809,22 @@ void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const
     return;
   }
 #endif
+#ifdef __AVX2__
+  int64_t groups = columns / kGroup;
+  int16_t* integers = (int16_t*)memory.query.at_least((rows * columns + 1) / 2);
+  float* scales = memory.keys.at_least(rows * groups);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t g = 0; g < groups; g++)
+      scales[m * groups + g] = to_integers(x + m * columns + g * kGroup, integers + m * columns + g * kGroup);
+  for (int64_t m = 0; m < rows; m += 4) {
+    auto run = rows - m == 1   ? nf4_matmul_integers<T, 1>
+               : rows - m == 2 ? nf4_matmul_integers<T, 2>
+               : rows - m == 3 ? nf4_matmul_integers<T, 3>
+                               : nf4_matmul_integers<T, 4>;
+    run(integers + m * columns, scales + m * groups, codes, absmax, codebook, y + m * outputs, columns, outputs, block_size,
+        begin, end);
+  }
+#else
   float* split = memory.query.at_least(rows * columns);
   float* weights = memory.keys.at_least(columns);
   for (int64_t m = 0; m < rows; m++) split_even_odd(x + m * columns, columns, split + m * columns, split + m * columns + half);
@@ -751,7 +848,114 @@ void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const
       from_float(sum16(sum) + tail, y + m * outputs + n);
     }
   }
+#endif
 }
+
+template <class T>
+void bf16_matmul(const void* x_, const bf16* weight, void* y_, int64_t rows, int64_t columns, int64_t outputs, int64_t begin,
+                 int64_t end) {
+  const T* x = (const T*)x_;
+  T* y = (T*)y_;
+  float* wide = scratch().query.at_least(rows * columns);
+  for (int64_t m = 0; m < rows; m++) widen(x + m * columns, columns, wide + m * columns, columns);
+  for (int64_t n = begin; n < end; n++) {
+    const bf16* in = weight + n * columns;
+    for (int64_t m = 0; m < rows; m++) {
+      const float* row = wide + m * columns;
+      f32x16 sums[2] = {splat(0), splat(0)};
+      float tail = 0;
+      int64_t i = 0;
+#ifdef __AVX2__
+      // Written out: compilers make much more of the conversion in load16.
+      __m256 parts[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+      for (; i + 32 <= columns; i += 32)
+        for (int64_t j = 0; j < 4; j++) {
+          __m256i wide_bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(in + i + 8 * j)));
+          parts[j] = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(wide_bits, 16), _mm256_loadu_ps(row + i + 8 * j), parts[j]);
+        }
+      memcpy(&sums[0], parts, 64);
+      memcpy(&sums[1], parts + 2, 64);
+#endif
+      for (; i + 32 <= columns; i += 32) {
+        sums[0] += load16(row + i) * load16(in + i);
+        sums[1] += load16(row + i + 16) * load16(in + i + 16);
+      }
+      for (; i < columns; i++) tail += row[i] * to_float(in[i]);
+      from_float(sum16(sums[0] + sums[1]) + tail, y + m * outputs + n);
+    }
+  }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Sizes of the blocks of the f32 product: x in the second-level cache, W read once for each block of rows.
+constexpr int64_t kProductRows = 64, kProductLength = 768, kProductOutputs = 48;
+
+inline float sum8(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+// Adds M x N dot products of length `length` to `sums`; every one in the same order whatever M and N are.
+template <int M, int N>
+inline void add_dots(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, int64_t length, float* sums) {
+  __m256 totals[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) totals[m][n] = _mm256_setzero_ps();
+  int64_t k = 0;
+  for (; k + 8 <= length; k += 8) {
+    __m256 columns[N];
+    for (int n = 0; n < N; n++) columns[n] = _mm256_loadu_ps(weight + n * weight_stride + k);
+    for (int m = 0; m < M; m++) {
+      __m256 row = _mm256_loadu_ps(x + m * x_stride + k);
+      for (int n = 0; n < N; n++) totals[m][n] = _mm256_fmadd_ps(row, columns[n], totals[m][n]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) {
+      float sum = sum8(totals[m][n]);
+      for (int64_t i = k; i < length; i++) sum = std::fma(x[m * x_stride + i], weight[n * weight_stride + i], sum);
+      sums[m * kProductOutputs + n] += sum;
+    }
+}
+
+template <int N>
+inline void add_columns(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, int64_t rows,
+                        int64_t length, float* sums) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4)
+    add_dots<4, N>(x + m * x_stride, x_stride, weight, weight_stride, length, sums + m * kProductOutputs);
+  for (; m < rows; m++)
+    add_dots<1, N>(x + m * x_stride, x_stride, weight, weight_stride, length, sums + m * kProductOutputs);
+}
+
+// Dot products of rows as they lie, twelve at a time in registers: nothing is packed, so few rows cost no more than reading W.
+void f32_matmul(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, float* y, int64_t rows,
+                int64_t columns, int64_t outputs, int64_t begin, int64_t end) {
+  float sums[kProductRows * kProductOutputs];
+  for (int64_t m0 = 0; m0 < rows; m0 += kProductRows) {
+    int64_t n_rows = std::min(kProductRows, rows - m0);
+    for (int64_t n0 = begin; n0 < end; n0 += kProductOutputs) {
+      int64_t n_outputs = std::min(kProductOutputs, end - n0);
+      memset(sums, 0, sizeof(float) * size_t(n_rows * kProductOutputs));
+      for (int64_t k = 0; k < columns; k += kProductLength) {
+        int64_t length = std::min(kProductLength, columns - k);
+        const float* from = x + m0 * x_stride + k;
+        const float* to = weight + n0 * weight_stride + k;
+        int64_t n = 0;
+        for (; n + 3 <= n_outputs; n += 3)
+          add_columns<3>(from, x_stride, to + n * weight_stride, weight_stride, n_rows, length, sums + n);
+        for (; n < n_outputs; n++)
+          add_columns<1>(from, x_stride, to + n * weight_stride, weight_stride, n_rows, length, sums + n);
+      }
+      for (int64_t m = 0; m < n_rows; m++)
+        memcpy(y + (m0 + m) * outputs + n0, sums + m * kProductOutputs, sizeof(float) * size_t(n_outputs));
+    }
+  }
+}
+#else
+constexpr std::nullptr_t f32_matmul = nullptr;  // the libraries behind libtorch are good at the others
+#endif
 
 const Kernels table = {
     ARETE_NAME,
@@ -767,6 +971,8 @@ const Kernels table = {
     {nf4_quantize<float>, nf4_quantize<bf16>},
     {nf4_dequantize<float>, nf4_dequantize<bf16>},
     {nf4_matmul<float>, nf4_matmul<bf16>},
+    {bf16_matmul<float>, bf16_matmul<bf16>},
+    f32_matmul,
 };
 
 }  // namespace

@@ -70,10 +70,20 @@ struct Kernels {
                           int64_t count);
   void (*nf4_dequantize[2])(const uint8_t* codes, const float* absmax, const float* codebook, void* out, int64_t begin,
                             int64_t end, int64_t block_size);
-  // y[m, n] = sum_k x[m, k] W[n, k] for output columns [begin, end); W packed row by row, columns a multiple of block_size.
+  // y[m, n] = sum_k x[m, k] W[n, k] for output columns [begin, end); W packed row by row, columns a multiple of block_size
+  // and block_size of 64. With AVX2 both factors become 15-bit integers (docs/numerics.md).
   void (*nf4_matmul[2])(const void* x, const uint8_t* codes, const float* absmax, const float* codebook, void* y,
                         int64_t rows, int64_t columns, int64_t outputs, int64_t block_size, int64_t begin, int64_t end);
+  // The same for a dense bf16 W: for few rows, where reading W takes the time.
+  void (*bf16_matmul[2])(const void* x, const bf16* weight, void* y, int64_t rows, int64_t columns, int64_t outputs,
+                         int64_t begin, int64_t end);
+  // The same for a dense f32 W of at least kProductInputs columns, for any number of rows, the row lengths of x and W given. An
+  // element's bits depend on its row, its column and the length alone. Null where libtorch's product is the faster one.
+  void (*f32_matmul)(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, float* y, int64_t rows,
+                     int64_t columns, int64_t outputs, int64_t begin, int64_t end);
 };
+
+constexpr int64_t kProductInputs = 128;
 
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();

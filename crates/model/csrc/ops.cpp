@@ -54,20 +54,26 @@ void parallel_rows(int64_t rows, int64_t grain, const std::function<void(int64_t
 
 // ---- RMS norm of x + delta; keeps the sum and one f32 a row ----
 
+struct Normalised {
+  Tensor out, sum, inverse;
+};
+Normalised rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, double eps) {
+  Normalised result{at::empty_like(x), delta.defined() ? at::empty_like(x) : x,
+                    at::empty({x.size(0)}, x.options().dtype(at::kFloat))};
+  auto kernel = kernels().rms_norm[type_of(x)];
+  const void* delta_data = delta.defined() ? delta.data_ptr() : nullptr;
+  parallel_rows(x.size(0), 8, [&](int64_t begin, int64_t end) {
+    kernel(x.data_ptr(), delta_data, weight.data_ptr(), result.sum.data_ptr(), result.out.data_ptr(),
+           result.inverse.data_ptr<float>(), begin, end, x.size(1), float(eps));
+  });
+  return result;
+}
+
 struct RmsNorm : Function<RmsNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& addend,
                                const Tensor& weight, double eps) {
     Tensor delta = addend.value_or(Tensor());
-    Tensor sum = delta.defined() ? at::empty_like(x) : x;
-    Tensor out = at::empty_like(x);
-    int64_t rows = x.size(0), width = x.size(1);
-    Tensor inverse = at::empty({rows}, x.options().dtype(at::kFloat));
-    auto kernel = kernels().rms_norm[type_of(x)];
-    const void* delta_data = delta.defined() ? delta.data_ptr() : nullptr;
-    parallel_rows(rows, 8, [&](int64_t begin, int64_t end) {
-      kernel(x.data_ptr(), delta_data, weight.data_ptr(), sum.data_ptr(), out.data_ptr(), inverse.data_ptr<float>(), begin,
-             end, width, float(eps));
-    });
+    auto [out, sum, inverse] = rms_norm(x, delta, weight, eps);
     ctx->save_for_backward({sum, weight, inverse});
     ctx->saved_data["has_delta"] = delta.defined();
     if (!delta.defined()) return {out};
@@ -99,14 +105,18 @@ variable_list composite_rms_norm(const Tensor& x, const Tensor& delta, const Ten
 
 // ---- SwiGLU on [N, 2F] (gate, then up); keeps its input ----
 
+Tensor swiglu(const Tensor& gate_up) {
+  int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  Tensor out = at::empty({rows, width}, gate_up.options());
+  auto kernel = kernels().swiglu[type_of(gate_up)];
+  parallel_rows(rows, 4, [&](int64_t begin, int64_t end) { kernel(gate_up.data_ptr(), out.data_ptr(), begin, end, width); });
+  return out;
+}
+
 struct SwiGlu : Function<SwiGlu> {
   static Tensor forward(AutogradContext* ctx, const Tensor& gate_up) {
-    int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
-    Tensor out = at::empty({rows, width}, gate_up.options());
-    auto kernel = kernels().swiglu[type_of(gate_up)];
-    parallel_rows(rows, 4, [&](int64_t begin, int64_t end) { kernel(gate_up.data_ptr(), out.data_ptr(), begin, end, width); });
     ctx->save_for_backward({gate_up});
-    return out;
+    return swiglu(gate_up);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     Tensor gate_up = ctx->get_saved_variables()[0];
@@ -155,16 +165,33 @@ struct Weight {
 
 // Up to this many rows the packed weights are multiplied without being unpacked, if the caller asks for it: the sums
 // run in another order than those of the unpacked product, so a row's bits then depend on the number of rows.
-constexpr int64_t kPackedRows = 4;
+constexpr int64_t kPackedRows = 4;  // PACKED_ROWS in src/decoder.rs
 constexpr int64_t kPackedRowsCuda = 16;  // MAX_ROWS in src/cuda/plan.rs
 
-// The CPU's matrix products of few rows round differently (other routines take them): in bf16 those of one row, in f32
+// libtorch's products of few rows round differently on the CPU (other routines take them): in bf16 those of one row, in f32
 // those of up to nine. Such products are padded, so that a row's result does not depend on how many neighbours it has.
 int64_t invariant_rows(const Tensor& x) { return x.scalar_type() == at::kFloat ? 16 : 2; }
+
+// The kernel's product where there is one: f32 with AVX2, where MKL would pack W anew each time. Chosen by the weight alone.
+bool on_f32_matmul(const Tensor& x, const Tensor& weight) {
+  return kernels().f32_matmul && x.is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+         weight.size(1) >= kProductInputs && weight.stride(1) == 1;
+}
 
 // x Wᵀ with `weight` [out, in]; see invariant_rows.
 Tensor product(const Tensor& x, const Tensor& weight) {
   int64_t rows = x.size(0);
+  if (on_f32_matmul(x, weight)) {
+    Tensor input = x.stride(1) == 1 ? x : x.contiguous();
+    int64_t inputs = weight.size(1), outputs = weight.size(0);
+    Tensor y = at::empty({rows, outputs}, x.options());
+    int64_t grain = std::max<int64_t>(3, 200'000 / std::max<int64_t>(1, rows * inputs));
+    parallel_rows(outputs, grain, [&](int64_t begin, int64_t end) {
+      kernels().f32_matmul(input.data_ptr<float>(), input.stride(0), weight.data_ptr<float>(), weight.stride(0),
+                           y.data_ptr<float>(), rows, inputs, outputs, begin, end);
+    });
+    return y;
+  }
   if (!x.is_cpu() || rows >= invariant_rows(x)) return at::mm(x, weight.t());
   Tensor padded = at::zeros({invariant_rows(x), x.size(1)}, x.options());
   padded.narrow(0, 0, rows).copy_(x);
@@ -193,7 +220,18 @@ Tensor frozen_product(const Tensor& x, const Weight& weight, bool allow_packed) 
   return y;
 }
 
-// y = x Wᵀ + (x Aᵀ) Bᵀ; keeps x and x Aᵀ where the adapter is trained, and the weight as it is stored (packed if NF4).
+// y = x Wᵀ + (x Aᵀ) Bᵀ; `down` becomes x Aᵀ.
+Tensor adapted_product(const Tensor& x, const Weight& weight, const Tensor& a, const Tensor& b, bool allow_packed,
+                       Tensor& down) {
+  Tensor y = frozen_product(x, weight, allow_packed);
+  if (a.defined()) {
+    down = product(x, a);
+    y.add_(product(down, b));
+  }
+  return y;
+}
+
+// Keeps x and x Aᵀ where the adapter is trained, and the weight as it is stored (packed if NF4).
 struct AdaptedLinear : Function<AdaptedLinear> {
   using Optional = std::optional<Tensor>;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& dense_, const Optional& codes_,
@@ -202,13 +240,9 @@ struct AdaptedLinear : Function<AdaptedLinear> {
     Tensor none;
     Tensor dense = dense_.value_or(none), codes = codes_.value_or(none), absmax = absmax_.value_or(none),
            codebook = codebook_.value_or(none), a = a_.value_or(none), b = b_.value_or(none);
-    Tensor y = frozen_product(x, {dense, codes, absmax, codebook, outputs, inputs, block_size}, allow_packed);
     Tensor down;
+    Tensor y = adapted_product(x, {dense, codes, absmax, codebook, outputs, inputs, block_size}, a, b, allow_packed, down);
     bool trained = a.defined() && (a.requires_grad() || b.requires_grad());
-    if (a.defined()) {
-      down = product(x, a);
-      y.add_(product(down, b));
-    }
     ctx->save_for_backward({trained ? x : Tensor(), dense, codes, absmax, codebook, a, b, trained ? down : Tensor()});
     ctx->saved_data["sizes"] = std::vector<int64_t>{outputs, inputs, block_size};
     ctx->saved_data["trained"] = trained;
@@ -269,6 +303,7 @@ void rotate(Type type, const Tensor& from, int64_t from_offset, const Tensor& to
 }
 
 constexpr int64_t kRowsPerTask = 32;
+constexpr int64_t kSerialProducts = 200'000;  // attention of fewer multiplications is done before a second thread wakes
 
 void attend(Type type, const AttentionShape& shape, const Layout& layout, const void* q, const void* k, const void* v, void* out,
             float* log_sum_exp) {
@@ -276,13 +311,15 @@ void attend(Type type, const AttentionShape& shape, const Layout& layout, const 
     int64_t segment, kv_head, begin, end;
   };
   std::vector<Task> tasks;
+  int64_t products = 0;
   for (int64_t s = 0; s < layout.n_segments; s++) {
     const Segment& segment = layout.segments[s];
+    products += segment.n_rows * (segment.position + segment.n_rows) * shape.heads * shape.head_size * 2;
     for (int64_t begin = segment.row; begin < segment.row + segment.n_rows; begin += kRowsPerTask)
       for (int64_t head = 0; head < shape.kv_heads; head++)
         tasks.push_back({s, head, begin, std::min(begin + kRowsPerTask, segment.row + segment.n_rows)});
   }
-  parallel_rows(int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_rows(int64_t(tasks.size()), products < kSerialProducts ? int64_t(tasks.size()) : 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
       kernels().attention[type](shape, layout.segments[tasks[t].segment], layout.spans, tasks[t].kv_head, tasks[t].begin,
                                 tasks[t].end, q, k, v, out, log_sum_exp);
@@ -454,6 +491,9 @@ int guarded(Work work) {
   return 1;
 }
 
+// Without gradients an autograd function's bookkeeping costs as much as the work on a lone row.
+bool records_gradients() { return at::GradMode::is_enabled(); }
+
 std::optional<Tensor> optional(const Tensor* tensor) { return tensor ? std::optional<Tensor>(*tensor) : std::nullopt; }
 Tensor* released(Tensor tensor) { return new Tensor(std::move(tensor)); }
 
@@ -470,8 +510,15 @@ void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier) {
 
 int arete_rms_norm(const Tensor* x, const Tensor* delta, const Tensor* weight, double eps, Tensor** out, Tensor** sum) {
   return guarded([&] {
+    Tensor addend = delta ? *delta : Tensor();
+    if (on_kernels(*x) && !records_gradients()) {
+      Normalised result = rms_norm(*x, addend, *weight, eps);
+      *out = released(result.out);
+      *sum = released(result.sum);
+      return;
+    }
     variable_list results = on_kernels(*x) ? RmsNorm::apply(*x, optional(delta), *weight, eps)
-                                           : composite_rms_norm(*x, delta ? *delta : Tensor(), *weight, eps);
+                                           : composite_rms_norm(*x, addend, *weight, eps);
     *out = released(results[0]);
     *sum = released(delta ? results[1] : *x);
   });
@@ -480,7 +527,7 @@ int arete_rms_norm(const Tensor* x, const Tensor* delta, const Tensor* weight, d
 int arete_swiglu(const Tensor* gate_up, Tensor** out) {
   return guarded([&] {
     if (on_kernels(*gate_up)) {
-      *out = released(SwiGlu::apply(*gate_up));
+      *out = released(records_gradients() ? SwiGlu::apply(*gate_up) : swiglu(*gate_up));
     } else {
       auto halves = gate_up->chunk(2, 1);
       *out = released(at::silu(halves[0]) * halves[1]);
@@ -492,6 +539,13 @@ int arete_linear(const Tensor* x, const Tensor* dense, const Tensor* codes, cons
                  int64_t outputs, int64_t inputs, int64_t block_size, const Tensor* a, const Tensor* b, bool allow_packed,
                  Tensor** out) {
   return guarded([&] {
+    if (!records_gradients()) {
+      auto or_none = [](const Tensor* tensor) { return tensor ? *tensor : Tensor(); };
+      Weight weight{or_none(dense), or_none(codes), or_none(absmax), or_none(codebook), outputs, inputs, block_size};
+      Tensor down;
+      *out = released(adapted_product(*x, weight, or_none(a), or_none(b), allow_packed, down));
+      return;
+    }
     *out = released(AdaptedLinear::apply(*x, optional(dense), optional(codes), optional(absmax), optional(codebook), outputs,
                                          inputs, block_size, optional(a), optional(b), allow_packed));
   });
@@ -556,15 +610,27 @@ int arete_token_logprobs(const Tensor* hidden, const Tensor* weight, const Tenso
   });
 }
 
-// Draws one token a row; `uniform` in [0, 1) and `settings` have one entry a row; logits on the CPU in f32 or bf16.
-// h Wᵀ, the vocabulary product: `[n, V]`.
+// h Wᵀ, the vocabulary product: `[n, V]` in the dtype of `hidden`; a bf16 weight beside f32 rows is for few rows on the CPU.
 int arete_logits(const Tensor* hidden, const Tensor* weight, Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    *out = released(product(*hidden, *weight));
+    if (weight->scalar_type() == hidden->scalar_type()) {
+      *out = released(product(*hidden, *weight));
+      return;
+    }
+    TORCH_CHECK(on_kernels(*hidden) && weight->scalar_type() == at::kBFloat16, "logits: the weight must be bf16");
+    Tensor input = hidden->contiguous();
+    int64_t rows = input.size(0), outputs = weight->size(0);
+    Tensor y = at::empty({rows, outputs}, input.options());
+    auto kernel = kernels().bf16_matmul[type_of(input)];
+    parallel_rows(outputs, 64, [&](int64_t begin, int64_t end) {
+      kernel(input.data_ptr(), (const bf16*)weight->data_ptr(), y.data_ptr(), rows, input.size(1), outputs, begin, end);
+    });
+    *out = released(y);
   });
 }
 
+// Draws one token a row; `uniform` in [0, 1) and `settings` have one entry a row; logits on the CPU in f32 or bf16.
 int arete_sample(const Tensor* logits, const double* uniform, const SampleSettings* settings, int64_t* token, float* logprob) {
   return guarded([&] {
     TORCH_CHECK(on_kernels(*logits) && logits->is_contiguous(), "sample: logits must be contiguous f32 or bf16 on the CPU");

@@ -69,6 +69,18 @@ pub fn products_per_s(decoder: &Decoder, rows: usize, with_vocabulary: bool) -> 
     Ok(rows as f64 / seconds)
 }
 
+/// Bytes a second that libtorch's threads read from memory: the sum of an array far larger than any cache.
+///
+/// # Errors
+///
+/// [`Error::Torch`] if libtorch cannot allocate it.
+pub fn read_bytes_per_s() -> Result<f64, Error> {
+    let n_values = 64i64 << 20;
+    let array = Tensor::f_ones([n_values], (Kind::Float, tch::Device::Cpu))?;
+    let seconds = time(0.5, || array.f_sum(Kind::Float).map(drop))?;
+    Ok(4.0 * n_values as f64 / seconds)
+}
+
 /// Rows of work, figure and ceiling.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -97,12 +109,12 @@ impl Table {
         self.rows.push(Row { work: work.into(), figure, unit, ceiling, note: note.into() });
     }
 
-    /// Writes the table in Markdown, dtype, threads and the process's peak memory below.
+    /// Writes the table in Markdown.
     ///
     /// # Errors
     ///
     /// What `out` returns.
-    pub fn write(&self, out: &mut impl Write, decoder: &Decoder) -> std::io::Result<()> {
+    pub fn write_rows(&self, out: &mut impl Write) -> std::io::Result<()> {
         writeln!(out, "| work | figure | ceiling | ratio | note |\n|---|---|---|---|---|")?;
         for Row { work, figure, unit, ceiling, note } in &self.rows {
             let (bound, ratio) = match ceiling {
@@ -111,6 +123,16 @@ impl Table {
             };
             writeln!(out, "| {work}, {unit} | {} | {bound} | {ratio} | {note} |", number(*figure))?;
         }
+        Ok(())
+    }
+
+    /// Writes the table in Markdown, dtype, threads and the process's peak memory below.
+    ///
+    /// # Errors
+    ///
+    /// What `out` returns.
+    pub fn write(&self, out: &mut impl Write, decoder: &Decoder) -> std::io::Result<()> {
+        self.write_rows(out)?;
         let peak = peak_rss_bytes().map_or("unknown".to_owned(), |bytes| {
             format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
         });

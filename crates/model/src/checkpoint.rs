@@ -339,6 +339,46 @@ impl Checkpoint {
         }
     }
 
+    /// Matrices of given shapes, one below the other, in `kind`: what [`Checkpoint::tensor_as`] gives for each, mostly
+    /// without a copy.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::expect_shape`] and [`Checkpoint::tensor_as`].
+    pub(crate) fn stacked(
+        &self,
+        parts: &[(String, [i64; 2])],
+        kind: Kind,
+    ) -> Result<Tensor, Error> {
+        for (name, shape) in parts {
+            self.expect_shape(name, shape)?;
+        }
+        match &self.files {
+            Files::Gguf { file, names } => {
+                let stored: Vec<_> = parts
+                    .iter()
+                    .map(|(name, _)| (names[name].as_str(), self.interleaved_heads(name)))
+                    .collect();
+                file.stacked(&stored, kind)
+            }
+            Files::Safetensors(weights) => {
+                let files: Vec<_> = parts
+                    .iter()
+                    .map(|(name, _)| Ok((weights.file_of(name)?, name.as_str())))
+                    .collect::<Result<_, Error>>()?;
+                let packed = bitsandbytes::packed_shape(weights, &parts[0].0)?.is_some();
+                if !packed && let Some(whole) = safetensors::stacked(&files)? {
+                    return Ok(whole.f_to_kind(kind)?);
+                }
+                let parts: Vec<Tensor> = parts
+                    .iter()
+                    .map(|(name, _)| self.tensor_as(name, kind))
+                    .collect::<Result<_, _>>()?;
+                Ok(Tensor::f_cat(&parts, 0)?)
+            }
+        }
+    }
+
     /// Checks a tensor's presence, shape, and that it holds floats (or packed floats), without reading it.
     ///
     /// # Errors

@@ -1,22 +1,22 @@
 //! The commands of `arete-model`. Results go to stdout, logs to stderr.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use arete_records::{Message, cli};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use arete_records::cli;
+use serde_json::json;
 
 use crate::adapter_files::{self, LoadedAdapter};
-use crate::generate::{self, Options, Request, Sampling, Stream};
 use crate::{
     Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, default_dtype,
-    kernels_name, logprobs, merge,
+    kernels_name, merge, packing,
 };
 
 mod bench;
+mod generate;
+mod lines;
+mod logprobs;
 mod push;
 
 /// Generate, score, inspect and convert Llama and Mistral models
@@ -36,14 +36,14 @@ const EXAMPLES: &str = "Examples:
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     /// Complete one prompt, or every line of a JSON Lines file
-    Generate(Generate),
+    Generate(generate::Generate),
     /// Log-probability of every token of every line
-    Logprobs(Logprobs),
+    Logprobs(logprobs::Logprobs),
     /// Talk with a model; an empty line ends the talk
-    Chat(Chat),
+    Chat(generate::Chat),
     /// Show the architecture, the tensors and the memory needed
     Inspect(Inspect),
-    /// Write a model with its matrices rounded to four bits (dense file, NF4 values)
+    /// Write a model with the matrices of its blocks in four bits (NF4, as transformers saves with bitsandbytes)
     Quantize(Quantize),
     /// Write a model with an adapter merged in
     Merge(Merge),
@@ -103,7 +103,9 @@ impl ModelArgs {
     }
 
     fn load(&self) -> anyhow::Result<(Model, Option<LoadedAdapter>)> {
-        let model = Model::load(&Source::parse(&self.model)?, &self.options())
+        // The hash reads the whole model once more, and only an adapter asks for it.
+        let load = if self.adapter.is_some() { Model::load } else { Model::load_unhashed };
+        let model = load(&Source::parse(&self.model)?, &self.options())
             .with_context(|| format!("loading {}", self.model))?;
         tracing::info!(
             model = %self.model,
@@ -123,79 +125,6 @@ impl ModelArgs {
         };
         Ok((model, adapter))
     }
-}
-
-/// Settings of sampling.
-#[derive(Debug, clap::Args)]
-struct SamplingArgs {
-    /// Divides the logits; 0 takes the most probable token
-    #[arg(long, default_value_t = 0.7)]
-    temperature: f64,
-    /// Only the k most probable tokens; 0 for all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Only the smallest set of tokens with this mass; 1 for all
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Most new tokens
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
-    /// Text that ends a completion; may be repeated
-    #[arg(long = "stop", value_name = "TEXT")]
-    stop: Vec<String>,
-    /// Seed of all random streams
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-}
-
-impl SamplingArgs {
-    fn options(&self, model: &Model) -> anyhow::Result<Options> {
-        let Self { temperature, top_k, top_p, .. } = *self;
-        let mut options = Options::new(Sampling { temperature, top_k, top_p }, model.stop_ids()?);
-        options.stop_strings = self.stop.clone();
-        Ok(options)
-    }
-
-    fn request(&self, prompt_ids: Vec<i64>, prompt: u64) -> Request {
-        Request {
-            prompt_ids,
-            streams: vec![Stream { seed: self.seed, prompt, sample: 0 }],
-            max_new_tokens: self.max_new_tokens,
-            turns: 1,
-            extra_tokens: 0,
-        }
-    }
-}
-
-#[derive(Debug, clap::Args)]
-struct Generate {
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    /// One user turn to answer
-    #[arg(long, required_unless_present = "jsonl", conflicts_with = "jsonl")]
-    prompt: Option<String>,
-    /// Lines of {"messages": […]} (answered through the chat template) or {"text": …} (continued as it is)
-    #[arg(long, value_name = "FILE")]
-    jsonl: Option<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-struct Logprobs {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// Lines of {"messages": […]} or {"text": …}
-    #[arg(long, value_name = "FILE")]
-    jsonl: PathBuf,
-}
-
-#[derive(Debug, clap::Args)]
-struct Chat {
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -219,6 +148,9 @@ struct Quantize {
     /// Leave absmax in f32 instead of eight bits
     #[arg(long)]
     single: bool,
+    /// Dtype of everything else: f32, bf16 or f16
+    #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
+    dtype: Kind,
 }
 
 #[derive(Debug, clap::Args)]
@@ -237,160 +169,14 @@ struct Merge {
 /// Whatever went wrong, with its context; the binary prints it.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
-        Command::Generate(arguments) => run_generate(&arguments),
-        Command::Logprobs(arguments) => run_logprobs(&arguments),
-        Command::Chat(arguments) => run_chat(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
+        Command::Logprobs(arguments) => logprobs::run(&arguments),
+        Command::Chat(arguments) => generate::chat(&arguments),
         Command::Inspect(arguments) => run_inspect(&arguments),
         Command::Quantize(arguments) => run_quantize(&arguments),
         Command::Merge(arguments) => run_merge(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Push(arguments) => push::run(&arguments),
-    }
-}
-
-/// One line of input.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Line {
-    Messages { messages: Vec<Message> },
-    Text { text: String },
-}
-
-fn read_lines(path: &Path) -> anyhow::Result<Vec<Line>> {
-    let lines = arete_records::jsonl::read(path)?;
-    lines
-        .into_iter()
-        .map(|(number, value)| {
-            serde_json::from_value(value).map_err(|_| {
-                let path = path.display();
-                cli::BadInput(format!(
-                    "{path}, line {number}: expected {{\"messages\": […]}} or {{\"text\": …}}"
-                ))
-                .into()
-            })
-        })
-        .collect()
-}
-
-fn print_line(value: &Value) -> anyhow::Result<()> {
-    writeln!(std::io::stdout().lock(), "{value}").context("writing to stdout")
-}
-
-fn run_generate(arguments: &Generate) -> anyhow::Result<()> {
-    let lines = match (&arguments.prompt, &arguments.jsonl) {
-        (Some(prompt), _) => vec![Line::Messages { messages: vec![Message::user(prompt)] }],
-        (None, Some(path)) => read_lines(path)?,
-        (None, None) => bail!("no prompt"),
-    };
-    let (mut model, adapter) = arguments.model.load()?;
-    model.decoder.set_packed_decoding(lines.len() == 1);
-    let chat = model.chat()?;
-    let mut requests = Vec::with_capacity(lines.len());
-    for (prompt, line) in lines.iter().enumerate() {
-        let ids = match line {
-            Line::Messages { messages } => chat.render_prompt(messages)?,
-            Line::Text { text } => model.tokenizer.encode(text, true)?,
-        };
-        requests.push(arguments.sampling.request(ids, prompt as u64));
-    }
-    let options = arguments.sampling.options(&model)?;
-    let adapter = adapter.as_ref().map(|loaded| &loaded.adapter);
-    let progress = cli::progress("generating", "completions", requests.len() as u64);
-    // Lines are printed in the order of the input, each as soon as all before it are.
-    let (mut waiting, mut next) = (BTreeMap::new(), 0);
-    let single = arguments.prompt.is_some();
-    let print = |completion: &generate::Completion| -> anyhow::Result<()> {
-        let text = chat.reply_text(&completion.token_ids)?;
-        if single {
-            return writeln!(std::io::stdout().lock(), "{text}").context("writing to stdout");
-        }
-        print_line(&json!({
-            "text": text,
-            "token_ids": completion.token_ids,
-            "logprobs": completion.logprobs,
-            "finish_reason": completion.finish_reason,
-        }))
-    };
-    let mut failure = None;
-    generate::run(
-        &model.decoder,
-        Some(&model.tokenizer),
-        adapter,
-        &requests,
-        &options,
-        &mut |_| Ok(Vec::new()),
-        &mut |mut sequence| {
-            progress.inc(1);
-            waiting.insert(sequence.request, sequence.turns.pop().expect("one turn was sampled"));
-            while let Some(completion) = waiting.remove(&next) {
-                next += 1;
-                if failure.is_none() {
-                    failure = print(&completion).err();
-                }
-            }
-            Ok(())
-        },
-    )?;
-    failure.map_or(Ok(()), Err)
-}
-
-fn run_logprobs(arguments: &Logprobs) -> anyhow::Result<()> {
-    let lines = read_lines(&arguments.jsonl)?;
-    let (model, adapter) = arguments.model.load()?;
-    let _guard = tch::no_grad_guard();
-    let progress = cli::progress("logprobs", "lines", lines.len() as u64);
-    for line in &lines {
-        let ids = match line {
-            Line::Messages { messages } => model.chat()?.render(messages)?.token_ids,
-            Line::Text { text } => model.tokenizer.encode(text, true)?,
-        };
-        if ids.is_empty() {
-            print_line(&json!({"token_ids": [], "logprobs": []}))?;
-            continue;
-        }
-        let batch = Batch::from_sequences(&[&ids]);
-        let adapter = adapter.as_ref().map(|loaded| &loaded.adapter);
-        let hidden = model.decoder.forward(&batch, adapter)?;
-        let rows: Vec<usize> = (1..ids.len()).collect();
-        let logprob = match rows.is_empty() {
-            true => Vec::new(),
-            false => {
-                let found = logprobs::of_rows(&model.decoder, &hidden, &batch, &rows, 1.0, false)?;
-                Vec::<f32>::try_from(&found.logprob.to_device(Device::Cpu))?
-            }
-        };
-        let logprob: Vec<Option<f32>> =
-            std::iter::once(None).chain(logprob.into_iter().map(Some)).collect();
-        print_line(&json!({"token_ids": ids, "logprobs": logprob}))?;
-        progress.inc(1);
-    }
-    Ok(())
-}
-
-fn run_chat(arguments: &Chat) -> anyhow::Result<()> {
-    let (mut model, adapter) = arguments.model.load()?;
-    model.decoder.set_packed_decoding(true);
-    let chat = model.chat()?;
-    let options = arguments.sampling.options(&model)?;
-    let adapter = adapter.as_ref().map(|loaded| &loaded.adapter);
-    let mut messages: Vec<Message> = Vec::new();
-    let mut input = BufReader::new(std::io::stdin());
-    loop {
-        write!(std::io::stdout().lock(), "> ").and_then(|()| std::io::stdout().flush())?;
-        let mut line = String::new();
-        if input.read_line(&mut line)? == 0 || line.trim().is_empty() {
-            return Ok(());
-        }
-        messages.push(Message::user(line.trim()));
-        let prompt = chat.render_prompt(&messages)?;
-        let request = arguments.sampling.request(prompt, messages.len() as u64);
-        let (decoder, tokenizer) = (&model.decoder, Some(&model.tokenizer));
-        let completion = generate::complete(decoder, tokenizer, adapter, &[request], &options)?
-            .remove(0)
-            .remove(0);
-        let reply = chat.reply_text(&completion.token_ids)?;
-        writeln!(std::io::stdout().lock(), "{}", cli::printable(&reply))?;
-        messages.push(Message::assistant(reply));
     }
 }
 
@@ -431,16 +217,8 @@ fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
 fn run_quantize(arguments: &Quantize) -> anyhow::Result<()> {
     let options = Nf4Options { double_quantize: !arguments.single, ..Nf4Options::default() };
     let source = Source::parse(&arguments.model)?;
-    let extra = serde_json::Map::new();
-    merge::write_model(
-        &source,
-        None,
-        None,
-        &arguments.output,
-        Kind::BFloat16,
-        Some(options),
-        extra,
-    )?;
+    packing::write_packed(&source, &arguments.output, options, arguments.dtype)
+        .with_context(|| format!("quantising {}", arguments.model))?;
     tracing::info!(output = %arguments.output.display(), "written");
     Ok(())
 }

@@ -19,6 +19,9 @@ use crate::nf4::{Nf4Options, Nf4Tensor};
 use crate::ops::WeightRef;
 use crate::{Error, ops};
 
+/// Most rows that are multiplied with packed weights as they are (`kPackedRows` in `csrc/ops.cpp`).
+const PACKED_ROWS: i64 = 4;
+
 /// A weight matrix as it is held.
 #[derive(Debug)]
 pub(crate) enum Linear {
@@ -44,10 +47,14 @@ impl Linear {
 
     fn n_bytes(&self) -> usize {
         match self {
-            Self::Dense(weight) => weight.numel() * weight.kind().elt_size_in_bytes(),
+            Self::Dense(weight) => tensor_bytes(weight),
             Self::Nf4(weight) => weight.n_bytes(),
         }
     }
+}
+
+fn tensor_bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 /// One block.
@@ -97,6 +104,8 @@ pub struct Decoder {
     norm: Tensor,
     /// `[V, D]`; the embedding itself where they are tied.
     head: Tensor,
+    /// The head in bf16, for packed decoding in f32: half the bytes to read for a token.
+    lean_head: Option<Tensor>,
     /// `[positions, E]` f32: cosines of the first half, then sines.
     cos_sin: Tensor,
     quantization: Option<Nf4Options>,
@@ -177,7 +186,8 @@ impl Decoder {
         let loader = Loader { checkpoint, options, config: &config };
         let (hidden, vocabulary) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = loader.dense("model.embed_tokens.weight", &[vocabulary, hidden])?;
-        let progress = arete_records::cli::progress("loading", "layers", config.num_layers as u64);
+        let what = if options.nf4.is_some() { "loading, packing" } else { "loading" };
+        let progress = arete_records::cli::progress(what, "layers", config.num_layers as u64);
         let mut layers = Vec::with_capacity(config.num_layers);
         let mut packed_in_checkpoint = false;
         for idx in 0..config.num_layers {
@@ -201,6 +211,7 @@ impl Decoder {
             layers,
             norm,
             head,
+            lean_head: None,
             cos_sin,
             quantization,
             packed_decoding: false,
@@ -228,10 +239,16 @@ impl Decoder {
         self.quantization
     }
 
-    /// Lets up to four rows multiply four-bit weights without unpacking them: several times faster for a lone
-    /// sequence, but its bits then differ from those of the same sequence in a larger batch. Off at first.
+    /// Lets up to four rows multiply four-bit weights without unpacking them, and in f32 on the CPU the vocabulary
+    /// matrix rounded to bf16 (exact where the checkpoint is bf16): several times faster for a lone sequence, but
+    /// its bits then differ from those of the same sequence in a larger batch. Off at first; dense weights are
+    /// not concerned.
     pub fn set_packed_decoding(&mut self, allowed: bool) {
         self.packed_decoding = allowed;
+        let lean = allowed
+            && self.quantization.is_some()
+            && (self.kind, self.device) == (Kind::Float, Device::Cpu);
+        self.lean_head = lean.then(|| self.head.to_kind(Kind::BFloat16));
     }
 
     /// The vocabulary matrix `[V, D]`.
@@ -241,19 +258,23 @@ impl Decoder {
 
     /// Bytes held by the weights.
     pub fn n_bytes(&self) -> usize {
-        let size = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-        let blocks: usize = self
-            .layers
-            .iter()
-            .map(|layer| {
-                [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]
-                    .map(Linear::n_bytes)
-                    .iter()
-                    .sum::<usize>()
-            })
-            .sum();
         let tied = self.head.data_ptr() == self.embedding.data_ptr();
-        blocks + size(&self.embedding) + if tied { 0 } else { size(&self.head) }
+        let heads = if tied { None } else { Some(&self.head) };
+        let others = heads.into_iter().chain(&self.lean_head).chain([&self.embedding]);
+        self.block_bytes() + others.map(tensor_bytes).sum::<usize>()
+    }
+
+    fn block_bytes(&self) -> usize {
+        let linears = |layer: &Layer| {
+            [&layer.qkv, &layer.output, &layer.gate_up, &layer.down].map(Linear::n_bytes)
+        };
+        self.layers.iter().flat_map(linears).sum()
+    }
+
+    /// Bytes of weights that one token's forward pass reads: all but the embedding, with the head as it is held.
+    pub(crate) fn bytes_per_token(&self) -> usize {
+        let head = self.lean_head.as_ref().unwrap_or(&self.head);
+        self.block_bytes() + tensor_bytes(head)
     }
 
     /// Hidden states of every token after the final norm; gradients flow into the adapter's tensors.
@@ -379,7 +400,10 @@ impl Decoder {
     ///
     /// [`Error::Torch`] if memory runs out.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, Error> {
-        ops::logits(hidden, &self.head)
+        match &self.lean_head {
+            Some(lean) if hidden.size()[0] <= PACKED_ROWS => ops::logits(hidden, lean),
+            _ => ops::logits(hidden, &self.head),
+        }
     }
 
     pub(crate) fn check_length(&self, length: usize) -> Result<(), Error> {
@@ -404,8 +428,9 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn dense(&self, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
-        let tensor = self.checkpoint.tensor_of_shape(name, shape)?;
-        Ok(tensor.to_kind(self.options.dtype).to_device(self.options.device))
+        self.checkpoint.expect_shape(name, shape)?;
+        let tensor = self.checkpoint.tensor_as(name, self.options.dtype)?;
+        Ok(tensor.to_device(self.options.device))
     }
 
     fn layer(&self, idx: usize) -> Result<Layer, Error> {
@@ -441,7 +466,7 @@ impl Loader<'_> {
                 let weight = self.checkpoint.tensor_of_shape(&name, &shape)?;
                 packed.push(Nf4Tensor::quantize(&weight, options)?);
             } else {
-                dense.push(self.dense(&name, &shape)?);
+                dense.push((name, shape));
             }
         }
         if packed.len() == targets.len() {
@@ -457,7 +482,8 @@ impl Loader<'_> {
                 got: format!("{} of {} in layer {idx}", packed.len(), targets.len()),
             });
         }
-        Ok(Linear::Dense(if dense.len() == 1 { dense.remove(0) } else { Tensor::cat(&dense, 0) }))
+        let whole = self.checkpoint.stacked(&dense, self.options.dtype)?;
+        Ok(Linear::Dense(whole.to_device(self.options.device)))
     }
 }
 

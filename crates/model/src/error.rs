@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use arete_records::cli::{ExitClass, code};
+
 /// Why loading, running or writing a model failed.
 ///
 /// Everything here is something the user can act on (a bad file, a bad value, a full disk); broken
@@ -216,5 +218,18 @@ impl Error {
     /// An I/O error whose message names `path`, for calls `fs_err` does not wrap.
     pub(crate) fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
         Self::Io(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    }
+}
+
+impl ExitClass for Error {
+    fn exit_class(&self) -> Option<u8> {
+        match self {
+            Self::Records(error) => error.exit_class(),
+            Self::Io(_) => Some(code::IO),
+            Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(code::FAILURE),
+            Self::Hub { .. } => Some(code::UNAVAILABLE),
+            Self::Invalid { .. } | Self::Source { .. } => Some(code::USAGE),
+            _ => Some(code::BAD_DATA),
+        }
     }
 }

@@ -192,6 +192,58 @@ pub fn run(
     next_turn: &mut dyn FnMut(TurnEnd<'_>) -> Result<Vec<i64>, Error>,
     finished: &mut dyn FnMut(Sequence) -> Result<(), Error>,
 ) -> Result<(), Error> {
+    let callbacks = Callbacks { next_turn, finished, sampled: &mut |_| Ok(()) };
+    sample_all(decoder, tokenizer, adapter, requests, options, callbacks)
+}
+
+/// Samples one answer; `sampled` receives each token as it is drawn.
+///
+/// # Errors
+///
+/// As [`run`]; [`Error::Invalid`] unless the request asks for one stream and one turn.
+pub fn stream(
+    decoder: &Decoder,
+    tokenizer: Option<&Tokenizer>,
+    adapter: Option<&Adapter>,
+    request: &Request,
+    options: &Options,
+    sampled: &mut dyn FnMut(i64) -> Result<(), Error>,
+) -> Result<Completion, Error> {
+    if request.streams.len() != 1 || request.turns != 1 {
+        return Err(Error::Invalid {
+            name: "request",
+            expected: "one stream and one turn".to_owned(),
+            got: format!("{} streams, {} turns", request.streams.len(), request.turns),
+        });
+    }
+    let mut completion = None;
+    let callbacks = Callbacks {
+        next_turn: &mut |_| Ok(Vec::new()),
+        finished: &mut |mut sequence| {
+            completion = sequence.turns.pop();
+            Ok(())
+        },
+        sampled,
+    };
+    sample_all(decoder, tokenizer, adapter, std::slice::from_ref(request), options, callbacks)?;
+    Ok(completion.expect("the one sequence ended"))
+}
+
+/// What the caller wants to know while sequences grow.
+struct Callbacks<'a> {
+    next_turn: &'a mut dyn FnMut(TurnEnd<'_>) -> Result<Vec<i64>, Error>,
+    finished: &'a mut dyn FnMut(Sequence) -> Result<(), Error>,
+    sampled: &'a mut dyn FnMut(i64) -> Result<(), Error>,
+}
+
+fn sample_all(
+    decoder: &Decoder,
+    tokenizer: Option<&Tokenizer>,
+    adapter: Option<&Adapter>,
+    requests: &[Request],
+    options: &Options,
+    mut callbacks: Callbacks<'_>,
+) -> Result<(), Error> {
     let _guard = tch::no_grad_guard();
     options.sampling.check()?;
     for request in requests {
@@ -214,7 +266,7 @@ pub fn run(
         prefixes: Vec::new(),
         active: Vec::new(),
     };
-    while engine.step(next_turn, finished)? {}
+    while engine.step(&mut callbacks)? {}
     Ok(())
 }
 
@@ -351,11 +403,7 @@ impl Rows {
 
 impl Engine<'_> {
     /// Computes one token for every sequence in flight; false when nothing is left.
-    fn step(
-        &mut self,
-        next_turn: &mut dyn FnMut(TurnEnd<'_>) -> Result<Vec<i64>, Error>,
-        finished: &mut dyn FnMut(Sequence) -> Result<(), Error>,
-    ) -> Result<bool, Error> {
+    fn step(&mut self, callbacks: &mut Callbacks<'_>) -> Result<bool, Error> {
         let mut rows = Rows::default();
         let mut last_rows = Vec::new(); // one per active sequence
         for sequence in &mut self.active {
@@ -402,11 +450,12 @@ impl Engine<'_> {
             }
             sequence.current.token_ids.push(token);
             sequence.current.logprobs.push(logprob);
-            if self.advance(&mut sequence, token, next_turn)? {
+            (callbacks.sampled)(token)?;
+            if self.advance(&mut sequence, token, callbacks.next_turn)? {
                 still.push(sequence);
             } else {
                 self.release(&sequence);
-                finished(Sequence {
+                (callbacks.finished)(Sequence {
                     request: sequence.request,
                     stream: sequence.stream,
                     turns: sequence.turns,

@@ -1,4 +1,8 @@
 //! Mistral/Llama decoder over libtorch: loading, chat templates, NF4, LoRA, generation, log-probabilities.
+//!
+//! Usable alone: [`Model::load`] opens a Hugging Face directory, a GGUF file or a hub id, and the rest works on what it
+//! returns. `examples/` has one short program per use: `generate`, `logprobs`, `shared_prefix` (several questions
+//! about one conversation that is computed once), `lora_step`, `quantise`, `reward_score`, `merge`.
 
 pub mod adapter_files;
 mod batch;
@@ -21,10 +25,12 @@ pub mod merge;
 mod model;
 pub mod nf4;
 mod ops;
+pub mod packing;
 pub mod random;
 pub mod template;
 pub mod tokenizer;
 
+pub use arete_records::{FinishReason, Message, Role};
 pub use batch::{Batch, BatchBuilder, SegmentIdx};
 pub use chain::{Chat, Rendered};
 pub use checkpoint::{Checkpoint, Source};
@@ -36,6 +42,6 @@ pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;
 pub use nf4::Nf4Options;
 pub use ops::kernels_name;
-pub use tch::{Device, Kind, Tensor};
+pub use tch::{Device, Kind, Tensor, no_grad_guard};
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;

@@ -8,5 +8,5 @@ use clap::Parser;
 fn main() -> ExitCode {
     let arguments = arete_model::commands::Arguments::parse();
     cli::init_tracing();
-    cli::exit_code(arete_model::commands::run(arguments))
+    cli::exit_code_of::<arete_model::Error>(arete_model::commands::run(arguments))
 }

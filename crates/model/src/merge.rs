@@ -57,22 +57,16 @@ pub fn write_model(
     let checkpoint = Checkpoint::open(source)?;
     let mut config = checkpoint.config().clone();
     config.sequence_classification = head.is_some();
-    let tokenizer = checkpoint.tokenizer()?;
     let staging = AtomicDir::new(output)?;
 
     let mut config_json = config.to_json(dtype);
     if head.is_some() && config.pad_token_id.is_none_or(|id| config.eos_token_ids.contains(&id)) {
         // A reward model is read at its last real token, which padding with end-of-text would hide.
-        config_json.insert("pad_token_id".to_owned(), json!(tokenizer.pad_id().unwrap_or(0)));
+        let pad_id = checkpoint.tokenizer()?.pad_id().unwrap_or(0);
+        config_json.insert("pad_token_id".to_owned(), json!(pad_id));
     }
     config_json.extend(extra);
-    write_json(&staging.path().join("config.json"), &Value::Object(config_json))?;
-    let generation = json!({
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_ids,
-    });
-    write_json(&staging.path().join("generation_config.json"), &generation)?;
-    tokenizer.save(staging.path())?;
+    write_settings(&checkpoint, staging.path(), config_json)?;
 
     let mut writer = ShardWriter::new(staging.path());
     let tied = config.tie_word_embeddings;
@@ -105,6 +99,21 @@ pub fn write_model(
     Ok(staging.commit()?)
 }
 
+/// Configuration, generation settings and tokenizer.
+pub(crate) fn write_settings(
+    checkpoint: &Checkpoint,
+    directory: &Path,
+    config: Map<String, Value>,
+) -> Result<(), Error> {
+    write_json(&directory.join("config.json"), &Value::Object(config))?;
+    let generation = json!({
+        "bos_token_id": checkpoint.config().bos_token_id,
+        "eos_token_id": checkpoint.config().eos_token_ids,
+    });
+    write_json(&directory.join("generation_config.json"), &generation)?;
+    checkpoint.tokenizer()?.save(directory)
+}
+
 /// Largest difference of logits between `merged` and `model` with `adapter`, over the tokens of `batch`.
 ///
 /// # Errors
@@ -124,7 +133,7 @@ pub fn max_logit_difference(
 }
 
 /// The block and layer a matrix belongs to.
-fn linear_of(name: &str) -> Option<(usize, Target)> {
+pub(crate) fn linear_of(name: &str) -> Option<(usize, Target)> {
     let (layer, module) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let module = module.strip_suffix(".weight")?;
     let target = Target::ALL.into_iter().find(|target| target.module() == module)?;
@@ -132,7 +141,7 @@ fn linear_of(name: &str) -> Option<(usize, Target)> {
 }
 
 /// Collects tensors and writes them as one file, or as shards with an index.
-struct ShardWriter<'a> {
+pub(crate) struct ShardWriter<'a> {
     directory: &'a Path,
     pending: Vec<(String, Tensor)>,
     pending_bytes: usize,
@@ -141,7 +150,7 @@ struct ShardWriter<'a> {
 }
 
 impl<'a> ShardWriter<'a> {
-    fn new(directory: &'a Path) -> Self {
+    pub(crate) fn new(directory: &'a Path) -> Self {
         Self {
             directory,
             pending: Vec::new(),
@@ -151,7 +160,7 @@ impl<'a> ShardWriter<'a> {
         }
     }
 
-    fn push(&mut self, name: String, tensor: Tensor) -> Result<(), Error> {
+    pub(crate) fn push(&mut self, name: String, tensor: Tensor) -> Result<(), Error> {
         let n_bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
         if self.pending_bytes + n_bytes > SHARD_BYTES && !self.pending.is_empty() {
             self.write_shard()?;
@@ -171,7 +180,7 @@ impl<'a> ShardWriter<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<(), Error> {
+    pub(crate) fn finish(mut self) -> Result<(), Error> {
         if self.shards.is_empty() {
             return write_safetensors(&self.directory.join("model.safetensors"), &self.pending);
         }

@@ -1,5 +1,7 @@
 //! A model ready to use: decoder, tokenizer and template of one source.
 
+use std::path::PathBuf;
+
 use arete_records::run::sha256_path;
 
 use crate::Error;
@@ -26,6 +28,7 @@ pub struct Model {
     pub base_sha256: String,
     /// The scalar head, where the source is a reward model.
     pub head: Option<ScalarHead>,
+    path: PathBuf,
 }
 
 impl Model {
@@ -35,6 +38,17 @@ impl Model {
     ///
     /// Whatever is wrong with its files, named.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self, Error> {
+        let model = Self::load_unhashed(source, options)?;
+        Ok(Self { base_sha256: sha256_path(&model.path)?, ..model })
+    }
+
+    /// [`Model::load`] with an empty [`Model::base_sha256`]: the files are read once less, but no adapter can be
+    /// checked against this base.
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::load`].
+    pub fn load_unhashed(source: &Source, options: &LoadOptions) -> Result<Self, Error> {
         let checkpoint = Checkpoint::open(source)?;
         let tokenizer = checkpoint.tokenizer()?;
         let template = tokenizer.template()?;
@@ -47,8 +61,8 @@ impl Model {
             }
             false => None,
         };
-        let base_sha256 = sha256_path(checkpoint.path())?;
-        Ok(Self { config, tokenizer, template, decoder, base_sha256, head })
+        let (path, base_sha256) = (checkpoint.path().to_path_buf(), String::new());
+        Ok(Self { config, tokenizer, template, decoder, base_sha256, head, path })
     }
 
     /// Conversations to tokens, as this model's template has them.

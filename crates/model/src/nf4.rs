@@ -244,3 +244,6 @@ fn linspace(start: f32, end: f32, n: usize) -> Vec<f32> {
     };
     (0..n).map(at).collect()
 }
+
+#[cfg(test)]
+mod tests;

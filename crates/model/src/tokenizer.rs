@@ -369,8 +369,12 @@ impl Tokenizer {
     ///
     /// [`Error::NoTemplate`] if the model has none, [`Error::Template`] if it does not compile.
     pub fn template(&self) -> Result<ChatTemplate, Error> {
+        // In a directory it has a file of its own as a rule; in GGUF files it is part of the metadata.
+        let sidecar = self.0.path.with_file_name(TEMPLATE_FILE);
+        let in_directory = self.0.path.file_name().is_some_and(|name| name == TOKENIZER_FILE);
+        let path = if in_directory && sidecar.exists() { &sidecar } else { &self.0.path };
         match &self.0.template {
-            Some(source) => ChatTemplate::new(&self.0.path, source, self.template_variables()),
+            Some(source) => ChatTemplate::new(path, source, self.template_variables()),
             None => Err(Error::NoTemplate { path: self.0.path.clone() }),
         }
     }

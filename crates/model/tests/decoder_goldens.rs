@@ -1,5 +1,7 @@
 //! The decoder against transformers, bitsandbytes, PyTorch and peft (`scripts/goldens/`).
 
+#![expect(clippy::unwrap_used, reason = "a test: a failure here is the finding")]
+
 use std::path::{Path, PathBuf};
 
 use arete_model::checkpoint::safetensors::SafetensorsFile;
@@ -83,7 +85,10 @@ fn products_from_packed_weights_equal_those_of_unpacked_ones() {
     let unpacked = logits(&decoder, &sequence[..3], None);
     decoder.set_packed_decoding(true);
     let packed = logits(&decoder, &sequence[..3], None);
-    assert!(largest_difference(&packed, &unpacked) <= 1e-5);
+    assert!(!packed.equal(&unpacked), "the packed branch was taken");
+    // The codes' product rounds both factors to 15 bits, the vocabulary matrix is rounded to bf16.
+    let scale = unpacked.abs().max().double_value(&[]);
+    assert!(largest_difference(&packed, &unpacked) <= 5e-3 * scale);
 }
 
 #[test]

@@ -79,22 +79,11 @@ impl ExitClass for Error {
         Some(match self {
             Self::Io(_) => return None,
             Self::Records(error) => return error.exit_class(),
-            Self::Model(error) => model_class(error),
+            Self::Model(error) => return error.exit_class(),
             Self::Interrupted(interrupted) => return u8::try_from(128 + interrupted.signal).ok(),
             Self::File { .. } => code::BAD_DATA,
             Self::Setting { .. } => code::USAGE,
             Self::NonFinite { .. } | Self::Chart { .. } => code::FAILURE,
         })
-    }
-}
-
-fn model_class(error: &arete_model::Error) -> u8 {
-    use arete_model::Error as Model;
-    match error {
-        Model::Io(_) => code::IO,
-        Model::Torch(_) | Model::NonFinite { .. } => code::FAILURE,
-        Model::Hub { .. } => code::UNAVAILABLE,
-        Model::Invalid { .. } | Model::Source { .. } => code::USAGE,
-        _ => code::BAD_DATA,
     }
 }

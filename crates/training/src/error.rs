@@ -79,12 +79,5 @@ impl ExitClass for Error {
 
 /// The exit code of a program that fails with an error of the model crate.
 pub fn model_exit_class(error: &arete_model::Error) -> Option<u8> {
-    use arete_model::Error as Model;
-    Some(match error {
-        Model::Io(_) => code::IO,
-        Model::Torch(_) | Model::NonFinite { .. } => code::FAILURE,
-        Model::Hub { .. } => code::UNAVAILABLE,
-        Model::Invalid { .. } | Model::Source { .. } => code::USAGE,
-        _ => code::BAD_DATA,
-    })
+    error.exit_class()
 }

@@ -271,33 +271,53 @@ impl Gguf {
         kind: Kind,
         unpermute_heads: Option<usize>,
     ) -> Result<Tensor, Error> {
-        let entry = self.entry(name)?;
-        let rows = entry.n_bytes as usize / row_bytes(entry).max(1);
-        let head_rows = match unpermute_heads {
-            None => 1,
-            Some(heads) if heads > 0 && rows.is_multiple_of(2 * heads) => rows / heads,
-            Some(heads) => {
-                return Err(Error::field(
-                    &self.path,
-                    name,
-                    format!("rows for {heads} heads of even size"),
-                    format!("{rows} rows"),
-                ));
+        let shape = self.entry(name)?.shape.clone();
+        self.filled(&[(name, unpermute_heads)], &shape, kind)
+    }
+
+    /// Matrices with the same number of columns, one below the other, each as [`Gguf::tensor_as`] has it: converted
+    /// straight into their place, without a copy.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gguf::tensor_as`]; [`Error::Field`] if they do not fit below each other.
+    pub fn stacked(&self, parts: &[(&str, Option<usize>)], kind: Kind) -> Result<Tensor, Error> {
+        let (mut n_rows, mut n_columns) = (0, None);
+        for (name, _) in parts {
+            match (self.entry(name)?.shape.as_slice(), n_columns) {
+                (&[rows, columns], expected) if expected.is_none_or(|n| n == columns) => {
+                    n_rows += rows;
+                    n_columns = Some(columns);
+                }
+                (found, _) => {
+                    let (expected, found) =
+                        ("a matrix as wide as the others", format!("{found:?}"));
+                    return Err(Error::field(&self.path, *name, expected, found));
+                }
             }
-        };
+        }
+        self.filled(parts, &[n_rows, n_columns.unwrap_or(0)], kind)
+    }
+
+    /// A tensor of `shape` filled by `parts`, one after the other.
+    fn filled(
+        &self,
+        parts: &[(&str, Option<usize>)],
+        shape: &[i64],
+        kind: Kind,
+    ) -> Result<Tensor, Error> {
         match kind {
-            Kind::Float => bytes::filled::<f32>(&entry.shape, kind, |out| {
-                self.fill(entry, head_rows, out, |row, out| entry.ggml_type.to_f32(row, out))
+            Kind::Float => bytes::filled::<f32>(shape, kind, |out| {
+                self.fill_parts(parts, out, |entry, row, out| entry.ggml_type.to_f32(row, out))
             }),
-            Kind::BFloat16 | Kind::Half => bytes::filled::<u16>(&entry.shape, kind, |out| {
-                let n = entry.row_elements();
-                self.fill(entry, head_rows, out, |row, out| {
+            Kind::BFloat16 | Kind::Half => bytes::filled::<u16>(shape, kind, |out| {
+                self.fill_parts(parts, out, |entry, row, out| {
                     if entry.ggml_type.kind() == kind {
                         for (out, stored) in out.iter_mut().zip(row.as_chunks::<2>().0) {
                             *out = u16::from_le_bytes(*stored);
                         }
                     } else {
-                        let mut wide = vec![0f32; n];
+                        let mut wide = vec![0f32; entry.row_elements()];
                         entry.ggml_type.to_f32(row, &mut wide);
                         blocks::round(&wide, kind, out);
                     }
@@ -308,6 +328,42 @@ impl Gguf {
                 expected: "Float, BFloat16 or Half".to_owned(),
                 got: format!("{other:?}"),
             }),
+        }
+    }
+
+    fn fill_parts<T: bytes::Plain>(
+        &self,
+        parts: &[(&str, Option<usize>)],
+        mut out: &mut [T],
+        convert: impl Fn(&GgufTensor, &[u8], &mut [T]) + Sync,
+    ) -> Result<(), Error> {
+        for (name, unpermute_heads) in parts {
+            let entry = self.entry(name)?;
+            let n: i64 = entry.shape.iter().product();
+            let (part, rest) = out.split_at_mut(n as usize);
+            let head_rows = self.head_rows(name, entry, *unpermute_heads)?;
+            self.fill(entry, head_rows, part, |row, out| convert(entry, row, out))?;
+            out = rest;
+        }
+        Ok(())
+    }
+
+    /// Rows of a head, where the rows of `heads` heads are stored in another order; else 1.
+    fn head_rows(
+        &self,
+        name: &str,
+        entry: &GgufTensor,
+        heads: Option<usize>,
+    ) -> Result<usize, Error> {
+        let rows = entry.n_bytes as usize / row_bytes(entry).max(1);
+        match heads {
+            None => Ok(1),
+            Some(heads) if heads > 0 && rows.is_multiple_of(2 * heads) => Ok(rows / heads),
+            Some(heads) => {
+                let (expected, found) =
+                    (format!("rows for {heads} heads of even size"), format!("{rows} rows"));
+                Err(Error::field(&self.path, name, expected, found))
+            }
         }
     }
 

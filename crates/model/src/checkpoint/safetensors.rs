@@ -212,6 +212,39 @@ impl SafetensorsFile {
     }
 }
 
+/// Matrices as stored, of one dtype and width, one below the other: each read straight into its place.
+///
+/// # Shapes
+///
+/// - output: `[Σ rows, columns]`, in the dtype they have.
+///
+/// # Errors
+///
+/// [`Error::Io`]; `None` unless all are matrices of the same dtype and width.
+pub(crate) fn stacked(parts: &[(&SafetensorsFile, &str)]) -> Result<Option<Tensor>, Error> {
+    let entries: Option<Vec<&Entry>> =
+        parts.iter().map(|(file, name)| file.entries.get(*name)).collect();
+    let Some(entries) = entries.filter(|entries| !entries.is_empty()) else { return Ok(None) };
+    let (kind, columns) = (entries[0].kind, entries[0].shape.last().copied().unwrap_or(0));
+    let alike = |entry: &&Entry| {
+        entry.kind == kind && entry.shape.len() == 2 && entry.shape.last() == Some(&columns)
+    };
+    if !entries.iter().all(alike) {
+        return Ok(None);
+    }
+    let rows = entries.iter().map(|entry| entry.shape[0]).sum();
+    let tensor = bytes::filled::<u8>(&[rows, columns], kind, |mut out| {
+        for ((file, _), entry) in parts.iter().zip(&entries) {
+            let n: i64 = entry.shape.iter().product();
+            let (part, rest) = out.split_at_mut(n as usize * kind.elt_size_in_bytes());
+            bytes::read_at(&file.file, entry.offset, part)?;
+            out = rest;
+        }
+        Ok(())
+    })?;
+    Ok(Some(tensor))
+}
+
 /// One header entry, whose range is known to lie in the file.
 fn check_entry(path: &Path, name: &str, raw: &RawEntry, data_start: u64) -> Result<Entry, Error> {
     let fail = |expected: String, found: String| Err(Error::field(path, name, expected, found));

@@ -192,3 +192,24 @@ fn json_backslashes_are_not_mistaken_for_escapes() {
         expected
     );
 }
+
+proptest::proptest! {
+    /// Pieces of templates in any order: text or an error, within the budget.
+    #[test]
+    fn any_source_gives_text_or_an_error(
+        pieces in proptest::collection::vec(proptest::sample::select(vec![
+            "{% for m in messages %}", "{% for i in range(99999999) %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] * 99999 }}",
+            "{% if m.role == 'user' %}", "{% elif %}", "{% else %}", "{% endif %}", "{% set x = x ~ x %}", "{{", "}}", "{%", "%}",
+            "{#", "#}", "{% macro f(a) %}", "{% endmacro %}", "{{ f(f) }}", "{{ raise_exception('no') }}", "{{ strftime_now('%d%Q') }}",
+            "{% generation %}", "{% endgeneration %}", "{% include 'x' %}", "{{ messages[::-1]|tojson }}", "é\u{0}", "{%- break -%}",
+        ]), 0..12),
+    ) {
+        let messages = [Message::user("Hi"), Message::assistant("Hello.")];
+        let path = std::path::Path::new("x.jinja");
+        if let Ok(template) = ChatTemplate::new(path, &pieces.concat(), Vec::new())
+            && let Ok(text) = template.render(&messages, true)
+        {
+            proptest::prop_assert!(text.len() <= 4 << 20);
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! How tokens are drawn: distribution, top-k, top-p, stop tokens and texts, streams.
+
+#![expect(clippy::unwrap_used, reason = "a test: a failure here is the finding")]
+
+use std::path::Path;
+
+use arete_model::generate::{self, Completion, Options, Request, Sampling, Stream};
+use arete_model::{Batch, Device, FinishReason, Kind, LoadOptions, Model, Source};
+
+fn model() -> Model {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat");
+    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    Model::load(&Source::Directory(path), &options).unwrap()
+}
+
+fn request(samples: u64, max_new_tokens: usize) -> Request {
+    Request {
+        prompt_ids: vec![1, 40, 41, 42, 43],
+        streams: (0..samples).map(|sample| Stream { seed: 5, prompt: 0, sample }).collect(),
+        max_new_tokens,
+        turns: 1,
+        extra_tokens: 0,
+    }
+}
+
+fn sample(model: &Model, request: Request, options: &Options) -> Vec<Completion> {
+    let tokenizer = Some(&model.tokenizer);
+    generate::complete(&model.decoder, tokenizer, None, &[request], options).unwrap().remove(0)
+}
+
+/// The model's own distribution of the next token, by libtorch's softmax.
+fn next_token(model: &Model, ids: &[i64], temperature: f64) -> Vec<f64> {
+    let _guard = tch::no_grad_guard();
+    let batch = Batch::from_sequences(&[ids]);
+    let logits = model.decoder.logits(&model.decoder.forward(&batch, None).unwrap()).unwrap();
+    let last = logits.get(-1).to_kind(Kind::Double) / temperature;
+    Vec::try_from(last.softmax(-1, Kind::Double)).unwrap()
+}
+
+fn counts(completions: &[Completion], vocabulary: usize) -> Vec<f64> {
+    let mut out = vec![0.0; vocabulary];
+    for completion in completions {
+        out[completion.token_ids[0] as usize] += 1.0;
+    }
+    out
+}
+
+/// Pearson's statistic over the tokens expected at least five times, the rest as one class.
+fn chi_square(counts: &[f64], probabilities: &[f64], n: f64) -> (f64, usize) {
+    let (mut statistic, mut classes, mut rest) = (0.0, 0, (0.0, 0.0));
+    for (count, probability) in counts.iter().zip(probabilities) {
+        let expected = n * probability;
+        if expected >= 5.0 {
+            statistic += (count - expected).powi(2) / expected;
+            classes += 1;
+        } else {
+            rest = (rest.0 + count, rest.1 + expected);
+        }
+    }
+    if rest.1 > 0.0 {
+        statistic += (rest.0 - rest.1).powi(2) / rest.1;
+        classes += 1;
+    }
+    (statistic, classes)
+}
+
+#[test]
+fn draws_follow_the_softmax() {
+    let model = model();
+    let n = 4000;
+    for temperature in [0.7, 1.3] {
+        let request = request(n, 1);
+        let mut options = Options::new(Sampling::at(temperature), Vec::new());
+        options.max_rows = n as usize;
+        let probabilities = next_token(&model, &request.prompt_ids, temperature);
+        let completions = sample(&model, request, &options);
+        let counts = counts(&completions, probabilities.len());
+        let (statistic, classes) = chi_square(&counts, &probabilities, n as f64);
+        // Mean = degrees of freedom, variance twice that: six standard deviations above is never chance.
+        let freedom = (classes - 1) as f64;
+        assert!(classes > 2, "{classes}");
+        assert!(statistic < freedom + 6.0 * (2.0 * freedom).sqrt(), "{statistic} of {freedom}");
+        for completion in &completions {
+            let expected = probabilities[completion.token_ids[0] as usize].ln();
+            assert!((f64::from(completion.logprobs[0]) - expected).abs() < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn top_k_and_top_p_draw_from_the_most_probable_alone() {
+    let model = model();
+    let n = 500;
+    let probabilities = next_token(&model, &request(1, 1).prompt_ids, 1.0);
+    let mut order: Vec<usize> = (0..probabilities.len()).collect();
+    order.sort_by(|a, b| probabilities[*b].total_cmp(&probabilities[*a]));
+    let draw = |top_k: usize, top_p: f64| {
+        let sampling = Sampling { temperature: 1.0, top_k, top_p };
+        let mut options = Options::new(sampling, Vec::new());
+        options.max_rows = n as usize;
+        let counts = counts(&sample(&model, request(n, 1), &options), probabilities.len());
+        let drawn: Vec<usize> = (0..counts.len()).filter(|token| counts[*token] > 0.0).collect();
+        (drawn, counts)
+    };
+    let allowed = &order[..3];
+    let (drawn, counts) = draw(3, 1.0);
+    assert!(drawn.iter().all(|token| allowed.contains(token)), "{drawn:?} {allowed:?}");
+    assert_eq!(drawn.len(), 3, "500 draws meet all three");
+    let kept: f64 = allowed.iter().map(|token| probabilities[*token]).sum();
+    let renormalised: Vec<f64> = probabilities
+        .iter()
+        .enumerate()
+        .map(|(token, p)| if allowed.contains(&token) { p / kept } else { 0.0 })
+        .collect();
+    let (statistic, _) = chi_square(&counts, &renormalised, n as f64);
+    assert!(statistic < 2.0 + 6.0 * 2.0, "{statistic}");
+
+    // The smallest set whose mass reaches p.
+    let p = probabilities[order[0]] + probabilities[order[1]] + 1e-3;
+    assert!(probabilities[order[2]] > 2e-3);
+    let (drawn, _) = draw(0, p);
+    assert!(drawn.iter().all(|token| order[..3].contains(token)), "{drawn:?}");
+    assert!(drawn.contains(&order[2]));
+    assert_eq!(draw(1, 1.0).0, vec![order[0]]);
+    assert_eq!(draw(0, 1e-6).0, vec![order[0]]);
+}
+
+#[test]
+fn sequences_end_at_stop_tokens_stop_texts_or_the_limit() {
+    let model = model();
+    let free = Options::new(Sampling::GREEDY, Vec::new());
+    let whole = sample(&model, request(1, 12), &free).remove(0);
+    assert_eq!((whole.token_ids.len(), whole.finish_reason), (12, FinishReason::Length));
+
+    let stop = whole.token_ids[7];
+    let at = whole.token_ids.iter().position(|id| *id == stop).unwrap();
+    let stopped = sample(&model, request(1, 12), &Options { stop_ids: vec![stop], ..free.clone() });
+    assert_eq!(stopped[0].token_ids, whole.token_ids[..=at]);
+    assert_eq!(stopped[0].finish_reason, FinishReason::Stop);
+
+    // A text that spans tokens ends the completion with the token that completes it.
+    let text = model.tokenizer.decode(&whole.token_ids).unwrap();
+    let characters: Vec<char> = text.chars().collect();
+    let wanted: String =
+        characters[characters.len() / 2..characters.len() / 2 + 3].iter().collect();
+    let n = (1..=12)
+        .find(|n| model.tokenizer.decode(&whole.token_ids[..*n]).unwrap().contains(&wanted))
+        .unwrap();
+    let stop_strings = vec!["never there at all".to_owned(), wanted];
+    let stopped = sample(&model, request(1, 12), &Options { stop_strings, ..free.clone() });
+    assert_eq!(stopped[0].token_ids, whole.token_ids[..n]);
+    assert_eq!(stopped[0].finish_reason, FinishReason::Stop);
+    let without = Options { stop_strings: vec!["a".to_owned()], ..free.clone() };
+    let refused = generate::complete(&model.decoder, None, None, &[request(1, 2)], &without);
+    assert!(refused.unwrap_err().to_string().contains("tokenizer"));
+}
+
+#[test]
+fn streamed_tokens_are_those_of_the_batch() {
+    let model = model();
+    let options = Options::new(Sampling::at(0.9), model.stop_ids().unwrap());
+    let expected = sample(&model, request(1, 10), &options).remove(0);
+    let mut seen = Vec::new();
+    let mut sampled = |token| {
+        seen.push(token);
+        Ok(())
+    };
+    let one = request(1, 10);
+    let found = generate::stream(&model.decoder, None, None, &one, &options, &mut sampled).unwrap();
+    assert_eq!((&found, &found.token_ids), (&expected, &seen));
+    let two = request(2, 10);
+    let refused = generate::stream(&model.decoder, None, None, &two, &options, &mut |_| Ok(()));
+    assert!(refused.unwrap_err().to_string().contains("one stream"));
+    // A callback's error ends the run at once.
+    let mut n = 0;
+    let mut stop = |_| {
+        n += 1;
+        if n == 2 { Err(std::io::Error::other("enough").into()) } else { Ok(()) }
+    };
+    let refused = generate::stream(&model.decoder, None, None, &one, &options, &mut stop);
+    assert!(refused.unwrap_err().to_string().contains("enough"));
+    assert_eq!(n, 2);
+}
+
+/// Rows wait for slots and enter as others leave; each still gets its own stream's tokens.
+#[test]
+fn rows_leave_and_enter() {
+    let model = model();
+    let requests: Vec<Request> = (0..9)
+        .map(|prompt| Request {
+            streams: vec![Stream { seed: 1, prompt, sample: 0 }],
+            max_new_tokens: 1 + prompt as usize % 4 * 5,
+            ..request(1, 1)
+        })
+        .collect();
+    let mut options = Options::new(Sampling::at(1.0), Vec::new());
+    let mut by_rows = Vec::new();
+    for max_rows in [1, 2, 4, 64] {
+        options.max_rows = max_rows;
+        let found = generate::complete(&model.decoder, None, None, &requests, &options).unwrap();
+        by_rows.push(found);
+    }
+    assert!(by_rows.windows(2).all(|pair| pair[0] == pair[1]));
+    for (request, found) in requests.iter().zip(&by_rows[0]) {
+        assert_eq!(found[0].token_ids.len(), request.max_new_tokens);
+    }
+}
