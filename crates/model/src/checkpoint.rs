@@ -282,6 +282,15 @@ impl Checkpoint {
         }
     }
 
+    /// The dtype in which the files hold the embedding, which is never packed; `None` for GGUF, whose tensors are unpacked.
+    pub fn stored_kind(&self) -> Option<Kind> {
+        let name = "model.embed_tokens.weight";
+        match &self.files {
+            Files::Safetensors(weights) => weights.file_of(name).ok()?.kind(name),
+            Files::Gguf { .. } => None,
+        }
+    }
+
     /// A tensor's shape once unpacked.
     ///
     /// # Errors

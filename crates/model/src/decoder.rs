@@ -68,6 +68,15 @@ struct Layer {
     down: Linear,
 }
 
+/// Where the blocks' weights are.
+#[derive(Debug)]
+enum Layers {
+    /// In memory.
+    Held(Vec<Layer>),
+    /// In their files, read again for every pass.
+    OnDisk { checkpoint: Checkpoint, options: LoadOptions },
+}
+
 /// How the weights are held.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
@@ -100,7 +109,7 @@ pub struct Decoder {
     device: Device,
     kind: Kind,
     embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Layers,
     norm: Tensor,
     /// `[V, D]`; the embedding itself where they are tied.
     head: Tensor,
@@ -182,20 +191,47 @@ impl Decoder {
     /// A missing tensor, a wrong shape or dtype, an unreadable file.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, Error> {
         let _guard = tch::no_grad_guard();
-        let config = checkpoint.config().clone();
-        let loader = Loader { checkpoint, options, config: &config };
-        let (hidden, vocabulary) = (config.hidden_size as i64, config.vocab_size as i64);
-        let embedding = loader.dense("model.embed_tokens.weight", &[vocabulary, hidden])?;
+        let n_layers = checkpoint.config().num_layers;
+        let mut decoder = Self::without_layers(checkpoint, options)?;
+        let loader = Loader { checkpoint, options, config: &decoder.config };
         let what = if options.nf4.is_some() { "loading, packing" } else { "loading" };
-        let progress = arete_records::cli::progress(what, "layers", config.num_layers as u64);
-        let mut layers = Vec::with_capacity(config.num_layers);
+        let progress = arete_records::cli::progress(what, "layers", n_layers as u64);
+        let mut layers = Vec::with_capacity(n_layers);
         let mut packed_in_checkpoint = false;
-        for idx in 0..config.num_layers {
+        for idx in 0..n_layers {
             let layer = loader.layer(idx)?;
             packed_in_checkpoint |= matches!(layer.qkv, Linear::Nf4(_)) && options.nf4.is_none();
             layers.push(layer);
             progress.inc(1);
         }
+        decoder.layers = Layers::Held(layers);
+        decoder.quantization =
+            options.nf4.or_else(|| packed_in_checkpoint.then(Nf4Options::default));
+        Ok(decoder)
+    }
+
+    /// A decoder that leaves the blocks on disk and reads them, one at a time, in every pass: slow, but it holds the
+    /// vocabulary matrices and a single block only. For a look at a model that was just written.
+    ///
+    /// # Errors
+    ///
+    /// As [`Decoder::load`]; a pass may fail with them too.
+    pub fn streamed(checkpoint: Checkpoint, options: &LoadOptions) -> Result<Self, Error> {
+        let _guard = tch::no_grad_guard();
+        let mut decoder = Self::without_layers(&checkpoint, options)?;
+        decoder.quantization = options.nf4;
+        decoder.layers = Layers::OnDisk { checkpoint, options: *options };
+        Ok(decoder)
+    }
+
+    fn without_layers(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, Error> {
+        if let Device::Cuda(index) = options.device {
+            crate::cuda::require(index)?;
+        }
+        let config = checkpoint.config().clone();
+        let loader = Loader { checkpoint, options, config: &config };
+        let (hidden, vocabulary) = (config.hidden_size as i64, config.vocab_size as i64);
+        let embedding = loader.dense("model.embed_tokens.weight", &[vocabulary, hidden])?;
         let norm = loader.dense("model.norm.weight", &[hidden])?;
         let head = if config.tie_word_embeddings || !checkpoint.contains("lm_head.weight") {
             embedding.shallow_clone()
@@ -203,17 +239,16 @@ impl Decoder {
             loader.dense("lm_head.weight", &[vocabulary, hidden])?
         };
         let cos_sin = rotary_table(&config).to_device(options.device);
-        let quantization = options.nf4.or_else(|| packed_in_checkpoint.then(Nf4Options::default));
         Ok(Self {
             device: options.device,
             kind: options.dtype,
             embedding,
-            layers,
+            layers: Layers::Held(Vec::new()),
             norm,
             head,
             lean_head: None,
             cos_sin,
-            quantization,
+            quantization: None,
             packed_decoding: false,
             config,
         })
@@ -268,7 +303,11 @@ impl Decoder {
         let linears = |layer: &Layer| {
             [&layer.qkv, &layer.output, &layer.gate_up, &layer.down].map(Linear::n_bytes)
         };
-        self.layers.iter().flat_map(linears).sum()
+        let held = match &self.layers {
+            Layers::Held(layers) => layers.as_slice(),
+            Layers::OnDisk { .. } => &[],
+        };
+        held.iter().flat_map(linears).sum()
     }
 
     /// Bytes of weights that one token's forward pass reads: all but the embedding, with the head as it is held.
@@ -324,7 +363,7 @@ impl Decoder {
         let mut hidden = self.embedding.index_select(0, &batch.token_tensor(self.device)); // [N, D]
         let mut delta: Option<Tensor> = None;
         let mut inputs = Vec::new();
-        for idx in 0..self.layers.len() {
+        for idx in 0..self.n_layers() {
             if keep {
                 inputs.push(hidden.shallow_clone());
             }
@@ -354,7 +393,14 @@ impl Decoder {
         adapter: Option<&PreparedLayer>,
         mut attend: impl FnMut(&Tensor) -> Result<Tensor, Error>,
     ) -> Result<(Tensor, Tensor), Error> {
-        let layer = &self.layers[idx];
+        let read;
+        let layer = match &self.layers {
+            Layers::Held(layers) => &layers[idx],
+            Layers::OnDisk { checkpoint, options } => {
+                read = Loader { checkpoint, options, config: &self.config }.layer(idx)?;
+                &read
+            }
+        };
         let eps = self.config.rms_norm_eps;
         let packed = self.packed_decoding;
         let (normal, hidden) = ops::rms_norm(hidden, delta, &layer.input_norm, eps)?; // [N, D]
@@ -372,7 +418,7 @@ impl Decoder {
 
     /// Number of blocks.
     pub(crate) fn n_layers(&self) -> usize {
-        self.layers.len()
+        self.config.num_layers
     }
 
     /// The embeddings of `token_ids` `[N]`: `[N, D]`.

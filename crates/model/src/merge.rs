@@ -38,6 +38,17 @@ pub fn merge(
     write_model(source, Some(adapter), head, output, dtype, None, extra)
 }
 
+/// The dtype for a model merged from `source`: the source's own where that has 16 bits, so that a CPU that computes in f32 does
+/// not write Mistral-7B twice as large as it was; else the compute dtype.
+///
+/// # Errors
+///
+/// What is wrong with the source.
+pub fn output_dtype(source: &Source, compute: Kind) -> Result<Kind, Error> {
+    let stored = Checkpoint::open(source)?.stored_kind();
+    Ok(stored.filter(|kind| matches!(kind, Kind::BFloat16 | Kind::Half)).unwrap_or(compute))
+}
+
 /// [`merge`] in full generality: without an adapter it writes the base dense; `packed` first packs and unpacks the
 /// base's matrices, so that the result is what a stage saw that held its base in four bits.
 ///

@@ -50,14 +50,29 @@ impl Model {
     /// As [`Model::load`].
     pub fn load_unhashed(source: &Source, options: &LoadOptions) -> Result<Self, Error> {
         let checkpoint = Checkpoint::open(source)?;
+        let decoder = Decoder::load(&checkpoint, options)?;
+        Self::around(&checkpoint, decoder)
+    }
+
+    /// [`Model::load`] with the blocks left on disk ([`Decoder::streamed`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::load`].
+    pub fn streamed(source: &Source, options: &LoadOptions) -> Result<Self, Error> {
+        let decoder = Decoder::streamed(Checkpoint::open(source)?, options)?;
+        Self::around(&Checkpoint::open(source)?, decoder)
+    }
+
+    fn around(checkpoint: &Checkpoint, decoder: Decoder) -> Result<Self, Error> {
         let tokenizer = checkpoint.tokenizer()?;
         let template = tokenizer.template()?;
-        let decoder = Decoder::load(&checkpoint, options)?;
         let config = checkpoint.config().clone();
         let head = match config.sequence_classification {
             true => {
                 let weight = checkpoint.tensor("score.weight")?;
-                Some(ScalarHead::from_weight(&weight, config.hidden_size, options.device)?)
+                let device = decoder.device();
+                Some(ScalarHead::from_weight(&weight, config.hidden_size, device)?)
             }
             false => None,
         };

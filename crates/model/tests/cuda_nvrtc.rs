@@ -2,13 +2,14 @@
 //! for that, only NVRTC, which `scripts/setup-nvrtc.sh` fetches.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
 use arete_model::cuda::nvrtc::{self, Arch};
 use arete_model::cuda::plan::{Format, Program};
 use arete_model::cuda::{self, CudaError, Packed};
-use arete_model::{Error, nf4::Nf4Tensor};
+use arete_model::{Error, LoadOptions, Model, Nf4Options, Source, nf4::Nf4Tensor};
 use tch::{Device, Kind, Tensor};
 
 const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
@@ -244,4 +245,19 @@ fn a_machine_without_a_gpu_is_told_what_is_missing() {
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+/// libtorch itself would panic.
+#[test]
+fn a_model_for_a_gpu_that_is_not_there_is_refused_and_the_cpu_still_works() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat");
+    let source = Source::Directory(model);
+    for nf4 in [None, Some(Nf4Options::default())] {
+        let options = LoadOptions { device: Device::Cuda(97), dtype: Kind::BFloat16, nf4 };
+        let error = Model::load(&source, &options).expect_err("nobody has 98 GPUs");
+        assert!(matches!(error, Error::Cuda(_)), "{error}");
+        assert!(error.to_string().contains("--device cpu"), "{error}");
+    }
+    let model = Model::load(&source, &LoadOptions::default()).expect("the CPU needs no GPU");
+    assert_eq!(model.decoder.device(), Device::Cpu);
 }

@@ -605,9 +605,10 @@ impl<'a> Stage<'a> {
         let output = self.output.join("merged");
         let policy = &self.models.policy;
         let LoadOptions { dtype, nf4, .. } = self.options;
+        let dtype = merge::output_dtype(source, dtype)?;
         merge::write_model(source, Some(policy), None, &output, dtype, nf4, Map::new())?;
         let options = LoadOptions { nf4: None, ..self.options };
-        let merged = Model::load(&Source::Directory(output), &options)?;
+        let merged = Model::streamed(&Source::Directory(output), &options)?;
         let all = if self.prompts.validation.is_empty() {
             &self.prompts.train
         } else {

@@ -17,7 +17,7 @@ use tch::Kind;
 
 use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
 use crate::evaluation::{self, ScoreStats, write_json};
-use crate::model::{RewardModel, pair_scores, sequence_scores};
+use crate::model::{pair_scores, sequence_scores};
 use crate::objective::BradleyTerry;
 use crate::{Config, Error};
 
@@ -433,7 +433,7 @@ impl Base<'_> {
         extra.insert("score_mean".to_owned(), stats.mean.into());
         extra.insert("score_std".to_owned(), stats.std.into());
         extra.insert("pad_token_id".to_owned(), self.pad_token_id().into());
-        let dtype = self.options.dtype;
+        let dtype = merge::output_dtype(&self.source, self.options.dtype)?;
         merge::merge(&self.source, adapter, Some(head), output, dtype, extra)?;
 
         let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
@@ -442,8 +442,9 @@ impl Base<'_> {
         let unmerged =
             sequence_scores(&self.model.decoder, Some(adapter), head, &sequences, budget)?;
         let options = LoadOptions { nf4: None, ..self.options };
-        let merged = RewardModel::load(&Source::Directory(output.to_owned()), None, &options)?;
-        let merged = merged.scores(&sequences, budget)?;
+        let merged = Model::streamed(&Source::Directory(output.to_owned()), &options)?;
+        let head = merged.head.as_ref().expect("it was written with a head");
+        let merged = sequence_scores(&merged.decoder, None, head, &sequences, budget)?;
         let difference =
             unmerged.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         tracing::info!(difference, "largest |Δscore| between merged model and adapter");

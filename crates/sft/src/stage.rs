@@ -121,9 +121,10 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     drop(optimiser);
     drop(model);
     let merged = output.join("merged");
-    merge::merge(&source, &adapter, None, &merged, options.dtype, Map::new())?;
+    let dtype = merge::output_dtype(&source, options.dtype)?;
+    merge::merge(&source, &adapter, None, &merged, dtype, Map::new())?;
     let merged_options = LoadOptions { nf4: None, ..options };
-    let merged_model = Model::load(&Source::Directory(merged), &merged_options)?;
+    let merged_model = Model::streamed(&Source::Directory(merged), &merged_options)?;
     let difference = largest_difference(&unmerged, &logits(&merged_model, None, &compared)?)?;
     tracing::info!(difference, "largest |Δlogit| between merged model and adapter");
 
@@ -200,19 +201,16 @@ fn probe(examples: &[Example]) -> Vec<Example> {
 /// Logits of the examples' target tokens, `[n, V]` f32.
 fn logits(model: &Model, adapter: Option<&Adapter>, examples: &[Example]) -> Result<Tensor, Error> {
     let _guard = tch::no_grad_guard();
-    let mut parts = Vec::new();
-    for example in examples {
-        let batch = Batch::from_sequences(&[&example.token_ids]);
-        let hidden = model.decoder.forward(&batch, adapter)?;
-        let rows: Vec<i64> = (0..)
-            .zip(&example.target)
-            .filter_map(|(row, &target)| target.then_some(row - 1))
-            .collect();
-        let rows = Tensor::from_slice(&rows).to_device(hidden.device());
-        let logits = model.decoder.logits(&hidden.index_select(0, &rows))?; // [n, V]
-        parts.push(logits.to_kind(Kind::Float));
-    }
-    Ok(Tensor::cat(&parts, 0))
+    // One pass: a streamed model reads its weights again for each.
+    let sequences: Vec<&[i64]> = examples.iter().map(|example| &example.token_ids[..]).collect();
+    let batch = Batch::from_sequences(&sequences);
+    let targets = examples.iter().flat_map(|example| &example.target);
+    let rows: Vec<i64> =
+        (0..).zip(targets).filter_map(|(row, &target)| target.then_some(row - 1)).collect();
+    let hidden = model.decoder.forward(&batch, adapter)?;
+    let rows = Tensor::from_slice(&rows).to_device(hidden.device());
+    let logits = model.decoder.logits(&hidden.index_select(0, &rows))?; // [n, V]
+    Ok(logits.to_kind(Kind::Float))
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64, Error> {

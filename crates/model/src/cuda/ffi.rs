@@ -180,7 +180,24 @@ fn preload(folder: &Path) {
     }
 }
 
+/// Whether the libtorch in this process has its CUDA part.
+pub(super) fn libtorch_has_cuda() -> bool {
+    fs_err::read_to_string("/proc/self/maps").is_ok_and(|maps| maps.contains("/libtorch_cuda"))
+}
+
 // ---- driver ----
+
+pub(super) fn require_driver() -> Result<(), CudaError> {
+    // SAFETY: opens and closes libraries by name.
+    if unsafe { cudarc::driver::sys::is_culib_present() } {
+        return Ok(());
+    }
+    Err(CudaError::Missing {
+        library: "the CUDA driver (libcuda.so)",
+        searched: Vec::new(),
+        remedy: "install NVIDIA's driver",
+    })
+}
 
 fn failed(what: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
     let what = what.into();
@@ -212,14 +229,7 @@ impl Gpu {
     /// The GPU that torch calls `index`.
     pub(super) fn open(index: usize) -> Result<Self, CudaError> {
         static INITIALISED: OnceLock<Result<(), DriverError>> = OnceLock::new();
-        // SAFETY: opens and closes libraries by name.
-        if !unsafe { cudarc::driver::sys::is_culib_present() } {
-            return Err(CudaError::Missing {
-                library: "the CUDA driver (libcuda.so)",
-                searched: Vec::new(),
-                remedy: "install NVIDIA's driver",
-            });
-        }
+        require_driver()?;
         INITIALISED.get_or_init(driver::init).map_err(failed("starting the CUDA driver"))?;
         let device = driver::device::get(c_int::try_from(index).unwrap_or(c_int::MAX))
             .map_err(failed(format!("opening GPU {index}")))?;

@@ -8,6 +8,7 @@
 //!
 //! - [`dequantize`], [`quantize`], [`multiply`]: one kernel each.
 //! - [`nf4_linear`]: a packed linear layer, by the fused kernel for few rows, else unpacked for a matrix product.
+//! - [`require`]: whether there is a GPU to compute on.
 //! - [`install`]: lets the decoder's linear layer use these kernels, in training too.
 //! - [`plan`], [`nvrtc`]: launches and compilation, open to the tests that run without a GPU.
 //!
@@ -47,6 +48,23 @@ pub enum CudaError {
         remedy: &'static str,
     },
 
+    /// The libtorch in use was built for the CPU alone.
+    #[error(
+        "this libtorch is the CPU's and knows no GPU; run `make setup DEVICE=cuda && make build`, or run with --device cpu"
+    )]
+    CpuBuild,
+
+    /// libtorch does not see the GPU.
+    #[error(
+        "there is no GPU {index}, libtorch sees {n_gpus}; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu"
+    )]
+    NoGpu {
+        /// The number asked for.
+        index: usize,
+        /// How many there are.
+        n_gpus: usize,
+    },
+
     /// The GPU's generation is older than every one this NVRTC compiles for.
     #[error(
         "the GPU has compute capability {}, this NVRTC compiles for {}",
@@ -81,6 +99,23 @@ pub enum CudaError {
         /// The driver's error name and text.
         reason: String,
     },
+}
+
+/// Checks that torch can compute on GPU `index`, before anything is sent there: torch itself would panic.
+///
+/// # Errors
+///
+/// [`CudaError::CpuBuild`], [`CudaError::Missing`] without a driver, [`CudaError::NoGpu`].
+pub fn require(index: usize) -> Result<(), CudaError> {
+    let n_gpus = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+    if index < n_gpus {
+        return Ok(());
+    }
+    if !ffi::libtorch_has_cuda() {
+        return Err(CudaError::CpuBuild);
+    }
+    ffi::require_driver()?;
+    Err(CudaError::NoGpu { index, n_gpus })
 }
 
 fn capability(arch: u32) -> String {
