@@ -1,37 +1,45 @@
-"""Writes a random checkpoint of Mistral-7B's shape, to measure loading, NF4 and decoding without downloading one.
+"""Writes a random checkpoint of Mistral-7B-Instruct-v0.2's shape, with its published configuration, tokenizer and chat template:
+everything of that model but the weights.
 
 Run: python3 scripts/bench/random_mistral.py DIR [--layers N]        (14.5 GB in bf16 with the full 32 layers)
+     python3 scripts/bench/random_mistral.py DIR --no-weights        (configuration, tokenizer and template alone)
 Standard library only. Weights are normal with standard deviation 0.02, from one block of 2^20 values that each tensor
-reads from another place on; the tokenizer is a small byte-level one, since nothing it says matters here.
+reads from another place on; shards that are there with their full size are kept. Configuration, vocabulary and template come
+from `crates/model/tests/goldens` (`config/mistral_7b_instruct_v0.2.json`, `tokenizer_mistral.json.gz`, `templates.json`).
 """
 
 import argparse
+import gzip
 import json
 import os
 import pathlib
 import random
 import struct
 
-VOCABULARY, HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, HEAD_SIZE = 32000, 4096, 14336, 32, 8, 128
+GOLDENS = pathlib.Path(__file__).resolve().parents[2] / "crates/model/tests/goldens"
+CONFIG = json.loads((GOLDENS / "config/mistral_7b_instruct_v0.2.json").read_text())
 SHARD_BYTES = 5 << 30
+UNKNOWN, CONTROL, BYTE = 2, 3, 6  # llama.cpp's token types
 
 
 def shapes(layers):
     """Every tensor of the checkpoint in file order."""
-    yield "model.embed_tokens.weight", [VOCABULARY, HIDDEN]
+    hidden, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    keys = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
+    yield "model.embed_tokens.weight", [CONFIG["vocab_size"], hidden]
     for layer in range(layers):
         name = f"model.layers.{layer}."
-        yield name + "input_layernorm.weight", [HIDDEN]
-        yield name + "post_attention_layernorm.weight", [HIDDEN]
-        yield name + "self_attn.q_proj.weight", [HEADS * HEAD_SIZE, HIDDEN]
-        yield name + "self_attn.k_proj.weight", [KEY_VALUE_HEADS * HEAD_SIZE, HIDDEN]
-        yield name + "self_attn.v_proj.weight", [KEY_VALUE_HEADS * HEAD_SIZE, HIDDEN]
-        yield name + "self_attn.o_proj.weight", [HIDDEN, HEADS * HEAD_SIZE]
-        yield name + "mlp.gate_proj.weight", [INTERMEDIATE, HIDDEN]
-        yield name + "mlp.up_proj.weight", [INTERMEDIATE, HIDDEN]
-        yield name + "mlp.down_proj.weight", [HIDDEN, INTERMEDIATE]
-    yield "model.norm.weight", [HIDDEN]
-    yield "lm_head.weight", [VOCABULARY, HIDDEN]
+        yield name + "input_layernorm.weight", [hidden]
+        yield name + "post_attention_layernorm.weight", [hidden]
+        yield name + "self_attn.q_proj.weight", [hidden, hidden]
+        yield name + "self_attn.k_proj.weight", [keys, hidden]
+        yield name + "self_attn.v_proj.weight", [keys, hidden]
+        yield name + "self_attn.o_proj.weight", [hidden, hidden]
+        yield name + "mlp.gate_proj.weight", [inner, hidden]
+        yield name + "mlp.up_proj.weight", [inner, hidden]
+        yield name + "mlp.down_proj.weight", [hidden, inner]
+    yield "model.norm.weight", [hidden]
+    yield "lm_head.weight", [CONFIG["vocab_size"], hidden]
 
 
 def n_bytes(shape):
@@ -58,6 +66,8 @@ def write_shard(path, tensors, block):
     header["__metadata__"] = {"format": "pt"}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    if path.exists() and path.stat().st_size == 8 + len(text) + offset:
+        return
     source = random.Random(path.name)
     temporary = path.with_name(path.name + ".tmp-write")
     with open(temporary, "wb") as file:
@@ -78,53 +88,67 @@ def write_shard(path, tensors, block):
     os.replace(temporary, path)
 
 
-def byte_characters():
-    """GPT-2's mapping of bytes to printable characters, in byte order."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def merges(tokens, scores, types):
+    """The merges a SentencePiece vocabulary implies, as transformers' `generate_merges` orders them."""
+    ids = {token: i for i, token in enumerate(tokens) if types[i] not in (UNKNOWN, CONTROL, BYTE)}
+    found = []
+    for token, index in ids.items():
+        cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
+        cuts = sorted((cut for cut in cuts if cut[0] in ids and cut[1] in ids), key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+        found += [(scores[index], len(left), len(right), left, right) for left, right in cuts]
+    found.sort(key=lambda merge: merge[:3], reverse=True)  # a stable sort, and `reverse` keeps it so
+    return [[left, right] for *_, left, right in found]
 
 
 def write_tokenizer(folder):
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary.update({character: 3 + byte for byte, character in enumerate(byte_characters())})
+    golden = json.loads(gzip.decompress((GOLDENS / "tokenizer_mistral.json.gz").read_bytes()))
+    tokens, types, scores, score = golden["tokens"], golden["types"], [], 0.0
+    for step in golden["score_steps"]:
+        score += step
+        scores.append(score)
     special = [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for text, i in [("<unk>", 0), ("<s>", 1), ("</s>", 2)]
+        {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for i in range(3)
     ]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    sequence = [{"Sequence": {"id": part, "type_id": type_id}} for part, type_id in (("A", 0), ("B", 1))]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": special,
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": []},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, sequence[0]],
+            "pair": [bos, sequence[0], bos, sequence[1]],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges(tokens, scores, types),
+        },
     }
-    template = (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
-        "{% endif %}{% endfor %}"
-    )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "chat_template": template}, indent=2))
+        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "clean_up_tokenization_spaces": False,
+        "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}, indent=2))
+    template = json.loads((GOLDENS / "templates.json").read_text())["templates"]["mistral_2024"]
+    (folder / "chat_template.jinja").write_text(template)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--layers", type=int, default=32)
-    arguments = parser.parse_args()
-    folder = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-
+def write_weights(folder, layers):
     shards, size = [[]], 0
-    for name, shape in shapes(arguments.layers):
+    for name, shape in shapes(layers):
         if shards[-1] and size + n_bytes(shape) > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -140,16 +164,22 @@ def main():
         total += sum(n_bytes(shape) for _, shape in tensors)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--no-weights", action="store_true")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not arguments.no_weights:
+        write_weights(folder, arguments.layers)
     write_tokenizer(folder)
     # Last: its presence says that the directory is complete.
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": arguments.layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD_SIZE,
-        "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
-        "sliding_window": None, "tie_word_embeddings": False, "attention_dropout": 0.0, "bos_token_id": 1,
-        "eos_token_id": 2, "torch_dtype": "bfloat16"}, indent=2))
-    print(f"{folder}: {total / 1e9:.1f} GB")
+    config = {**CONFIG, "num_hidden_layers": arguments.layers}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
