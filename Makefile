@@ -113,8 +113,9 @@ bench: $(ARETE)-model $(ARETE)-sft $(ARETE)-reward $(ARETE)-ppo ## speed of the 
 
 MISTRAL_7B := .deps/mistral-7b-random
 .PHONY: bench-7b
-bench-7b: $(ARETE)-model $(MISTRAL_7B)/config.json ## load, quantise and decode a random model of Mistral-7B's shape (14.5 GB)
+bench-7b: $(BINARIES) $(MISTRAL_7B)/config.json ## a random model of Mistral-7B's shape through every stage on the CPU, memory measured (30 GB of disk)
 	$(ARETE)-model bench --model $(MISTRAL_7B) --decode-only --new-tokens 16
+	python3 scripts/bench/seven_b.py $(MISTRAL_7B) runs/bench-7b
 
 $(MISTRAL_7B)/config.json: scripts/bench/random_mistral.py
 	python3 scripts/bench/random_mistral.py $(MISTRAL_7B)

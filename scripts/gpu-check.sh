@@ -4,7 +4,7 @@
 # from 4-bit weights, and appends the results to docs/cuda.md.
 #
 #   bash scripts/gpu-check.sh                  about 15 minutes, most of them building
-#   SEVEN_B=1 bash scripts/gpu-check.sh        also a random model of Mistral-7B's shape (15 GB of disk, 8 GB of GPU memory)
+#   SEVEN_B=1 bash scripts/gpu-check.sh        also a random model of Mistral-7B's shape: generate, SFT, RM, PPO (30 GB of disk, 10 GB of GPU memory)
 #
 # Needs an NVIDIA driver for CUDA 13 and what `make setup DEVICE=cuda` needs. Leaves .deps set up for CUDA
 # (`make setup DEVICE=cpu` goes back), runs/gpu-check, and a new section in docs/cuda.md to read and commit.
@@ -111,7 +111,7 @@ timed ppo make --no-print-directory "${stages[@]}" ppo
 say "6/6 a model of Mistral-7B's shape"
 if [ "${SEVEN_B:-0}" = 1 ]; then
     make --no-print-directory .deps/mistral-7b-random/config.json
-    timed seven-b target/release/arete-model bench --model .deps/mistral-7b-random --nf4 --device cuda
+    timed seven-b python3 scripts/bench/seven_b.py .deps/mistral-7b-random "$run/seven-b" --device cuda generate sft reward ppo
     seven=$(cat "$run/seven-b.out")
 else
     seven="A model of Mistral-7B's shape was not run (\`SEVEN_B=1\`)."
