@@ -17,6 +17,7 @@ mod bench;
 mod generate;
 mod lines;
 mod logprobs;
+mod plan;
 mod push;
 
 /// Generate, score, inspect and convert Llama and Mistral models
@@ -31,6 +32,7 @@ const EXAMPLES: &str = "Examples:
   arete-model generate --model DIR --prompt 'How do I apologise?'
   arete-model logprobs --model FILE.gguf --jsonl conversations.jsonl
   arete-model inspect --model owner/name
+  arete-model inspect --model DIR --plan --recipe recipes/recommended.toml --device cuda
   arete-model merge --model DIR --adapter ADAPTER --output MERGED";
 
 #[derive(Debug, clap::Subcommand)]
@@ -129,12 +131,14 @@ impl ModelArgs {
 
 #[derive(Debug, clap::Args)]
 struct Inspect {
-    /// Hugging Face directory, GGUF file or hub id
+    /// Hugging Face directory, GGUF file or hub id (for --plan a config.json is enough)
     #[arg(long, value_name = "DIR|FILE.gguf|ID")]
     model: String,
     /// List every tensor
-    #[arg(long)]
+    #[arg(long, conflicts_with = "plan")]
     tensors: bool,
+    #[command(flatten)]
+    plan: plan::PlanArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -181,6 +185,9 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
 }
 
 fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
+    if arguments.plan.plan {
+        return plan::run(&arguments.model, &arguments.plan);
+    }
     let checkpoint = Checkpoint::open(&Source::parse(&arguments.model)?)?;
     let config = checkpoint.config();
     let (mut n_weights, mut n_linear) = (0i64, 0i64);
@@ -234,7 +241,7 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     merge::write_model(&source, Some(adapter), head, &arguments.output, dtype, packed, extra)?;
     let merged = Source::Directory(arguments.output.clone());
     let options = LoadOptions { nf4: None, ..arguments.model.options() };
-    let merged = Model::load(&merged, &options)?;
+    let merged = Model::streamed(&merged, &options)?;
     let ids = model.tokenizer.encode("What is the motivation behind the answer?", true)?;
     let batch = Batch::from_sequences(&[ids]);
     let difference = merge::max_logit_difference(&merged, &model, adapter, &batch)?;
