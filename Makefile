@@ -105,8 +105,9 @@ referees: .venv/ready $(BINARIES) ## judge our files by transformers, peft, data
 	@touch $@
 
 .PHONY: bench
-bench: $(ARETE)-model $(ARETE)-sft $(ARETE)-reward $(ARETE)-ppo ## speed of the stages beside what the hardware allows
+bench: $(BINARIES) ## speed of every stage beside what the hardware allows
 	$(ARETE)-model bench --model $(SMOLLM2)
+	$(ARETE)-curation bench --model $(SMOLLM2)
 	$(ARETE)-sft bench --model $(SMOLLM2)
 	$(ARETE)-reward bench --model $(SMOLLM2)
 	$(ARETE)-ppo bench --model $(SMOLLM2)

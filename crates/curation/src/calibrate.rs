@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use arete_records::rows::JudgementRow;
 use arete_records::run::StageSpec;
-use arete_records::stats::{Interval, pearson, wilson};
+use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
 use arete_records::{Aspect, Message, Role, Virtue, atomic, cli, interrupt, prompt_id, split_of};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -21,7 +21,7 @@ use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, vote};
 use crate::judge::{Judge, Pair};
 use crate::preferences::Places;
-use crate::stage::{self, Estimate};
+use crate::stage::{self, Estimate, Place, cell};
 use crate::units::Units;
 use crate::{Error, prompts};
 
@@ -180,13 +180,11 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     let started = Instant::now();
     check(config)?;
     let pairs = read(inputs, config)?;
+    let place = Place::of(&config.judge.compute, config.judge.judge_url.as_deref())?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
     let engine = open(config, inputs)?;
     let constitution = Constitution::load(&config.judge.constitution)?;
-    let mut shots = Vec::new();
-    if config.judge.few_shot > 0 {
-        shots = exemplars::load(&config.judge.exemplars, Use::FewShot)?;
-    }
+    let shots = shots(config)?;
     let variants = variants(config);
     let progress = cli::progress("calibrating", "pairs", (pairs.len() * variants.len()) as u64);
     let mut table = Vec::new();
@@ -215,13 +213,14 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
         *counts.entry(pair.set.clone()).or_insert(0) += 1;
     }
     let calibration = Calibration { pairs: counts, table, recommendation };
+    atomic::write(output.join("calibration.md"), markdown(&calibration).as_bytes())?;
     let mut bytes = serde_json::to_vec_pretty(&calibration).expect("plain data always serialises");
     bytes.push(b'\n');
     atomic::write(output.join("calibration.json"), &bytes)?;
     let mut counts = Map::new();
     counts.insert("pairs".to_owned(), json!(calibration.pairs));
     counts.insert("recommendation".to_owned(), json!(calibration.recommendation));
-    stage::finish(run, STAGE, Some(&engine), counts, started)
+    stage::finish(run, STAGE, place, counts, started)
 }
 
 /// What a run would do, and how long it would take.
@@ -236,16 +235,38 @@ pub fn estimate(
 ) -> Result<Estimate, Error> {
     check(config)?;
     let pairs = read(inputs, config)?;
-    let mut n_to_do = 0;
+    let engine = open(config, inputs)?;
+    let constitution = Constitution::load(&config.judge.constitution)?;
+    let shots = shots(config)?;
+    // The first pairs are as long as any: they come in the order of a hash.
+    let probe: Vec<Pair> = pairs.iter().take(2).map(Labelled::pair).collect();
+    let (mut n_to_do, mut seconds) = (0, 0.0);
     for (method, few_shot) in variants(config) {
         let name = format!("verdicts-{}-{few_shot}", method.name());
-        n_to_do += Units { output, name: &name, n_items: pairs.len(), shard: None }.missing().1;
+        let n = Units { output, name: &name, n_items: pairs.len(), shard: None }.missing().1;
+        n_to_do += n;
+        if n > 0 && matches!(engine, Engine::Local(_)) {
+            let judge_config = config::JudgeConfig { few_shot, ..config.judge.clone() };
+            let judge = Judge::new(&engine, &judge_config, &constitution, &shots, method)?;
+            let started = Instant::now();
+            judge.verdicts(&probe)?;
+            seconds += started.elapsed().as_secs_f64() / probe.len() as f64 * n as f64;
+        }
     }
     let mut counts = Map::new();
     counts.insert("pairs".to_owned(), json!(pairs.len()));
     counts.insert("methods".to_owned(), json!(variants(config).len()));
     counts.insert("pairs_to_judge".to_owned(), json!(n_to_do));
-    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds: None })
+    let seconds = matches!(engine, Engine::Local(_)).then(|| seconds.ceil());
+    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds })
+}
+
+/// The judged examples, if any are asked for.
+fn shots(config: &CalibrateConfig) -> Result<Vec<exemplars::Exemplar>, Error> {
+    match config.judge.few_shot {
+        0 => Ok(Vec::new()),
+        _ => exemplars::load(&config.judge.exemplars, Use::FewShot),
+    }
 }
 
 fn check(config: &CalibrateConfig) -> Result<(), Error> {
@@ -345,6 +366,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
         let set =
             path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let (mut own, mut n_read, mut n_unusable, mut n_long) = (Vec::new(), 0, 0, 0);
+        let mut n_duplicates = 0;
         for (line, record) in prompts::read_records(path)? {
             n_read += 1;
             let Some((question, better, worse)) = sides_of(path, line, &record)? else {
@@ -365,6 +387,8 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             let id = prompt_id(&all);
             if seen.insert(id.clone()) {
                 own.push(Labelled { id, set: set.clone(), question, better, worse });
+            } else {
+                n_duplicates += 1;
             }
         }
         own.sort_by_cached_key(|pair| {
@@ -381,6 +405,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             read = n_read,
             unusable = n_unusable,
             too_long = n_long,
+            duplicates = n_duplicates,
             used = own.len(),
             "labelled pairs"
         );
@@ -397,11 +422,16 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
     Ok(out)
 }
 
-type Sides = (Vec<Message>, Vec<Message>, Vec<Message>);
+/// Question, better side, worse side.
+pub(crate) type Sides = (Vec<Message>, Vec<Message>, Vec<Message>);
 
 /// Question, better and worse side of a record; `None` if its two conversations do not share a
 /// question, or it is an exemplar of another use.
-fn sides_of(path: &Path, line: usize, record: &Map<String, Value>) -> Result<Option<Sides>, Error> {
+pub(crate) fn sides_of(
+    path: &Path,
+    line: usize,
+    record: &Map<String, Value>,
+) -> Result<Option<Sides>, Error> {
     let wrong = |field: &str, expected: &str, found: String| Error::Record {
         path: path.to_owned(),
         line,
@@ -439,9 +469,7 @@ fn sides_of(path: &Path, line: usize, record: &Map<String, Value>) -> Result<Opt
         return Ok(Some((vec![Message::user(question)], side(better), side(1 - better))));
     }
     if record.contains_key("use") {
-        let exemplar: exemplars::Exemplar =
-            serde_json::from_value(Value::Object(record.clone()))
-                .map_err(|error| wrong("exemplar", "a row of exemplars", error.to_string()))?;
+        let exemplar = exemplars::parse(path, line, record.clone())?;
         let usable = exemplar.r#use == Use::Calibration;
         return Ok(exemplar.worse.as_ref().filter(|_| usable).map(|worse| {
             let side = |text: &str| vec![Message::assistant(text.trim())];
@@ -469,9 +497,13 @@ fn split_sides(better: &[Message], worse: &[Message]) -> Option<Sides> {
 
 /// The question and the two options of "… (A) … (B) … The answer is:".
 fn options_of(text: &str) -> Option<(String, [String; 2])> {
-    let (question, rest) = text.split_once("\n (A)")?;
-    let (a, rest) = rest.split_once("\n (B)")?;
-    let b = rest.rsplit_once("The answer is").map_or(rest, |(b, _)| b);
+    // From the end: the conversation in question may list options of its own.
+    let (rest, b) = text.rsplit_once("\n (B)")?;
+    let (question, a) = rest.rsplit_once("\n (A)")?;
+    if b.contains("\n (C)") {
+        return None;
+    }
+    let b = b.rsplit_once("The answer is").map_or(b, |(b, _)| b);
     let clean = |text: &str| {
         text.trim().trim_start_matches("[[[").trim_end_matches("]]]").trim().to_owned()
     };
@@ -602,33 +634,46 @@ fn line(
 }
 
 /// The method whose interval lies highest above one half over all sets, as it is or flipped.
+///
+/// The best of several is chosen, so its interval is that of Bonferroni's correction: 95 % for all of
+/// them together. Otherwise one judge in five that only guesses would be recommended.
 fn recommend(table: &[Line]) -> Recommendation {
-    let last = table.iter().rev().find(|line| line.by == "votes");
     let widest = if table.iter().any(|line| line.set == "all") {
         "all"
     } else {
-        last.map_or("all", |line| line.set.as_str())
+        table.last().map_or("all", |line| line.set.as_str())
     };
-    let floor =
-        |line: &Line| if line.flip { 1.0 - line.agreement.high } else { line.agreement.low };
-    let best = table
-        .iter()
-        .filter(|line| line.by == "votes" && line.set == widest)
-        .max_by(|a, b| floor(a).total_cmp(&floor(b)));
+    let candidates: Vec<&Line> =
+        table.iter().filter(|line| line.by == "votes" && line.set == widest).collect();
+    let z = normal_quantile(1.0 - 0.025 / candidates.len().max(1) as f64);
+    let corrected = |line: &Line| wilson(line.agreement.agreed, line.agreement.n, z);
+    let floor = |line: &Line| match line.flip {
+        true => 1.0 - corrected(line).high,
+        false => corrected(line).low,
+    };
+    let best = candidates.iter().copied().max_by(|a, b| floor(a).total_cmp(&floor(b)));
     let shorter = table.iter().find(|line| line.method == "shorter" && line.set == widest);
     let shorter = shorter.map_or(0.5, |line| line.agreement.estimate);
+    let figure = |line: &Line| {
+        let Interval { low, high, .. } = corrected(line);
+        format!(
+            "{:.1} % of the labels (95 % interval, corrected for {} methods, {:.1} to {:.1})",
+            100.0 * line.agreement.estimate,
+            candidates.len(),
+            100.0 * low,
+            100.0 * high
+        )
+    };
     match best {
         Some(line) if floor(line) > 0.5 => Recommendation {
             method: Some(line.method.clone()),
             few_shot: line.few_shot,
             flip: line.flip,
             reason: format!(
-                "agrees with {:.1} % of the labels (95 % interval {:.1} to {:.1}){}; choosing the \
-                 shorter answer agrees with {:.1} %",
-                100.0 * line.agreement.estimate,
-                100.0 * line.agreement.low,
-                100.0 * line.agreement.high,
+                "agrees with {}{}; {}; choosing the shorter answer agrees with {:.1} %",
+                figure(line),
                 if line.flip { ", so its sides are exchanged" } else { "" },
+                by_set(table, line),
                 100.0 * shorter
             ),
         },
@@ -639,17 +684,68 @@ fn recommend(table: &[Line]) -> Recommendation {
             reason: format!(
                 "no method's interval lies above 50 %{}: use method = \"contrast\" (labels by \
                  construction), or a stronger judge",
-                best.map(|line| format!(
-                    " (best: {} with {:.1} %, {:.1} to {:.1})",
-                    line.method,
-                    100.0 * line.agreement.estimate,
-                    100.0 * line.agreement.low,
-                    100.0 * line.agreement.high
-                ))
-                .unwrap_or_default()
+                best.map(|line| format!(" (best: {} with {})", line.method, figure(line)))
+                    .unwrap_or_default()
             ),
         },
     }
+}
+
+/// A method's agreement on each set by itself: a judge may know the style of one and nothing else.
+fn by_set(table: &[Line], best: &Line) -> String {
+    let own = table.iter().filter(|line| {
+        (&line.method, line.few_shot, line.by.as_str()) == (&best.method, best.few_shot, "votes")
+            && line.set != "all"
+    });
+    let each = own.map(|line| {
+        let Agreement { estimate, low, high, .. } = line.agreement;
+        format!("{} {:.0} % [{:.0}, {:.0}]", line.set, 100.0 * estimate, 100.0 * low, 100.0 * high)
+    });
+    format!("by set: {}", each.collect::<Vec<_>>().join(", "))
+}
+
+/// The table for people, and the recommendation.
+fn markdown(calibration: &Calibration) -> String {
+    let heads = [
+        "pairs",
+        "method",
+        "few-shot",
+        "by",
+        "n",
+        "agreement %",
+        "95 % interval",
+        "ties %",
+        "abstained %",
+        "first-shown %",
+        "same in both orders %",
+        "r with length",
+        "flip",
+    ];
+    let rows: Vec<Vec<String>> = (calibration.table.iter())
+        .map(|line| {
+            vec![
+                line.set.clone(),
+                line.method.clone(),
+                line.few_shot.to_string(),
+                line.by.clone(),
+                line.agreement.n.to_string(),
+                format!("{:.1}", 100.0 * line.agreement.estimate),
+                format!("{:.1} to {:.1}", 100.0 * line.agreement.low, 100.0 * line.agreement.high),
+                cell(&line.tie_percent),
+                cell(&line.abstained_percent),
+                cell(&line.first_position_percent),
+                cell(&line.swap_consistency_percent),
+                line.length_correlation.map_or("–".to_owned(), |r| format!("{r:.2}")),
+                if line.flip { "yes" } else { "no" }.to_owned(),
+            ]
+        })
+        .collect();
+    let Recommendation { method, few_shot, reason, .. } = &calibration.recommendation;
+    let name = match method {
+        Some(method) => format!("`{method}` with {few_shot} judged examples"),
+        None => "no judge".to_owned(),
+    };
+    format!("{}\nRecommendation: {name}: {reason}.\n", stage::table(&heads, &rows))
 }
 
 fn show(table: &[Line], recommendation: &Recommendation) {
@@ -718,6 +814,12 @@ mod tests {
         let from_own = pairs(own).unwrap();
         assert_eq!(from_own.len(), 1);
         assert_eq!(from_own[0].worse, [Message::assistant("Install a tracker.")]);
+        let nested = r#"{"prompt":"Pick:\n (A) tea\n (B) coffee\n\nChoose:\n (A) Harmful.\n (B) Ethical.\nThe answer is:","corrects":[" (A)"]}"#;
+        let nested = &pairs(nested).unwrap()[0];
+        assert_eq!(nested.better, [Message::assistant("Harmful.")]);
+        assert_eq!(nested.question, [Message::user("Pick:\n (A) tea\n (B) coffee\n\nChoose:")]);
+        let three = r#"{"prompt":"Q\n (A) x\n (B) y\n (C) z\nThe answer is:","corrects":[" (A)"]}"#;
+        assert!(pairs(three).unwrap_err().to_string().contains("the options (A) and (B)"));
         let error = pairs("{\"text\": \"x\"}").unwrap_err().to_string();
         assert!(error.contains("pairs.jsonl:1") && error.contains("chosen"), "{error}");
     }
@@ -772,6 +874,27 @@ mod tests {
         let recommendation = recommend(&table);
         assert_eq!(recommendation.method.as_deref(), Some("pairwise-logits"));
         assert!(!recommendation.flip);
+    }
+
+    #[test]
+    fn the_best_of_many_needs_more_than_the_best_of_one() {
+        let pairs: Vec<Labelled> = (0..100).map(labelled).collect();
+        // 60 of 100: 95 % interval 50.2 to 69.1 by itself; 46.8 to 71.9 as one of six (z = 2.638).
+        let some = lines(&pairs, &rows(&pairs, |idx| idx % 5 < 3), Method::PairwiseLogits, 0);
+        assert_eq!(some[0].agreement.agreed, 60);
+        assert_eq!(recommend(&some).method.as_deref(), Some("pairwise-logits"));
+        let mut six = some.clone();
+        for few_shot in 1..6 {
+            six.extend(lines(
+                &pairs,
+                &rows(&pairs, |idx| idx % 2 == 0),
+                Method::PairwiseText,
+                few_shot,
+            ));
+        }
+        let recommendation = recommend(&six);
+        assert_eq!(recommendation.method, None);
+        assert!(recommendation.reason.contains("46.8 to 71.9"), "{}", recommendation.reason);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Two samples of the three-turn chain for every prompt: answer, motivation, consequence.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,11 +14,15 @@ use crate::config::{self, ConversationsConfig, PersonaChoice};
 use crate::constitution::{Constitution, Personas};
 use crate::engine::{Chain, Engine, Reply};
 use crate::judge::under_persona;
-use crate::stage::{self, Command, Estimate, Work, percent};
+use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::units::Units;
 
 /// The stage's name.
 pub const STAGE: &str = "conversations";
+
+/// Units sampled in one go: sequences of the next unit enter as those of the last one end, so that the
+/// batch stays full.
+const GROUP: usize = 16;
 
 /// Name recorded for the sample drawn under the virtuous persona.
 pub const VIRTUOUS: &str = "virtuous";
@@ -46,27 +51,24 @@ pub fn run(
 ) -> Result<(), Error> {
     let started = Instant::now();
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
+    check_ids(&inputs.prompts, &prompts)?;
     let personas = personas(config)?;
+    let place = work.place(|| Place::of(&config.compute, config.engine_url.as_deref()))?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
     let shard = config.shard;
     let units = Units { output, name: STAGE, n_items: prompts.len(), shard };
-    let mut engine = None;
     match work {
-        Work::Adopt(parts) => units.adopt(parts)?,
+        Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
             let (missing, n_missing) = units.missing();
             if !missing.is_empty() {
-                let opened = open(config, inputs)?;
+                let engine = open(config, inputs)?;
                 let progress = cli::progress(STAGE, "prompts", prompts.len() as u64);
                 progress.skip((prompts.len() - n_missing) as u64);
-                units.run(|items| {
+                for group in missing.chunks(GROUP) {
                     interrupt::check()?;
-                    let n_items = items.len() as u64;
-                    let rows = sample(&opened, &prompts[items], config, personas.as_ref())?;
-                    progress.inc(n_items);
-                    Ok(rows)
-                })?;
-                engine = Some(opened);
+                    sample(&engine, &prompts, &units, group, config, personas.as_ref(), &progress)?;
+                }
             }
         }
     }
@@ -78,11 +80,11 @@ pub fn run(
             model: Some(inputs.model.clone()),
         }
         .write(output)?;
-        return stage::finish(run, STAGE, engine.as_ref(), Map::new(), started);
+        return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let rows: Vec<ConversationRow> = units.join()?;
     let counts = summary(&rows, prompts.len());
-    stage::finish(run, STAGE, engine.as_ref(), counts, started)
+    stage::finish(run, STAGE, place, counts, started)
 }
 
 /// What a run would do, and how long it would take.
@@ -131,6 +133,23 @@ pub fn estimate(
     counts.insert("conversations_to_do".to_owned(), json!(2 * n_missing));
     counts.insert("new_tokens_at_most".to_owned(), json!(n_new));
     Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_prompt_tokens + n_new), seconds })
+}
+
+/// Refuses prompts of which two have one id: their conversations could not be told apart.
+fn check_ids(input: &Path, prompts: &[PromptRow]) -> Result<(), Error> {
+    let mut seen = HashMap::new();
+    for (idx, prompt) in prompts.iter().enumerate() {
+        if let Some(first) = seen.insert(prompt.prompt_id.as_str(), idx) {
+            return Err(Error::Record {
+                path: stage::file_of(input, "prompts"),
+                line: idx + 1,
+                field: "prompt_id".to_owned(),
+                expected: "each prompt once".to_owned(),
+                found: format!("{} again, as in row {}", prompt.prompt_id, first + 1),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn spec<'a>(config: &ConversationsConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
@@ -188,40 +207,60 @@ fn chains_of(prompt: &PromptRow, personas: Option<&Personas>) -> Vec<Chain> {
     }
 }
 
-/// Both samples of every prompt of a unit.
+/// Both samples of every prompt of some units; a unit's shard is written when its last reply ends.
 fn sample(
     engine: &Engine,
     prompts: &[PromptRow],
+    units: &Units<'_>,
+    group: &[usize],
     config: &ConversationsConfig,
     personas: Option<&Personas>,
-) -> Result<Vec<ConversationRow>, Error> {
+    progress: &cli::Progress,
+) -> Result<(), Error> {
     let drawing = config.sampling.drawing();
-    let (mut chains, mut owners) = (Vec::new(), Vec::new());
-    for prompt in prompts {
-        let own = chains_of(prompt, personas);
-        let mut fits = true;
-        for chain in &own {
-            fits &= engine.fits(chain, drawing.max_new_tokens)?;
+    let mut chains = Vec::new();
+    let mut owners: Vec<(usize, usize)> = Vec::new(); // of each chain: place in the group, prompt
+    let mut n_left = vec![0; group.len()];
+    for (place, &unit) in group.iter().enumerate() {
+        for idx in units.items(unit) {
+            let own = chains_of(&prompts[idx], personas);
+            let mut fits = true;
+            for chain in &own {
+                fits &= engine.fits(chain, drawing.max_new_tokens)?;
+            }
+            if !fits {
+                tracing::warn!(
+                    prompt_id = prompts[idx].prompt_id,
+                    "prompt and replies exceed the model's positions, left out"
+                );
+                continue;
+            }
+            n_left[place] += own.len();
+            owners.extend(own.iter().map(|_| (place, idx)));
+            chains.extend(own);
         }
-        if !fits {
-            tracing::warn!(
-                prompt_id = prompt.prompt_id,
-                "prompt and replies exceed the model's positions, left out"
-            );
-            continue;
-        }
-        owners.extend(own.iter().map(|_| prompt));
-        chains.extend(own);
     }
-    let replies = engine.chains(&chains, &drawing)?;
-    let mut rows = Vec::new();
-    for ((prompt, chain), replies) in owners.into_iter().zip(&chains).zip(replies) {
-        for (&sample, replies) in chain.samples.iter().zip(replies) {
+    let mut rows: Vec<Vec<(usize, Vec<ConversationRow>)>> = vec![Vec::new(); group.len()];
+    let write = |place: usize, mut rows: Vec<(usize, Vec<ConversationRow>)>| {
+        rows.sort_by_key(|(chain, _)| *chain); // chains end in any order
+        let rows: Vec<ConversationRow> = rows.into_iter().flat_map(|(_, rows)| rows).collect();
+        units.write(group[place], &rows)?;
+        progress.inc(units.items(group[place]).len() as u64);
+        Ok::<_, Error>(interrupt::check()?)
+    };
+    for place in (0..group.len()).filter(|&place| n_left[place] == 0) {
+        write(place, Vec::new())?;
+    }
+    engine.chains_each(&chains, &drawing, &mut |chain, samples| {
+        let (place, idx) = owners[chain];
+        let found = chains[chain].samples.iter().zip(samples).map(|(&sample, replies)| {
             let persona = personas.map(|_| if sample == 0 { VIRTUOUS } else { VICIOUS });
-            rows.push(row(prompt, sample, persona, replies, drawing.seed));
-        }
-    }
-    Ok(rows)
+            row(&prompts[idx], sample, persona, replies, drawing.seed)
+        });
+        rows[place].push((chain, found.collect()));
+        n_left[place] -= 1;
+        if n_left[place] == 0 { write(place, std::mem::take(&mut rows[place])) } else { Ok(()) }
+    })
 }
 
 fn row(

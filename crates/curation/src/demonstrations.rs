@@ -19,7 +19,7 @@ use crate::constitution::{Constitution, Principle, draw};
 use crate::conversations::key_of;
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::exemplars::{self, Exemplar, Use};
-use crate::stage::{self, Command, Estimate, Work};
+use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::trim::last_sentence;
 use crate::units::Units;
 use crate::{Error, exemplars::Replies};
@@ -54,26 +54,28 @@ pub fn run(
 ) -> Result<(), Error> {
     let started = Instant::now();
     let material = Material::read(config, inputs)?;
+    let place = work.place(|| match config.source.needs_model() {
+        true => Place::of(&config.compute, config.engine_url.as_deref()),
+        false => Ok(Place::none()),
+    })?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
     let shard = config.shard;
     let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard };
-    let mut engine = None;
     match work {
-        Work::Adopt(parts) => units.adopt(parts)?,
+        Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
             let (missing, n_missing) = units.missing();
             if let (Some(model), false) = (&inputs.model, missing.is_empty()) {
-                let opened = open(config, model)?;
+                let engine = open(config, model)?;
                 let progress = cli::progress(STAGE, "prompts", material.prompts.len() as u64);
                 progress.skip((material.prompts.len() - n_missing) as u64);
                 units.run(|items| {
                     interrupt::check()?;
                     let n_items = items.len() as u64;
-                    let rows = revise(&opened, &material, &material.prompts[items], config)?;
+                    let rows = revise(&engine, &material, &material.prompts[items], config)?;
                     progress.inc(n_items);
                     Ok(rows)
                 })?;
-                engine = Some(opened);
             }
         }
     }
@@ -82,7 +84,7 @@ pub fn run(
         let config = serde_json::to_value(config).expect("configurations always serialise");
         Command { stage: STAGE.to_owned(), config, input, model: inputs.model.clone() }
             .write(output)?;
-        return stage::finish(run, STAGE, engine.as_ref(), Map::new(), started);
+        return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let own: Vec<DemonstrationRow> = material.own.iter().map(own_row).collect();
     let rows: Vec<DemonstrationRow> = units.join_with(own)?;
@@ -97,7 +99,7 @@ pub fn run(
                 .to_owned(),
         });
     }
-    stage::finish(run, STAGE, engine.as_ref(), counts, started)
+    stage::finish(run, STAGE, place, counts, started)
 }
 
 /// What a run would do, and how long it would take.
@@ -115,30 +117,35 @@ pub fn estimate(
     let (missing, n_missing) = units.missing();
     let turns = 1 + 2 * config.rounds + if config.turns == Turns::Chain { 2 } else { 0 };
     let n_new = (n_missing * turns * config.sampling.max_new_tokens) as u64;
-    let mut seconds = None;
-    if let (Some(&unit), Some(model)) = (missing.first(), &inputs.model) {
+    let (mut n_prompt_tokens, mut seconds) = (0, None);
+    if let (Some(&first), Some(model)) = (missing.first(), &inputs.model) {
         let engine = open(config, model)?;
-        let prompts = &material.prompts[units.items(unit)];
-        let probe: Vec<Chain> = prompts
-            .iter()
-            .map(|prompt| {
+        let mut probe = Vec::new();
+        for &unit in &missing {
+            for prompt in &material.prompts[units.items(unit)] {
                 let trail = material.trail(prompt, config)?;
-                Ok(Chain { questions: Vec::new(), ..trail })
-            })
-            .collect::<Result<_, Error>>()?;
-        let mut drawing = config.sampling.drawing();
-        drawing.max_new_tokens = drawing.max_new_tokens.min(8);
-        let started = Instant::now();
-        let replies = engine.chains(&probe, &drawing)?;
-        let n_sampled: usize = replies.iter().flatten().flatten().map(|reply| reply.n_tokens).sum();
-        let per_token_s = started.elapsed().as_secs_f64() / n_sampled.max(1) as f64;
-        seconds = Some((n_new as f64 * per_token_s).ceil());
+                n_prompt_tokens += engine.n_tokens(&trail.messages)?.unwrap_or(0) as u64;
+                if unit == first {
+                    probe.push(Chain { questions: Vec::new(), ..trail });
+                }
+            }
+        }
+        if matches!(engine, Engine::Local(_)) {
+            let mut drawing = config.sampling.drawing();
+            drawing.max_new_tokens = drawing.max_new_tokens.min(8);
+            let started = Instant::now();
+            let replies = engine.chains(&probe, &drawing)?;
+            let n_sampled: usize =
+                replies.iter().flatten().flatten().map(|reply| reply.n_tokens).sum();
+            let per_token_s = started.elapsed().as_secs_f64() / n_sampled.max(1) as f64;
+            seconds = Some((n_new as f64 * per_token_s).ceil());
+        }
     }
     let mut counts = Map::new();
     counts.insert("own".to_owned(), json!(material.own.len()));
     counts.insert("prompts".to_owned(), json!(material.prompts.len()));
     counts.insert("prompts_to_do".to_owned(), json!(n_missing));
-    Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_new), seconds })
+    Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_prompt_tokens + n_new), seconds })
 }
 
 /// Everything read from files.

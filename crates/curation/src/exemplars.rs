@@ -5,7 +5,7 @@ use std::path::Path;
 
 use arete_records::{Aspect, Message, normalise, prompt_id, split_of};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{Error, prompts};
 
@@ -93,35 +93,41 @@ impl Exemplar {
 pub fn load(path: &Path, wanted: Use) -> Result<Vec<Exemplar>, Error> {
     let mut out = Vec::new();
     for (line, record) in prompts::read_records(path)? {
-        let exemplar: Exemplar =
-            serde_json::from_value(Value::Object(record)).map_err(|error| Error::Record {
-                path: path.to_owned(),
-                line,
-                field: "exemplar".to_owned(),
-                expected: "prompt, action, motivation, consequence, use, and perhaps worse"
-                    .to_owned(),
-                found: error.to_string(),
-            })?;
-        let texts = [
-            ("prompt", &exemplar.prompt),
-            ("action", &exemplar.action),
-            ("motivation", &exemplar.motivation),
-            ("consequence", &exemplar.consequence),
-        ];
-        if let Some((field, _)) = texts.iter().find(|(_, text)| text.trim().is_empty()) {
-            return Err(Error::Record {
-                path: path.to_owned(),
-                line,
-                field: (*field).to_owned(),
-                expected: "a text".to_owned(),
-                found: "an empty one".to_owned(),
-            });
-        }
+        let exemplar = parse(path, line, record)?;
         if exemplar.r#use == wanted {
             out.push(exemplar);
         }
     }
     Ok(out)
+}
+
+/// Reads and checks one row.
+pub(crate) fn parse(
+    path: &Path,
+    line: usize,
+    record: Map<String, Value>,
+) -> Result<Exemplar, Error> {
+    let wrong = |field: &str, expected: &str, found: String| Error::Record {
+        path: path.to_owned(),
+        line,
+        field: field.to_owned(),
+        expected: expected.to_owned(),
+        found,
+    };
+    let exemplar: Exemplar = serde_json::from_value(Value::Object(record)).map_err(|error| {
+        let expected = "prompt, action, motivation, consequence, use, and perhaps worse";
+        wrong("exemplar", expected, error.to_string())
+    })?;
+    let texts = [
+        ("prompt", &exemplar.prompt),
+        ("action", &exemplar.action),
+        ("motivation", &exemplar.motivation),
+        ("consequence", &exemplar.consequence),
+    ];
+    match texts.iter().find(|(_, text)| text.trim().is_empty()) {
+        Some((field, _)) => Err(wrong(field, "a text", "an empty one".to_owned())),
+        None => Ok(exemplar),
+    }
 }
 
 #[cfg(test)]

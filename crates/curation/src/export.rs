@@ -23,27 +23,43 @@ pub enum Form {
 /// An unreadable input, a directory without preference files, a full disk.
 pub fn export(form: Form, input: &Path, output: &Path) -> Result<usize, Error> {
     let mut text = String::new();
-    let mut n_pairs = 0;
+    let (mut n_pairs, mut n_changed) = (0, 0);
     for path in files(input)? {
         for row in parquet::read::<PreferenceRow>(&path)? {
-            let line = match form {
+            let (line, changed) = match form {
                 Form::Hh => hh_line(&row),
             };
+            n_changed += usize::from(changed);
             text.push_str(&line);
             text.push('\n');
             n_pairs += 1;
         }
     }
     atomic::write(output, text.as_bytes())?;
+    if n_changed > 0 {
+        tracing::warn!(
+            pairs = n_changed,
+            "a blank line before `Human:` or `Assistant:` inside a turn became a line break: in this \
+             form it would begin another turn"
+        );
+    }
     Ok(n_pairs)
 }
 
-fn hh_line(row: &PreferenceRow) -> String {
-    let whole = |side: &[Message]| {
-        let messages: Vec<Message> = row.prompt.iter().chain(side).cloned().collect();
+/// A pair's line, and whether a turn had to be changed to stay one turn.
+fn hh_line(row: &PreferenceRow) -> (String, bool) {
+    let mut changed = false;
+    let mut whole = |side: &[Message]| {
+        let mut messages: Vec<Message> = row.prompt.iter().chain(side).cloned().collect();
+        for message in &mut messages {
+            let one = hh::as_one_turn(&message.content);
+            changed |= one != message.content;
+            message.content = one;
+        }
         hh::format(&messages)
     };
-    json!({"chosen": whole(&row.chosen), "rejected": whole(&row.rejected)}).to_string()
+    let line = json!({"chosen": whole(&row.chosen), "rejected": whole(&row.rejected)}).to_string();
+    (line, changed)
 }
 
 fn files(input: &Path) -> Result<Vec<PathBuf>, Error> {
@@ -66,6 +82,27 @@ fn files(input: &Path) -> Result<Vec<PathBuf>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reply_that_plays_both_speakers_stays_one_turn() {
+        let row = PreferenceRow {
+            prompt: vec![Message::user("q")],
+            chosen: vec![Message::assistant("a\n\n\nHuman: more?\n\nAssistant: b")],
+            rejected: vec![Message::assistant("c")],
+            score_chosen: 5,
+            score_rejected: 0,
+            chosen_prob: 1.0,
+            prompt_id: String::new(),
+            truncated_chosen: false,
+            truncated_rejected: false,
+        };
+        let (line, changed) = hh_line(&row);
+        assert!(changed);
+        let record: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let turns = hh::parse(record["chosen"].as_str().unwrap()).unwrap();
+        let reply = "a\nHuman: more?\nAssistant: b";
+        assert_eq!(turns, [Message::user("q"), Message::assistant(reply)]);
+    }
 
     #[test]
     fn a_pair_becomes_two_strings_of_the_hub() {

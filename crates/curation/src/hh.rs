@@ -4,16 +4,20 @@ use arete_records::{Message, Role};
 
 const MARKERS: [(&str, Role); 2] = [("Human:", Role::User), ("Assistant:", Role::Assistant)];
 
-/// Reads a conversation written as `"\n\nHuman: …\n\nAssistant: …"`; `None` if the text does not
-/// start with a speaker.
+/// Reads a conversation written as `"\n\nHuman: …\n\nAssistant: …"`; `None` if the text is none.
 ///
 /// A speaker counts only at the start of the text or after a blank line, so that `Human` or `: `
-/// inside a turn survive. A turn that is opened and left empty (the usual end of a prompt) is
-/// dropped.
+/// inside a turn survive. A text that begins with `Human:` without the blank line in front, and in
+/// which nobody answers, is a plain text about humans. A turn that is opened and left empty (the usual
+/// end of a prompt) is dropped.
 pub fn parse(text: &str) -> Option<Vec<Message>> {
     let text = text.replace("\r\n", "\n");
+    let is_marked = text.starts_with("\n\n");
     let text = text.trim();
-    speaker_at(text)?;
+    let (_, n_marker) = speaker_at(text)?;
+    if !is_marked && next_turn(text, n_marker) == text.len() {
+        return None;
+    }
     let mut turns: Vec<(Role, usize, usize)> = Vec::new(); // role, start and end of the content
     let mut from = 0;
     while let Some((role, length)) = speaker_at(&text[from..]) {
@@ -41,6 +45,18 @@ pub fn format(messages: &[Message]) -> String {
             Role::Assistant => format!("\n\nAssistant: {}", message.content),
         })
         .collect()
+}
+
+/// The text without blank lines before a speaker, so that [`parse`] reads it as one turn.
+pub fn as_one_turn(text: &str) -> String {
+    let mut text = text.replace("\r\n", "\n");
+    for (name, _) in MARKERS {
+        let (opens, continues) = (format!("\n\n{name}"), format!("\n{name}"));
+        while text.contains(&opens) {
+            text = text.replace(&opens, &continues);
+        }
+    }
+    text
 }
 
 fn speaker_at(text: &str) -> Option<(Role, usize)> {
@@ -77,6 +93,8 @@ mod tests {
     fn text_without_a_leading_speaker_is_no_conversation() {
         assert_eq!(parse("What does \"\n\nHuman: hi\" mean?"), None);
         assert_eq!(parse(""), None);
+        assert_eq!(parse("Human: a history of the word. Who wrote it?"), None);
+        assert_eq!(parse("\n\nHuman: hello").unwrap(), [Message::user("hello")]);
     }
 
     #[test]

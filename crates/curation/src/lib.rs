@@ -6,9 +6,11 @@
 //! | `demonstrations` | prompts, a model, constitution, exemplars | `demonstrations.parquet` |
 //! | `conversations` | prompts, a model | `conversations.parquet` |
 //! | `preferences` | conversations, a judge | `judgements.parquet`, `<aspect>/<split>.parquet` |
-//! | `calibrate` | labelled pairs, a judge | `calibration.json` |
+//! | `calibrate` | labelled pairs, a judge | `calibration.json`, `calibration.md` |
 //! | `merge` | the parts of a job array | what the stage itself would have written |
+//! | `lessons` | labelled pairs | conversations that train a judge's adapter |
 //! | `export` | preferences | hh-rlhf's text form |
+//! | `bench` | a model | a table of speeds on stdout |
 //!
 //! Method: for each prompt, two samples of a chain of three turns (answer, motivation, consequence);
 //! for each aspect and virtue, a judge compares the two conversations up to that aspect in both
@@ -22,6 +24,7 @@
 //! Work proceeds in fixed [units](units) of 32 prompts, each written as a file of its own: a killed
 //! run continues, and parts of a job array join to the same bytes.
 
+pub mod bench;
 pub mod calibrate;
 pub mod config;
 pub mod constitution;
@@ -33,6 +36,7 @@ pub mod exemplars;
 pub mod export;
 pub mod hh;
 pub mod judge;
+pub mod lessons;
 pub mod merge;
 pub mod preferences;
 pub mod prompts;

@@ -5,12 +5,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use arete_curation::bench::BenchConfig;
 use arete_curation::config::{
     CalibrateConfig, ConversationsConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig,
 };
+use arete_curation::lessons::LessonsConfig;
 use arete_curation::stage::{Estimate, Work};
 use arete_curation::{
-    Error, calibrate, conversations, demonstrations, export, merge, preferences, prompts,
+    Error, bench, calibrate, conversations, demonstrations, export, lessons, merge, preferences,
+    prompts,
 };
 use arete_records::cli::{self, StageArgs};
 use arete_records::{interrupt, recipe};
@@ -100,6 +103,25 @@ enum Command {
         #[command(flatten)]
         config: CalibrateConfig,
     },
+    /// Writes labelled pairs as conversations that train a judge's adapter with `arete-sft train`
+    Lessons {
+        /// Files of labelled pairs (hh-rlhf, HHH, HarmfulVsEthical, or our exemplars)
+        #[arg(long, required = true, num_args = 1.., value_name = "F")]
+        pairs: Vec<PathBuf>,
+        /// The file to write (.jsonl)
+        #[arg(long, value_name = "F")]
+        output: PathBuf,
+        #[command(flatten)]
+        config: LessonsConfig,
+    },
+    /// Measures conversations and judging against this machine's matrix products
+    Bench {
+        /// Model directory, GGUF file or hub id
+        #[arg(long, value_name = "MODEL")]
+        model: String,
+        #[command(flatten)]
+        config: BenchConfig,
+    },
     /// Joins the parts of a job array (runs with --shard) into the stage's result
     Merge {
         /// The output directories of all parts
@@ -175,6 +197,13 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
             let inputs = calibrate::Inputs { pairs, model };
             let estimate = || calibrate::estimate(&config, &inputs, &stage.output);
             either(dry, estimate, || calibrate::run(&config, &inputs, &stage.output))
+        }
+        Command::Lessons { pairs, output, config } => {
+            lessons::write(&config, &pairs, &output)?;
+            Ok(())
+        }
+        Command::Bench { model, config } => {
+            Ok(bench::run(&config, &model, &mut std::io::stdout().lock())?)
         }
         Command::Merge { parts, output } => merge::merge(&parts, &output)
             .with_context(|| format!("merging into {}", output.display())),

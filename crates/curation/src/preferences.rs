@@ -18,7 +18,7 @@ use crate::engine::Engine;
 use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair, side_through};
-use crate::stage::{self, Command, Estimate, Work, percent};
+use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::trim::last_sentence;
 use crate::units::Units;
 
@@ -50,6 +50,10 @@ pub fn run(
     let started = Instant::now();
     let prompts = samples_of(&inputs.conversations)?;
     let candidates = Candidates::of(&prompts, config.truncated);
+    let place = work.place(|| match config.method {
+        Method::Contrast => Ok(Place::none()),
+        _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
+    })?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
     for aspect in Aspect::ALL {
         // Better now than after hours of judging.
@@ -57,13 +61,12 @@ pub fn run(
     }
     let shard = config.shard;
     let units = Units { output, name: JUDGEMENTS, n_items: prompts.len(), shard };
-    let mut engine = None;
     match work {
-        Work::Adopt(parts) => units.adopt(parts)?,
+        Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
             let (missing, n_missing) = units.missing();
-            let bench = Bench::open(config, inputs, !missing.is_empty())?;
-            let judge = bench.judge(config)?;
+            let tribunal = Tribunal::open(config, inputs, !missing.is_empty())?;
+            let judge = tribunal.judge(config)?;
             let progress = cli::progress("judging", "prompts", prompts.len() as u64);
             progress.skip((prompts.len() - n_missing) as u64);
             units.run(|items| {
@@ -75,22 +78,20 @@ pub fn run(
                 progress.inc(n_items);
                 Ok(rows)
             })?;
-            drop(judge);
-            engine = bench.engine;
+            if let Some(Engine::Server(server)) = &tribunal.engine {
+                tracing::info!(
+                    abstentions = server.n_abstentions(),
+                    "verdicts of the server that made no sense"
+                );
+            }
         }
-    }
-    if let Some(Engine::Server(server)) = &engine {
-        tracing::info!(
-            abstentions = server.n_abstentions(),
-            "verdicts of the server that made no sense"
-        );
     }
     if shard.is_some() {
         let config = serde_json::to_value(config).expect("configurations always serialise");
         let input = inputs.conversations.clone();
         Command { stage: STAGE.to_owned(), config, input, model: inputs.judge.clone() }
             .write(output)?;
-        return stage::finish(run, STAGE, engine.as_ref(), Map::new(), started);
+        return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let rows: Vec<JudgementRow> = units.join()?;
     let mut counts = Map::new();
@@ -102,7 +103,8 @@ pub fn run(
         write_splits(output, aspect, &prompts, &pairs)?;
         counts.insert(aspect.name().to_owned(), summary(aspect, &rows, &pairs, &dropped, &prompts));
     }
-    stage::finish(run, STAGE, engine.as_ref(), counts, started)
+    tracing::info!("preferences\n{}", summary_table(&counts));
+    stage::finish(run, STAGE, place, counts, started)
 }
 
 /// What a run would do, and how long it would take.
@@ -134,9 +136,9 @@ pub fn estimate(
     }
     let (mut n_tokens, mut seconds) = (None, None);
     if config.method != Method::Contrast && !to_do.is_empty() {
-        let bench = Bench::open(config, inputs, true)?;
-        let judge = bench.judge(config)?.expect("the method asks a judge");
-        let engine = bench.engine.as_ref().expect("opened for the judge");
+        let tribunal = Tribunal::open(config, inputs, true)?;
+        let judge = tribunal.judge(config)?.expect("the method asks a judge");
+        let engine = tribunal.engine.as_ref().expect("opened for the judge");
         let pairs: Vec<Pair> = to_do.iter().map(|candidate| candidate.pair.clone()).collect();
         counts.insert("verdicts_to_do".to_owned(), json!(judge.queries(&pairs).len()));
         n_tokens = Some(0);
@@ -160,17 +162,17 @@ pub fn estimate(
 }
 
 /// The judge's files, read; and the judge itself if it will be asked.
-struct Bench {
+struct Tribunal {
     engine: Option<Engine>,
     constitution: Option<Constitution>,
     exemplars: Vec<exemplars::Exemplar>,
 }
 
-impl Bench {
+impl Tribunal {
     fn open(config: &PreferencesConfig, inputs: &Inputs, needed: bool) -> Result<Self, Error> {
-        let mut bench = Self { engine: None, constitution: None, exemplars: Vec::new() };
+        let mut tribunal = Self { engine: None, constitution: None, exemplars: Vec::new() };
         if config.method == Method::Contrast || !needed {
-            return Ok(bench);
+            return Ok(tribunal);
         }
         let judge = &config.judge;
         let model = inputs.judge.as_deref().ok_or_else(|| Error::Setting {
@@ -178,11 +180,11 @@ impl Bench {
             expected: format!("a model for the method {}", config.method.name()),
             got: "none".to_owned(),
         })?;
-        bench.constitution = Some(Constitution::load(&judge.constitution)?);
+        tribunal.constitution = Some(Constitution::load(&judge.constitution)?);
         if judge.few_shot > 0 {
-            bench.exemplars = exemplars::load(&judge.exemplars, Use::FewShot)?;
+            tribunal.exemplars = exemplars::load(&judge.exemplars, Use::FewShot)?;
         }
-        bench.engine = Some(stage::open_engine(
+        tribunal.engine = Some(stage::open_engine(
             model,
             judge.judge_adapter.as_deref(),
             judge.judge_url.as_deref(),
@@ -190,7 +192,7 @@ impl Bench {
             &judge.server,
             config.method.needs_logprobs(),
         )?);
-        Ok(bench)
+        Ok(tribunal)
     }
 
     fn judge<'a>(&'a self, config: &'a PreferencesConfig) -> Result<Option<Judge<'a>>, Error> {
@@ -563,36 +565,12 @@ fn summary(
     let n_cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
     let places = Places::of(own.iter().copied());
     let n_abstained = own.iter().filter(|row| row.p_sample0.is_none()).count();
-    let first_position = percent(places.n_first, places.n_seen);
-    let swap_consistency = percent(places.n_consistent, places.n_both);
-    tracing::info!(
-        aspect = aspect.name(),
-        pairs = pairs.len(),
-        judged = n_judged,
-        tie_percent = %percent(dropped.ties, n_judged),
-        dropped_truncated = dropped.truncated,
-        dropped_untrimmable = dropped.untrimmable,
-        dropped_identical = dropped.identical,
-        truncated_percent = %percent(n_cut, 2 * prompts.len()),
-        first_position_percent = %first_position,
-        swap_consistency_percent = %swap_consistency,
-        abstained_percent = %percent(n_abstained, own.len()),
-        "preferences"
-    );
     let mut votes = Map::new();
     for virtue in Virtue::ALL {
         let of = |wanted: Option<i32>| {
             own.iter().filter(|row| row.virtue == virtue && row.vote == wanted).count()
         };
         let (zero, one, none) = (of(Some(0)), of(Some(1)), of(None));
-        tracing::info!(
-            aspect = aspect.name(),
-            virtue = virtue.name(),
-            sample_0 = zero,
-            sample_1 = one,
-            none,
-            "votes"
-        );
         votes.insert(
             virtue.name().to_owned(),
             json!({"sample_0": zero, "sample_1": one, "none": none}),
@@ -600,11 +578,48 @@ fn summary(
     }
     json!({
         "pairs": pairs.len(), "judged": n_judged, "ties": dropped.ties,
+        "tie_percent": percent(dropped.ties, n_judged),
         "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
         "dropped_identical": dropped.identical, "truncated_replies": n_cut,
-        "first_position_percent": first_position, "swap_consistency_percent": swap_consistency,
-        "abstained": n_abstained, "votes": votes,
+        "truncated_percent": percent(n_cut, 2 * prompts.len()),
+        "first_position_percent": percent(places.n_first, places.n_seen),
+        "swap_consistency_percent": percent(places.n_consistent, places.n_both),
+        "abstained": n_abstained, "abstained_percent": percent(n_abstained, own.len()),
+        "votes": votes,
     })
+}
+
+/// The summary of every aspect as one table: a figure a row, an aspect a column.
+fn summary_table(counts: &Map<String, Value>) -> String {
+    const FIGURES: [(&str, &str); 10] = [
+        ("pairs", "pairs"),
+        ("pairs judged", "judged"),
+        ("ties, %", "tie_percent"),
+        ("replies cut by the token limit, %", "truncated_percent"),
+        ("pairs left out for that", "dropped_truncated"),
+        ("pairs without a sentence to trim to", "dropped_untrimmable"),
+        ("pairs of equal samples", "dropped_identical"),
+        ("first-shown preferred, %", "first_position_percent"),
+        ("same verdict in both orders, %", "swap_consistency_percent"),
+        ("verdicts abstained, %", "abstained_percent"),
+    ];
+    let heads: Vec<&str> =
+        std::iter::once("").chain(Aspect::ALL.map(|aspect| aspect.name())).collect();
+    let row = |name: String, cell: &dyn Fn(&Value) -> String| {
+        let cells = Aspect::ALL.iter().map(|aspect| cell(&counts[aspect.name()]));
+        std::iter::once(name).chain(cells).collect::<Vec<String>>()
+    };
+    let mut rows: Vec<Vec<String>> = FIGURES
+        .iter()
+        .map(|(name, key)| row((*name).to_owned(), &|figures| stage::cell(&figures[*key])))
+        .collect();
+    for virtue in Virtue::ALL {
+        rows.push(row(format!("votes on {virtue}, sample 0 : 1 : none"), &|figures| {
+            let votes = &figures["votes"][virtue.name()];
+            format!("{} : {} : {}", votes["sample_0"], votes["sample_1"], votes["none"])
+        }));
+    }
+    stage::table(&heads, &rows)
 }
 
 /// How verdicts depend on the place a sample is shown in.
@@ -750,6 +765,26 @@ mod tests {
         places.add(Some(0.9), Some(0.2)); // sample 0 both times
         places.add(Some(0.4), None);
         assert_eq!(places, Places { n_seen: 5, n_first: 3, n_both: 2, n_consistent: 1 });
+    }
+
+    #[test]
+    fn the_summary_shows_every_figure_of_every_aspect() {
+        let prompts = [samples()];
+        let candidates = Candidates::of(&prompts, Truncated::Keep);
+        let mut counts = Map::new();
+        for aspect in Aspect::ALL {
+            let dropped = candidates.dropped[&aspect];
+            counts.insert(aspect.name().to_owned(), summary(aspect, &[], &[], &dropped, &prompts));
+        }
+        let table = summary_table(&counts);
+        let cells = |name: &str| -> Vec<&str> {
+            let line = table.lines().find(|line| line.contains(name)).unwrap();
+            line.split('|').map(str::trim).filter(|cell| !cell.is_empty()).skip(1).collect()
+        };
+        assert_eq!(cells("cut by the token limit"), ["50.0", "0.0", "50.0"]);
+        assert_eq!(cells("first-shown"), ["–", "–", "–"]);
+        assert_eq!(cells("votes on respect"), ["0 : 0 : 0"; 3]);
+        assert!(table.contains("motivation"));
     }
 
     #[test]

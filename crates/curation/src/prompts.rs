@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::config::{self, PromptsConfig};
-use crate::stage::{self, Estimate};
+use crate::stage::{self, Estimate, Place};
 use crate::{Error, hh};
 
 /// How much of a conversation becomes the prompt.
@@ -106,7 +106,7 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
     let sources: Map<String, Value> =
         sources.into_iter().map(|(source, n)| (source, n.into())).collect();
     recorded.insert("sources".to_owned(), sources.into());
-    stage::finish(run, STAGE, None, recorded, started)
+    stage::finish(run, STAGE, Place::none(), recorded, started)
 }
 
 /// What a run would give.
@@ -142,10 +142,30 @@ fn localised(inputs: &[String]) -> Result<Vec<PathBuf>, Error> {
         if path.exists() || !is_hub_id(input) {
             out.push(path);
         } else {
-            out.push(arete_model::hub::data_set(input)?);
+            out.extend(of_splits(files(&[arete_model::hub::data_set(input)?])?));
         }
     }
     Ok(out)
+}
+
+/// Of a data set's files those that belong to a split by their name, or all if none does: as
+/// `datasets.load_dataset` takes them. hh-rlhf holds transcripts of another form beside its pairs.
+fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
+    const SPLITS: [&str; 8] =
+        ["train", "training", "validation", "valid", "dev", "val", "test", "eval"];
+    let names_split = |path: &PathBuf| {
+        let stem = stem(path).to_lowercase();
+        let mut words = stem.split(|c: char| !c.is_ascii_alphabetic());
+        words.any(|word| SPLITS.contains(&word))
+    };
+    let (chosen, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(names_split);
+    if chosen.is_empty() {
+        return others;
+    }
+    for path in others {
+        tracing::warn!(file = %path.display(), "left out: its name is that of no split");
+    }
+    chosen
 }
 
 /// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a
@@ -160,8 +180,8 @@ fn is_hub_id(text: &str) -> bool {
     parts.len() >= 2 && parts.iter().all(|part| plain(part)) && !Path::new(parts[0]).exists()
 }
 
-/// Reads every input (a `.jsonl`, `.jsonl.gz`, `.json` of one list, or `.parquet` file, or a
-/// directory of them) into prompts.
+/// Reads every input (a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a directory of them) into
+/// prompts.
 ///
 /// The rows come in the order of a hash of seed and id, whatever the order of the inputs: a limit
 /// takes an even spread of all inputs, and a larger limit keeps what a smaller one had.
@@ -506,6 +526,22 @@ mod tests {
             Counts { read: 5, empty: 1, too_long: 0, duplicates: 1, beyond_limit: 0, kept: 3 }
         );
         assert!(rows.iter().all(|row| row.source == "x"));
+    }
+
+    #[test]
+    fn a_data_sets_splits_are_its_files() {
+        let paths = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Vec<_>>();
+        // The files of Anthropic/hh-rlhf, of which the last holds no pairs.
+        let hh = paths(&[
+            "helpful-base/train.jsonl.gz",
+            "harmless-base/test.jsonl.gz",
+            "red-team-attempts/red_team_attempts.jsonl.gz",
+        ]);
+        assert_eq!(of_splits(hh.clone()), hh[..2]);
+        let sharded = paths(&["data/train-00000-of-00002.parquet", "data/contest.parquet"]);
+        assert_eq!(of_splits(sharded.clone()), sharded[..1]);
+        let plain = paths(&["questions.jsonl", "more.jsonl"]);
+        assert_eq!(of_splits(plain.clone()), plain);
     }
 
     #[test]

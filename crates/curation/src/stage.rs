@@ -20,7 +20,59 @@ pub enum Work {
     /// They are computed.
     Compute,
     /// They are taken from the parts of a job array.
-    Adopt(Vec<PathBuf>),
+    Adopt {
+        /// The parts' directories.
+        parts: Vec<PathBuf>,
+        /// Where they were computed.
+        place: Place,
+    },
+}
+
+/// Where a stage's model computes, as `run.json` has it. It follows from the settings and not from a
+/// model in memory: a continued run that finds all units done records what an uninterrupted one does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// `cpu`, `cuda(0)`, `server`, or `none` where no model is asked.
+    pub device: String,
+    /// `float`, `bfloat16`, `half`, `unknown` of a server, or `none`.
+    pub dtype: String,
+}
+
+impl Place {
+    /// Of a stage that asks no model.
+    pub fn none() -> Self {
+        Self { device: "none".to_owned(), dtype: "none".to_owned() }
+    }
+
+    /// Of a model that is loaded with these settings, or stands behind an address.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for an unknown device or format.
+    pub fn of(compute: &ComputeConfig, url: Option<&str>) -> Result<Self, Error> {
+        if url.is_some() {
+            return Ok(Self { device: "server".to_owned(), dtype: "unknown".to_owned() });
+        }
+        let options = compute.load_options()?;
+        Ok(Self {
+            device: format!("{:?}", options.device).to_lowercase(),
+            dtype: format!("{:?}", options.dtype).to_lowercase(),
+        })
+    }
+}
+
+impl Work {
+    /// Where the units are, or were, computed.
+    ///
+    /// # Errors
+    ///
+    /// What `here` returns.
+    pub fn place(&self, here: impl FnOnce() -> Result<Place, Error>) -> Result<Place, Error> {
+        match self {
+            Self::Compute => here(),
+            Self::Adopt { place, .. } => Ok(place.clone()),
+        }
+    }
 }
 
 /// What a sharded run leaves beside its shards, so that `merge` can finish the stage.
@@ -51,12 +103,12 @@ impl Command {
         Ok(atomic::write(output.join(SHARDS).join(COMMAND), &bytes)?)
     }
 
-    /// The command of an array, from all of its parts.
+    /// The command of an array and where it was computed, from all of its parts.
     ///
     /// # Errors
     ///
     /// [`Error::Shards`] if a part is incomplete or the parts do not belong together.
-    pub fn of_parts(parts: &[PathBuf]) -> Result<Self, Error> {
+    pub fn of_parts(parts: &[PathBuf]) -> Result<(Self, Place), Error> {
         let mut whole: Option<(Self, RunJson)> = None;
         for part in parts {
             let wrong = |reason: String| Error::Shards { path: part.clone(), reason };
@@ -83,13 +135,18 @@ impl Command {
                     if first_run.inputs != run.inputs {
                         return Err(wrong("made from other inputs than the first part".to_owned()));
                     }
+                    if (&first_run.device, &first_run.dtype) != (&run.device, &run.dtype) {
+                        return Err(wrong(format!(
+                            "computed on {} in {}, the first part on {} in {}",
+                            run.device, run.dtype, first_run.device, first_run.dtype
+                        )));
+                    }
                 }
             }
         }
-        whole.map(|(command, _)| command).ok_or_else(|| Error::Shards {
-            path: PathBuf::new(),
-            reason: "no parts given".to_owned(),
-        })
+        let none = || Error::Shards { path: PathBuf::new(), reason: "no parts given".to_owned() };
+        let (command, run) = whole.ok_or_else(none)?;
+        Ok((command, Place { device: run.device, dtype: run.dtype }))
     }
 }
 
@@ -171,12 +228,11 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Option<StageRun>, Error> {
 pub fn finish(
     run: StageRun,
     stage: &str,
-    engine: Option<&Engine>,
+    place: Place,
     counts: Map<String, Value>,
     started: Instant,
 ) -> Result<(), Error> {
-    let (device, dtype) =
-        engine.map_or_else(|| ("none".to_owned(), "none".to_owned()), Engine::device_and_dtype);
+    let Place { device, dtype } = place;
     timings::log(run.output(), stage, started.elapsed().as_secs_f64(), &[])?;
     Ok(run.finish(Completion { device, dtype, counts })?)
 }
@@ -200,5 +256,48 @@ pub fn percent(part: usize, whole: usize) -> Value {
         Value::Null
     } else {
         json!((1000.0 * part as f64 / whole as f64).round() / 10.0)
+    }
+}
+
+/// A table in Markdown, its columns aligned for the eye.
+///
+/// # Panics
+///
+/// If a row has not as many cells as there are heads.
+pub fn table(heads: &[&str], rows: &[Vec<String>]) -> String {
+    let heads: Vec<String> = heads.iter().map(|&head| head.to_owned()).collect();
+    let mut widths = vec![3; heads.len()];
+    for row in std::iter::once(&heads).chain(rows) {
+        assert_eq!(row.len(), heads.len(), "one cell a column");
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let line = |cells: &[String]| {
+        let padded = cells.iter().zip(&widths).map(|(cell, &width)| format!(" {cell:<width$} |"));
+        format!("|{}\n", padded.collect::<String>())
+    };
+    let rule: Vec<String> = widths.iter().map(|&width| "-".repeat(width)).collect();
+    let rows: String = rows.iter().map(|row| line(row)).collect();
+    format!("{}{}{rows}", line(&heads), line(&rule))
+}
+
+/// A figure that may be missing, for tables.
+pub fn cell(value: &Value) -> String {
+    if value.is_null() { "–".to_owned() } else { value.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_aligned() {
+        let rows = [
+            vec!["ä".to_owned(), cell(&percent(1, 3))],
+            vec!["b".to_owned(), cell(&percent(0, 0))],
+        ];
+        let text = table(&["name", "%"], &rows);
+        assert_eq!(text, "| name | %    |\n| ---- | ---- |\n| ä    | 33.3 |\n| b    | –    |\n");
     }
 }

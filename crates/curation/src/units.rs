@@ -124,15 +124,21 @@ impl Units<'_> {
         &self,
         mut compute: impl FnMut(Range<usize>) -> Result<Vec<T>, Error>,
     ) -> Result<(), Error> {
-        let (missing, _) = self.missing();
-        if !missing.is_empty() {
-            fs_err::create_dir_all(self.output.join(SHARDS))?;
-        }
-        for unit in missing {
+        for unit in self.missing().0 {
             let rows = compute(self.items(unit))?;
-            parquet::write(self.shard_path(unit), &rows)?;
+            self.write(unit, &rows)?;
         }
         Ok(())
+    }
+
+    /// Writes the shard file of one unit.
+    ///
+    /// # Errors
+    ///
+    /// A shard file that cannot be written.
+    pub fn write<T: Row>(&self, unit: usize, rows: &[T]) -> Result<(), Error> {
+        fs_err::create_dir_all(self.output.join(SHARDS))?;
+        Ok(parquet::write(self.shard_path(unit), rows)?)
     }
 
     /// Joins all shard files into one and removes them; the rows.

@@ -151,7 +151,8 @@ fn a_server_without_logprobs_is_found_out_at_the_start() {
 
 #[test]
 fn verdicts_that_make_no_sense_abstain_and_are_counted() {
-    let server = serve(|number, request| match last_text(request).as_str() {
+    let server = serve(|number, request| {
+        match last_text(request).as_str() {
         _ if number == 0 => verdict(&[("A", 0.9)]),
         "no logprobs" => reply("A", "stop"),
         "null" => ok(json!({"choices": [{"logprobs": {"content": [{"top_logprobs": [
@@ -162,11 +163,31 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
             {"token": "A", "logprob": 3.0}]}]}}]})),
         "too much" => verdict(&[("A", 0.9), ("B", 0.9)]),
         "array" => ok(json!([1, 2, 3])),
+        // What Python's json writes of a NaN is no JSON.
+        "bare nan" => Answer::Http(
+            200,
+            "",
+            r#"{"choices":[{"logprobs":{"content":[{"top_logprobs":[{"token":"A","logprob":NaN}]}]}}]}"#
+                .to_owned(),
+        ),
+        "page" => Answer::Http(200, "", "<html>busy</html>".to_owned()),
+        "too long" => Answer::Http(400, "", "maximum context length is 2048 tokens".to_owned()),
         _ => verdict(&[("A", 0.5)]),
+    }
     });
     let connected = ServerEngine::connect(&server.url, "m", &config(), true).unwrap();
     let engine = Engine::Server(connected);
-    let lies = ["no logprobs", "null", "nan text", "positive", "too much", "array"];
+    let lies = [
+        "no logprobs",
+        "null",
+        "nan text",
+        "positive",
+        "too much",
+        "array",
+        "bare nan",
+        "page",
+        "too long",
+    ];
     for mass in masses(&engine, &lies) {
         assert_eq!(mass, (0.0, 0.0));
     }

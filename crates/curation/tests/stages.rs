@@ -13,7 +13,9 @@ use arete_curation::engine::{Labels, LocalEngine, Query};
 use arete_curation::stage::Work;
 use arete_curation::{conversations, demonstrations, engine, merge, preferences, prompts};
 use arete_model::{Device, Kind, LoadOptions};
-use arete_records::rows::{ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow};
+use arete_records::rows::{
+    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow,
+};
 use arete_records::run::RunJson;
 use arete_records::{Aspect, FinishReason, Message, Role, parquet};
 use clap::{Args, FromArgMatches};
@@ -135,9 +137,231 @@ fn conversations_are_two_chains_a_prompt_and_shards_join_to_the_same_bytes() {
     merge::merge(&parts, &merged).unwrap();
     let name = "conversations.parquet";
     assert_eq!(bytes(merged.join(name)), bytes(dir.path().join("whole").join(name)));
-    let (whole, merged) =
-        (RunJson::read(dir.path().join("whole")).unwrap(), RunJson::read(merged).unwrap());
-    assert_eq!((whole.fingerprint, whole.counts), (merged.fingerprint, merged.counts));
+    assert_eq!(contents(&merged), contents(&dir.path().join("whole")));
+}
+
+/// Every file of a stage but wall times and the lock.
+fn contents(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    fn visit(dir: &Path, base: &Path, files: &mut std::collections::BTreeMap<PathBuf, Vec<u8>>) {
+        for entry in fs_err::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                visit(&path, base, files);
+            } else if path
+                .file_name()
+                .is_some_and(|name| name != "timings.jsonl" && name != ".lock")
+            {
+                files.insert(path.strip_prefix(base).unwrap().to_owned(), bytes(&path));
+            }
+        }
+    }
+    let mut files = std::collections::BTreeMap::new();
+    visit(dir, dir, &mut files);
+    files
+}
+
+#[test]
+fn sharded_judging_and_revising_give_an_unsharded_runs_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 80);
+    let samples = dir.path().join("conversations");
+    converse(&prompts, &samples, &[]);
+    let judged = |name: &str, flags: &[&str]| {
+        let output = dir.path().join(name);
+        let flags = [&["--method", "likelihood"], flags].concat();
+        judge(&samples, Some(&fixture()), &output, &flags).unwrap();
+        output
+    };
+    let parts =
+        ["1/3", "2/3", "3/3"].map(|part| judged(&part.replace('/', "-"), &["--shard", part]));
+    let whole = judged("judged", &[]);
+    let merged = dir.path().join("judged-merged");
+    merge::merge(&parts, &merged).unwrap();
+    assert!(pairs(&whole, Aspect::Consequence).len() > 20);
+    assert_eq!(contents(&merged), contents(&whole));
+
+    let revised = |name: &str, flags: &[&str]| {
+        let (constitution, exemplars) =
+            (data("constitution.toml"), data("demonstrations/exemplars.jsonl"));
+        let mut all = vec!["--max-new-tokens", "4", "--truncated", "keep"];
+        all.extend(["--constitution", &constitution, "--exemplars", &exemplars]);
+        all.extend_from_slice(flags);
+        let inputs =
+            demonstrations::Inputs { prompts: Some(prompts.clone()), model: Some(fixture()) };
+        let output = dir.path().join(name);
+        demonstrations::run(&config(&all), &inputs, &output, &Work::Compute).unwrap();
+        output
+    };
+    let parts = ["1/2", "2/2"].map(|part| revised(&format!("r{}", &part[..1]), &["--shard", part]));
+    let whole = revised("revised", &[]);
+    let merged = dir.path().join("revised-merged");
+    merge::merge(&parts, &merged).unwrap();
+    assert_eq!(contents(&merged), contents(&whole));
+}
+
+/// Runs the program again and again, each time killed a little later, until it ends by itself. Shard
+/// files that a killed run left must never be written again.
+fn kill_until_done(args: &[&str], output: &Path, whole_s: std::time::Duration) -> usize {
+    use std::os::unix::fs::MetadataExt;
+    let mut shards = std::collections::BTreeMap::new();
+    for attempt in 0..200 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_arete-curation"))
+            .args(args)
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(whole_s * (attempt + 2) / 14);
+        child.kill().unwrap();
+        if child.wait().unwrap().success() {
+            return attempt as usize;
+        }
+        let Ok(entries) = fs_err::read_dir(output.join("shards")) else { continue };
+        for entry in entries.map(Result::unwrap) {
+            let name = entry.file_name().into_string().unwrap();
+            // Files under temporary names may come and go.
+            if name.ends_with(".parquet") && !name.contains("tmp") {
+                let inode = entry.metadata().unwrap().ino();
+                assert_eq!(*shards.entry(name.clone()).or_insert(inode), inode, "{name}");
+            }
+        }
+    }
+    panic!("the run never ended");
+}
+
+#[test]
+fn a_run_killed_at_any_moment_ends_with_an_uninterrupted_runs_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (prompts, model) = (write_prompts(dir.path(), 160), fixture());
+    let (prompts, samples) = (prompts.to_str().unwrap().to_owned(), at("conversations"));
+    let constitution = data("constitution.toml");
+    let stages: [(&str, Vec<&str>); 2] = [
+        (
+            "conversations",
+            vec![
+                "conversations",
+                "--prompts",
+                &prompts,
+                "--model",
+                &model,
+                "--max-new-tokens",
+                "12",
+            ],
+        ),
+        (
+            "preferences",
+            vec![
+                "preferences",
+                "--conversations",
+                &samples,
+                "--judge",
+                &model,
+                "--method",
+                "likelihood",
+                "--truncated",
+                "keep",
+            ],
+        ),
+    ];
+    for (name, mut args) in stages {
+        args.extend(["--constitution", &constitution]);
+        let (whole, killed) = (at(name), at(&format!("{name}-killed")));
+        let started = std::time::Instant::now();
+        let (code, _, stderr) = program(&[&args[..], &["--output", &whole]].concat());
+        assert_eq!(code, Some(0), "{stderr}");
+        let args = [&args[..], &["--output", &killed]].concat();
+        let n_kills = kill_until_done(&args, Path::new(&killed), started.elapsed());
+        assert!(n_kills > 1, "{n_kills}");
+        assert_eq!(contents(Path::new(&killed)), contents(Path::new(&whole)));
+    }
+}
+
+#[test]
+fn what_a_model_cannot_take_is_left_out_or_abstained_from_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 8);
+    let file = prompts.join("prompts.parquet");
+    let mut rows: Vec<PromptRow> = parquet::read(&file).unwrap();
+    // A megabyte of words, and what fits the model once, but not twice in a judge's question.
+    rows[2].prompt = vec![Message::user("many words ".repeat(100_000))];
+    let path = dir.path().join("long.parquet");
+    parquet::write(&path, &rows).unwrap();
+    let samples = dir.path().join("conversations");
+    let mut conversations = converse(&path, &samples, &[]);
+    assert_eq!(conversations.len(), 14);
+    assert!(conversations.iter().all(|row| row.prompt_id != rows[2].prompt_id));
+    let run = RunJson::read(&samples).unwrap();
+    assert_eq!((&run.counts["prompts"], &run.counts["prompts_too_long"]), (&json!(8), &json!(1)));
+
+    let long = "word ".repeat(1500);
+    for row in &mut conversations[..2] {
+        row.messages[1].content = format!("{long}{}", row.sample);
+        row.action = row.messages[1].content.clone();
+    }
+    let path = dir.path().join("conversations.parquet");
+    parquet::write(&path, &conversations).unwrap();
+    for method in ["pairwise-logits", "pairwise-text", "pointwise-logits", "likelihood"] {
+        let output = dir.path().join(method);
+        let flags = ["--method", method, "--min-pairs", "0", "--pointwise-template"];
+        let template = format!("{long}{{question}} {{answer}} {{virtue}}?");
+        judge(&path, Some(&fixture()), &output, &[&flags[..], &[&template]].concat()).unwrap();
+        let rows: Vec<JudgementRow> = parquet::read(output.join("judgements.parquet")).unwrap();
+        let of_long = rows.iter().filter(|row| row.prompt_id == conversations[0].prompt_id);
+        assert!(of_long.clone().count() >= 15);
+        if method == "likelihood" {
+            continue; // each conversation fits by itself
+        }
+        assert!(
+            of_long.clone().all(|row| row.p_sample0.is_none() && row.vote.is_none()),
+            "{method}"
+        );
+    }
+}
+
+#[test]
+fn prompts_of_one_id_are_refused_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 4);
+    let mut rows: Vec<PromptRow> = parquet::read(prompts.join("prompts.parquet")).unwrap();
+    rows.push(rows[1].clone());
+    let path = dir.path().join("twice.parquet");
+    parquet::write(&path, &rows).unwrap();
+    let inputs = conversations::Inputs { prompts: path, model: "none/such".to_owned() };
+    let output = dir.path().join("out");
+    let error = conversations::run(&conversations_config(&[]), &inputs, &output, &Work::Compute);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("twice.parquet:5") && error.contains("as in row 2"), "{error}");
+    assert!(!output.exists());
+}
+
+#[test]
+fn damaged_parquet_prompts_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 4);
+    let good = bytes(prompts.join("prompts.parquet"));
+    let refuse = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        fs_err::write(&path, bytes).unwrap();
+        let input = [path.to_str().unwrap().to_owned()];
+        let error = prompts::run(&config(&[]), &input, &dir.path().join("x")).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains(name), "{error}");
+        error
+    };
+    refuse("cut.parquet", &good[..good.len() / 2]);
+    refuse("text.parquet", b"prompt\nwhat is this?\n");
+    // A footer that claims four gigabytes.
+    let mut hostile = good.clone();
+    let at = hostile.len() - 8;
+    hostile[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+    refuse("hostile.parquet", &hostile);
+    // A file of another stage: none of the columns a prompt may be in.
+    let samples = dir.path().join("conversations");
+    converse(&prompts, &samples, &[]);
+    let judged = dir.path().join("judged");
+    judge(&samples, Some(&fixture()), &judged, &["--method", "likelihood"]).unwrap();
+    let error = refuse("columns.parquet", &bytes(judged.join("judgements.parquet")));
+    assert!(error.contains("one of the columns prompt, messages, chosen"), "{error}");
 }
 
 #[test]
@@ -243,6 +467,33 @@ fn shared_prefixes_give_the_probabilities_of_unshared_ones() {
             assert!((p - q).abs() <= tolerance, "{dtype:?}: {p} {q}");
             assert!((a.first - b.first).abs() <= tolerance * a.first.max(1e-3));
         }
+    }
+}
+
+#[test]
+fn replies_behind_shared_prefixes_have_the_logprobs_of_unshared_ones() {
+    // Two sides under two personas, as the method `likelihood` asks; and one that is too long.
+    let mut conversations: Vec<Vec<Message>> = (0..12)
+        .map(|idx| {
+            vec![
+                Message::system(format!("You are persona {}.", idx % 2)),
+                Message::user("word and another word, ".repeat(8)),
+                Message::assistant(format!("Side {} says so.", idx / 2)),
+            ]
+        })
+        .collect();
+    conversations.push(vec![Message::user("many ".repeat(3000)), Message::assistant("x")]);
+    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    let logprobs = |share: bool| {
+        let mut local = LocalEngine::load(&fixture(), None, &options).unwrap();
+        local.share_prefixes = share;
+        engine::Engine::Local(Box::new(local)).reply_logprobs(&conversations).unwrap()
+    };
+    let (shared, unshared) = (logprobs(true), logprobs(false));
+    assert!(shared[12].is_nan() && unshared[12].is_nan());
+    for (idx, (a, b)) in shared.iter().zip(&unshared).take(12).enumerate() {
+        assert!(*a < -5.0 && (a - b).abs() < 1e-4 * a.abs(), "{idx}: {a} {b}");
+        assert!(idx == 0 || shared[idx - 1] != *a);
     }
 }
 

@@ -10,7 +10,7 @@ use arete_model::{
 use arete_records::Message;
 use tch::{Kind, Tensor};
 
-use super::{Chain, Drawing, Labels, Query, Reply};
+use super::{Chain, Drawing, Labels, Parts, Query, Reply};
 use crate::Error;
 use crate::judge::verdict::LabelMass;
 
@@ -30,6 +30,8 @@ pub struct LocalEngine {
     name: String,
     /// Whether common prefixes are computed once; false only to measure what that gains.
     pub share_prefixes: bool,
+    /// Whether a reply may end before its token limit; false only to measure speed.
+    pub ends_turns: bool,
 }
 
 impl LocalEngine {
@@ -56,7 +58,7 @@ impl LocalEngine {
                 Some(read.adapter)
             }
         };
-        Ok(Self { model: loaded, adapter, name, share_prefixes: true })
+        Ok(Self { model: loaded, adapter, name, share_prefixes: true, ends_turns: true })
     }
 
     /// The model's name: the last part of its path, and the adapter's.
@@ -64,12 +66,9 @@ impl LocalEngine {
         &self.name
     }
 
-    pub(super) fn device_and_dtype(&self) -> (String, String) {
-        let decoder = &self.model.decoder;
-        (
-            format!("{:?}", decoder.device()).to_lowercase(),
-            format!("{:?}", decoder.kind()).to_lowercase(),
-        )
+    /// The model's weights.
+    pub fn decoder(&self) -> &Decoder {
+        &self.model.decoder
     }
 
     fn chat(&self) -> Result<Chat<'_>, Error> {
@@ -108,25 +107,27 @@ impl LocalEngine {
         })
     }
 
-    pub(super) fn chains(
+    pub(super) fn chains_each(
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-    ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
+        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let chat = self.chat()?;
         let requests: Vec<Request> = chains
             .iter()
             .map(|chain| self.request(&chat, chain, drawing.seed, drawing.max_new_tokens))
             .collect::<Result<_, _>>()?;
-        let options = Options::new(drawing.sampling, self.model.stop_ids()?);
-        let mut out: Vec<Vec<Vec<Reply>>> =
-            chains.iter().map(|chain| vec![Vec::new(); chain.samples.len()]).collect();
+        let stop_ids = if self.ends_turns { self.model.stop_ids()? } else { Vec::new() };
+        let options = Options::new(drawing.sampling, stop_ids);
+        let mut parts = Parts::of(chains);
+        let mut failed = None;
         let mut next_turn = |end: TurnEnd<'_>| {
             let end_was_sampled = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
             chat.next_turn(end_was_sampled, &chains[end.request].questions[end.turn])
         };
         let mut finished = |sequence: Sequence| {
-            let replies = &mut out[sequence.request][sequence.stream];
+            let mut replies = Vec::with_capacity(sequence.turns.len());
             for turn in sequence.turns {
                 replies.push(Reply {
                     text: chat.reply_text(&turn.token_ids)?,
@@ -134,9 +135,17 @@ impl LocalEngine {
                     n_tokens: turn.token_ids.len(),
                 });
             }
+            let idx = sequence.request;
+            let whole = parts.put(idx, sequence.stream, replies);
+            if let Some(error) = whole.and_then(|whole| done(idx, whole).err()) {
+                // Ends the run; what is told to the caller is the error itself.
+                let stop = arete_model::Error::Io(std::io::Error::other(error.to_string()));
+                failed = Some(error);
+                return Err(stop);
+            }
             Ok(())
         };
-        generate::run(
+        let ended = generate::run(
             &self.model.decoder,
             Some(&self.model.tokenizer),
             self.adapter.as_ref(),
@@ -144,8 +153,11 @@ impl LocalEngine {
             &options,
             &mut next_turn,
             &mut finished,
-        )?;
-        Ok(out)
+        );
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(ended?),
+        }
     }
 
     pub(super) fn label_masses(
@@ -154,10 +166,21 @@ impl LocalEngine {
         labels: Labels,
     ) -> Result<Vec<LabelMass>, Error> {
         let _guard = tch::no_grad_guard();
-        let chat = self.chat()?;
         let [first, second] = self.label_ids(labels)?;
-        let sequences: Vec<Vec<i64>> =
-            queries.iter().map(|query| self.query_ids(&chat, query)).collect::<Result<_, _>>()?;
+        let mut sequences = self.sequences(queries)?;
+        let limit = self.model.config.max_position_embeddings;
+        let mut n_too_long = 0;
+        for sequence in sequences.iter_mut().filter(|sequence| sequence.len() > limit) {
+            sequence.clear();
+            n_too_long += 1;
+        }
+        if n_too_long > 0 {
+            tracing::warn!(
+                questions = n_too_long,
+                positions = limit,
+                "longer than the judge's positions, counted as abstentions"
+            );
+        }
         let mut out = vec![LabelMass { first: 0.0, second: 0.0 }; queries.len()];
         for pass in passes(&sequences, self.share_prefixes) {
             let chosen: Vec<&[i64]> = pass.iter().map(|&idx| sequences[idx].as_slice()).collect();
@@ -173,12 +196,30 @@ impl LocalEngine {
         Ok(out)
     }
 
-    fn query_ids(&self, chat: &Chat<'_>, query: &Query) -> Result<Vec<i64>, Error> {
-        let mut ids = chat.render_prompt(&query.messages)?;
-        if !query.opening.is_empty() {
-            ids.extend(self.model.tokenizer.encode(&query.opening, false)?);
-        }
-        Ok(ids)
+    /// The tokens of every query, up to where its label is read.
+    ///
+    /// # Errors
+    ///
+    /// A template or tokenizer that refuses the messages.
+    pub fn sequences(&self, queries: &[Query]) -> Result<Vec<Vec<i64>>, Error> {
+        let chat = self.chat()?;
+        let ids = |query: &Query| -> Result<Vec<i64>, Error> {
+            let mut ids = chat.render_prompt(&query.messages)?;
+            if !query.opening.is_empty() {
+                ids.extend(self.model.tokenizer.encode(&query.opening, false)?);
+            }
+            Ok(ids)
+        };
+        queries.iter().map(ids).collect()
+    }
+
+    /// Tokens that judging these sequences computes: common prefixes once a pass, if they are shared.
+    pub fn n_computed(&self, sequences: &[Vec<i64>]) -> usize {
+        let packed = |pass: Vec<usize>| {
+            let chosen: Vec<&[i64]> = pass.iter().map(|&idx| sequences[idx].as_slice()).collect();
+            pack(&chosen, self.share_prefixes).0.n_tokens()
+        };
+        passes(sequences, self.share_prefixes).into_iter().map(packed).sum()
     }
 
     /// The tokens that stand for each label.
@@ -213,32 +254,42 @@ impl LocalEngine {
     pub(super) fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>, Error> {
         let _guard = tch::no_grad_guard();
         let chat = self.chat()?;
-        let mut rendered = Vec::with_capacity(conversations.len());
-        for messages in conversations {
+        let limit = self.model.config.max_position_embeddings;
+        let mut sequences = Vec::with_capacity(conversations.len());
+        let mut own = Vec::with_capacity(conversations.len()); // the last message's own tokens
+        let mut out = vec![0.0; conversations.len()];
+        for (idx, messages) in conversations.iter().enumerate() {
             let context = messages.len().saturating_sub(1);
             let n_prompt = chat.render_prompt(&messages[..context])?.len();
-            rendered.push((chat.render(messages)?, n_prompt));
+            let mut whole = chat.render(messages)?;
+            if whole.token_ids.len() > limit {
+                out[idx] = f64::NAN;
+                whole.token_ids.clear();
+            }
+            whole.own[..n_prompt].fill(false);
+            sequences.push(whole.token_ids);
+            own.push(whole.own);
         }
-        let mut out = vec![0.0; conversations.len()];
-        let lengths: Vec<usize> = rendered.iter().map(|(whole, _)| whole.token_ids.len()).collect();
-        let order: Vec<usize> = (0..lengths.len()).collect();
-        for pass in by_budget(&lengths, &lengths, &order, TOKENS_PER_PASS) {
-            let sequences: Vec<&[i64]> =
-                pass.iter().map(|&idx| rendered[idx].0.token_ids.as_slice()).collect();
-            let batch = Batch::from_sequences(&sequences);
-            let hidden = self.model.decoder.forward(&batch, self.adapter.as_ref())?;
+        for pass in passes(&sequences, self.share_prefixes) {
+            let chosen: Vec<&[i64]> = pass.iter().map(|&idx| sequences[idx].as_slice()).collect();
+            let (batch, ends) = pack(&chosen, self.share_prefixes);
+            let predecessors = batch.predecessors();
             let (mut rows, mut owners) = (Vec::new(), Vec::new());
-            for (segment, &idx) in pass.iter().enumerate() {
-                let start = batch.rows(SegmentIdx(segment)).start;
-                let (whole, n_prompt) = &rendered[idx];
-                for at in (*n_prompt..whole.own.len()).filter(|&at| whole.own[at]) {
-                    rows.push(start + at);
-                    owners.push(idx);
+            for (&idx, end) in pass.iter().zip(ends) {
+                let mut row = Some(end as usize);
+                for &own in own[idx].iter().rev() {
+                    let at = row.expect("as many rows as tokens");
+                    if own {
+                        rows.push(at);
+                        owners.push(idx);
+                    }
+                    row = predecessors[at];
                 }
             }
             if rows.is_empty() {
                 continue;
             }
+            let hidden = self.model.decoder.forward(&batch, self.adapter.as_ref())?;
             let found = logprobs::of_rows(&self.model.decoder, &hidden, &batch, &rows, 1.0, false)?;
             for (idx, logprob) in owners.into_iter().zip(to_vec(&found.logprob)?) {
                 out[idx] += f64::from(logprob);
@@ -276,10 +327,11 @@ fn to_vec(tensor: &Tensor) -> Result<Vec<f32>, Error> {
     Vec::<f32>::try_from(tensor).map_err(|error| Error::Model(error.into()))
 }
 
-/// Groups of sequences for one forward pass each. With sharing, sequences are sorted first, so that
-/// those with long common prefixes come together.
+/// Groups of sequences for one forward pass each, empty ones left out. With sharing, sequences are
+/// sorted first, so that those with long common prefixes come together.
 fn passes(sequences: &[Vec<i64>], share: bool) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..sequences.len()).collect();
+    let mut order: Vec<usize> =
+        (0..sequences.len()).filter(|&idx| !sequences[idx].is_empty()).collect();
     let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
     if !share {
         return by_budget(&lengths, &lengths, &order, TOKENS_PER_PASS);

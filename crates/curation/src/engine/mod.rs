@@ -72,6 +72,25 @@ impl Labels {
     pub const YES_NO: Self = Self { first: "Yes", second: "No" };
 }
 
+/// The samples of every chain as they come in, in any order.
+struct Parts(Vec<Vec<Option<Vec<Reply>>>>);
+
+impl Parts {
+    fn of(chains: &[Chain]) -> Self {
+        Self(chains.iter().map(|chain| vec![None; chain.samples.len()]).collect())
+    }
+
+    /// Takes in a sample; all of its chain if that was the last.
+    fn put(&mut self, chain: usize, sample: usize, replies: Vec<Reply>) -> Option<Vec<Vec<Reply>>> {
+        let samples = &mut self.0[chain];
+        samples[sample] = Some(replies);
+        if samples.iter().any(Option::is_none) {
+            return None;
+        }
+        std::mem::take(samples).into_iter().collect()
+    }
+}
+
 /// A model that talks and judges.
 #[derive(Debug)]
 pub enum Engine {
@@ -92,18 +111,40 @@ impl Engine {
         chains: &[Chain],
         drawing: &Drawing,
     ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
+        let mut out = vec![Vec::new(); chains.len()];
+        self.chains_each(chains, drawing, &mut |idx, replies| {
+            out[idx] = replies;
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// [`Engine::chains`] that hands over each chain (by its index) when its last sample has ended:
+    /// as many sequences as the engine takes stay in flight until the last chain has begun.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::chains`], or what `done` returns, which ends the work.
+    pub fn chains_each(
+        &self,
+        chains: &[Chain],
+        drawing: &Drawing,
+        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         match self {
-            Self::Local(engine) => engine.chains(chains, drawing),
-            Self::Server(engine) => engine.chains(chains, drawing),
+            Self::Local(engine) => engine.chains_each(chains, drawing, done),
+            Self::Server(engine) => engine.chains_each(chains, drawing, done),
         }
     }
 
     /// The probability of each label as the next token, for every query.
     ///
+    /// A query that the model cannot take (longer than its positions) and an answer of a server that
+    /// makes no sense are abstentions: both masses 0.
+    ///
     /// # Errors
     ///
-    /// The local model's, or a server that fails after all retries. An answer that makes no sense
-    /// is an abstention: both masses 0.
+    /// The local model's, or a server that fails after all retries.
     pub fn label_masses(&self, queries: &[Query], labels: Labels) -> Result<Vec<LabelMass>, Error> {
         match self {
             Self::Local(engine) => engine.label_masses(queries, labels),
@@ -111,7 +152,8 @@ impl Engine {
         }
     }
 
-    /// Σ log P of each conversation's last message given what precedes it, in nats.
+    /// Σ log P of each conversation's last message given what precedes it, in nats; NaN of a
+    /// conversation longer than the model's positions.
     ///
     /// # Errors
     ///
@@ -149,14 +191,6 @@ impl Engine {
         match self {
             Self::Local(engine) => engine.n_tokens(messages).map(Some),
             Self::Server(_) => Ok(None),
-        }
-    }
-
-    /// The device and number format for `run.json`.
-    pub fn device_and_dtype(&self) -> (String, String) {
-        match self {
-            Self::Local(engine) => engine.device_and_dtype(),
-            Self::Server(_) => ("server".to_owned(), "unknown".to_owned()),
         }
     }
 

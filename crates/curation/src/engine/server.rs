@@ -5,7 +5,6 @@
 //! that says so (replies) or a counted abstention (verdicts). Refusals that pass (429, 5xx, a cut
 //! or slow connection) are tried again, with growing pauses.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use arete_records::{FinishReason, Message};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Chain, Drawing, Labels, Query, Reply};
+use super::{Chain, Drawing, Labels, Parts, Query, Reply};
 use crate::Error;
 use crate::judge::verdict::LabelMass;
 
@@ -66,18 +65,33 @@ impl std::fmt::Debug for Secret {
 /// Why one request failed, and whether another attempt makes sense.
 struct Failure {
     reason: String,
-    passing: bool,
+    kind: FailureKind,
     /// Seconds the server asked to wait.
     wait_s: Option<f64>,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum FailureKind {
+    /// Another attempt may succeed.
+    Passing,
+    /// The server will not take this one request (too long for its model, say), or answers it with
+    /// nonsense.
+    Request,
+    /// No request will succeed.
+    Lasting,
+}
+
 impl Failure {
+    fn new(kind: FailureKind, reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), kind, wait_s: None }
+    }
+
     fn lasting(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), passing: false, wait_s: None }
+        Self::new(FailureKind::Lasting, reason)
     }
 
     fn passing(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), passing: true, wait_s: None }
+        Self::new(FailureKind::Passing, reason)
     }
 }
 
@@ -163,26 +177,31 @@ impl ServerEngine {
         Ok(())
     }
 
-    pub(super) fn chains(
+    pub(super) fn chains_each(
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-    ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
+        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         if drawing.sampling.top_k != 0 {
             tracing::debug!("top_k is sent as an extension of the OpenAI interface");
         }
-        let jobs: Vec<(usize, u64)> = chains
+        let jobs: Vec<(usize, usize)> = chains
             .iter()
             .enumerate()
-            .flat_map(|(idx, chain)| chain.samples.iter().map(move |&sample| (idx, sample)))
+            .flat_map(|(idx, chain)| (0..chain.samples.len()).map(move |sample| (idx, sample)))
             .collect();
-        let replies =
-            self.each(&jobs, |&(idx, sample)| self.chain(&chains[idx], sample, drawing))?;
-        let mut out: Vec<Vec<Vec<Reply>>> = vec![Vec::new(); chains.len()];
-        for ((idx, _), replies) in jobs.into_iter().zip(replies) {
-            out[idx].push(replies);
-        }
-        Ok(out)
+        let mut parts = Parts::of(chains);
+        let ask = |&(idx, sample): &(usize, usize)| {
+            self.chain(&chains[idx], chains[idx].samples[sample], drawing)
+        };
+        self.each(&jobs, ask, |job, replies| {
+            let (idx, sample) = jobs[job];
+            match parts.put(idx, sample, replies) {
+                Some(whole) => done(idx, whole),
+                None => Ok(()),
+            }
+        })
     }
 
     /// One sample of one chain, turn by turn.
@@ -218,18 +237,30 @@ impl ServerEngine {
         queries: &[Query],
         labels: Labels,
     ) -> Result<Vec<LabelMass>, Error> {
-        self.each(queries, |query| {
+        let mut out = vec![LabelMass { first: 0.0, second: 0.0 }; queries.len()];
+        let ask = |query: &Query| {
             let body = self.verdict_request(&query.messages);
-            let mass = self.ask("verdict", &body, |answer| {
+            let asked = self.attempt("verdict", &body, |answer| {
+                read_candidates(answer)
+                    .and_then(|candidates| masses(&candidates, labels))
+                    .map_err(|reason| Failure::new(FailureKind::Request, reason))
+            });
+            match asked {
+                Ok(mass) => Ok(mass),
                 // What does not make sense will not make sense next time: abstain, and count.
-                Ok(read_candidates(answer).and_then(|candidates| masses(&candidates, labels)))
-            })?;
-            Ok(mass.unwrap_or_else(|reason| {
-                self.abstentions.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(reason, "verdict makes no sense, counted as an abstention");
-                LabelMass { first: 0.0, second: 0.0 }
-            }))
-        })
+                Err(Failure { kind: FailureKind::Request, reason, .. }) => {
+                    self.abstentions.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(reason, "no verdict, counted as an abstention");
+                    Ok(LabelMass { first: 0.0, second: 0.0 })
+                }
+                Err(failure) => Err(self.error("verdict", failure)),
+            }
+        };
+        self.each(queries, ask, |idx, mass| {
+            out[idx] = mass;
+            Ok(())
+        })?;
+        Ok(out)
     }
 
     fn reply_request(
@@ -255,45 +286,41 @@ impl ServerEngine {
         })
     }
 
-    /// Works on every job with bounded concurrency; results in the order of the jobs.
+    /// Works on every job with bounded concurrency. `done` receives results as they come, with the
+    /// job's index. The first error stops the work; of those that came, the earliest job's is returned.
     fn each<J: Sync, R: Send>(
         &self,
         jobs: &[J],
         work: impl Fn(&J) -> Result<R, Error> + Sync,
-    ) -> Result<Vec<R>, Error> {
+        mut done: impl FnMut(usize, R) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let next = AtomicUsize::new(0);
-        let results: Vec<Mutex<Option<Result<R, Error>>>> =
-            jobs.iter().map(|_| Mutex::new(None)).collect();
+        let (sender, results) = std::sync::mpsc::channel();
+        let mut failed: Option<(usize, Error)> = None;
         std::thread::scope(|scope| {
             for _ in 0..self.config.concurrency.min(jobs.len()) {
-                scope.spawn(|| {
+                let (sender, next, work) = (sender.clone(), &next, &work);
+                scope.spawn(move || {
                     loop {
                         let idx = next.fetch_add(1, Ordering::Relaxed);
                         let Some(job) = jobs.get(idx) else { return };
-                        let result = work(job);
-                        if result.is_err() {
-                            next.store(jobs.len(), Ordering::Relaxed); // the others stop too
+                        if sender.send((idx, work(job))).is_err() {
+                            return;
                         }
-                        *results[idx].lock().expect("no thread panics holding it") = Some(result);
                     }
                 });
             }
+            drop(sender);
+            for (idx, result) in results {
+                if let Err(error) = result.and_then(|result| done(idx, result)) {
+                    next.store(jobs.len(), Ordering::Relaxed); // no job begins any more
+                    if failed.as_ref().is_none_or(|(earliest, _)| idx < *earliest) {
+                        failed = Some((idx, error));
+                    }
+                }
+            }
         });
-        let mut out = Vec::with_capacity(jobs.len());
-        let mut finished: Vec<Option<Result<R, Error>>> = results
-            .into_iter()
-            .map(|slot| slot.into_inner().expect("no thread panics holding it"))
-            .collect();
-        if let Some(failed) = finished.iter().position(|result| matches!(result, Some(Err(_)))) {
-            let Some(Err(error)) = finished.swap_remove(failed) else {
-                unreachable!("position found an error")
-            };
-            return Err(error);
-        }
-        for result in finished.into_iter().flatten() {
-            out.push(result?);
-        }
-        Ok(out)
+        failed.map_or(Ok(()), |(_, error)| Err(error))
     }
 
     /// Sends a request until `read` accepts its answer.
@@ -303,21 +330,32 @@ impl ServerEngine {
         body: &Value,
         read: impl Fn(&Value) -> Result<T, Failure>,
     ) -> Result<T, Error> {
+        self.attempt(what, body, read).map_err(|failure| self.error(what, failure))
+    }
+
+    fn error(&self, what: &'static str, failure: Failure) -> Error {
+        Error::Server { url: self.endpoint.clone(), what, reason: failure.reason }
+    }
+
+    /// Sends a request until `read` accepts its answer, or another attempt would be vain.
+    fn attempt<T>(
+        &self,
+        what: &'static str,
+        body: &Value,
+        read: impl Fn(&Value) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
         let mut pause_s = self.config.backoff_s;
         for attempt in 1.. {
             let failure = match self.post(body).and_then(|answer| read(&answer)) {
                 Ok(value) => return Ok(value),
                 Err(failure) => failure,
             };
-            if !failure.passing || attempt >= self.config.attempts {
-                return Err(Error::Server {
-                    url: self.endpoint.clone(),
-                    what,
-                    reason: match failure.passing {
-                        true => format!("{} ({attempt} attempts)", failure.reason),
-                        false => failure.reason,
-                    },
-                });
+            if failure.kind != FailureKind::Passing {
+                return Err(failure);
+            }
+            if attempt >= self.config.attempts {
+                let reason = format!("{} ({attempt} attempts)", failure.reason);
+                return Err(Failure { reason, ..failure });
             }
             tracing::debug!(what, attempt, reason = failure.reason, "trying again");
             let wait_s = failure.wait_s.unwrap_or(pause_s).min(self.config.timeout_s);
@@ -347,11 +385,13 @@ impl ServerEngine {
             .read_to_string()
             .map_err(|error| Failure::passing(format!("reply broken off: {error}")))?;
         match status {
-            200..=299 => serde_json::from_str(&text)
-                .map_err(|error| Failure::lasting(format!("reply is not JSON: {error}"))),
+            200..=299 => serde_json::from_str(&text).map_err(|error| {
+                Failure::new(FailureKind::Request, format!("reply is not JSON: {error}"))
+            }),
             408 | 425 | 429 | 500..=599 => {
-                Err(Failure { reason: refusal(status, &text), passing: true, wait_s })
+                Err(Failure { wait_s, ..Failure::passing(refusal(status, &text)) })
             }
+            400 | 413 | 422 => Err(Failure::new(FailureKind::Request, refusal(status, &text))),
             _ => Err(Failure::lasting(refusal(status, &text))),
         }
     }

@@ -25,10 +25,153 @@ pub struct Pair {
     pub key: u64,
 }
 
-/// A judge: an engine, and how it is asked.
+/// A judge: an engine, and what it is asked.
 #[derive(Debug)]
 pub struct Judge<'a> {
     engine: &'a Engine,
+    questions: Questions<'a>,
+}
+
+impl<'a> Judge<'a> {
+    /// Checks the templates and prepares the judged examples.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Questions::new`].
+    pub fn new(
+        engine: &'a Engine,
+        config: &'a JudgeConfig,
+        constitution: &'a Constitution,
+        exemplars: &[Exemplar],
+        method: Method,
+    ) -> Result<Self, Error> {
+        // Only a local model can be made to continue a reply, and a written verdict is its own.
+        let continues = matches!(engine, Engine::Local(_)) && method.needs_logprobs();
+        let questions = Questions::new(config, constitution, exemplars, method, continues)?;
+        Ok(Self { engine, questions })
+    }
+
+    /// The judge's name.
+    pub fn name(&self) -> &str {
+        self.engine.name()
+    }
+
+    /// Every virtue's verdict on every pair.
+    ///
+    /// # Errors
+    ///
+    /// The engine's.
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        match self.questions.method {
+            Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
+            Method::PointwiseLogits => self.pointwise(pairs),
+            Method::Likelihood => self.likelihood(pairs),
+            Method::Contrast => Err(Error::Setting {
+                name: "method",
+                expected: "a method that asks a judge".to_owned(),
+                got: "contrast, which labels by construction".to_owned(),
+            }),
+        }
+    }
+
+    /// The conversations the judge is asked about `pairs`: [`Questions::of`].
+    pub fn queries(&self, pairs: &[Pair]) -> Vec<Query> {
+        self.questions.of(pairs)
+    }
+
+    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let queries = self.queries(pairs);
+        let p_first = match self.questions.method {
+            Method::PairwiseText => self.written(pairs, queries)?,
+            _ => probabilities(self.engine.label_masses(&queries, Labels::AB)?),
+        };
+        let n = Virtue::ALL.len();
+        let by_pair = p_first.chunks_exact(n * self.questions.askings());
+        Ok(by_pair
+            .map(|p| {
+                std::array::from_fn(|virtue| match self.questions.config.orders {
+                    Orders::One => Verdict::one_order(p[virtue]),
+                    Orders::Both => Verdict::both_orders(p[virtue], p[n + virtue]),
+                })
+            })
+            .collect())
+    }
+
+    /// Samples the verdicts as text.
+    fn written(&self, pairs: &[Pair], queries: Vec<Query>) -> Result<Vec<Option<f64>>, Error> {
+        let per_pair = Virtue::ALL.len() * self.questions.askings();
+        let chain = |(idx, query): (usize, Query)| Chain {
+            messages: query.messages,
+            questions: Vec::new(),
+            key: pairs[idx / per_pair].key,
+            samples: vec![(idx % per_pair) as u64],
+        };
+        let chains: Vec<Chain> = queries.into_iter().enumerate().map(chain).collect();
+        let drawing = Drawing {
+            seed: self.questions.config.seed,
+            sampling: arete_model::generate::Sampling::GREEDY,
+            max_new_tokens: self.questions.config.verdict_tokens,
+        };
+        // What is longer than the judge's positions is not asked: an abstention.
+        let (mut fitting, mut asked) = (Vec::new(), Vec::new());
+        for (idx, chain) in chains.iter().enumerate() {
+            if self.engine.fits(chain, drawing.max_new_tokens)? {
+                fitting.push(chain.clone());
+                asked.push(idx);
+            }
+        }
+        if asked.len() < chains.len() {
+            tracing::warn!(
+                questions = chains.len() - asked.len(),
+                "longer than the judge's positions, counted as abstentions"
+            );
+        }
+        let mut out = vec![None; chains.len()];
+        let replies = self.engine.chains(&fitting, &drawing)?;
+        for (idx, replies) in asked.into_iter().zip(replies) {
+            let Reply { text, .. } = &replies[0][0];
+            out[idx] =
+                verdict::read_label(text, Labels::AB.first, Labels::AB.second).map(f64::from);
+        }
+        Ok(out)
+    }
+
+    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let p_yes = probabilities(self.engine.label_masses(&self.queries(pairs), Labels::YES_NO)?);
+        let n = Virtue::ALL.len();
+        Ok(p_yes
+            .chunks_exact(2 * n)
+            .map(|p| std::array::from_fn(|virtue| Verdict::pointwise(p[virtue], p[n + virtue])))
+            .collect())
+    }
+
+    /// log P(reply | virtuous) − log P(reply | vicious) of each side's own reply, compared. The
+    /// personas speak for all virtues at once, so the five verdicts are equal.
+    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let personas = &self.questions.constitution.personas;
+        let mut conversations = Vec::new();
+        for pair in pairs {
+            for side in &pair.sides {
+                for persona in [&personas.virtuous, &personas.vicious] {
+                    conversations.push(under_persona(persona, &pair.question, side));
+                }
+            }
+        }
+        let logprobs = self.engine.reply_logprobs(&conversations)?;
+        Ok(logprobs
+            .chunks_exact(4)
+            .map(|l| {
+                let lead = (l[0] - l[1]) - (l[2] - l[3]);
+                let p_sample0 = lead.is_finite().then(|| 1.0 / (1.0 + (-lead).exp()));
+                [Verdict { p_ab: None, p_ba: None, p_sample0 }; 5]
+            })
+            .collect())
+    }
+}
+
+/// What a judge is asked, and the examples it is shown.
+#[derive(Debug)]
+pub struct Questions<'a> {
     config: &'a JudgeConfig,
     constitution: &'a Constitution,
     method: Method,
@@ -39,19 +182,20 @@ pub struct Judge<'a> {
     shots: Vec<Message>,
 }
 
-impl<'a> Judge<'a> {
-    /// Checks the templates and prepares the judged examples.
+impl<'a> Questions<'a> {
+    /// Checks the templates and prepares the judged examples. `continues`: the judge can be made to
+    /// continue a reply that the template begins.
     ///
     /// # Errors
     ///
     /// [`Error::Setting`] if a template lacks a placeholder or there are too few exemplars with a
     /// worse side.
     pub fn new(
-        engine: &'a Engine,
         config: &'a JudgeConfig,
         constitution: &'a Constitution,
         exemplars: &[Exemplar],
         method: Method,
+        continues: bool,
     ) -> Result<Self, Error> {
         let needed: &[&str] = match method {
             Method::PairwiseLogits | Method::PairwiseText => &["{a}", "{b}", "{virtue_question}"],
@@ -70,41 +214,16 @@ impl<'a> Judge<'a> {
             });
         }
         let (template, opening) = template.split_once(REPLY).unwrap_or((template, ""));
-        // Only a local model can be made to continue a reply, and a written verdict is its own.
-        let continues = matches!(engine, Engine::Local(_)) && method.needs_logprobs();
         let opening = if continues { opening.to_owned() } else { String::new() };
-        let mut judge =
-            Self { engine, config, constitution, method, template, opening, shots: Vec::new() };
-        judge.shots = judge.shots_of(exemplars)?;
-        Ok(judge)
-    }
-
-    /// The judge's name.
-    pub fn name(&self) -> &str {
-        self.engine.name()
-    }
-
-    /// Every virtue's verdict on every pair.
-    ///
-    /// # Errors
-    ///
-    /// The engine's.
-    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
-        match self.method {
-            Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
-            Method::PointwiseLogits => self.pointwise(pairs),
-            Method::Likelihood => self.likelihood(pairs),
-            Method::Contrast => Err(Error::Setting {
-                name: "method",
-                expected: "a method that asks a judge".to_owned(),
-                got: "contrast, which labels by construction".to_owned(),
-            }),
-        }
+        let mut questions =
+            Self { config, constitution, method, template, opening, shots: Vec::new() };
+        questions.shots = questions.shots_of(exemplars)?;
+        Ok(questions)
     }
 
     /// The conversations the judge is asked about `pairs`: five virtues for each order (or side) of
     /// each pair.
-    pub fn queries(&self, pairs: &[Pair]) -> Vec<Query> {
+    pub fn of(&self, pairs: &[Pair]) -> Vec<Query> {
         let mut queries = Vec::new();
         for pair in pairs {
             let question = question_text(&pair.question);
@@ -133,77 +252,36 @@ impl<'a> Judge<'a> {
         }
     }
 
-    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
-        let queries = self.queries(pairs);
-        let p_first = match self.method {
-            Method::PairwiseText => self.written(pairs, queries)?,
-            _ => probabilities(self.engine.label_masses(&queries, Labels::AB)?),
-        };
-        let n = Virtue::ALL.len();
-        let by_pair = p_first.chunks_exact(n * self.askings());
-        Ok(by_pair
-            .map(|p| {
-                std::array::from_fn(|virtue| match self.config.orders {
-                    Orders::One => Verdict::one_order(p[virtue]),
-                    Orders::Both => Verdict::both_orders(p[virtue], p[n + virtue]),
-                })
-            })
-            .collect())
+    /// Conversations in which the judge answers as it should: a better and a worse side are shown in
+    /// both orders (or one after the other), the pair's number chooses the virtues. What a judge's
+    /// adapter is trained on.
+    pub fn lessons(
+        &self,
+        question: &[Message],
+        sides: [&[Message]; 2],
+        number: usize,
+    ) -> [Vec<Message>; 2] {
+        let question = question_text(question);
+        let texts = sides.map(side_text);
+        [0, 1].map(|first| {
+            let virtue = Virtue::ALL[(number + first) % Virtue::ALL.len()];
+            let (asked, labels) = if self.method == Method::PointwiseLogits {
+                (self.pointwise_question(virtue, &question, &texts[first]), Labels::YES_NO)
+            } else {
+                let asked =
+                    self.pairwise_question(virtue, &question, &texts[first], &texts[1 - first]);
+                (asked, Labels::AB)
+            };
+            let label = if first == 0 { labels.first } else { labels.second };
+            let mut messages = self.shots.clone();
+            messages.push(Message::user(asked));
+            messages.push(self.answer(label));
+            messages
+        })
     }
 
-    /// Samples the verdicts as text.
-    fn written(&self, pairs: &[Pair], queries: Vec<Query>) -> Result<Vec<Option<f64>>, Error> {
-        let per_pair = Virtue::ALL.len() * self.askings();
-        let chain = |(idx, query): (usize, Query)| Chain {
-            messages: query.messages,
-            questions: Vec::new(),
-            key: pairs[idx / per_pair].key,
-            samples: vec![(idx % per_pair) as u64],
-        };
-        let chains: Vec<Chain> = queries.into_iter().enumerate().map(chain).collect();
-        let drawing = Drawing {
-            seed: self.config.seed,
-            sampling: arete_model::generate::Sampling::GREEDY,
-            max_new_tokens: self.config.verdict_tokens,
-        };
-        let replies = self.engine.chains(&chains, &drawing)?;
-        let read = |replies: &Vec<Vec<Reply>>| {
-            let text = &replies[0][0].text;
-            verdict::read_label(text, Labels::AB.first, Labels::AB.second).map(f64::from)
-        };
-        Ok(replies.iter().map(read).collect())
-    }
-
-    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
-        let p_yes = probabilities(self.engine.label_masses(&self.queries(pairs), Labels::YES_NO)?);
-        let n = Virtue::ALL.len();
-        Ok(p_yes
-            .chunks_exact(2 * n)
-            .map(|p| std::array::from_fn(|virtue| Verdict::pointwise(p[virtue], p[n + virtue])))
-            .collect())
-    }
-
-    /// log P(reply | virtuous) − log P(reply | vicious) of each side's own reply, compared. The
-    /// personas speak for all virtues at once, so the five verdicts are equal.
-    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
-        let personas = &self.constitution.personas;
-        let mut conversations = Vec::new();
-        for pair in pairs {
-            for side in &pair.sides {
-                for persona in [&personas.virtuous, &personas.vicious] {
-                    conversations.push(under_persona(persona, &pair.question, side));
-                }
-            }
-        }
-        let logprobs = self.engine.reply_logprobs(&conversations)?;
-        Ok(logprobs
-            .chunks_exact(4)
-            .map(|l| {
-                let lead = (l[0] - l[1]) - (l[2] - l[3]);
-                let p_sample0 = lead.is_finite().then(|| 1.0 / (1.0 + (-lead).exp()));
-                [Verdict { p_ab: None, p_ba: None, p_sample0 }; 5]
-            })
-            .collect())
+    fn answer(&self, label: &str) -> Message {
+        Message::assistant(format!("{} {label}", self.opening).trim())
     }
 
     fn pairwise_question(&self, virtue: Virtue, question: &str, a: &str, b: &str) -> String {
@@ -273,8 +351,7 @@ impl<'a> Judge<'a> {
                 (asked, if good_first { Labels::AB.first } else { Labels::AB.second })
             };
             shots.push(Message::user(asked));
-            let answer = format!("{} {answer}", self.opening);
-            shots.push(Message::assistant(answer.trim()));
+            shots.push(self.answer(answer));
         }
         Ok(shots)
     }

@@ -1,0 +1,185 @@
+//! What a judge's adapter is trained on: labelled pairs as conversations in which the judge answers as it should.
+//!
+//! `arete-sft train --demonstrations FILE` takes the result; the adapter goes back to `--judge-adapter`.
+
+use std::path::{Path, PathBuf};
+
+use arete_records::{Aspect, Message, atomic, split_of};
+use serde_json::{Value, json};
+
+use crate::config::{JudgeConfig, Method};
+use crate::constitution::Constitution;
+use crate::exemplars::{self, Exemplar, Use};
+use crate::judge::Questions;
+use crate::{Error, calibrate, prompts};
+
+/// Settings of `lessons`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct LessonsConfig {
+    /// The method the judge will be asked by
+    #[arg(long, value_enum, default_value = "pairwise-logits")]
+    pub method: Method,
+    /// Longer pairs (in characters, both sides and the question) are left out and counted
+    #[arg(long, default_value_t = 3000, value_name = "N")]
+    pub max_chars: usize,
+    /// How the judge will be asked.
+    #[command(flatten)]
+    pub judge: JudgeConfig,
+}
+
+/// Writes two lessons a pair (each side first, or each side alone) as JSON lines with `messages` and
+/// `split`; their number.
+///
+/// Of our exemplars, those of use `sft` and `few_shot` teach, through each aspect's reply; those of use
+/// `calibration` are left to examine the judge with.
+///
+/// # Errors
+///
+/// An unreadable file, a record that is no labelled pair, a method without labels, no usable pair.
+pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result<usize, Error> {
+    if !config.method.needs_logprobs() {
+        return Err(Error::Setting {
+            name: "method",
+            expected: "pairwise-logits or pointwise-logits, whose answer is a label".to_owned(),
+            got: config.method.name().to_owned(),
+        });
+    }
+    let constitution = Constitution::load(&config.judge.constitution)?;
+    let shots = match config.judge.few_shot {
+        0 => Vec::new(),
+        _ => exemplars::load(&config.judge.exemplars, Use::FewShot)?,
+    };
+    let questions = Questions::new(&config.judge, &constitution, &shots, config.method, true)?;
+    let (mut text, mut n_pairs, mut n_long) = (String::new(), 0, 0);
+    for path in pairs {
+        for (line, record) in prompts::read_records(path)? {
+            for (question, better, worse) in teaching(path, line, record)? {
+                let sides = [better.as_slice(), worse.as_slice()];
+                let n_chars: usize = (question.iter().chain(&better).chain(&worse))
+                    .map(|message| message.content.chars().count())
+                    .sum();
+                if n_chars > config.max_chars {
+                    n_long += 1;
+                    continue;
+                }
+                for messages in questions.lessons(&question, sides, n_pairs) {
+                    let row = json!({"messages": messages, "split": split_of(&question)});
+                    text.push_str(&row.to_string());
+                    text.push('\n');
+                }
+                n_pairs += 1;
+            }
+        }
+    }
+    if n_pairs == 0 {
+        return Err(Error::File {
+            path: pairs.first().cloned().unwrap_or_default(),
+            field: "pairs".to_owned(),
+            expected: "at least one labelled pair that may teach".to_owned(),
+            found: format!("none ({n_long} too long)"),
+        });
+    }
+    atomic::write(output, text.as_bytes())?;
+    tracing::info!(pairs = n_pairs, too_long = n_long, lessons = 2 * n_pairs, "lessons");
+    Ok(2 * n_pairs)
+}
+
+/// The pairs of a record that may teach.
+fn teaching(
+    path: &Path,
+    line: usize,
+    record: serde_json::Map<String, Value>,
+) -> Result<Vec<calibrate::Sides>, Error> {
+    if !record.contains_key("use") {
+        return Ok(calibrate::sides_of(path, line, &record)?.into_iter().collect());
+    }
+    let exemplar = exemplars::parse(path, line, record)?;
+    if exemplar.r#use == Use::Calibration {
+        return Ok(Vec::new());
+    }
+    Ok(Aspect::ALL.into_iter().filter_map(|aspect| through(&exemplar, aspect)).collect())
+}
+
+/// Both sides of an exemplar through the reply of `aspect`; `None` without a worse one.
+fn through(exemplar: &Exemplar, aspect: Aspect) -> Option<calibrate::Sides> {
+    let worse = exemplar.worse.as_ref()?;
+    let side = |replies: [&str; 3]| -> Option<Vec<Message>> {
+        let mut side = Vec::new();
+        for (turn, reply) in Aspect::ALL.into_iter().zip(replies).take(aspect.index() + 1) {
+            if reply.trim().is_empty() {
+                return None;
+            }
+            side.extend(turn.question().map(Message::user));
+            side.push(Message::assistant(reply.trim()));
+        }
+        Some(side)
+    };
+    let better = side([&exemplar.action, &exemplar.motivation, &exemplar.consequence])?;
+    let worse = side([&worse.action, &worse.motivation, &worse.consequence])?;
+    Some((exemplar.prompt_messages(), better, worse))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, FromArgMatches};
+
+    use super::*;
+
+    fn config(flags: &[&str]) -> LessonsConfig {
+        let command = LessonsConfig::augment_args(clap::Command::new("t").no_binary_name(true));
+        LessonsConfig::from_arg_matches(&command.try_get_matches_from(flags).unwrap()).unwrap()
+    }
+
+    fn lessons(flags: &[&str]) -> Result<Vec<Value>, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let (pairs, output) = (dir.path().join("pairs.jsonl"), dir.path().join("out.jsonl"));
+        fs_err::write(&pairs, crate::exemplars::tests::EXAMPLE).unwrap();
+        let constitution = dir.path().join("constitution.toml");
+        fs_err::write(&constitution, crate::constitution::tests::EXAMPLE).unwrap();
+        let mut config = config(flags);
+        config.judge.constitution = constitution;
+        let n = write(&config, &[pairs], &output)?;
+        let text = fs_err::read_to_string(output)?;
+        let rows: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows.len(), n);
+        Ok(rows)
+    }
+
+    #[test]
+    fn exemplars_teach_in_both_orders_but_those_of_calibration_do_not() {
+        // Of four exemplars one has no worse side and one is for calibration; of the two left, one has
+        // a worse action alone and one all three turns: four pairs.
+        let rows = lessons(&[]).unwrap();
+        assert_eq!(rows.len(), 8);
+        let text =
+            |row: &Value, at: usize| row["messages"][at]["content"].as_str().unwrap().to_owned();
+        let (first, second) = (text(&rows[0], 0), text(&rows[1], 0));
+        assert!(first.contains("[Assistant A]\nPlease don't.\n\n[Assistant B]\nTake it and run."));
+        assert!(second.contains("[Assistant A]\nTake it and run.\n\n[Assistant B]\nPlease don't."));
+        assert!(first.contains("more honest") && second.contains("more prudent"));
+        assert_eq!(
+            (text(&rows[0], 1), text(&rows[1], 1)),
+            ("Assistant A".into(), "Assistant B".into())
+        );
+        assert!(rows.iter().all(|row| !row.to_string().contains("Spy on her")));
+        let last = text(&rows[7], 0);
+        assert!(
+            last.contains("Let us be kind.\n\nHuman: What is the motivation")
+                && last.contains("None.")
+        );
+    }
+
+    #[test]
+    fn single_answers_are_judged_yes_and_no() {
+        let rows = lessons(&["--method", "pointwise-logits"]).unwrap();
+        assert!(
+            rows[0].to_string().contains("Please don't.")
+                && rows[1].to_string().contains("Take it")
+        );
+        let labels =
+            [0, 1].map(|idx| rows[idx]["messages"][1]["content"].as_str().unwrap().to_owned());
+        assert_eq!(labels, ["Yes", "No"]);
+        assert!(lessons(&["--method", "likelihood"]).unwrap_err().to_string().contains("label"));
+    }
+}
