@@ -213,7 +213,8 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut samples: Vec<Vec<[f64; 3]>> = Vec::new();
     for together in prompts.chunks(PROMPTS_TOGETHER) {
         interrupt::check()?;
-        let rows: Vec<ConversationRow> = sample_chains(model, None, together, &drawing)?;
+        let chains = sample_chains(model, None, together, &drawing)?;
+        let rows: Vec<ConversationRow> = chains.into_iter().map(|chain| chain.row).collect();
         let mut z = vec![[0.0; 3]; rows.len()];
         for (aspect, reward, stats) in &reward_models {
             let mut sequences = Vec::new();

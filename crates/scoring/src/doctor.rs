@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::best_of::BestOf;
 use crate::judge::Verdicts;
 use crate::run_files::RunFiles;
-use crate::summary::{Scale, Scope};
+use crate::summary::Scale;
 use crate::table::{interval, number, percent};
 
 /// Truncation above which pairs suffer, and above which they are mostly noise.
@@ -39,7 +39,8 @@ pub enum Grade {
 }
 
 impl Grade {
-    fn name(self) -> &'static str {
+    /// As it is printed.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Unknown => "?",
@@ -250,11 +251,7 @@ fn score(run: &RunFiles) -> Finding {
     let step = "Score";
     let last = run.scoring.as_ref().and_then(|scoring| {
         let summary = &scoring.summary;
-        let last = summary.models.last()?;
-        let before = summary.models.iter().rev().nth(1)?;
-        let difference =
-            summary.difference(&before.name, &last.name, Scale::Standardised, Scope::All)?;
-        Some((summary, difference))
+        Some((summary, summary.last_step(Scale::Standardised)?))
     });
     let Some((summary, difference)) = last else {
         return unknown(step, "no two models scored", "run the stage `scoring`");
@@ -269,6 +266,13 @@ fn score(run: &RunFiles) -> Finding {
         difference.ties,
         difference.losses
     );
+    if score.is_clear() && score.interval.estimate > 0.0 && !difference.mean.is_clear() {
+        let advice = format!(
+            "only the spread fell, the mean moved by {}: read the replies, they may all have become alike",
+            interval(&difference.mean.interval, true)
+        );
+        return finding(step, Grade::Warn, found, &advice);
+    }
     if score.is_clear() {
         let grade = if score.interval.estimate > 0.0 { Grade::Ok } else { Grade::Bad };
         return finding(
@@ -301,8 +305,15 @@ fn score(run: &RunFiles) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run_files::{Evaluation, Metrics, MetricsLine, Reward};
+    use std::collections::BTreeMap;
+
+    use arete_records::rows::{ConversationRow, JudgementRow};
     use arete_records::stats::Interval;
+    use arete_records::{FinishReason, Split, Virtue};
+
+    use crate::coherence::Coherence;
+    use crate::run_files::{Evaluation, Metrics, MetricsLine, Reward, Scoring};
+    use crate::summary::{Change, Difference, ModelSummary, Scope, Summary};
 
     fn evaluation(low: f64, estimate: f64, shorter: f64) -> Evaluation {
         let interval = |estimate: f64| Interval { estimate, low, high: 1.0 };
@@ -313,6 +324,7 @@ mod tests {
             shorter_answer: Interval { estimate: shorter, low: 0.0, high: 1.0 },
             lead_over_shorter_answer: interval(0.0),
             expected_calibration_error: 0.1,
+            calibration: Vec::new(),
             pearson_score_length: None,
             mean_margin: 0.0,
         }
@@ -340,17 +352,175 @@ mod tests {
         assert_eq!(grade(evaluation(0.4, 0.49, 0.3)), Grade::Bad);
     }
 
+    /// 200 conversations of which so many were cut in one turn.
+    fn cut(aspect: Aspect, n_cut: usize) -> RunFiles {
+        let row = |idx: usize| {
+            let reason = |own: Aspect| match own == aspect && idx < n_cut {
+                true => FinishReason::Length,
+                false => FinishReason::Stop,
+            };
+            ConversationRow {
+                prompt_id: idx.to_string(),
+                split: Split::Train,
+                sample: 0,
+                persona: None,
+                messages: Vec::new(),
+                action: String::new(),
+                motivation: String::new(),
+                consequence: String::new(),
+                finish_reason_action: reason(Aspect::Action),
+                finish_reason_motivation: reason(Aspect::Motivation),
+                finish_reason_consequence: reason(Aspect::Consequence),
+                n_tokens_action: 1,
+                n_tokens_motivation: 1,
+                n_tokens_consequence: 1,
+                seed: 0,
+            }
+        };
+        let conversations = Some((0..200).map(row).collect());
+        RunFiles { conversations, ..RunFiles::default() }
+    }
+
+    #[test]
+    fn one_cut_turn_is_enough_to_see_truncation() {
+        for aspect in Aspect::ALL {
+            let grade = |n_cut| truncation(&cut(aspect, n_cut)).grade;
+            assert_eq!([grade(0), grade(10)], [Grade::Ok, Grade::Ok]); // 5 %
+            assert_eq!([grade(11), grade(50)], [Grade::Warn, Grade::Warn]); // 25 %
+            assert_eq!([grade(51), grade(200)], [Grade::Bad, Grade::Bad]);
+        }
+        let finding = truncation(&cut(Aspect::Motivation, 51));
+        assert!(finding.found.starts_with("action 0.0 %, motivation 25.5 %"), "{finding:?}");
+        assert!(finding.advice.contains("raise max_new_tokens"));
+        assert_eq!(truncation(&cut(Aspect::Motivation, 0)).advice, "");
+    }
+
+    #[test]
+    fn a_judge_that_follows_the_place_is_seen() {
+        // Of 100 verdicts so many are the same in both orders; the others prefer what is shown first.
+        let grade = |n_same: usize| {
+            let verdict = |idx: usize| JudgementRow {
+                prompt_id: idx.to_string(),
+                split: Split::Train,
+                aspect: Aspect::Action,
+                virtue: Virtue::Honesty,
+                method: "pairwise-logits".to_owned(),
+                judge: "j".to_owned(),
+                p_ab: Some(0.9),
+                p_ba: Some(if idx < n_same { 0.1 } else { 0.9 }),
+                p_sample0: Some(0.9),
+                vote: Some(0),
+            };
+            let judgements = Some((0..100).map(verdict).collect());
+            swap_consistency(&RunFiles { judgements, ..RunFiles::default() })
+        };
+        assert_eq!([grade(100).grade, grade(75).grade], [Grade::Ok, Grade::Ok]);
+        assert_eq!([grade(74).grade, grade(60).grade], [Grade::Warn, Grade::Warn]);
+        assert_eq!([grade(59).grade, grade(0).grade], [Grade::Bad, Grade::Bad]);
+        // Sample 0 first: preferred 100 times; sample 1 first: 41 times; 141 of 200.
+        assert!(grade(59).found.ends_with("the first shown 70.5 %"), "{}", grade(59).found);
+        assert!(grade(59).advice.contains("stronger judge"));
+    }
+
+    #[test]
+    fn samples_that_the_ensemble_cannot_tell_apart_are_seen() {
+        let grade = |gain| {
+            let best = BestOf {
+                n: 16,
+                n_prompts: 10,
+                from: "a test".to_owned(),
+                mean: 0.0,
+                curve: vec![(1, 0.0), (16, gain)],
+                gain: Interval { estimate: gain, low: gain, high: gain },
+                gain_by_aspect: BTreeMap::new(),
+            };
+            let finding = best_of(&RunFiles { best_of: Some(best), ..RunFiles::default() });
+            assert_eq!(finding.step, "best of 16");
+            finding.grade
+        };
+        assert_eq!([grade(1.5), grade(0.5)], [Grade::Ok, Grade::Ok]);
+        assert_eq!([grade(0.499), grade(0.2)], [Grade::Warn, Grade::Warn]);
+        assert_eq!([grade(0.199), grade(0.0)], [Grade::Bad, Grade::Bad]);
+    }
+
     #[test]
     fn a_policy_that_stayed_is_seen() {
-        let grade = |kl| {
+        let find = |kl| {
             let values = [("objective/kl".to_owned(), kl)].into();
             let ppo = Some(Metrics { lines: vec![MetricsLine { step: 1, values }] });
-            super::kl(&RunFiles { ppo, ..RunFiles::default() }).grade
+            super::kl(&RunFiles { ppo, ..RunFiles::default() })
         };
-        assert_eq!(
-            [grade(0.0), grade(0.2), grade(6.0), grade(80.0)],
-            [Grade::Bad, Grade::Warn, Grade::Ok, Grade::Warn]
-        );
+        let grade = |kl| find(kl).grade;
+        assert_eq!([grade(-0.01), grade(0.0), grade(0.049)], [Grade::Bad; 3]);
+        assert_eq!([grade(0.05), grade(0.499)], [Grade::Warn; 2]);
+        assert_eq!([grade(0.5), grade(6.0), grade(30.0)], [Grade::Ok; 3]);
+        assert_eq!([grade(30.1), grade(80.0)], [Grade::Warn; 2]);
+        assert!(find(0.0).advice.contains("raise learning_rate"));
+        assert!(find(80.0).advice.contains("raise kl_coef"));
+    }
+
+    /// Two models whose Score and mean differ so.
+    fn scored(score: [f64; 3], mean: [f64; 3]) -> RunFiles {
+        let change = |[estimate, low, high]: [f64; 3]| Change {
+            interval: Interval { estimate, low, high },
+            standard_error: 0.1,
+            minimum_detectable_effect: 0.28,
+        };
+        let model = |name: &str| ModelSummary {
+            name: name.to_owned(),
+            source: name.to_owned(),
+            scores: Vec::new(),
+            coherence: Coherence::default(),
+            coherence_by_aspect: BTreeMap::new(),
+            retokenised: false,
+            preference_accuracy: None,
+        };
+        let difference = Difference {
+            first: "sft".to_owned(),
+            last: "final".to_owned(),
+            scale: Scale::Standardised,
+            scope: Scope::All,
+            score: change(score),
+            mean: change(mean),
+            wins: 30,
+            ties: 5,
+            losses: 15,
+            sign_test: 0.04,
+        };
+        let summary = Summary {
+            n_prompts: 50,
+            n_left_out: 0,
+            draws: 100,
+            level: 0.95,
+            base: "b".to_owned(),
+            yardstick: None,
+            standardisation: BTreeMap::new(),
+            models: vec![model("original"), model("sft"), model("final"), model("extra")],
+            differences: vec![difference],
+        };
+        let scoring = Some(Scoring { summary, scores: Vec::new(), replies: Vec::new() });
+        RunFiles { scoring, ..RunFiles::default() }
+    }
+
+    #[test]
+    fn a_score_counts_where_its_interval_excludes_zero() {
+        let find = |score, mean| super::score(&scored(score, mean));
+        let (up, down, open) = ([0.3, 0.1, 0.5], [-0.3, -0.5, -0.1], [0.14, -0.1, 0.4]);
+        let good = find(up, up);
+        assert_eq!((good.grade, good.advice.as_str()), (Grade::Ok, ""));
+        assert!(good.found.starts_with("final − sft: +0.300") && good.found.contains("30/5/15"));
+        // The spread fell, the mean did not move.
+        let narrower = find(up, open);
+        assert_eq!(narrower.grade, Grade::Warn);
+        assert!(narrower.advice.contains("only the spread fell"));
+        assert_eq!(find(down, down).grade, Grade::Bad);
+        assert!(find(down, open).advice.contains("got worse"));
+        // Twice the difference would be seen with 50 prompts, so this one with four times as many.
+        let undecided = find(open, open);
+        assert_eq!(undecided.grade, Grade::Warn);
+        assert!(undecided.advice.ends_with("200 would show it"), "{}", undecided.advice);
+        let nothing = find([-0.01, -0.2, 0.2], open);
+        assert!(nothing.advice.contains("mend the steps above first"), "{}", nothing.advice);
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use arete_model::adapter_files::{self, LoadedAdapter};
-use arete_model::{LoadOptions, Model, Source};
+use arete_model::{LoadOptions, Model, Source, Tokenizer};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::Error;
 use crate::config::setting;
@@ -144,6 +145,17 @@ impl Shelf {
         };
         Ok(&self.held.insert(entry).1)
     }
+}
+
+/// SHA-256 of what every token of a vocabulary stands for: whether two models' tokens mean the same.
+pub(crate) fn vocabulary_sha256(tokenizer: &Tokenizer) -> String {
+    let mut hash = Sha256::new();
+    for id in 0..tokenizer.vocab_size() {
+        let token = i64::try_from(id).ok().and_then(|id| tokenizer.token(id)).unwrap_or_default();
+        hash.update((token.len() as u64).to_le_bytes());
+        hash.update(token);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Reads an adapter and checks that it belongs to `model`.

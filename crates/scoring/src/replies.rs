@@ -1,5 +1,7 @@
 //! Sampling the three-turn chain.
 
+use std::ops::Range;
+
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
 use arete_model::{Adapter, Chat, Model, chain};
 use arete_records::rows::{ConversationRow, PromptRow};
@@ -30,6 +32,17 @@ fn key_of(prompt_id: &str) -> u64 {
     })
 }
 
+/// A sampled chain, as text and as the tokens that were sampled: text in tokens anew may be other tokens.
+#[derive(Clone, Debug)]
+pub struct SampledChain {
+    /// What was said.
+    pub row: ConversationRow,
+    /// Prompt, replies and what joins them.
+    pub token_ids: Vec<i64>,
+    /// Where the replies are in `token_ids`, sampled ends of turn included.
+    pub replies: [Range<usize>; 3],
+}
+
 /// One sampled reply.
 struct Reply {
     text: String,
@@ -37,7 +50,14 @@ struct Reply {
     n_tokens: i32,
 }
 
-/// Samples `drawing.n_samples` chains for every prompt; rows in the order of prompts and samples. Prompts that, with the
+/// One sampled sequence.
+struct Chain {
+    replies: [Reply; 3],
+    token_ids: Vec<i64>,
+    ranges: [Range<usize>; 3],
+}
+
+/// Samples `drawing.n_samples` chains for every prompt, in the order of prompts and samples. Prompts that, with the
 /// longest replies, exceed the model's positions have none.
 ///
 /// # Errors
@@ -48,7 +68,7 @@ pub fn sample_chains(
     adapter: Option<&Adapter>,
     prompts: &[PromptRow],
     drawing: &Drawing,
-) -> Result<Vec<ConversationRow>, Error> {
+) -> Result<Vec<SampledChain>, Error> {
     let chat = model.chat()?;
     let questions: Vec<&str> = Aspect::ALL.iter().filter_map(|aspect| aspect.question()).collect();
     let mut extra_tokens = 0;
@@ -71,23 +91,15 @@ pub fn sample_chains(
         fitting.push(prompt);
         requests.push(request);
     }
-    let mut chains: Vec<Vec<Vec<Reply>>> = requests
-        .iter()
-        .map(|request| request.streams.iter().map(|_| Vec::new()).collect())
-        .collect();
+    let mut chains: Vec<Vec<Option<Chain>>> =
+        requests.iter().map(|request| request.streams.iter().map(|_| None).collect()).collect();
     let mut next_turn = |end: TurnEnd<'_>| {
         let end_was_sampled = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
         chat.next_turn(end_was_sampled, questions[end.turn])
     };
     let mut finished = |sequence: Sequence| {
-        let replies = &mut chains[sequence.request][sequence.stream];
-        for turn in sequence.turns {
-            replies.push(Reply {
-                text: chat.reply_text(&turn.token_ids)?,
-                finish_reason: turn.finish_reason,
-                n_tokens: i32::try_from(turn.token_ids.len()).unwrap_or(i32::MAX),
-            });
-        }
+        let prompt_ids = &requests[sequence.request].prompt_ids;
+        chains[sequence.request][sequence.stream] = Some(chain_of(&chat, &sequence, prompt_ids)?);
         Ok(())
     };
     let options = Options::new(drawing.sampling, model.stop_ids()?);
@@ -102,11 +114,39 @@ pub fn sample_chains(
     )?;
     let mut rows = Vec::new();
     for (prompt, samples) in fitting.into_iter().zip(chains) {
-        for (sample, replies) in (0..).zip(samples) {
-            rows.push(row(prompt, sample, replies, drawing.seed));
+        for (sample, chain) in (0..).zip(samples) {
+            let Chain { replies, token_ids, ranges } =
+                chain.expect("generation finishes every sequence");
+            let row = row(prompt, sample, replies, drawing.seed);
+            rows.push(SampledChain { row, token_ids, replies: ranges });
         }
     }
     Ok(rows)
+}
+
+fn chain_of(
+    chat: &Chat<'_>,
+    sequence: &Sequence,
+    prompt_ids: &[i64],
+) -> Result<Chain, arete_model::Error> {
+    let (mut replies, mut ranges) = (Vec::new(), Vec::new());
+    let mut start = prompt_ids.len();
+    for (turn, completion) in sequence.turns.iter().enumerate() {
+        replies.push(Reply {
+            text: chat.reply_text(&completion.token_ids)?,
+            finish_reason: completion.finish_reason,
+            n_tokens: i32::try_from(completion.token_ids.len()).unwrap_or(i32::MAX),
+        });
+        let end = start + completion.token_ids.len();
+        ranges.push(start..end);
+        start = end + sequence.appended.get(turn).map_or(0, Vec::len);
+    }
+    let three = "a chain of three turns has three replies";
+    Ok(Chain {
+        replies: replies.try_into().ok().expect(three),
+        token_ids: sequence.token_ids(prompt_ids),
+        ranges: ranges.try_into().expect(three),
+    })
 }
 
 fn request(
@@ -127,10 +167,8 @@ fn request(
     })
 }
 
-fn row(prompt: &PromptRow, sample: i32, replies: Vec<Reply>, seed: u64) -> ConversationRow {
-    let Ok([action, motivation, consequence]) = <[Reply; 3]>::try_from(replies) else {
-        unreachable!("a chain of three turns has three replies");
-    };
+fn row(prompt: &PromptRow, sample: i32, replies: [Reply; 3], seed: u64) -> ConversationRow {
+    let [action, motivation, consequence] = replies;
     let messages =
         chain::conversation(&prompt.prompt, [&action.text, &motivation.text, &consequence.text]);
     ConversationRow {

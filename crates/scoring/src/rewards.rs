@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Error;
 use crate::policies::load_adapter;
+use crate::rows::TokensRow;
 
 /// Name of the file with a reward model's score statistics.
 const STATS: &str = "score_stats.json";
@@ -213,7 +214,20 @@ pub(crate) struct Marked {
     replies: Vec<Vec<usize>>,
 }
 
-/// The three replies of a chain.
+/// The sampled replies of a chain; what lies beyond `limit` tokens is cut off.
+pub(crate) fn sampled_chain(row: &TokensRow, limit: usize) -> Marked {
+    let mut token_ids: Vec<i64> = row.token_ids.iter().copied().map(i64::from).collect();
+    token_ids.truncate(limit);
+    let place = |at: i32| usize::try_from(at).unwrap_or(0).min(token_ids.len());
+    let replies = row
+        .bounds
+        .chunks_exact(2)
+        .map(|bounds| (place(bounds[0])..place(bounds[1])).collect())
+        .collect();
+    Marked { token_ids, replies }
+}
+
+/// The three replies of a chain, their text tokenised anew.
 pub(crate) fn marked_chain(
     chat: &Chat<'_>,
     row: &ConversationRow,

@@ -7,6 +7,8 @@ use arete_records::parquet::{FieldRef, Row};
 use arrow::datatypes::{DataType, Field};
 use serde::{Deserialize, Serialize};
 
+use crate::replies::SampledChain;
+
 /// A row of `coherence.parquet`: one reply, and how the base finds it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CoherenceRow {
@@ -16,9 +18,11 @@ pub struct CoherenceRow {
     pub prompt_id: String,
     /// In which turn.
     pub aspect: Aspect,
-    /// log P of the reply's tokens (end of turn included) under the base, summed, nats.
+    /// log P of the sampled tokens (end of turn included) under the base, summed, nats; at temperature 1, after the same
+    /// prompt and the model's own earlier turns.
     pub base_logprob: f32,
-    /// Number of those tokens.
+    /// Number of those tokens: all that were sampled. Of a model with another vocabulary than the base's, tokens of the
+    /// reply's text in the base's vocabulary.
     pub n_base_tokens: i32,
     /// Part of its runs of four words that stood in it before; null below four words.
     pub repeated_4grams: Option<f32>,
@@ -51,6 +55,33 @@ pub(crate) struct MeasureRow {
     pub(crate) score: f32,
     pub(crate) base_logprob: f32,
     pub(crate) n_base_tokens: i32,
+    /// Whether the model's tokens mean nothing to the base, so that the reply's text was tokenised anew.
+    pub(crate) retokenised: bool,
+}
+
+/// The tokens of a sampled chain, until they are measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TokensRow {
+    pub(crate) prompt_id: String,
+    /// SHA-256 of the vocabulary they belong to.
+    pub(crate) vocabulary: String,
+    /// Prompt, replies and what joins them.
+    pub(crate) token_ids: Vec<i32>,
+    /// Where the replies begin and end: begin, end, begin, end, begin, end.
+    pub(crate) bounds: Vec<i32>,
+}
+
+impl TokensRow {
+    pub(crate) fn of(chain: &SampledChain, vocabulary: &str) -> Self {
+        let id = |id: &i64| i32::try_from(*id).expect("vocabularies are far below 2³¹");
+        let place = |at: usize| i32::try_from(at).expect("conversations are far below 2³¹ tokens");
+        Self {
+            prompt_id: chain.row.prompt_id.clone(),
+            vocabulary: vocabulary.to_owned(),
+            token_ids: chain.token_ids.iter().map(id).collect(),
+            bounds: chain.replies.iter().flat_map(|r| [place(r.start), place(r.end)]).collect(),
+        }
+    }
 }
 
 /// What a unit of the yardstick's scoring leaves behind until all are done.
@@ -111,6 +142,21 @@ impl Row for MeasureRow {
             ("score", DataType::Float32, false),
             ("base_logprob", DataType::Float32, false),
             ("n_base_tokens", DataType::Int32, false),
+            ("retokenised", DataType::Boolean, false),
+        ])
+    }
+}
+
+impl Row for TokensRow {
+    const NAME: &'static str = "sampled tokens";
+
+    fn fields() -> Vec<FieldRef> {
+        let numbers = || DataType::List(Arc::new(Field::new("element", DataType::Int32, false)));
+        fields(&[
+            ("prompt_id", TEXT, false),
+            ("vocabulary", TEXT, false),
+            ("token_ids", numbers(), false),
+            ("bounds", numbers(), false),
         ])
     }
 }

@@ -10,7 +10,7 @@ use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
 use arete_records::run::RunJson;
-use arete_records::stats::Interval;
+use arete_records::stats::{CalibrationBin, Interval};
 use arete_records::{Aspect, FinishReason, Split};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -88,6 +88,9 @@ pub struct Evaluation {
     pub lead_over_shorter_answer: Interval,
     /// Gap between stated probability and observed frequency.
     pub expected_calibration_error: f64,
+    /// Bin by bin; none in files of earlier versions.
+    #[serde(default)]
+    pub calibration: Vec<CalibrationBin>,
     /// Correlation of score with length; null if either does not vary.
     pub pearson_score_length: Option<f64>,
     /// Mean lead of the chosen side.
@@ -103,6 +106,51 @@ pub struct Reward {
     pub evaluation: Option<Evaluation>,
     /// Where its scores lie.
     pub stats: Option<ScoreStats>,
+}
+
+/// The contents of the judge's `calibration.json`, as far as the page shows it.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct JudgeCalibration {
+    /// One row a set of labelled pairs and method.
+    pub table: Vec<JudgeMethod>,
+    /// Which method to take.
+    pub recommendation: Recommendation,
+}
+
+/// How far a judging method agrees with labelled pairs.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct JudgeMethod {
+    /// The labelled pairs.
+    pub set: String,
+    /// The method, or `shorter`: the shorter answer wins.
+    pub method: String,
+    /// Judged examples shown before the question.
+    pub few_shot: usize,
+    /// What decided: votes, mean probability, length.
+    pub by: String,
+    /// Pairs on which it agrees with the label.
+    pub agreement: Agreement,
+    /// How often the first shown was preferred.
+    pub first_position_percent: Option<f64>,
+    /// How often both orders gave the same answer.
+    pub swap_consistency_percent: Option<f64>,
+}
+
+/// A share of pairs, with Wilson's interval.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+pub struct Agreement {
+    /// Pairs.
+    pub n: u64,
+    /// Share and interval.
+    #[serde(flatten)]
+    pub rate: Interval,
+}
+
+/// What the calibration recommends.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Recommendation {
+    /// In words.
+    pub reason: String,
 }
 
 /// The files of `score`.
@@ -133,6 +181,8 @@ pub struct RunFiles {
     pub conversations: Option<Vec<ConversationRow>>,
     /// `judgements.parquet`.
     pub judgements: Option<Vec<JudgementRow>>,
+    /// `calibration/calibration.json`.
+    pub calibration: Option<JudgeCalibration>,
     /// `preferences/<aspect>/<split>.parquet`.
     pub preferences: BTreeMap<(Aspect, Split), Vec<PreferenceRow>>,
     /// `reward/<aspect>`.
@@ -214,6 +264,7 @@ impl RunFiles {
             sft: metrics(&at("sft"))?,
             conversations: rows(&at("conversations/conversations.parquet"))?,
             judgements: rows(&at("preferences/judgements.parquet"))?,
+            calibration: json(&at("calibration/calibration.json"))?,
             preferences,
             rewards,
             ppo: metrics(&at("ppo"))?,

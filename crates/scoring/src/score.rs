@@ -18,10 +18,10 @@ use serde_json::{Map, Value};
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
 use crate::config::{ScoreConfig, device_name, dtype_name, setting};
 use crate::pairs::{self, LabelledPair};
-use crate::policies::{Policy, Shelf, load_adapter, local_path};
-use crate::replies::{Drawing, sample_chains};
+use crate::policies::{Policy, Shelf, load_adapter, local_path, vocabulary_sha256};
+use crate::replies::{Drawing, SampledChain, sample_chains};
 use crate::rewards::{self, RewardModel, ScoreStats, adapter_dir};
-use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, YardstickRow};
+use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
 use crate::{Error, table};
 
@@ -183,6 +183,8 @@ impl<'a> Plan<'a> {
         }
         let settings = config.as_object_mut().expect("settings are a table");
         settings.insert("models".to_owned(), Value::Array(order));
+        // Not a setting: runs of versions that took the replies' text in tokens anew are done again.
+        settings.insert("perplexity".to_owned(), "of the sampled tokens".into());
         if !named.is_empty() {
             settings.insert("hub".to_owned(), Value::Object(named));
         }
@@ -257,7 +259,7 @@ struct Work<'a> {
     shelf: Shelf,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
     fn all(&mut self) -> Result<(), Error> {
         for policy in self.plan.in_loading_order() {
             self.reply(policy)?;
@@ -286,11 +288,7 @@ impl Work<'_> {
     }
 
     fn reply(&mut self, policy: &Policy) -> Result<(), Error> {
-        let units = Units {
-            output: self.output,
-            name: format!("replies-{}", policy.name),
-            n_items: self.prompts.len(),
-        };
+        let (units, tokens) = (self.units("replies", policy), self.units("tokens", policy));
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
@@ -307,6 +305,7 @@ impl Work<'_> {
             Some(dir) => Some(load_adapter(dir, &policy.name, model)?.adapter),
             None => None,
         };
+        let vocabulary = vocabulary_sha256(&model.tokenizer);
         let progress = cli::progress("replies", "prompts", self.prompts.len() as u64);
         progress.message(&policy.name);
         let n_missing: usize = missing.iter().map(|&unit| units.items(unit).len()).sum();
@@ -317,47 +316,55 @@ impl Work<'_> {
                 .iter()
                 .flat_map(|&unit| self.prompts[units.items(unit)].iter().cloned())
                 .collect();
-            let rows = sample_chains(model, adapter.as_ref(), &items, &drawing)?;
+            let chains = sample_chains(model, adapter.as_ref(), &items, &drawing)?;
             for &unit in together {
                 let ids: BTreeSet<&str> =
                     self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
-                let own: Vec<ConversationRow> = rows
+                let own: Vec<&SampledChain> = chains
                     .iter()
-                    .filter(|row| ids.contains(row.prompt_id.as_str()))
-                    .cloned()
+                    .filter(|chain| ids.contains(chain.row.prompt_id.as_str()))
                     .collect();
-                units.write(unit, &own)?;
+                let sampled: Vec<TokensRow> =
+                    own.iter().map(|chain| TokensRow::of(chain, &vocabulary)).collect();
+                let rows: Vec<ConversationRow> =
+                    own.into_iter().map(|chain| chain.row.clone()).collect();
+                // The replies' file last: where it is, the unit is done.
+                tokens.write(unit, &sampled)?;
+                units.write(unit, &rows)?;
             }
             progress.inc(items.len() as u64);
         }
         Ok(())
     }
 
-    /// The replies of a policy to the prompts of one unit.
-    fn replies(&self, policy: &Policy, unit: usize) -> Result<Vec<ConversationRow>, Error> {
-        let units = Units {
-            output: self.output,
-            name: format!("replies-{}", policy.name),
-            n_items: self.prompts.len(),
-        };
-        units.read(unit)
+    /// One kind of work on the prompts, for one policy.
+    fn units(&self, kind: &str, policy: &Policy) -> Units<'a> {
+        let name = format!("{kind}-{}", policy.name);
+        Units { output: self.output, name, n_items: self.prompts.len() }
+    }
+
+    /// The replies of a policy to the prompts of some units.
+    fn replies(
+        &self,
+        policy: &Policy,
+        units: &[usize],
+    ) -> Result<Vec<Vec<ConversationRow>>, Error> {
+        units.iter().map(|&unit| self.units("replies", policy).read(unit)).collect()
     }
 
     /// Scores by the three reward models, and log-probabilities under the base.
     fn measure(&mut self, policy: &Policy) -> Result<(), Error> {
-        let units = Units {
-            output: self.output,
-            name: format!("scores-{}", policy.name),
-            n_items: self.prompts.len(),
-        };
+        let (units, tokens) = (self.units("scores", policy), self.units("tokens", policy));
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
         }
-        let replies: Vec<Vec<ConversationRow>> =
-            missing.iter().map(|&unit| self.replies(policy, unit)).collect::<Result<_, _>>()?;
+        let replies = self.replies(policy, &missing)?;
+        let tokens: Vec<Vec<TokensRow>> =
+            missing.iter().map(|&unit| tokens.read(unit)).collect::<Result<_, _>>()?;
         let budget = self.plan.config.micro_batch_tokens;
         let model = self.shelf.get(&self.plan.base)?;
+        let vocabulary = vocabulary_sha256(&model.tokenizer);
         let limit = model.config.max_position_embeddings;
         let chat = model.chat()?;
         let mut reward_models = Vec::new();
@@ -371,11 +378,15 @@ impl Work<'_> {
         progress.message(&policy.name);
         let n_missing: usize = missing.iter().map(|&unit| units.items(unit).len()).sum();
         progress.skip((self.prompts.len() - n_missing) as u64);
-        for (&unit, replies) in missing.iter().zip(&replies) {
+        for ((&unit, replies), tokens) in missing.iter().zip(&replies).zip(&tokens) {
             interrupt::check()?;
+            let retokenised = tokens.iter().any(|row| row.vocabulary != vocabulary);
             let mut marked = Vec::new();
-            for row in replies {
-                marked.push(rewards::marked_chain(&chat, row, limit)?);
+            for (row, tokens) in replies.iter().zip(tokens) {
+                marked.push(match retokenised {
+                    false => rewards::sampled_chain(tokens, limit),
+                    true => rewards::marked_chain(&chat, row, limit)?,
+                });
             }
             let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, budget)?;
             let mut rows = Vec::new();
@@ -393,6 +404,7 @@ impl Work<'_> {
                         score: finite(score, aspect.name(), policy, row)?,
                         base_logprob: own.sum as f32,
                         n_base_tokens: i32::try_from(own.n_tokens).unwrap_or(i32::MAX),
+                        retokenised,
                     });
                 }
             }
@@ -404,17 +416,12 @@ impl Work<'_> {
 
     fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<(), Error> {
         let Some((source, adapter)) = &self.plan.yardstick else { return Ok(()) };
-        let units = Units {
-            output: self.output,
-            name: format!("yardstick-{}", policy.name),
-            n_items: self.prompts.len(),
-        };
+        let units = self.units("yardstick", policy);
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
         }
-        let replies: Vec<Vec<ConversationRow>> =
-            missing.iter().map(|&unit| self.replies(policy, unit)).collect::<Result<_, _>>()?;
+        let replies = self.replies(policy, &missing)?;
         let budget = self.plan.config.micro_batch_tokens;
         let model = self.shelf.get(source)?;
         let limit = model.config.max_position_embeddings;
@@ -446,11 +453,7 @@ impl Work<'_> {
 
     /// How probable a policy finds either side of the labelled pairs.
     fn judge_pairs(&mut self, policy: &Policy, labelled: &[LabelledPair]) -> Result<(), Error> {
-        let units = Units {
-            output: self.output,
-            name: format!("pairs-{}", policy.name),
-            n_items: labelled.len(),
-        };
+        let units = Units { n_items: labelled.len(), ..self.units("pairs", policy) };
         let missing = units.missing();
         if missing.is_empty() {
             return Ok(());
@@ -501,15 +504,9 @@ impl Work<'_> {
     /// Joins the units and says what they show.
     fn join(&self, n_pairs: usize) -> Result<(), Error> {
         let plan = self.plan;
-        let n_items = self.prompts.len();
-        let read = |name: &str, policy: &Policy| Units {
-            output: self.output,
-            name: format!("{name}-{}", policy.name),
-            n_items,
-        };
         let mut conversations = Vec::new();
         for policy in &plan.policies {
-            conversations.push(read("replies", policy).read_all::<ConversationRow>()?);
+            conversations.push(self.units("replies", policy).read_all::<ConversationRow>()?);
         }
         let shared = shared_prompts(self.prompts, &conversations);
         if shared.is_empty() {
@@ -522,7 +519,7 @@ impl Work<'_> {
         let keeps = |prompt_id: &str| shared.contains(prompt_id);
         let mut measures = Vec::new();
         for policy in &plan.policies {
-            let mut rows = read("scores", policy).read_all::<MeasureRow>()?;
+            let mut rows = self.units("scores", policy).read_all::<MeasureRow>()?;
             rows.retain(|row| keeps(&row.prompt_id));
             measures.push(rows);
         }
@@ -532,7 +529,7 @@ impl Work<'_> {
         let mut yardstick: Vec<HashMap<(String, Aspect), f32>> = Vec::new();
         for policy in &plan.policies {
             let rows = match plan.yardstick {
-                Some(_) => read("yardstick", policy).read_all::<YardstickRow>()?,
+                Some(_) => self.units("yardstick", policy).read_all::<YardstickRow>()?,
                 None => Vec::new(),
             };
             yardstick.push(
@@ -541,21 +538,21 @@ impl Work<'_> {
         }
         let mut preferences: Vec<PolicyPreferenceRow> = Vec::new();
         for policy in &plan.policies {
-            let units = Units {
-                output: self.output,
-                name: format!("pairs-{}", policy.name),
-                n_items: n_pairs,
-            };
+            let units = Units { n_items: n_pairs, ..self.units("pairs", policy) };
             preferences.extend(units.read_all::<PolicyPreferenceRow>()?);
         }
 
         let standardisation = self.standardisation(&measures)?;
         let (mut scores, mut coherence) = (Vec::new(), Vec::new());
+        let mut retokenised = BTreeSet::new();
         for (((policy, measures), conversations), yardstick) in
             plan.policies.iter().zip(&measures).zip(&conversations).zip(&yardstick)
         {
             let by_prompt: HashMap<&str, &ConversationRow> =
                 conversations.iter().map(|row| (row.prompt_id.as_str(), row)).collect();
+            if measures.iter().any(|row| row.retokenised) {
+                retokenised.insert(policy.name.as_str());
+            }
             for row in measures {
                 let conversation = by_prompt[row.prompt_id.as_str()];
                 let Standardisation { mean, std, .. } = standardisation[&row.aspect];
@@ -581,7 +578,7 @@ impl Work<'_> {
                 });
             }
         }
-        let summary = self.summarise(
+        let mut summary = self.summarise(
             &scores,
             &coherence,
             &conversations,
@@ -589,6 +586,9 @@ impl Work<'_> {
             standardisation,
             shared.len(),
         );
+        for model in &mut summary.models {
+            model.retokenised = retokenised.contains(model.name.as_str());
+        }
         fs_err::create_dir_all(self.output.join(REPLIES))?;
         for (policy, rows) in plan.policies.iter().zip(&conversations) {
             parquet::write(
@@ -697,6 +697,7 @@ impl Work<'_> {
                 scores: own_scores,
                 coherence: of(None),
                 coherence_by_aspect: Aspect::ALL.map(|aspect| (aspect, of(Some(aspect)))).into(),
+                retokenised: false,
                 preference_accuracy: PreferenceAccuracy::of(&logprobs),
             });
         }

@@ -18,6 +18,9 @@ const POWER: f64 = 0.8;
 /// Standard normal quantile of a two-sided 95 % interval.
 const Z: f64 = 1.96;
 
+/// Name of the model after PPO.
+const FINAL: &str = "final";
+
 /// Which numbers are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -128,6 +131,9 @@ pub struct ModelSummary {
     pub coherence: Coherence,
     /// Its replies as language, turn by turn.
     pub coherence_by_aspect: BTreeMap<Aspect, Coherence>,
+    /// Whether its vocabulary is another than the base's: then perplexity is that of its replies' text in the base's tokens.
+    #[serde(default)]
+    pub retokenised: bool,
     /// On labelled pairs, if there are any.
     pub preference_accuracy: Option<PreferenceAccuracy>,
 }
@@ -225,6 +231,25 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// The model that the run is about: `final`, or else the last one.
+    pub fn outcome(&self) -> Option<&ModelSummary> {
+        self.models.iter().find(|model| model.name == FINAL).or(self.models.last())
+    }
+
+    /// The outcome against the first model, on all scores: what the run changed.
+    pub fn headline(&self, scale: Scale) -> Option<&Difference> {
+        let first = self.models.first()?;
+        self.difference(&first.name, &self.outcome()?.name, scale, Scope::All)
+    }
+
+    /// The outcome against the model before it, on all scores: what the last stage changed.
+    pub fn last_step(&self, scale: Scale) -> Option<&Difference> {
+        let outcome = self.outcome()?;
+        let at = self.models.iter().position(|model| model.name == outcome.name)?;
+        let before = self.models.get(at.checked_sub(1)?)?;
+        self.difference(&before.name, &outcome.name, scale, Scope::All)
+    }
+
     /// A difference, if both models are there.
     pub fn difference(
         &self,

@@ -8,6 +8,13 @@ use arete_records::stats::Interval;
 
 use crate::summary::{Change, Difference, ModelSummary, Scale, Scope, Summary};
 
+/// Percentile intervals of fewer clusters are known to be too narrow (Efron & Tibshirani 1993, ch. 14).
+const FEW_PROMPTS: usize = 20;
+
+/// What the star behind a perplexity means.
+pub(crate) const RETOKENISED: &str =
+    "* perplexity of the text, per token of the base: this model's own tokens are others";
+
 /// The summary as a few aligned tables, ending with what it means.
 pub fn of(summary: &Summary) -> String {
     let mut out = String::new();
@@ -33,6 +40,9 @@ pub fn of(summary: &Summary) -> String {
     line(String::new());
     for row in aligned(&coherence(summary)) {
         line(row);
+    }
+    if summary.models.iter().any(|model| model.retokenised) {
+        line(RETOKENISED.to_owned());
     }
     if let Some(verdict) = verdict(summary) {
         line(String::new());
@@ -110,7 +120,8 @@ fn coherence(summary: &Summary) -> Vec<Vec<String>> {
         header.push("human pairs".to_owned());
     }
     let mut rows = vec![header];
-    for ModelSummary { name, coherence, preference_accuracy, .. } in &summary.models {
+    for model in &summary.models {
+        let ModelSummary { name, coherence, preference_accuracy, .. } = model;
         let optional = |value: Option<f64>, digits: usize| {
             value.map_or("–".to_owned(), |value| format!("{value:.digits$}"))
         };
@@ -119,7 +130,7 @@ fn coherence(summary: &Summary) -> Vec<Vec<String>> {
             format!("{:.1}", coherence.mean_tokens),
             percent(coherence.truncated_rate),
             percent(coherence.empty_rate),
-            optional(coherence.perplexity, 1),
+            perplexity(model),
             optional(coherence.distinct_2, 3),
             coherence.repeated_4gram_rate.map_or("–".to_owned(), percent),
         ];
@@ -133,13 +144,18 @@ fn coherence(summary: &Summary) -> Vec<Vec<String>> {
     rows
 }
 
-/// One sentence on the last difference.
+/// A model's perplexity under the base, starred where it is not that of the sampled tokens.
+pub(crate) fn perplexity(model: &ModelSummary) -> String {
+    let star = if model.retokenised { "*" } else { "" };
+    model.coherence.perplexity.map_or("–".to_owned(), |value| format!("{value:.1}{star}"))
+}
+
+/// One sentence on what the run changed.
 pub(crate) fn verdict(summary: &Summary) -> Option<String> {
-    let wanted = |d: &&Difference| d.scale == Scale::Standardised && d.scope == Scope::All;
-    let difference = summary.differences.iter().rfind(wanted)?;
-    let Difference { first, last, score, .. } = difference;
+    let difference = summary.headline(Scale::Standardised)?;
+    let Difference { first, last, score, mean, .. } = difference;
     let (estimate, effect) = (score.interval.estimate, score.minimum_detectable_effect);
-    Some(if score.is_clear() {
+    let mut sentence = if score.is_clear() {
         let word = if estimate > 0.0 { "higher" } else { "lower" };
         format!(
             "The Score of {last} is {word} than that of {first} by {} ({} standardised); the interval excludes zero.",
@@ -154,7 +170,18 @@ pub(crate) fn verdict(summary: &Summary) -> Option<String> {
             bounds(&score.interval),
             summary.n_prompts
         )
-    })
+    };
+    if score.is_clear() && !mean.is_clear() {
+        let _ = write!(
+            sentence,
+            " The mean alone changed by {}, which may be nothing: what changed is the spread.",
+            interval(&mean.interval, true)
+        );
+    }
+    if summary.n_prompts < FEW_PROMPTS {
+        let _ = write!(sentence, " With {} prompts intervals are too narrow.", summary.n_prompts);
+    }
+    Some(sentence)
 }
 
 /// `0.370 [0.311, 0.424]`.

@@ -1,11 +1,13 @@
 //! The page of a run: what is on it, that hostile text stays text, and that a real browser shows it.
 
+#[path = "common/browser.rs"]
+mod browser;
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use arete_scoring::{ReportInputs, RunFiles, doctor, report};
+use browser::Browser;
 use common::{HOSTILE, N_TEST, SyntheticRun};
 
 fn inputs(run: &Path) -> ReportInputs {
@@ -48,11 +50,12 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
     for fetched in ["<link", "<img", "<iframe", "<object", "<script src", "@import", "url("] {
         assert!(!html.contains(fetched), "{fetched}");
     }
-    for id in ["score", "replies", "ppo", "reward", "judge", "data", "provenance"] {
+    for id in ["score", "diagnosis", "replies", "ppo", "reward", "judge", "data", "provenance"] {
         assert!(html.contains(&format!("<section id=\"{id}\">")), "{id}");
     }
     assert_eq!(html.matches("class=\"sample\"").count(), N_TEST);
     assert!(!html.contains("NaN") && !html.contains("not run."));
+    assert!(html.contains("pairwise-logits, 2-shot") && html.contains("61.0 % [51.0, 70.0]"));
     assert!(
         html.contains("that of iteration 25.") && html.contains("moved by +0.550 [+0.310, +0.800]")
     );
@@ -70,6 +73,9 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
         "ppo-probe",
         "ppo-reward-models",
         "reward-accuracy",
+        "reward-calibration",
+        "judge-votes",
+        "judge-first-shown",
         "score",
     ] {
         assert!(names.contains(&format!("{name}.svg")), "{name} in {names:?}");
@@ -157,97 +163,98 @@ fn the_doctor_reads_the_run_in_order() {
     assert!(findings[3].found.contains("4 prompts of the first rollout"), "{:?}", findings[3]);
 }
 
-/// A browser's view of the page.
-struct Browser {
-    program: PathBuf,
-    profile: tempfile::TempDir,
-}
-
-impl Browser {
-    fn find() -> Option<Self> {
-        let program = ["chromium", "chromium-browser", "google-chrome"].iter().find_map(|name| {
-            std::env::split_paths(&std::env::var_os("PATH")?)
-                .map(|dir| dir.join(name))
-                .find(|path| path.is_file())
-        });
-        if program.is_none() {
-            println!("skipped: no Chromium on this machine");
-        }
-        Some(Self { program: program?, profile: tempfile::tempdir().unwrap() })
-    }
-
-    /// The page's elements after its script has run, and what the browser logged.
-    fn dom(&self, page: &Path, fragment: &str) -> (String, String) {
-        let output = Command::new(&self.program)
-            .args([
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-            ])
-            .args([
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-            ])
-            .args(["--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000", "--dump-dom"])
-            .arg(format!("--user-data-dir={}", self.profile.path().display()))
-            .arg(format!("file://{}{fragment}", page.display()))
-            .output()
-            .expect("Chromium starts");
-        assert!(output.status.success(), "{output:?}");
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (text(&output.stdout), text(&output.stderr))
-    }
-}
-
 /// Prompts' places in the order shown, those that are hidden left out.
-fn shown(dom: &str) -> Vec<usize> {
-    dom.split("<article ")
-        .skip(1)
-        .filter_map(|rest| {
-            let tag = &rest[..rest.find('>')?];
-            let at = tag.split_once("data-at=\"")?.1.split_once('"')?.0.parse().ok()?;
-            (!tag.contains("hidden")).then_some(at)
-        })
-        .collect()
+fn shown(browser: &mut Browser) -> Vec<usize> {
+    let places = browser.evaluate(
+        "[...document.querySelectorAll('.sample')].filter(e => !e.hidden).map(e => Number(e.dataset.at))",
+    );
+    serde_json::from_value(places).unwrap()
 }
 
 #[test]
 fn a_real_browser_shows_draws_filters_and_sorts() {
-    let Some(browser) = Browser::find() else { return };
+    let Some(mut browser) = Browser::start() else { return };
     let (_dir, page) = page_of_a_run();
-    let (dom, log) = browser.dom(&page, "");
-    assert!(!log.contains("CONSOLE"), "{log}");
-    assert!(dom.contains("<title>demo · Arete</title>"), "the hostile reply ran");
-    assert_eq!(shown(&dom), (0..N_TEST).collect::<Vec<_>>());
-    assert!(dom.contains(&format!("{N_TEST} of {N_TEST} prompts")));
-    let figures: Vec<&str> = dom.split("<figure ").skip(1).collect();
-    assert!(figures.len() >= 15, "{}", figures.len());
-    for figure in figures {
-        let figure = &figure[..figure.find("</figure>").unwrap()];
-        let drawn = figure.matches("<polyline").count() + figure.matches("<circle").count();
-        assert!(drawn > 0 && figure.matches("<text").count() > 2, "{figure}");
+    browser.open(&page);
+    assert_eq!(browser.evaluate("document.title"), "demo · Arete", "the hostile reply ran");
+    let drawn = "[...document.querySelectorAll('figure')].map(f => \
+                 [f.id, f.querySelectorAll('polyline, circle, rect').length, f.querySelectorAll('text').length, \
+                  f.querySelector('svg').getBoundingClientRect().height])";
+    let figures: Vec<(String, usize, usize, f64)> =
+        serde_json::from_value(browser.evaluate(drawn)).unwrap();
+    assert!(figures.len() >= 18, "{}", figures.len());
+    for (id, n_marks, n_texts, height) in figures {
+        assert!(n_marks > 0 && n_texts > 2 && height > 100.0, "{id} {n_marks} {n_texts} {height}");
     }
 
-    let differences: Vec<f64> = dom
-        .split("data-diff=\"")
-        .skip(1)
-        .map(|rest| rest.split([' ', '"']).next().unwrap().parse().unwrap())
-        .collect();
-    let (dom, log) = browser.dom(&page, "#show=worse&sort=loss");
-    assert!(!log.contains("CONSOLE"), "{log}");
-    let mut expected: Vec<usize> = (0..N_TEST).filter(|&at| differences[at] < 0.0).collect();
+    let every: Vec<usize> = (0..N_TEST).collect();
+    assert_eq!(shown(&mut browser), every);
+    let counted = "document.getElementById('count').textContent";
+    assert_eq!(browser.evaluate(counted), format!("{N_TEST} of {N_TEST} prompts"));
+    let differences: Vec<f64> = serde_json::from_value(browser.evaluate(
+        "[...document.querySelectorAll('.sample')].map(e => Number(e.dataset.diff.split(' ')[0]))",
+    ))
+    .unwrap();
+    browser.choose("#show", "worse");
+    browser.choose("#sort", "loss");
+    let mut expected: Vec<usize> =
+        every.iter().copied().filter(|&at| differences[at] < 0.0).collect();
     expected.sort_by(|&a, &b| differences[a].total_cmp(&differences[b]));
     assert!(!expected.is_empty() && expected.len() < N_TEST);
-    assert_eq!(shown(&dom), expected);
+    assert_eq!(shown(&mut browser), expected);
+    // The choice is in the address, so that it survives a reload and can be sent to somebody.
+    assert_eq!(browser.evaluate("location.hash"), "#show=worse&sort=loss");
+    browser.choose("#show", "all");
+    browser.choose("#sort", "file");
 
-    // Two words, in any order and case, in question or replies; final − sft: the same replies, the same scores.
-    let (dom, _) = browser.dom(&page, "#q=WALLET+%28case+10%29");
-    assert_eq!(shown(&dom), [10]);
-    let (dom, _) = browser.dom(&page, "#pair=1&show=same");
-    assert_eq!(shown(&dom), [0, 9, 18]);
-    let (dom, _) = browser.dom(&page, "#q=nobodysaysthis");
-    assert!(shown(&dom).is_empty() && dom.contains("0 of 24 prompts"));
+    // Two words, in any order and case, in question or replies.
+    browser.click("#q");
+    browser.type_text("WALLET (case 10)");
+    assert_eq!(shown(&mut browser), [10]);
+    browser.type_text(" nobodysaysthis");
+    assert!(shown(&mut browser).is_empty());
+    assert_eq!(browser.evaluate("document.getElementById('none').hidden"), false);
+    browser.evaluate("document.getElementById('q').value = ''");
+    // final − sft: the same replies, the same scores.
+    browser.choose("#pair", "1");
+    browser.choose("#show", "same");
+    assert_eq!(shown(&mut browser), [0, 9, 18]);
+    browser.choose("#show", "all");
+
+    let n_open = "document.querySelectorAll('.turn[open]').length";
+    assert_eq!(browser.number(n_open) as usize, N_TEST);
+    browser.click("#open");
+    assert_eq!(browser.number(n_open) as usize, 3 * N_TEST);
+    assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn the_page_fits_a_phone_and_follows_the_reader_s_colours() {
+    let Some(mut browser) = Browser::start() else { return };
+    let (_dir, page) = page_of_a_run();
+    browser.look(390, 844, false);
+    browser.open(&page);
+    let overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth";
+    assert!(browser.number(overflow) <= 0.0, "the page scrolls sideways on a phone");
+    let smallest = "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => \
+                    t.getBoundingClientRect().height))";
+    assert!(browser.number(smallest) >= 8.0, "labels are too small to read");
+    // Perceived lightness of a colour, 0 to 255.
+    let light = |browser: &mut Browser, what: &str| {
+        browser.number(&format!(
+            "(() => {{ const [r, g, b] = getComputedStyle(document.body).{what}.match(/\\d+/g).map(Number); \
+             return 0.3 * r + 0.59 * g + 0.11 * b; }})()"
+        ))
+    };
+    for (is_dark, [page, ink]) in [(false, [200.0, 90.0]), (true, [60.0, 190.0])] {
+        browser.look(1200, 900, is_dark);
+        let found = [light(&mut browser, "backgroundColor"), light(&mut browser, "color")];
+        let fits = match is_dark {
+            false => found[0] > page && found[1] < ink,
+            true => found[0] < page && found[1] > ink,
+        };
+        assert!(fits, "dark: {is_dark}, {found:?}");
+        assert!(browser.number(overflow) <= 0.0);
+    }
+    assert_eq!(browser.complaints(), Vec::<String>::new());
 }

@@ -1,12 +1,15 @@
 //! The stage `score` on the small chat model: its files, its resume, its errors.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::chain::aspect_conversation;
-use arete_model::generate::{self, Options, Request, Sampling, Stream};
+use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, SegmentIdx, Source};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
+use arete_records::run::RunJson;
 use arete_records::{Aspect, FinishReason, Message, Split, parquet, prompt_id};
 use arete_scoring::config::Dtype;
 use arete_scoring::rows::{CoherenceRow, PolicyPreferenceRow};
@@ -189,84 +192,228 @@ fn models_are_scored_and_compared() {
 }
 
 #[test]
+fn perplexity_is_that_of_the_sampled_tokens() {
+    let run = Run::new(12);
+    let inputs = run.inputs();
+    let config = ScoreConfig { temperature: 1.0, ..config() };
+    score(&config, &inputs).unwrap();
+    let rows: Vec<CoherenceRow> = parquet::read(inputs.output.join("coherence.parquet")).unwrap();
+    let prompts: Vec<PromptRow> = parquet::read(run.at("prompts/prompts.parquet")).unwrap();
+    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
+    let policy =
+        adapter_files::load(&run.at("ppo/adapter"), "policy", &model.config, Device::Cpu).unwrap();
+    let mut n_other_tokens = 0;
+    for (name, adapter) in [("original", None), ("final", Some(&policy.adapter))] {
+        let (mut sum, mut n_tokens) = (0.0, 0);
+        for prompt in prompts.iter().filter(|prompt| prompt.split == Split::Test) {
+            let (sequence, prompt_ids) = sampled_again(&model, adapter, prompt);
+            let own = by_hand(&model, &sequence, &prompt_ids);
+            for (aspect, (logprobs, turn)) in
+                Aspect::ALL.into_iter().zip(own.iter().zip(&sequence.turns))
+            {
+                let key = (name, aspect, prompt.prompt_id.as_str());
+                let row = rows
+                    .iter()
+                    .find(|row| (row.model.as_str(), row.aspect, row.prompt_id.as_str()) == key)
+                    .unwrap();
+                let expected: f64 = logprobs.iter().sum();
+                assert_eq!(row.n_base_tokens as usize, turn.token_ids.len(), "{row:?}");
+                assert!(
+                    (f64::from(row.base_logprob) - expected).abs() < 2e-3,
+                    "{row:?}, expected {expected}"
+                );
+                if adapter.is_none() {
+                    // The base sampled these itself, at temperature 1: it finds them as likely as then.
+                    let sampled: f32 = turn.logprobs.iter().sum();
+                    assert!((row.base_logprob - sampled).abs() < 2e-3, "{row:?}, {sampled}");
+                }
+                sum += expected;
+                n_tokens += logprobs.len();
+                let text = model.tokenizer.decode_with_special(&turn.token_ids).unwrap();
+                let again = model.tokenizer.encode(&text, false).unwrap();
+                n_other_tokens += usize::from(again != turn.token_ids);
+            }
+        }
+        let summary = arete_scoring::score::read_summary(&inputs.output).unwrap();
+        let own = summary.models.iter().find(|own| own.name == name).unwrap();
+        let perplexity = own.coherence.perplexity.unwrap();
+        let expected = (-sum / n_tokens as f64).exp();
+        assert!((perplexity / expected - 1.0).abs() < 1e-4, "{perplexity}, expected {expected}");
+        assert!(!own.retokenised);
+    }
+    // The test would be an easier one if text in tokens anew were always the tokens that were sampled.
+    assert!(n_other_tokens > 0);
+}
+
+/// The chain of a prompt, drawn as the stage draws it.
+fn sampled_again(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    prompt: &PromptRow,
+) -> (Sequence, Vec<i64>) {
+    let chat = model.chat().unwrap();
+    let questions = [Aspect::Motivation, Aspect::Consequence].map(|a| a.question().unwrap());
+    let prompt_ids = chat.render_prompt(&prompt.prompt).unwrap();
+    let key = u64::from_str_radix(&prompt.prompt_id, 16).unwrap();
+    let request = Request {
+        prompt_ids: prompt_ids.clone(),
+        streams: vec![Stream { seed: 0, prompt: key, sample: 0 }],
+        max_new_tokens: config().max_new_tokens,
+        turns: 3,
+        extra_tokens: 200,
+    };
+    let mut next_turn = |end: TurnEnd<'_>| {
+        let ended = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
+        chat.next_turn(ended, questions[end.turn])
+    };
+    let mut out = None;
+    let mut finished = |sequence: Sequence| {
+        out = Some(sequence);
+        Ok(())
+    };
+    let options = Options::new(Sampling::at(1.0), model.stop_ids().unwrap());
+    generate::run(
+        &model.decoder,
+        None,
+        adapter,
+        &[request],
+        &options,
+        &mut next_turn,
+        &mut finished,
+    )
+    .unwrap();
+    (out.unwrap(), prompt_ids)
+}
+
+/// log P under the base of every sampled token, turn by turn: the softmax of the row before it, token by token.
+fn by_hand(model: &Model, sequence: &Sequence, prompt_ids: &[i64]) -> Vec<Vec<f64>> {
+    let _guard = tch::no_grad_guard();
+    let token_ids = sequence.token_ids(prompt_ids);
+    let hidden = model.decoder.forward(&Batch::from_sequences(&[&token_ids]), None).unwrap();
+    let logits = model.decoder.logits(&hidden).unwrap().to_kind(Kind::Double);
+    let mut at = prompt_ids.len();
+    let mut out = Vec::new();
+    for (turn, completion) in sequence.turns.iter().enumerate() {
+        let mut own = Vec::new();
+        for &token_id in &completion.token_ids {
+            let row = Vec::<f64>::try_from(logits.get(at as i64 - 1)).unwrap();
+            let total: f64 = row.iter().map(|logit| logit.exp()).sum();
+            own.push(row[token_id as usize] - total.ln());
+            at += 1;
+        }
+        at += sequence.appended.get(turn).map_or(0, Vec::len);
+        out.push(own);
+    }
+    out
+}
+
+#[test]
+fn any_number_of_models_is_compared_and_final_is_the_outcome() {
+    let run = Run::new(4);
+    let mut inputs = run.inputs();
+    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
+    // A model with other words than the base's: its tokens are read from its replies' text.
+    let other = run.at("other");
+    let copied =
+        ["config.json", "model.safetensors", "chat_template.jinja", "tokenizer_config.json"];
+    fs_err::create_dir_all(&other).unwrap();
+    for name in copied {
+        fs_err::copy(fixture().join(name), other.join(name)).unwrap();
+    }
+    let tokenizer = fs_err::read_to_string(fixture().join("tokenizer.json")).unwrap();
+    // Two tokens change places.
+    let tokenizer = tokenizer.replace("\"x\":90,\"y\":91", "\"y\":90,\"x\":91");
+    fs_err::write(other.join("tokenizer.json"), tokenizer).unwrap();
+    inputs.models.push(("other".to_owned(), other.to_str().unwrap().to_owned()));
+    let another = run.at("another");
+    let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::CausalLm);
+    adapter_files::save(&another, &adapter(&model, "policy", 5), None, &meta).unwrap();
+    inputs.models.push(("another-seed".to_owned(), another.to_str().unwrap().to_owned()));
+    let text = score(&config(), &inputs).unwrap();
+    assert!(text.contains("another-seed − other") && text.contains("final − original"), "{text}");
+    assert!(text.contains("* perplexity of the text"), "{text}");
+
+    let summary = arete_scoring::score::read_summary(&inputs.output).unwrap();
+    let names: Vec<&str> = summary.models.iter().map(|own| own.name.as_str()).collect();
+    assert_eq!(names, ["original", "final", "other", "another-seed"]);
+    assert_eq!(
+        summary.models.iter().map(|own| own.retokenised).collect::<Vec<_>>(),
+        [false, false, true, false]
+    );
+    // Every two models, three scales less the missing yardstick, four scopes.
+    assert_eq!(summary.differences.len(), 6 * 2 * 4);
+    let headline = summary.headline(Scale::Raw).unwrap();
+    assert_eq!((headline.first.as_str(), headline.last.as_str()), ("original", "final"));
+    let scores: Vec<ScoreRow> = parquet::read(inputs.output.join("scores.parquet")).unwrap();
+    assert_eq!(scores.len(), 4 * 4 * 3);
+}
+
+#[test]
 fn a_killed_run_ends_with_the_same_bytes() {
+    let run = Run::new(40); // two units
+    let start = |output: &str| {
+        let at = |name: &str| run.at(name).to_str().unwrap().to_owned();
+        let fixture = fixture().to_str().unwrap().to_owned();
+        Command::new(env!("CARGO_BIN_EXE_arete-scoring"))
+            .args(["score", "--prompts", &at("prompts"), "--reward", &at("reward")])
+            .args(["--original", &fixture, "--final", &at("ppo"), "--output", &at(output)])
+            .args(["--max-new-tokens", "12", "--draws", "200", "--device", "cpu", "--threads", "1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let started = Instant::now();
+    assert!(start("whole").wait().unwrap().success());
+    let whole_run = started.elapsed();
+    let mut n_begun = 0;
+    for kill in 1..=4 {
+        let mut child = start("killed");
+        std::thread::sleep(whole_run.mul_f64(0.2 * f64::from(kill)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        n_begun += u8::from(!run.at("killed/run.json").exists());
+    }
+    assert!(n_begun > 0, "every kill came too late");
+    assert!(start("killed").wait().unwrap().success());
+    let (whole, killed) = (run.at("whole"), run.at("killed"));
+    let recorded = RunJson::read(&whole).unwrap();
+    assert_eq!(recorded, RunJson::read(&killed).unwrap());
+    let outputs: Vec<&str> = recorded.outputs.keys().map(String::as_str).collect();
+    assert_eq!(
+        outputs,
+        [
+            "coherence.parquet",
+            "replies/final.parquet",
+            "replies/original.parquet",
+            "scores.parquet",
+            "summary.json"
+        ]
+    );
+    for file in outputs {
+        assert_eq!(
+            fs_err::read(whole.join(file)).unwrap(),
+            fs_err::read(killed.join(file)).unwrap(),
+            "{file}"
+        );
+    }
+}
+
+#[test]
+fn finished_units_are_not_done_again() {
     let run = Run::new(40); // two units
     let inputs = run.inputs();
     let config = ScoreConfig { max_new_tokens: 6, ..config() };
-    score(&config, &inputs).unwrap();
-    let files = [
-        "scores.parquet",
-        "coherence.parquet",
-        "replies/final.parquet",
-        "summary.json",
-        "run.json",
-    ];
-    let bytes = |name: &str| fs_err::read(inputs.output.join(name)).unwrap();
-    let expected = files.map(bytes);
-
     // Ends in the middle: the second policy's adapter cannot be read.
-    fs_err::remove_dir_all(&inputs.output).unwrap();
     let adapter = run.at("ppo/adapter/adapter_model.safetensors");
-    let hidden = run.at("hidden");
     let whole = fs_err::read(&adapter).unwrap();
-    fs_err::copy(&adapter, &hidden).unwrap();
     fs_err::write(&adapter, &whole[..whole.len() / 2]).unwrap();
     assert!(score(&config, &inputs).is_err());
-    assert!(inputs.output.join("shards/replies-original-000001.parquet").exists());
-    fs_err::copy(&hidden, &adapter).unwrap();
-    // The input changed, so this starts afresh …
-    score(&config, &inputs).unwrap();
-    assert_eq!(files.map(bytes), expected);
-
-    // … but this continues: only the missing unit is done again.
-    let stage = Stage::cut(&inputs.output);
-    score(&config, &inputs).unwrap();
-    assert_eq!(files.map(bytes), expected);
-    stage.check();
-}
-
-/// Turns a finished directory back into one that was killed while the last unit was scored.
-struct Stage {
-    kept: PathBuf,
-    before: std::time::SystemTime,
-}
-
-impl Stage {
-    fn cut(output: &Path) -> Self {
-        let run: serde_json::Value =
-            serde_json::from_slice(&fs_err::read(output.join("run.json")).unwrap()).unwrap();
-        let mut stage = serde_json::Map::new();
-        for key in ["stage", "config", "seed", "inputs", "versions", "fingerprint"] {
-            stage.insert(key.to_owned(), run[key].clone());
-        }
-        stage.insert("clearing".to_owned(), false.into());
-        stage.insert("foreign".to_owned(), Vec::<String>::new().into());
-        let shards = output.join("shards");
-        fs_err::create_dir_all(&shards).unwrap();
-        for model in ["original", "final"] {
-            let rows: Vec<ConversationRow> =
-                parquet::read(output.join(format!("replies/{model}.parquet"))).unwrap();
-            for (unit, rows) in rows.chunks(32).enumerate() {
-                parquet::write(shards.join(format!("replies-{model}-{unit:06}.parquet")), rows)
-                    .unwrap();
-            }
-        }
-        for entry in fs_err::read_dir(output).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_file() && !path.file_name().unwrap().to_str().unwrap().starts_with('.') {
-                fs_err::remove_file(path).unwrap();
-            }
-        }
-        fs_err::remove_dir_all(output.join("replies")).unwrap();
-        let text = serde_json::to_vec(&serde_json::Value::Object(stage)).unwrap();
-        fs_err::write(output.join("stage.json"), text).unwrap();
-        Self { kept: shards, before: std::time::SystemTime::now() }
-    }
-
-    fn check(&self) {
-        assert!(!self.kept.exists());
-        assert!(self.before <= std::time::SystemTime::now());
-    }
+    let shard = inputs.output.join("shards/replies-original-000001.parquet");
+    let written = || fs_err::metadata(&shard).unwrap().modified().unwrap();
+    let first = written();
+    assert!(score(&config, &inputs).is_err());
+    assert_eq!(written(), first);
 }
 
 #[test]
@@ -305,10 +452,7 @@ fn what_cannot_be_scored_is_said() {
 }
 
 fn run_binary(args: &[&str]) -> (i32, String, String) {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_arete-scoring"))
-        .args(args)
-        .output()
-        .unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_arete-scoring")).args(args).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
@@ -342,6 +486,14 @@ fn a_run_directory_is_all_the_program_needs() {
     let (code, stdout, stderr) = run_binary(&["report", "--run", dir]);
     assert_eq!(code, 0, "{stderr}");
     assert!(Path::new(stdout.trim()).is_file());
+
+    let (more, elsewhere) = (format!("best-so-far={}", fixture().display()), run.at("elsewhere"));
+    let of_all = ["score", "--run", dir, "--recipe", recipe, "--model", &more];
+    let (code, stdout, stderr) =
+        run_binary(&[&of_all[..], &["--output", elsewhere.to_str().unwrap()]].concat());
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("best-so-far − final"), "{stdout}");
+    assert_eq!(run_binary(&["score", "--run", dir, "--model", "nameless"]).0, 2);
 
     assert_eq!(run_binary(&["score"]).0, 2);
     assert_eq!(run_binary(&["score", "--run", dir, "--draws", "0"]).0, 2);

@@ -16,12 +16,13 @@ const FAINT: RGBColor = RGBColor(0xE0, 0xE0, 0xE1);
 /// plotters divides by 1.24 what it is given.
 const FONT_PX: f64 = 12.5 * 1.24;
 
-/// A colour of the page's palette: 0 to 5.
+/// A colour of the page's palette: 0 to 8; the first three are those of original, SFT and final model, the next three
+/// those of the aspects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Colour(pub u8);
 
 impl Colour {
-    const COUNT: u8 = 6;
+    const COUNT: u8 = 9;
 
     fn placeholder(self) -> RGBColor {
         RGBColor(0xA0, 0x00, self.0 % Self::COUNT + 1)
@@ -136,9 +137,9 @@ impl Chart {
     /// The drawing as a file of its own.
     pub fn standalone(&self) -> String {
         let style = "<style>svg{--dim:#5f5a52;--line:#dfdbd3;--s0:#7d8590;--s1:#2f7d8c;--s2:#b4552d;--s3:#6a5aa8;\
-                     --s4:#6d8a34;--s5:#b0862a;font-family:system-ui,sans-serif;background:#fdfcfa}\
+                     --s4:#6d8a34;--s5:#b0862a;--s6:#a8527c;--s7:#3f6fb0;--s8:#7a6248;font-family:system-ui,sans-serif;background:#fdfcfa}\
                      @media(prefers-color-scheme:dark){svg{--dim:#a49e93;--line:#3a3731;--s0:#9aa2ad;--s1:#62b6c4;\
-                     --s2:#e08a5e;--s3:#a99be6;--s4:#a3c25f;--s5:#dcb55c;background:#1b1a18}}</style>";
+                     --s2:#e08a5e;--s3:#a99be6;--s4:#a3c25f;--s5:#dcb55c;--s6:#dc8ab2;--s7:#86aee6;--s8:#c0a586;background:#1b1a18}}</style>";
         match self.svg.find('>') {
             Some(end) => format!("{}{style}{}", &self.svg[..=end], &self.svg[end + 1..]),
             None => self.svg.clone(),

@@ -162,27 +162,39 @@ impl Sample<'_> {
     fn turn(&self, aspect: Aspect, names: &[&str]) -> String {
         let z: Vec<String> = names.iter().map(|name| self.z_text(name, aspect)).collect();
         let open = if aspect == Aspect::Action { " open" } else { "" };
-        let mut out = format!(
-            "<details class=\"turn\"{open}><summary>{} <span class=\"dim\">{}</span></summary><div class=\"columns\">",
-            aspect.name(),
-            escape(&z.join(" · "))
-        );
+        let mut out = format!("<details class=\"turn\"{open}><summary>{}", aspect.name());
+        for (at, (name, z)) in names.iter().zip(&z).enumerate() {
+            let (class, name) = (model_colour(at).0, escape(name));
+            let _ =
+                write!(out, " <span class=\"chip m{class}\" title=\"{name}\">{}</span>", escape(z));
+        }
+        out.push_str("</summary><div class=\"columns\">");
         for (at, (name, row)) in names.iter().zip(&self.replies).enumerate() {
             let text = row.reply(aspect);
             let shown = if text.trim().is_empty() { "(empty)".to_owned() } else { escape(text) };
             let _ = write!(
                 out,
                 "<section class=\"reply m{}\"><header><b>{}</b><span class=\"n\">{}</span></header><p>{shown}</p>\
-                 <footer>{} tokens, {}</footer></section>",
+                 <footer>{} tokens, {}{}</footer></section>",
                 model_colour(at).0,
                 escape(name),
                 escape(&z[at]),
                 row.n_tokens(aspect),
-                ended(row.finish_reason(aspect))
+                ended(row.finish_reason(aspect)),
+                self.yardstick_text(name, aspect)
             );
         }
         out.push_str("</div></details>");
         out
+    }
+
+    /// `, yardstick +0.123`, if there is one.
+    fn yardstick_text(&self, name: &str, aspect: Aspect) -> String {
+        let row = self.scores.get(&(name, self.replies[0].prompt_id.as_str(), aspect));
+        let score = row.and_then(|row| row.yardstick);
+        score.map_or_else(String::new, |score| {
+            format!(", yardstick {}", number(f64::from(score), true))
+        })
     }
 
     fn z_text(&self, name: &str, aspect: Aspect) -> String {

@@ -11,10 +11,13 @@ use super::charts::{Chart, Colour, Estimate, Series};
 use super::html::{Cell, escape, table};
 use super::samples;
 use crate::Error;
+use crate::doctor::{self, Finding, Grade};
 use crate::judge::{Verdicts, kappa};
 use crate::run_files::{Metrics, RolloutReply, RunFiles, rollout_reply};
 use crate::summary::{Change, Difference, Scale, Scope, Summary};
-use crate::table::{bounds, interval, number, percent, probability, verdict};
+use crate::table::{
+    RETOKENISED, bounds, interval, number, percent, perplexity, probability, verdict,
+};
 
 /// A part of the page.
 #[derive(Clone, Debug)]
@@ -52,10 +55,11 @@ pub(crate) fn all(
 ) -> Result<Vec<Section>, Error> {
     Ok(vec![
         score(run)?,
+        diagnosis(run),
         replies(run, max_samples),
         training(run)?,
         reward_models(run)?,
-        judge(run),
+        judge(run)?,
         data(run)?,
         provenance(run, recipe),
     ])
@@ -67,9 +71,10 @@ fn dash(value: Option<String>) -> String {
     value.unwrap_or_else(|| DASH.to_owned())
 }
 
-/// The colour of the model at a place of the summary.
+/// The colour of the model at a place of the summary; the aspects have the three between.
 pub(crate) fn model_colour(at: usize) -> Colour {
-    Colour(u8::try_from(at % 3).unwrap_or(0))
+    const MODELS: [u8; 6] = [0, 1, 2, 6, 7, 8];
+    Colour(MODELS[at % MODELS.len()])
 }
 
 fn aspect_colour(aspect: Aspect) -> Colour {
@@ -119,11 +124,7 @@ fn figures(run: &RunFiles) -> Vec<(String, String, String)> {
     let mut figure = |name: String, value: String, note: String| out.push((name, value, note));
     if let Some(scoring) = &run.scoring {
         let summary = &scoring.summary;
-        if let Some(last) = summary
-            .differences
-            .iter()
-            .rfind(|d| d.scale == Scale::Standardised && d.scope == Scope::All)
-        {
+        if let Some(last) = summary.headline(Scale::Standardised) {
             figure(
                 format!("{} − {}, standardised Score", last.last, last.first),
                 number(last.score.interval.estimate, true),
@@ -229,12 +230,11 @@ fn score_charts(summary: &Summary) -> Result<Vec<Chart>, Error> {
         &models,
         None,
     )?);
-    let last = summary.differences.last().map(|d| (d.first.clone(), d.last.clone()));
-    if let Some((first, last)) = last {
+    if let Some(Difference { first, last, .. }) = summary.headline(Scale::Standardised) {
         let differences: Vec<Estimate> = Scope::ALL
             .iter()
             .filter_map(|&scope| {
-                let difference = summary.difference(&first, &last, Scale::Standardised, scope)?;
+                let difference = summary.difference(first, last, Scale::Standardised, scope)?;
                 let colour = match scope {
                     Scope::All => Colour(2),
                     Scope::Action => aspect_colour(Aspect::Action),
@@ -405,36 +405,68 @@ fn difference_tables(summary: &Summary) -> String {
 
 fn coherence_table(summary: &Summary) -> String {
     let mut rows = Vec::new();
+    let with_pairs = summary.models.iter().any(|model| model.preference_accuracy.is_some());
     for model in &summary.models {
         let coherence = &model.coherence;
         let optional = |value: Option<f64>, digits: usize| {
             Cell::number(dash(value.map(|value| format!("{value:.digits$}"))))
         };
-        let pairs = model.preference_accuracy.as_ref();
-        rows.push(vec![
+        let mut row = vec![
             Cell::text(model.name.as_str()),
-            optional(coherence.perplexity, 1),
+            Cell::number(perplexity(model)),
             optional(coherence.distinct_2, 3),
             Cell::number(dash(coherence.repeated_4gram_rate.map(percent))),
             Cell::number(format!("{:.1}", coherence.mean_tokens)),
             Cell::number(percent(coherence.truncated_rate)),
             Cell::number(percent(coherence.empty_rate)),
-            Cell::number(dash(
+        ];
+        if with_pairs {
+            let pairs = model.preference_accuracy.as_ref();
+            row.push(Cell::number(dash(
                 pairs.map(|own| format!("{} of {}", rate_with_bounds(&own.accuracy), own.n)),
-            )),
-        ]);
+            )));
+        }
+        rows.push(row);
     }
-    let header = [
-        "model",
-        "perplexity",
-        "distinct-2",
-        "repeated 4-grams",
-        "tokens",
-        "cut off",
-        "empty",
-        "human pairs",
-    ];
-    table("Do the replies still read as language?", &header, &rows)
+    let mut header =
+        vec!["model", "perplexity", "distinct-2", "repeated 4-grams", "tokens", "cut off", "empty"];
+    let mut note = "Perplexity: how surprising the base finds the replies, per token. Distinct-2: different pairs of \
+                    neighbouring words among all such pairs."
+        .to_owned();
+    if with_pairs {
+        header.push("human pairs");
+        note.push_str(" Human pairs: how often the better reply is likelier, per token.");
+    }
+    if summary.models.iter().any(|model| model.retokenised) {
+        let _ = write!(note, " {RETOKENISED}.");
+    }
+    let table = table("Do the replies still read as language?", &header, &rows);
+    format!("{table}<p class=\"below\">{}</p>", escape(&note))
+}
+
+/// What `doctor` says.
+fn diagnosis(run: &RunFiles) -> Section {
+    let mut section = Section::new("diagnosis", "Diagnosis");
+    section.lead = "Why a reward may be flat, in the order in which to ask: a later step cannot work if an earlier one fails."
+        .to_owned();
+    section.body.push_str("<ol class=\"findings\">");
+    for Finding { step, grade, found, advice } in doctor::diagnose(run) {
+        let name = grade.name();
+        let class = if grade == Grade::Unknown { "unknown" } else { name };
+        let _ = write!(
+            section.body,
+            "<li class=\"is-{class}\"><b class=\"grade\">{}</b><div><h3>{}</h3><p>{}</p>",
+            escape(name),
+            escape(&step),
+            escape(&found)
+        );
+        if !advice.is_empty() {
+            let _ = write!(section.body, "<p class=\"dim\">→ {}</p>", escape(&advice));
+        }
+        section.body.push_str("</div></li>");
+    }
+    section.body.push_str("</ol>");
+    section
 }
 
 fn replies(run: &RunFiles, max_samples: usize) -> Section {
@@ -628,10 +660,6 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
         let colour = aspect_colour(aspect);
         curves.push(series(aspect.name(), colour, scaled(&reward.metrics, "eval_accuracy", 100.0)));
         losses.push(series(aspect.name(), colour, reward.metrics.curve(&["loss"])));
-        let stats = reward
-            .stats
-            .as_ref()
-            .map(|stats| format!("{} ± {}", number(stats.mean, false), number(stats.std, false)));
         let mut row = vec![Cell::text(aspect.name())];
         match &reward.evaluation {
             Some(evaluation) => {
@@ -654,7 +682,6 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
             }
             None => row.extend((0..7).map(|_| Cell::number(DASH))),
         }
-        row.push(Cell::number(dash(stats)));
         rows.push(row);
     }
     section.charts.extend(Chart::estimates(
@@ -678,6 +705,7 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
         "step",
         &curves,
     )?);
+    section.charts.extend(calibration_chart(run)?);
     section.charts.extend(best_of(run)?);
     let header = [
         "aspect",
@@ -688,7 +716,6 @@ fn reward_models(run: &RunFiles) -> Result<Section, Error> {
         "calibration error",
         "with length",
         "margin",
-        "base's scores",
     ];
     section.body = table("Reward models on validation pairs", &header, &rows);
     Ok(section)
@@ -701,6 +728,28 @@ fn rate_with_bounds(rate: &Interval) -> String {
 
 fn scaled(metrics: &Metrics, name: &str, factor: f64) -> Vec<(f64, f64)> {
     metrics.curve(&[name]).into_iter().map(|(x, y)| (x, factor * y)).collect()
+}
+
+/// Stated against observed, of the side that a reward model favours.
+fn calibration_chart(run: &RunFiles) -> Result<Option<Chart>, Error> {
+    let mut lines = Vec::new();
+    for (&aspect, reward) in &run.rewards {
+        let bins = reward.evaluation.iter().flat_map(|evaluation| &evaluation.calibration);
+        let points = bins.map(|bin| (100.0 * bin.stated, 100.0 * bin.observed)).collect();
+        lines.push(series(aspect.name(), aspect_colour(aspect), points));
+    }
+    if lines.iter().all(|line| line.points.is_empty()) {
+        return Ok(None);
+    }
+    lines.push(series("perfect", Colour(0), vec![(50.0, 50.0), (100.0, 100.0)]));
+    Chart::lines(
+        "reward-calibration",
+        "Calibration, per cent right",
+        "Of the pairs for whose better side a reward model stated this probability, how many it got right. Below the grey line \
+         it is too sure of itself.",
+        "stated probability, per cent",
+        &lines,
+    )
 }
 
 fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
@@ -718,62 +767,152 @@ fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
     )
 }
 
-fn judge(run: &RunFiles) -> Section {
+fn judge(run: &RunFiles) -> Result<Section, Error> {
     let mut section = Section::new("judge", "Judge");
     let Some(rows) = run.judgements.as_ref().filter(|rows| !rows.is_empty()) else {
-        return section.not_run("Judging was");
+        let mut section = section.not_run("Judging was");
+        section.body.push_str(&methods_table(run));
+        return Ok(section);
     };
     let first = &rows[0];
-    section.lead = format!(
-        "{} verdicts by {} ({}). A judge without a bias for places prefers what is shown first half of the time; one \
-         that looks at the answers prefers the same one in both orders.",
-        rows.len(),
-        first.judge,
-        first.method
-    );
-    let mut table_rows = Vec::new();
-    for aspect in Aspect::ALL {
-        let own: Vec<&JudgementRow> = rows.iter().filter(|row| row.aspect == aspect).collect();
-        for virtue in Virtue::ALL {
-            let verdicts = Verdicts::of(own.iter().copied().filter(|row| row.virtue == virtue));
-            if verdicts.n > 0 {
-                table_rows.push(verdict_row(aspect.name(), virtue.name(), &verdicts));
-            }
-        }
-        let verdicts = Verdicts::of(own.iter().copied());
-        if verdicts.n > 0 {
-            let kappa = dash(kappa(&own).map(|kappa| format!("κ {}", number(kappa, false))));
-            table_rows.push(verdict_row(aspect.name(), &format!("all five, {kappa}"), &verdicts));
-        }
+    section.lead = format!("{} verdicts by {} ({}).", rows.len(), first.judge, first.method);
+    let all = Verdicts::of(rows.iter());
+    if all.consistency().is_some() {
+        section.lead.push_str(
+            " A judge without a bias for places prefers what is shown first half of the time; one that looks at the answers \
+             prefers the same one in both orders.",
+        );
     }
-    let header = [
-        "aspect",
-        "virtue",
-        "verdicts",
-        "sample 0",
-        "sample 1",
-        "neither",
-        "first shown",
-        "same in both orders",
-        "abstained",
-    ];
-    section.body = table("Votes by virtue", &header, &table_rows);
-    section
+    section.charts.extend(votes_chart(rows)?);
+    section.charts.extend(first_shown_chart(rows)?);
+    section.body = votes_table(rows, all.seen > 0);
+    section.body.push_str(&methods_table(run));
+    Ok(section)
 }
 
-fn verdict_row(aspect: &str, virtue: &str, verdicts: &Verdicts) -> Vec<Cell> {
+/// Share of sample 0 among the votes of each virtue: what it would be if votes were cast blindly is one half.
+fn votes_chart(rows: &[JudgementRow]) -> Result<Option<Chart>, Error> {
+    let estimates = by_virtue(rows, |verdicts| {
+        let [zero, one, _] = verdicts.votes;
+        (zero, zero + one)
+    });
+    Chart::estimates(
+        "judge-votes",
+        "Votes for sample 0, per cent",
+        "Of the votes of each virtue, over all aspects. Samples come in no order, so a fair judge is near the dashed line; under \
+         contrasting personas sample 0 is the virtuous one.",
+        &estimates,
+        Some(50.0),
+    )
+}
+
+fn first_shown_chart(rows: &[JudgementRow]) -> Result<Option<Chart>, Error> {
+    let estimates = by_virtue(rows, |verdicts| (verdicts.first, verdicts.seen));
+    Chart::estimates(
+        "judge-first-shown",
+        "First shown preferred, per cent",
+        "Of the single verdicts of each virtue. Far from the dashed line the judge follows the place, not the answer.",
+        &estimates,
+        Some(50.0),
+    )
+}
+
+/// A share in per cent with Wilson's interval for each virtue that has any trials.
+fn by_virtue(rows: &[JudgementRow], share: impl Fn(&Verdicts) -> (usize, usize)) -> Vec<Estimate> {
+    let mut out = Vec::new();
+    for (at, virtue) in Virtue::ALL.into_iter().enumerate() {
+        let verdicts = Verdicts::of(rows.iter().filter(|row| row.virtue == virtue));
+        let (wins, n) = share(&verdicts);
+        if n == 0 {
+            continue;
+        }
+        let Interval { estimate, low, high } = stats::wilson(wins as u64, n as u64, 1.96);
+        out.push(Estimate {
+            name: virtue.name().to_owned(),
+            colour: Colour([1, 2, 3, 4, 5][at]),
+            interval: Interval { estimate: 100.0 * estimate, low: 100.0 * low, high: 100.0 * high },
+            reference: None,
+        });
+    }
+    out
+}
+
+fn votes_table(rows: &[JudgementRow], with_orders: bool) -> String {
+    let mut header = vec!["aspect", "virtue", "verdicts", "sample 0", "sample 1", "neither"];
+    if with_orders {
+        header.extend(["first shown", "same in both orders", "abstained"]);
+    }
+    let mut table_rows = Vec::new();
+    let mut agreement = Vec::new();
+    for aspect in Aspect::ALL {
+        let own: Vec<&JudgementRow> = rows.iter().filter(|row| row.aspect == aspect).collect();
+        let mut push = |name: String, verdicts: &Verdicts| {
+            if verdicts.n > 0 {
+                table_rows.push(verdict_row(aspect.name(), name, verdicts, with_orders));
+            }
+        };
+        for virtue in Virtue::ALL {
+            let of = own.iter().copied().filter(|row| row.virtue == virtue);
+            push(virtue.name().to_owned(), &Verdicts::of(of));
+        }
+        push("all five".to_owned(), &Verdicts::of(own.iter().copied()));
+        agreement
+            .extend(kappa(&own).map(|kappa| format!("{} {}", aspect.name(), number(kappa, false))));
+    }
+    let mut out = table("Votes by virtue", &header, &table_rows);
+    if !agreement.is_empty() {
+        let _ = write!(
+            out,
+            "<p class=\"below\">Agreement of the five virtues, Fleiss' κ (0 as by chance, 1 always): {}.</p>",
+            escape(&agreement.join(", "))
+        );
+    }
+    out
+}
+
+fn verdict_row(aspect: &str, name: String, verdicts: &Verdicts, with_orders: bool) -> Vec<Cell> {
     let [zero, one, neither] = verdicts.votes;
-    vec![
-        Cell::text(aspect),
-        Cell::text(virtue),
-        Cell::number(verdicts.n.to_string()),
-        Cell::number(zero.to_string()),
-        Cell::number(one.to_string()),
-        Cell::number(neither.to_string()),
-        Cell::number(dash(verdicts.first_rate().map(percent))),
-        Cell::number(dash(verdicts.consistency().map(percent))),
-        Cell::number(verdicts.abstained.to_string()),
-    ]
+    let mut row = vec![Cell::text(aspect), Cell::text(name)];
+    row.extend([verdicts.n, zero, one, neither].map(|n| Cell::number(n.to_string())));
+    if with_orders {
+        row.extend([
+            Cell::number(dash(verdicts.first_rate().map(percent))),
+            Cell::number(dash(verdicts.consistency().map(percent))),
+            Cell::number(verdicts.abstained.to_string()),
+        ]);
+    }
+    row
+}
+
+/// How far each judging method agrees with labelled pairs, if that was measured.
+fn methods_table(run: &RunFiles) -> String {
+    let Some(calibration) = &run.calibration else { return String::new() };
+    let per_cent = |value: Option<f64>| Cell::number(dash(value.map(|p| format!("{p:.1} %"))));
+    let rows: Vec<Vec<Cell>> = calibration
+        .table
+        .iter()
+        .map(|row| {
+            let shots = match row.few_shot {
+                0 => String::new(),
+                n => format!(", {n}-shot"),
+            };
+            vec![
+                Cell::text(row.set.as_str()),
+                Cell::text(format!("{}{shots}", row.method)),
+                Cell::text(row.by.as_str()),
+                Cell::number(row.agreement.n.to_string()),
+                Cell::number(rate_with_bounds(&row.agreement.rate)),
+                per_cent(row.first_position_percent),
+                per_cent(row.swap_consistency_percent),
+            ]
+        })
+        .collect();
+    let header = ["pairs", "method", "by", "n", "agreement", "first shown", "same in both orders"];
+    format!(
+        "{}<p class=\"below\">{}.</p>",
+        table("Judging methods on labelled pairs", &header, &rows),
+        escape(&calibration.recommendation.reason)
+    )
 }
 
 fn data(run: &RunFiles) -> Result<Section, Error> {

@@ -194,6 +194,29 @@ impl SyntheticRun<'_> {
         parquet::write(self.at("conversations/conversations.parquet"), &conversations).unwrap();
         Self::finish(stage, json!({ "conversations": 240 }));
         self.preferences(&prompts, &conversations);
+        self.calibration();
+    }
+
+    fn calibration(&self) {
+        let stage = self.begin("calibrate", "calibration", json!({ "limit": 100 }));
+        let row = |method: &str, first: Option<f64>, same: Option<f64>| {
+            json!({
+                "set": "hh-rlhf.jsonl", "method": method, "few_shot": 2, "by": "votes",
+                "agreement": { "n": 100, "agreed": 61, "estimate": 0.61, "low": 0.51, "high": 0.70 },
+                "tie_percent": 0.0, "abstained_percent": 0.0, "first_position_percent": first,
+                "swap_consistency_percent": same, "length_correlation": null, "flip": false,
+            })
+        };
+        let calibration = json!({
+            "pairs": { "hh-rlhf.jsonl": 100 },
+            "table": [row("shorter", None, None), row("pairwise-logits", Some(66.5), Some(55.0))],
+            "recommendation": {
+                "method": "pairwise-logits", "few_shot": 2, "flip": false,
+                "reason": "its interval lies above 50 %",
+            },
+        });
+        fs_err::write(self.at("calibration/calibration.json"), calibration.to_string()).unwrap();
+        Self::finish(stage, json!({}));
     }
 
     fn preferences(&self, prompts: &[PromptRow], conversations: &[ConversationRow]) {
@@ -311,6 +334,11 @@ impl SyntheticRun<'_> {
                 "accuracy": { "estimate": accuracy, "low": accuracy - 0.085, "high": accuracy + 0.08 },
                 "shorter_answer": { "estimate": 0.52, "low": 0.43, "high": 0.61 },
                 "lead_over_shorter_answer": { "estimate": accuracy - 0.52, "low": accuracy - 0.6, "high": accuracy - 0.43 },
+                "calibration": [
+                    { "n": 60, "stated": 0.56, "observed": 0.55 - 0.03 * k as f64 },
+                    { "n": 40, "stated": 0.72, "observed": 0.7 - 0.04 * k as f64 },
+                    { "n": 20, "stated": 0.87, "observed": 0.8 - 0.05 * k as f64 },
+                ],
                 "expected_calibration_error": 0.062, "pearson_score_length": -0.21, "spearman_score_length": null,
                 "mean_margin": 0.31,
             });
@@ -488,6 +516,7 @@ impl SyntheticRun<'_> {
                     coherence_by_aspect: Aspect::ALL
                         .map(|aspect| (aspect, of(Some(aspect))))
                         .into(),
+                    retokenised: false,
                     preference_accuracy: PreferenceAccuracy::of(&[
                         (-1.0, -2.0),
                         (-1.5, -1.2),
