@@ -1,0 +1,532 @@
+//! The whole pipeline on a tiny chat model, every stage by its own program: what each leaves for the next, that a second
+//! run has nothing to do, that the same seed gives the same bytes, and that kills change none of them.
+
+#[path = "../crates/scoring/tests/common/browser.rs"]
+#[expect(dead_code, reason = "the tests of the page use the rest")]
+mod browser;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use arete_records::parquet::{self, Row};
+use arete_records::rows::{
+    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
+};
+use arete_records::run::{RunJson, sha256_file};
+use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, prompt_id, split_of};
+use browser::Browser;
+
+/// Prompts of the run.
+const N_PROMPTS: usize = 48;
+
+/// Settings for a model of 220 kB: everything small, f32, one thread.
+const RECIPE: &str = r#"
+[run]
+seed = 7
+device = "cpu"
+dtype = "f32"
+threads = 1
+
+[prompts]
+limit = 48
+max_chars = 120
+
+[demonstrations]
+source = "mix"
+few_shot = 1
+max_new_tokens = 24
+constitution = "{data}/constitution.toml"
+exemplars = "{data}/demonstrations/exemplars.jsonl"
+
+[sft]
+rank = 2
+epochs = 1
+max_steps = 4
+batch_size = 8
+max_length = 400
+eval_every = 2
+checkpoint_every = 2
+
+[conversations]
+max_new_tokens = {max_new_tokens}
+temperature = 1.0
+constitution = "{data}/constitution.toml"
+
+[preferences]
+method = "likelihood"
+truncated = "{truncated}"
+constitution = "{data}/constitution.toml"
+exemplars = "{data}/demonstrations/exemplars.jsonl"
+
+[reward]
+rank = 2
+epochs = 1
+batch_size = 10
+learning_rate = 1e-3
+eval_every = 2
+checkpoint_every = 2
+
+[yardstick]
+rank = 2
+epochs = 1
+max_steps = 2
+batch_size = 10
+
+[ppo]
+rank = 2
+iterations = 3
+rollout_size = 8
+value_warmup = 0
+max_new_tokens = 16
+temperature = 1.0
+learning_rate = 1e-3
+probe_every = 1
+probe_prompts = 3
+checkpoint_every = 1
+
+[scoring]
+max_new_tokens = 16
+temperature = 1.0
+draws = 500
+"#;
+
+/// The stages in order, with where their results go.
+const STAGES: [(&str, &str); 10] = [
+    ("prompts", "prompts"),
+    ("demonstrations", "demonstrations"),
+    ("sft", "sft"),
+    ("conversations", "conversations"),
+    ("preferences", "preferences"),
+    ("reward", "reward"),
+    ("yardstick", "yardstick"),
+    ("ppo", "ppo"),
+    ("scoring", "scoring"),
+    ("report", "report"),
+];
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the repository")
+}
+
+/// The programs lie where `cargo test --workspace` and `make build` put them, beside the tests' directory.
+fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the path of this test");
+    let path = test.ancestors().nth(2).expect("target/release").join(format!("arete-{name}"));
+    assert!(path.is_file(), "{} is missing: run `make build`", path.display());
+    path
+}
+
+/// A directory in which the pipeline runs; commands name everything inside it by relative paths, so that two of them can be
+/// compared byte by byte.
+struct Pipeline {
+    dir: PathBuf,
+}
+
+impl Pipeline {
+    /// An empty one with the recipe and labelled pairs.
+    fn new(name: &str, truncated: &str, max_new_tokens: usize) -> Self {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pipeline").join(name);
+        if dir.exists() {
+            fs_err::remove_dir_all(&dir).unwrap();
+        }
+        fs_err::create_dir_all(&dir).unwrap();
+        let data = repository().join("data");
+        let recipe = RECIPE
+            .replace("{data}", data.to_str().unwrap())
+            .replace("{truncated}", truncated)
+            .replace("{max_new_tokens}", &max_new_tokens.to_string());
+        fs_err::write(dir.join("recipe.toml"), recipe).unwrap();
+        let pairs: Vec<String> = (0..40)
+            .map(|idx| {
+                let say =
+                    |reply: &str| format!("\n\nHuman: Is case {idx} fair?\n\nAssistant: {reply}");
+                let (chosen, rejected) = (say("I would ask first and listen."), say("Who cares."));
+                serde_json::json!({ "chosen": chosen, "rejected": rejected }).to_string()
+            })
+            .collect();
+        fs_err::write(dir.join("pairs.jsonl"), pairs.join("\n")).unwrap();
+        Self { dir }
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.dir.join("run").join(path)
+    }
+
+    /// The command of a stage, as in the Makefile.
+    fn command(&self, stage: &str) -> Command {
+        let model = repository().join("tests/fixtures/tiny-chat");
+        let prompts = repository().join("data/prompts");
+        let (model, prompts) = (model.to_str().unwrap(), prompts.to_str().unwrap());
+        let base = "run/sft/merged";
+        let (name, arguments): (&str, Vec<&str>) = match stage {
+            "prompts" => ("curation", vec!["prompts", "--input", prompts]),
+            "demonstrations" => {
+                ("curation", vec!["demonstrations", "--prompts", "run/prompts", "--model", model])
+            }
+            "sft" => {
+                ("sft", vec!["train", "--demonstrations", "run/demonstrations", "--model", model])
+            }
+            "conversations" => {
+                ("curation", vec!["conversations", "--prompts", "run/prompts", "--model", base])
+            }
+            "preferences" => {
+                let from = ["preferences", "--conversations", "run/conversations", "--judge", base];
+                ("curation", from.to_vec())
+            }
+            "reward" => {
+                let from = ["train", "--aspect", "all", "--preferences", "run/preferences"];
+                let of = ["--conversations", "run/conversations", "--model", base];
+                ("reward", [&from[..], &of].concat())
+            }
+            "yardstick" => ("reward", vec!["train", "--pairs", "pairs.jsonl", "--model", base]),
+            "ppo" => {
+                let from = ["train", "--prompts", "run/prompts", "--reward", "run/reward"];
+                ("ppo", [&from[..], &["--yardstick", "run/yardstick", "--model", base]].concat())
+            }
+            "scoring" => {
+                let models = ["--original", model, "--sft", base, "--final", "run/ppo"];
+                let by = ["--reward", "run/reward", "--yardstick", "run/yardstick"];
+                let of = ["score", "--prompts", "run/prompts", "--pairs", "pairs.jsonl"];
+                ("scoring", [&of[..], &models, &by].concat())
+            }
+            "report" => ("scoring", vec!["report", "--run", "run"]),
+            "doctor" => ("scoring", vec!["doctor", "--run", "run"]),
+            other => unreachable!("{other}"),
+        };
+        let mut command = Command::new(program(name));
+        command.current_dir(&self.dir).args(arguments);
+        if stage != "doctor" {
+            command.args(["--recipe", "recipe.toml", "--output", &format!("run/{stage}")]);
+        }
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn try_run(&self, stage: &str) -> Output {
+        self.command(stage).output().expect("the program starts")
+    }
+
+    /// Runs a stage; what it printed and logged.
+    fn run(&self, stage: &str) -> (String, String) {
+        let output = self.try_run(stage);
+        let [stdout, stderr] = [&output.stdout, &output.stderr].map(|b| text(b));
+        assert!(output.status.success(), "{stage}: {}\n{stderr}", output.status);
+        (stdout, stderr)
+    }
+
+    /// Every file but those with times in them, with its hash.
+    fn files(&self) -> BTreeMap<String, String> {
+        let root = self.dir.join("run");
+        let (mut files, mut waiting) = (BTreeMap::new(), vec![root.clone()]);
+        while let Some(dir) = waiting.pop() {
+            for entry in fs_err::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                let is_timed = name == "timings.jsonl" || name.starts_with("events.out.tfevents");
+                if path.is_dir() {
+                    waiting.push(path);
+                } else if !is_timed && !name.starts_with('.') {
+                    let inside = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+                    files.insert(inside, sha256_file(&path).unwrap());
+                }
+            }
+        }
+        files
+    }
+
+    fn rows<T: Row>(&self, path: &str) -> Vec<T> {
+        parquet::read(self.at(path)).unwrap()
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A finished run that the tests read, and how long each stage took.
+struct Whole {
+    pipeline: Pipeline,
+    took: BTreeMap<&'static str, Duration>,
+    score_table: String,
+}
+
+static WHOLE: LazyLock<Whole> = LazyLock::new(|| {
+    let pipeline = Pipeline::new("whole", "keep", 24);
+    let mut took = BTreeMap::new();
+    let mut score_table = String::new();
+    for (stage, _) in STAGES {
+        let started = Instant::now();
+        let (stdout, _) = pipeline.run(stage);
+        took.insert(stage, started.elapsed());
+        if stage == "scoring" {
+            score_table = stdout;
+        }
+    }
+    println!("seconds a stage: {took:.2?}");
+    Whole { pipeline, took, score_table }
+});
+
+#[test]
+fn every_stage_leaves_what_the_next_one_reads() {
+    let run = &WHOLE.pipeline;
+    let prompts: Vec<PromptRow> = run.rows("prompts/prompts.parquet");
+    assert_eq!(prompts.len(), N_PROMPTS);
+    let ids: BTreeSet<&str> = prompts.iter().map(|row| row.prompt_id.as_str()).collect();
+    assert_eq!(ids.len(), N_PROMPTS);
+    for row in &prompts {
+        assert_eq!((&row.prompt_id, row.split), (&prompt_id(&row.prompt), split_of(&row.prompt)));
+    }
+    let in_split = |split| prompts.iter().filter(|row| row.split == split).count();
+    assert!(Split::ALL.into_iter().all(|split| in_split(split) > 0));
+
+    let demonstrations: Vec<DemonstrationRow> = run.rows("demonstrations/demonstrations.parquet");
+    for source in ["own", "self"] {
+        assert!(demonstrations.iter().any(|row| row.source == source), "{source}");
+    }
+    assert!(demonstrations.iter().all(|row| is_chain(&row.messages)));
+    assert!(run.at("sft/merged/model.safetensors").is_file());
+    assert!(run.at("sft/adapter/adapter_model.safetensors").is_file());
+
+    let conversations: Vec<ConversationRow> = run.rows("conversations/conversations.parquet");
+    assert_eq!(conversations.len(), 2 * N_PROMPTS);
+    for (idx, row) in conversations.iter().enumerate() {
+        let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
+        assert_eq!((row.sample, row.split), ((idx % 2) as i32, prompt.split));
+        assert!(row.messages.starts_with(&prompt.prompt) && is_chain(&row.messages));
+        for aspect in Aspect::ALL {
+            let n_tokens = row.n_tokens(aspect);
+            assert!((1..=24).contains(&n_tokens));
+            assert!(row.finish_reason(aspect) == FinishReason::Stop || n_tokens == 24);
+            assert!(row.messages.iter().any(|message| message.content == row.reply(aspect)));
+        }
+    }
+    preferences_are_of(run, &conversations);
+    for aspect in Aspect::ALL {
+        let dir = format!("reward/{aspect}");
+        for file in ["adapter/adapter_model.safetensors", "score_stats.json", "evaluation.json"] {
+            assert!(run.at(&format!("{dir}/{file}")).is_file(), "{dir}/{file}");
+        }
+    }
+    rollouts_are_of(run, &prompts);
+    scores_are_of(run, &prompts);
+    for (_, dir) in STAGES {
+        let dirs = match dir {
+            "reward" => Aspect::ALL.map(|aspect| format!("reward/{aspect}")).to_vec(),
+            dir => vec![dir.to_owned()],
+        };
+        for dir in dirs {
+            let recorded = RunJson::read(run.at(&dir)).unwrap();
+            assert!(!recorded.outputs.is_empty(), "{dir}");
+            for (name, file) in &recorded.outputs {
+                let path = run.at(&format!("{dir}/{name}"));
+                assert_eq!(sha256_file(&path).unwrap(), file.sha256, "{dir}/{name}");
+            }
+            if !matches!(dir.as_str(), "prompts" | "report") {
+                assert_eq!(recorded.seed, 7, "{dir}");
+            }
+        }
+    }
+}
+
+/// Roles alternate, the two questions are asked, and three replies are the model's.
+fn is_chain(messages: &[Message]) -> bool {
+    let [.., _, answer, motivation, _, consequence, _] = messages else { return false };
+    let asked = |message: &Message, aspect: Aspect| Some(&*message.content) == aspect.question();
+    let roles: Vec<Role> = messages.iter().map(|message| message.role).collect();
+    answer.role == Role::Assistant
+        && asked(motivation, Aspect::Motivation)
+        && asked(consequence, Aspect::Consequence)
+        && roles == [Role::User, Role::Assistant].repeat(messages.len() / 2)
+}
+
+fn preferences_are_of(run: &Pipeline, conversations: &[ConversationRow]) {
+    let judgements: Vec<JudgementRow> = run.rows("preferences/judgements.parquet");
+    assert_eq!(judgements.len() % Virtue::ALL.len(), 0);
+    for verdicts in judgements.chunks(Virtue::ALL.len()) {
+        let virtues: Vec<Virtue> = verdicts.iter().map(|row| row.virtue).collect();
+        assert_eq!(virtues, Virtue::ALL);
+    }
+    for aspect in Aspect::ALL {
+        let mut n_pairs = 0;
+        for split in Split::ALL {
+            let file = format!("preferences/{aspect}/{split}.parquet");
+            if split == Split::Test && !run.at(&file).exists() {
+                continue; // so few prompts that all of this split may be ties
+            }
+            let rows: Vec<PreferenceRow> = run.rows(&file);
+            n_pairs += rows.len();
+            for row in rows {
+                let own = || conversations.iter().filter(|c| c.prompt_id == row.prompt_id);
+                assert!(own().all(|sample| sample.split == split));
+                let through = |side: &[Message]| [row.prompt.clone(), side.to_vec()].concat();
+                for side in [&row.chosen, &row.rejected] {
+                    assert_eq!(side.len(), 1 + 2 * aspect.index());
+                    let whole = through(side);
+                    assert!(own().any(|sample| sample.messages.starts_with(&whole)));
+                }
+                let votes = |vote| {
+                    judgements
+                        .iter()
+                        .filter(|j| (&j.prompt_id, j.aspect) == (&row.prompt_id, aspect))
+                        .filter(|j| j.vote == Some(vote))
+                        .count() as i32
+                };
+                let mut counted = [votes(0), votes(1)];
+                counted.sort_unstable();
+                assert_eq!([row.score_rejected, row.score_chosen], counted);
+                assert!(row.score_chosen > row.score_rejected);
+            }
+        }
+        assert!(n_pairs >= 20, "{aspect}: {n_pairs}");
+    }
+}
+
+fn rollouts_are_of(run: &Pipeline, prompts: &[PromptRow]) {
+    for iteration in 1..=3 {
+        let rows: Vec<RolloutRow> =
+            run.rows(&format!("ppo/rollouts/iteration-{iteration:06}.parquet"));
+        assert_eq!(rows.len(), 8);
+        for row in rows {
+            let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
+            assert_eq!((row.iteration, prompt.split), (iteration, Split::Train));
+            assert!(row.z_action.is_some() && row.reward.is_finite() && is_chain(&row.messages));
+        }
+    }
+    assert!(run.at("ppo/adapter/adapter_model.safetensors").is_file());
+    assert!(run.at("ppo/merged/model.safetensors").is_file());
+}
+
+fn scores_are_of(run: &Pipeline, prompts: &[PromptRow]) {
+    let scores: Vec<ScoreRow> = run.rows("scoring/scores.parquet");
+    let test: BTreeSet<&str> = prompts
+        .iter()
+        .filter(|row| row.split == Split::Test)
+        .map(|row| row.prompt_id.as_str())
+        .collect();
+    assert_eq!(scores.len(), 3 * test.len() * Aspect::ALL.len());
+    let key = |row: &ScoreRow| (row.model.clone(), row.prompt_id.clone(), row.aspect);
+    assert_eq!(scores.iter().map(key).collect::<BTreeSet<_>>().len(), scores.len());
+    for row in &scores {
+        assert!(test.contains(row.prompt_id.as_str()));
+        assert!(row.score.is_finite() && row.z.is_finite() && row.yardstick.is_some());
+    }
+    // The Score that was printed is μ − 0.5 σ of the scores in the file.
+    for model in ["original", "sft", "final"] {
+        let own: Vec<f64> = scores
+            .iter()
+            .filter(|row| row.model == model)
+            .map(|row| f64::from(row.score))
+            .collect();
+        let mean = own.iter().sum::<f64>() / own.len() as f64;
+        let variance = own.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / own.len() as f64;
+        let score = mean - 0.5 * variance.sqrt();
+        let printed = format!("{:.3}", score.abs());
+        let line = WHOLE.score_table.lines().find(|line| line.starts_with(model)).unwrap();
+        assert!(line.contains(&printed), "{model} {score}: {}", WHOLE.score_table);
+    }
+}
+
+#[test]
+fn a_second_run_is_up_to_date() {
+    let run = &WHOLE.pipeline;
+    let before = run.files();
+    for (stage, _) in STAGES {
+        let started = Instant::now();
+        let (stdout, stderr) = run.run(stage);
+        let took = started.elapsed();
+        assert!(stderr.contains("up to date"), "{stage}: {stderr}");
+        assert!(!stderr.contains("running again"), "{stage}: {stderr}");
+        assert!(took < Duration::from_secs(5), "{stage} looked for {took:?}");
+        if stage == "scoring" {
+            assert_eq!(stdout, WHOLE.score_table);
+        }
+    }
+    assert_eq!(run.files(), before);
+}
+
+#[test]
+fn kills_change_no_byte_and_neither_does_the_directory() {
+    let expected = WHOLE.pipeline.files();
+    let run = Pipeline::new("killed", "keep", 24);
+    let mut n_killed = 0;
+    for (at, (stage, dir)) in STAGES.into_iter().enumerate() {
+        // Each stage at another moment, start-up included.
+        let wait = WHOLE.took[stage].mul_f64(0.25 + 0.06 * at as f64);
+        let mut child =
+            run.command(stage).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(wait);
+        child.kill().unwrap();
+        n_killed += u8::from(!child.wait().unwrap().success());
+        run.run(stage);
+        let own = |files: &BTreeMap<String, String>| -> BTreeMap<String, String> {
+            let inside = format!("{dir}/");
+            let own = files.iter().filter(|(name, _)| name.starts_with(&inside));
+            own.map(|(name, sum)| (name.clone(), sum.clone())).collect()
+        };
+        assert_eq!(own(&run.files()), own(&expected), "{stage}");
+    }
+    assert!(n_killed >= 5, "only {n_killed} of {} stages were killed in time", STAGES.len());
+    assert_eq!(run.files(), expected);
+}
+
+#[test]
+fn replies_that_are_all_cut_off_end_in_a_clear_error() {
+    let run = Pipeline::new("cut", "drop", 1);
+    for stage in ["prompts", "demonstrations", "sft", "conversations"] {
+        run.run(stage);
+    }
+    let output = run.try_run("preferences");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(65), "{stderr}");
+    for part in [
+        "action",
+        "0 %",
+        "motivation 0 %",
+        "consequence 0 %",
+        "raise max_new_tokens",
+        "truncated = \"trim\"",
+    ] {
+        assert!(stderr.contains(part), "{part} in {stderr}");
+    }
+    assert!(!run.at("preferences/run.json").exists());
+    // Without them there are no reward models, and the diagnosis names the cause first.
+    let (diagnosis, _) = run.run("doctor");
+    assert!(diagnosis.starts_with("bad   replies cut off"), "{diagnosis}");
+    assert!(diagnosis.contains("100.0 %") && diagnosis.contains("Begin with: replies cut off."));
+}
+
+#[test]
+fn the_doctor_asks_its_questions_in_order() {
+    let (diagnosis, _) = WHOLE.pipeline.run("doctor");
+    let steps = [
+        "replies cut off",
+        "judge, both orders",
+        "reward models",
+        "best of ",
+        "KL at the end",
+        "Score",
+    ];
+    let mut rest = diagnosis.as_str();
+    for step in steps {
+        let at = rest.find(step).unwrap_or_else(|| panic!("{step} in {diagnosis}"));
+        rest = &rest[at + step.len()..];
+    }
+}
+
+#[test]
+fn the_page_of_the_run_opens_in_a_browser() {
+    let run = &WHOLE.pipeline;
+    let page = run.at("report/report.html");
+    let html = fs_err::read_to_string(&page).unwrap();
+    assert!(!html.contains("not run."), "a section is missing");
+    let Some(mut browser) = Browser::start() else { return };
+    browser.open(&page);
+    assert_eq!(browser.complaints(), Vec::<String>::new());
+    let n_charts = browser.number("document.querySelectorAll('figure svg').length");
+    let n_files = fs_err::read_dir(run.at("report/charts")).unwrap().count();
+    assert_eq!(n_charts as usize, n_files);
+    assert!(n_charts >= 15.0, "{n_charts}");
+}
