@@ -79,8 +79,8 @@ mod tests {
         let packed = Packed::new(&sequences, 50);
         assert_eq!(packed.batch.n_tokens(), 2 * 10 + 11 * 3);
         for (idx, tokens) in sequences.iter().enumerate() {
-            for token in 10..13 {
-                assert_eq!(packed.batch.token_ids()[packed.row(idx, token)], tokens[token]);
+            for (token, id) in tokens.iter().enumerate().skip(10) {
+                assert_eq!(packed.batch.token_ids()[packed.row(idx, token)], *id);
             }
             assert_eq!(packed.last_row(idx), packed.row(idx, 12));
             // The first own token is predicted by the last shared one.

@@ -119,7 +119,11 @@ impl CheckpointStore {
         for step in steps {
             // Under its own name until it is gone: a reader that meets half of it finds the manifest violated.
             let path = self.path(step);
-            fs_err::remove_file(path.join(MANIFEST))?;
+            match fs_err::remove_file(path.join(MANIFEST)) {
+                // A kill came between these two removals the last time.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                other => other?,
+            }
             fs_err::remove_dir_all(path)?;
         }
         Ok(())
@@ -332,6 +336,16 @@ mod tests {
         assert_eq!(store.steps().unwrap(), vec![1, 4, 5]);
         store.keep_only(&[5]).unwrap();
         assert_eq!(store.steps().unwrap(), vec![5]);
+    }
+
+    #[test]
+    fn a_checkpoint_that_a_kill_left_half_removed_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), "f", 1);
+        store.save(1, &tensors(0.0), &Vec::<u64>::new(), &[]).unwrap();
+        fs_err::remove_file(store.path(1).join(MANIFEST)).unwrap();
+        store.save(2, &tensors(0.0), &Vec::<u64>::new(), &[]).unwrap();
+        assert_eq!(store.steps().unwrap(), vec![2]);
     }
 
     #[test]
