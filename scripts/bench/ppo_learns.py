@@ -23,9 +23,7 @@ FLAGS = {
     "--rollout-size": "16",
     "--max-new-tokens": "12",
     "--temperature": "0.9",
-    "--learning-rate": "2e-3",
-    "--schedule": "constant",
-    "--warmup-ratio": "0.1",
+    "--learning-rate": "1e-3",
     "--value-learning-rate": "1e-3",
     "--epochs": "2",
     "--kl-coef": "0.02",
@@ -42,7 +40,7 @@ def write_prompts(folder: pathlib.Path) -> pathlib.Path:
     questions = []
     for path in sorted((ROOT / "data/prompts").glob("*.jsonl")):
         questions += [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
-    short = [question for question in questions if len(question) <= 45]
+    short = [question for question in questions if len(question) <= 60]
     lines = [
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": question}]}
         for question in short
