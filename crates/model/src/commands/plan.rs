@@ -586,6 +586,15 @@ fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
     }
 }
 
+/// A stage's plan.
+struct Planned {
+    stage: Stage,
+    need: Need,
+    settings: Settings,
+    /// For each size in GB: the changes it takes, or the bytes needed even so.
+    fits: Vec<(u64, Result<Vec<String>, u64>)>,
+}
+
 /// A change of one setting that saves memory.
 type Change = fn(&mut Settings) -> Option<String>;
 
@@ -678,26 +687,24 @@ pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
             let counter = Counter::new(&config, settings, device, stored);
             count(stage, &counter, arguments.prompt_tokens)
         };
-        let fits: Vec<(u64, Result<Vec<String>, u64>)> = GPU_SIZES_GB
+        let fits = GPU_SIZES_GB
             .into_iter()
             .map(|size_gb| {
                 #[expect(
                     clippy::cast_possible_truncation,
                     clippy::cast_sign_loss,
-                    reason = "positive"
+                    reason = "a whole number of bytes is wanted, and the sizes are positive"
                 )]
                 let usable = (size_gb as f64 * 1e9 * USABLE) as u64;
                 (size_gb, fit(usable, stage, &settings, |settings| need(settings).peak().1))
             })
             .collect();
-        stages.push((stage, need(&settings), settings, fits));
+        stages.push(Planned { stage, need: need(&settings), settings, fits });
     }
     let text = if arguments.json {
         let stages: Map<String, Value> = stages
             .iter()
-            .map(|(stage, need, settings, fits)| {
-                (stage.name().to_owned(), as_json(*stage, need, settings, fits))
-            })
+            .map(|planned| (planned.stage.name().to_owned(), as_json(planned)))
             .collect();
         let device = if device == Device::Cpu { "cpu" } else { "cuda" };
         let plan = json!({
@@ -709,7 +716,7 @@ pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
     } else {
         let mut text = table(&stages);
         text += if device == Device::Cpu {
-            "\nResident memory of the process, in GB; what a GPU of that size would be is the same process's.\n"
+            "\nResident memory of the process, in GB.\n"
         } else {
             "\nMemory of the GPU, in GB: counted, not measured.\n"
         };
@@ -721,9 +728,8 @@ pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
     std::io::stdout().lock().write_all(text.as_bytes()).context("writing to stdout")
 }
 
-type Fits = [(u64, Result<Vec<String>, u64>)];
-
-fn as_json(stage: Stage, need: &Need, settings: &Settings, fits: &Fits) -> Value {
+fn as_json(planned: &Planned) -> Value {
+    let Planned { stage, need, settings, fits } = planned;
     let fits: Map<String, Value> = fits
         .iter()
         .map(|(size_gb, fit)| {
@@ -738,7 +744,7 @@ fn as_json(stage: Stage, need: &Need, settings: &Settings, fits: &Fits) -> Value
         need.phases.iter().map(|(name, bytes)| ((*name).to_owned(), json!(bytes))).collect();
     let (peak_phase, peak_bytes) = need.peak();
     json!({
-        "settings": settings.of_interest(stage),
+        "settings": settings.of_interest(*stage),
         "runtime_bytes": need.runtime,
         "weights_bytes": need.weights,
         "adapters_bytes": need.adapters,
@@ -753,14 +759,14 @@ fn as_json(stage: Stage, need: &Need, settings: &Settings, fits: &Fits) -> Value
     })
 }
 
-fn table(stages: &[(Stage, Need, Settings, Vec<(u64, Result<Vec<String>, u64>)>)]) -> String {
+fn table(stages: &[Planned]) -> String {
     #[expect(clippy::cast_precision_loss, reason = "shown with two places")]
     let gb = |bytes: u64| format!("{:.2}", bytes as f64 / 1e9);
     let mut text = String::from(
         "| stage | runtime | weights | adapters | optimiser | activations | KV cache | rollouts | peak | in |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
     );
-    for (stage, need, ..) in stages {
+    for Planned { stage, need, .. } in stages {
         let (phase, peak) = need.peak();
         let parts = [
             need.runtime,
@@ -780,7 +786,7 @@ fn table(stages: &[(Stage, Need, Settings, Vec<(u64, Result<Vec<String>, u64>)>)
         text += &format!(" {size_gb} GB |");
     }
     text += "\n|---|---|---|---|---|\n";
-    for (stage, _, _, fits) in stages {
+    for Planned { stage, fits, .. } in stages {
         text += &format!("| {} |", stage.name());
         for (_, fit) in fits {
             text += &match fit {
