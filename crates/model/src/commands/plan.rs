@@ -156,7 +156,14 @@ impl Stage {
             dtype: "auto".to_owned(),
         };
         match self {
-            Self::Reward => Settings { batch_size: 20, max_length: 512, merge: false, ..base },
+            Self::Sft => Settings { micro_batch_tokens: 1024, ..base },
+            Self::Reward => Settings {
+                batch_size: 20,
+                micro_batch_tokens: 1024,
+                max_length: 512,
+                merge: false,
+                ..base
+            },
             _ => base,
         }
     }
