@@ -482,10 +482,10 @@ fn replies_that_are_all_cut_off_end_in_a_clear_error() {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(65), "{stderr}");
     for part in [
-        "action",
-        "0 %",
-        "motivation 0 %",
-        "consequence 0 %",
+        "action: 0 pairs left of 48",
+        "action 0.0 %",
+        "motivation 0.0 %",
+        "consequence 0.0 %",
         "raise max_new_tokens",
         "truncated = \"trim\"",
     ] {
