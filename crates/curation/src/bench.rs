@@ -71,8 +71,14 @@ pub fn run(config: &BenchConfig, model: &str, out: &mut impl Write) -> Result<()
 
 /// Two samples of the chain for a unit's prompts.
 fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
-    let selection =
-        Selection { context: Context::Opening, limit: UNIT, max_chars: 400, source: None, seed: 0 };
+    let selection = Selection {
+        context: Context::Opening,
+        limit: UNIT,
+        max_of_split: [0; 3],
+        max_chars: 400,
+        source: None,
+        seed: 0,
+    };
     let (rows, _) = prompts::gather(std::slice::from_ref(&config.prompts), &selection)?;
     let questions: Vec<String> =
         Aspect::ALL.iter().filter_map(|aspect| aspect.question()).map(str::to_owned).collect();
