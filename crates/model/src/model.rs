@@ -54,7 +54,7 @@ impl Model {
         Self::around(&checkpoint, decoder)
     }
 
-    /// [`Model::load`] with the blocks left on disk ([`Decoder::streamed`]).
+    /// [`Model::load_unhashed`] with the blocks left on disk ([`Decoder::streamed`]).
     ///
     /// # Errors
     ///

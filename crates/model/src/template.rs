@@ -499,7 +499,7 @@ fn without_generation_blocks(source: &str) -> String {
     while let Some(at) = rest.find("{%") {
         let (before, block) = rest.split_at(at);
         text.push_str(before);
-        let Some(end) = block.find("%}") else {
+        let Some(end) = block[2..].find("%}").map(|end| end + 2) else {
             rest = block;
             break;
         };

@@ -21,7 +21,6 @@ fn streamed_blocks_compute_the_same() {
             let held = Model::load(&source, &options).unwrap();
             let streamed = Model::streamed(&source, &options).unwrap();
             assert!(streamed.decoder.n_bytes() < held.decoder.n_bytes(), "{name}: blocks are held");
-            assert_eq!(streamed.base_sha256, held.base_sha256);
             assert_eq!(logits(&streamed, &batch), logits(&held, &batch), "{name}, {nf4:?}");
         }
     }
