@@ -1,6 +1,9 @@
 //! The whole pipeline on a tiny chat model, every stage by its own program: what each leaves for the next, that a second
 //! run has nothing to do, that the same seed gives the same bytes, and that kills change none of them.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+#![expect(clippy::print_stdout, reason = "a test says what it measured")]
+
 #[path = "../crates/scoring/tests/common/browser.rs"]
 #[expect(dead_code, reason = "the tests of the page use the rest")]
 mod browser;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_records::jsonl::NumberedObject;
 use arete_records::rows::PromptRow;
 use arete_records::run::StageSpec;
 use arete_records::{Message, Role, Split, jsonl, normalise, parquet, prompt_id, split_of};
@@ -273,7 +274,7 @@ pub fn tally(rows: &[PromptRow]) -> (BTreeMap<String, usize>, BTreeMap<Split, us
 /// # Errors
 ///
 /// As [`gather`].
-pub fn read_records(path: &Path) -> Result<Vec<(usize, Map<String, Value>)>, Error> {
+pub fn read_records(path: &Path) -> Result<Vec<NumberedObject>, Error> {
     let name =
         path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
     if name.ends_with(".parquet") {

@@ -1,5 +1,7 @@
 //! The client of OpenAI-compatible servers, against servers that behave, fail and lie.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 mod common;
 
 use std::sync::atomic::Ordering;
@@ -198,7 +200,8 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
 
 #[test]
 fn replies_that_make_no_sense_are_errors() {
-    let answers: [(&str, fn() -> Answer); 4] = [
+    type Case = (&'static str, fn() -> Answer);
+    let answers: [Case; 4] = [
         ("not JSON", || Answer::Http(200, "", "{\"choices\": [NaN".to_owned())),
         ("choices[0].message.content", || ok(json!({"choices": []}))),
         ("finish_reason", || reply("x", "content_filter")),

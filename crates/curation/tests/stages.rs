@@ -1,5 +1,7 @@
 //! The stages end to end, on a tiny chat model and on a server of our own.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 #[expect(dead_code, reason = "the tests of the client use the rest")]
 mod common;
 

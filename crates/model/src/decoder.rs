@@ -74,7 +74,7 @@ enum Layers {
     /// In memory.
     Held(Vec<Layer>),
     /// In their files, read again for every pass.
-    OnDisk { checkpoint: Checkpoint, options: LoadOptions },
+    OnDisk { checkpoint: Box<Checkpoint>, options: LoadOptions },
 }
 
 /// How the weights are held.
@@ -220,7 +220,7 @@ impl Decoder {
         let _guard = tch::no_grad_guard();
         let mut decoder = Self::without_layers(&checkpoint, options)?;
         decoder.quantization = options.nf4;
-        decoder.layers = Layers::OnDisk { checkpoint, options: *options };
+        decoder.layers = Layers::OnDisk { checkpoint: Box::new(checkpoint), options: *options };
         Ok(decoder)
     }
 

@@ -1,6 +1,9 @@
 //! The CUDA kernels on a real GPU against the CPU: same inputs, equal bits where the format defines them, else within
 //! the rounding of the dtype. Without a GPU every test here says so and passes.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+#![expect(clippy::print_stderr, reason = "a skipped test says why")]
+
 use arete_model::cuda::{self, Absmax, Packed};
 use arete_model::nf4::{CODEBOOK, Nf4Options, Nf4Tensor};
 use arete_model::{Adapter, Batch, Checkpoint, Decoder, LoadOptions, LoraConfig, Source, logprobs};

@@ -2,6 +2,8 @@
 //! `tests/simt`, against bitsandbytes' values and plain sums; once more under address and undefined-behaviour
 //! sanitizers.
 
+#![expect(clippy::print_stderr, reason = "a skipped test says why")]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -1,5 +1,6 @@
 //! The decoder against transformers, bitsandbytes, PyTorch and peft (`scripts/goldens/`).
 
+#![expect(clippy::print_stderr, reason = "a skipped test says why")]
 #![expect(clippy::unwrap_used, reason = "a test: a failure here is the finding")]
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,8 @@
 //! Everything of Mistral-7B-Instruct-v0.2 but its weights: published configuration, tokenizer and chat template, as the script of
 //! `make bench-7b` writes them, against what transformers and mistral-common make of them.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,5 +1,7 @@
 //! A model whose blocks stay on disk gives the same bits as one in memory.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::path::Path;
 
 use arete_model::{Batch, Device, Kind, LoadOptions, Model, Nf4Options, Source};

@@ -1,5 +1,8 @@
 //! SmolLM2's tokenizer, from its GGUF file, against transformers.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+#![expect(clippy::print_stdout, reason = "a test says what it measured")]
+
 use std::io::Read;
 use std::path::PathBuf;
 

@@ -4,9 +4,12 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::Error;
+
+/// An object of a file with the number of its line (or row) from 1.
+pub type NumberedObject = (usize, Map<String, Value>);
 
 /// Longest line that is read, in bytes: prompts of a megabyte pass, bombs do not.
 const MAX_LINE_BYTES: u64 = 64 << 20;

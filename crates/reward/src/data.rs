@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use arete_model::Chat;
+use arete_records::jsonl::NumberedObject;
 use arete_records::rows::PreferenceRow;
 use arete_records::{Message, Role, Split, jsonl, parquet, split_of};
 use arete_training::order;
@@ -149,7 +150,7 @@ pub fn read_pairs(path: &Path) -> Result<(Vec<Preference>, usize), Error> {
 }
 
 /// Rows of a JSON-lines or Parquet file, counted from 1.
-pub(crate) fn read_objects(path: &Path) -> Result<Vec<(usize, Map<String, Value>)>, Error> {
+pub(crate) fn read_objects(path: &Path) -> Result<Vec<NumberedObject>, Error> {
     if path.extension().is_some_and(|extension| extension == "parquet") {
         let rows = parquet::read_json(path)?;
         return Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect());

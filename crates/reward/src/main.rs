@@ -72,7 +72,7 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         conversations: Option<PathBuf>,
         #[command(flatten)]
-        config: Config,
+        config: Box<Config>,
     },
     /// Measure training against this machine's matrix products
     #[command(after_help = "Example:\n  arete-reward bench --model models/SmolLM2-135M-Instruct")]

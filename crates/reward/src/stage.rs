@@ -28,6 +28,9 @@ const CONVERSATIONS: &str = "conversations.parquet";
 /// Conversations whose scores are compared between the merged model and the adapter.
 const N_COMPARED: usize = 16;
 
+/// Scores of the chosen and the rejected side, one entry a pair.
+type PairScores = Vec<[f64; 2]>;
+
 /// Where preferences come from.
 #[derive(Clone, Debug)]
 pub enum PreferenceSource {
@@ -293,7 +296,7 @@ impl Base<'_> {
         data: &Data,
         adapter: &Adapter,
         head: &ScalarHead,
-    ) -> Result<(Outcome, Option<Vec<[f64; 2]>>), Error> {
+    ) -> Result<(Outcome, Option<PairScores>), Error> {
         let config = self.config;
         let mut parameters = adapter.parameters();
         parameters.push((HEAD.to_owned(), head.weight.shallow_clone()));
@@ -357,7 +360,7 @@ impl Base<'_> {
         data: &Data,
         adapter: &Adapter,
         head: &ScalarHead,
-    ) -> Result<Vec<[f64; 2]>, Error> {
+    ) -> Result<PairScores, Error> {
         let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
         let budget = self.config.micro_batch_tokens;
         Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
@@ -433,8 +436,8 @@ impl Base<'_> {
         extra.insert("score_mean".to_owned(), stats.mean.into());
         extra.insert("score_std".to_owned(), stats.std.into());
         extra.insert("pad_token_id".to_owned(), self.pad_token_id().into());
-        let dtype = merge::output_dtype(&self.source, self.options.dtype)?;
-        merge::merge(&self.source, adapter, Some(head), output, dtype, extra)?;
+        // In the compute dtype even where the source has 16 bits: the merged model is to score as the adapter does.
+        merge::merge(&self.source, adapter, Some(head), output, self.options.dtype, extra)?;
 
         let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
         let sequences = both_sides(&pairs.pairs[..pairs.pairs.len().min(N_COMPARED / 2)]);

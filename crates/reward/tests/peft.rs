@@ -1,5 +1,7 @@
 //! Reward models made by peft and transformers give the same scores here (`scripts/goldens/peft_adapters.py`).
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::path::{Path, PathBuf};
 
 use arete_model::{Device, Kind, LoadOptions, Source, Tensor};

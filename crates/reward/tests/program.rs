@@ -1,5 +1,7 @@
 //! The program itself: preferences to reward models, scores, kills, signals, a full disk, and every kind of bad input.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,8 @@
 //! The page of a run: what is on it, that hostile text stays text, and that a real browser shows it.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+#![expect(clippy::print_stdout, reason = "a test says what it measured")]
+
 #[path = "common/browser.rs"]
 mod browser;
 mod common;

@@ -1,5 +1,7 @@
 //! The stage `score` on the small chat model: its files, its resume, its errors.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;

@@ -1,5 +1,7 @@
 //! Reading demonstrations, and which of their tokens are imitated.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::path::{Path, PathBuf};
 
 use arete_model::{Device, Kind, LoadOptions, Model, Source};

@@ -1,6 +1,8 @@
 //! The program itself: killed at any moment it ends with the same bytes; signals, a full disk and bad input leave clear
 //! errors and the last checkpoint.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};

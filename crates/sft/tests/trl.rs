@@ -1,5 +1,7 @@
 //! The first five steps of TRL's `SFTTrainer` on the same data and adapter (`scripts/goldens/training.py`), in f32.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

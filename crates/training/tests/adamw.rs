@@ -1,5 +1,7 @@
 //! AdamW against PyTorch's (`scripts/goldens/training.py`), and what it does with gradients that are not finite.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::collections::BTreeMap;
 
 use arete_training::{AdamW, AdamWConfig, Error};

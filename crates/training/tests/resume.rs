@@ -1,5 +1,7 @@
 //! The step loop: interrupted anywhere, it ends with the same bytes.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use std::path::Path;
 
 use arete_training::order::Plan;

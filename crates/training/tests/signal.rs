@@ -1,6 +1,8 @@
 //! SIGTERM: a full checkpoint, then an error that becomes exit code 143. A process has one set of signal flags, so this
 //! test is alone in its file.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 use arete_records::cli::ExitClass;
 use arete_records::interrupt;
 use arete_training::order::Plan;

@@ -1,5 +1,7 @@
 //! The stage from outside, in one program: linking libtorch once is enough.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
 mod bench;
 mod common;
 mod goldens;
