@@ -281,7 +281,7 @@ pub(crate) fn cached_attention(
     Ok(take(out))
 }
 
-/// log softmax(h Wᵀ / temperature)[target] per row, and the entropy (empty unless asked for), f32.
+/// The target's entry of `log softmax(h Wᵀ / temperature)` per row, and the entropy (empty unless asked for), f32.
 pub(crate) fn token_logprobs(
     hidden: &Tensor,
     head: &Tensor,

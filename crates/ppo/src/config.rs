@@ -226,7 +226,7 @@ pub struct Config {
     /// Conversations of the reference sampled to standardise a reward model that has no score_stats.json
     #[arg(long, default_value_t = 64)]
     pub stats_samples: usize,
-    /// Reward by rule instead of reward models: letter:<letter> or length:<tokens>
+    /// Reward by rule instead of reward models: `letter:LETTER` or `length:TOKENS`
     #[arg(long, value_name = "RULE")]
     pub programmed_reward: Option<ProgrammedReward>,
     /// Iterations between checkpoints; 0 = only with probes, after the last and on a signal
