@@ -167,7 +167,7 @@ fn the_plan_is_within_15_percent_of_the_measured_memory() {
             fs_err::copy(file.path(), to.join("adapter").join(file.file_name())).expect("writable");
         }
     }
-    // About as long with their template as --prompt-tokens says below.
+    // With their template some 65 tokens, of which about 20 (the system prompt) are computed once for all four conversations.
     let words: String = WORDS.split(' ').take(25).collect::<Vec<_>>().join(" ");
     let rows = (0..60).map(|i| json!({"prompt": format!("{} {words}?", question(i))}));
     let prompts = write_lines(&dir.path().join("prompts.jsonl"), rows);
@@ -175,7 +175,7 @@ fn the_plan_is_within_15_percent_of_the_measured_memory() {
     let inputs = ["--prompts", &at("prompts"), "--reward", &at("rewards")];
     let ppo = stage("arete-ppo", &inputs, &at("ppo"));
 
-    let plan = plan(&["--model", model, "--recipe", &recipe, "--prompt-tokens", "64"]);
+    let plan = plan(&["--model", model, "--recipe", &recipe, "--prompt-tokens", "50"]);
     let mut wrong = Vec::new();
     for (name, measured) in [("sft", sft), ("reward", reward), ("ppo", ppo)] {
         let planned = plan["stages"][name]["peak_bytes"].as_u64().expect("a number");
