@@ -610,11 +610,12 @@ int arete_token_logprobs(const Tensor* hidden, const Tensor* weight, const Tenso
   });
 }
 
-// h Wᵀ, the vocabulary product: `[n, V]` in the dtype of `hidden`; a bf16 weight beside f32 rows is for few rows on the CPU.
-int arete_logits(const Tensor* hidden, const Tensor* weight, Tensor** out) {
+// h Wᵀ, the vocabulary product: `[n, V]` in the dtype of `hidden`. `few_rows`: by our own kernel for few rows and a bf16
+// weight on the CPU, which sums in another order than libtorch's product.
+int arete_logits(const Tensor* hidden, const Tensor* weight, bool few_rows, Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    if (weight->scalar_type() == hidden->scalar_type()) {
+    if (!few_rows) {
       *out = released(product(*hidden, *weight));
       return;
     }

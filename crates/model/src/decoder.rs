@@ -113,7 +113,7 @@ pub struct Decoder {
     norm: Tensor,
     /// `[V, D]`; the embedding itself where they are tied.
     head: Tensor,
-    /// The head in bf16, for packed decoding in f32: half the bytes to read for a token.
+    /// The head in bf16, for packed decoding on the CPU: in f32 half the bytes to read for a token.
     lean_head: Option<Tensor>,
     /// `[positions, E]` f32: cosines of the first half, then sines.
     cos_sin: Tensor,
@@ -282,8 +282,9 @@ impl Decoder {
         self.packed_decoding = allowed;
         let lean = allowed
             && self.quantization.is_some()
-            && (self.kind, self.device) == (Kind::Float, Device::Cpu);
-        self.lean_head = lean.then(|| self.head.to_kind(Kind::BFloat16));
+            && self.device == Device::Cpu
+            && matches!(self.kind, Kind::Float | Kind::BFloat16);
+        self.lean_head = lean.then(|| self.head.to_kind(Kind::BFloat16)); // in bf16 the head itself
     }
 
     /// The vocabulary matrix `[V, D]`.
@@ -293,10 +294,13 @@ impl Decoder {
 
     /// Bytes held by the weights.
     pub fn n_bytes(&self) -> usize {
-        let tied = self.head.data_ptr() == self.embedding.data_ptr();
-        let heads = if tied { None } else { Some(&self.head) };
-        let others = heads.into_iter().chain(&self.lean_head).chain([&self.embedding]);
-        self.block_bytes() + others.map(tensor_bytes).sum::<usize>()
+        let mut held = vec![&self.embedding];
+        for tensor in [Some(&self.head), self.lean_head.as_ref()].into_iter().flatten() {
+            if held.iter().all(|other| other.data_ptr() != tensor.data_ptr()) {
+                held.push(tensor);
+            }
+        }
+        self.block_bytes() + held.into_iter().map(tensor_bytes).sum::<usize>()
     }
 
     fn block_bytes(&self) -> usize {
@@ -447,8 +451,8 @@ impl Decoder {
     /// [`Error::Torch`] if memory runs out.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, Error> {
         match &self.lean_head {
-            Some(lean) if hidden.size()[0] <= PACKED_ROWS => ops::logits(hidden, lean),
-            _ => ops::logits(hidden, &self.head),
+            Some(lean) if hidden.size()[0] <= PACKED_ROWS => ops::logits(hidden, lean, true),
+            _ => ops::logits(hidden, &self.head, false),
         }
     }
 

@@ -89,7 +89,7 @@ unsafe extern "C" {
         logprob: *mut Raw,
         entropy: *mut Raw,
     ) -> c_int;
-    fn arete_logits(hidden: Raw, weight: Raw, out: *mut Raw) -> c_int;
+    fn arete_logits(hidden: Raw, weight: Raw, few_rows: bool, out: *mut Raw) -> c_int;
     fn arete_sample(
         logits: Raw,
         uniform: *const f64,
@@ -306,10 +306,12 @@ pub(crate) fn token_logprobs(
 }
 
 /// h Wᵀ without gradients: `[n, V]`.
-pub(crate) fn logits(hidden: &Tensor, head: &Tensor) -> Result<Tensor, Error> {
+///
+/// `few_rows`: by the kernel for a few rows and a bf16 head on the CPU (another order of sums; see `ops.cpp`).
+pub(crate) fn logits(hidden: &Tensor, head: &Tensor, few_rows: bool) -> Result<Tensor, Error> {
     let mut out = std::ptr::null();
     // SAFETY: all pointers are live tensors.
-    check(unsafe { arete_logits(raw(hidden), raw(head), &raw mut out) })?;
+    check(unsafe { arete_logits(raw(hidden), raw(head), few_rows, &raw mut out) })?;
     Ok(take(out))
 }
 
