@@ -58,14 +58,31 @@ pub enum Learning {
     Neither,
 }
 
-/// A forward pass over a pack, kept for its backward pass.
-struct Graph<'a> {
+/// What the policy says of a pack.
+struct PolicyPass<'a> {
+    /// `[N, D]`: hidden states, for a critic on the same trunk.
+    hidden: Tensor,
     /// `[n]` f32 on the CPU.
     logprob: Tensor,
-    value: Tensor,
+    /// `[n]` f32 on the CPU; empty unless asked for.
     entropy: Tensor,
-    policy: Option<Pass<'a>>,
-    critic: Option<Pass<'a>>,
+    /// For the backward pass, if the policy learns.
+    pass: Option<Pass<'a>>,
+}
+
+/// What the critic says of a pack.
+struct CriticPass<'a> {
+    /// `[n]` f32 on the CPU.
+    value: Tensor,
+    /// For the backward pass through an adapter of its own, if that learns.
+    pass: Option<Pass<'a>>,
+}
+
+/// Forward passes over a pack, kept for their backward passes.
+struct Graph<'a> {
+    policy: PolicyPass<'a>,
+    /// None: computed when the policy's pass is over and its memory free again.
+    critic: Option<CriticPass<'a>>,
 }
 
 impl<'a> Models<'a> {
@@ -98,14 +115,14 @@ impl<'a> Models<'a> {
         })
     }
 
-    fn forward<'s>(
+    fn policy_pass<'s>(
         &'s self,
         pack: &'s Pack,
         learning: Learning,
         want_entropy: bool,
-    ) -> Result<Graph<'s>, Error> {
+    ) -> Result<PolicyPass<'s>, Error> {
         let batch = &pack.batch;
-        let (hidden, policy) = if learning == Learning::Both {
+        let (hidden, pass) = if learning == Learning::Both {
             let pass = self.decoder.pass(batch, &self.policy, self.recompute)?;
             (pass.hidden.shallow_clone(), Some(pass))
         } else {
@@ -120,30 +137,41 @@ impl<'a> Models<'a> {
             self.temperature,
             want_entropy,
         )?;
-        let states = pack.states.to_device(self.decoder.device());
-        let _guard = (learning == Learning::Neither).then(tch::no_grad_guard);
-        let (value, critic) = match &self.critic {
-            Critic::Trunk { head, detached } => {
-                let hidden = if *detached { hidden.detach() } else { hidden };
-                (head.forward(&hidden.index_select(0, &states)), None)
+        Ok(PolicyPass {
+            hidden,
+            logprob: out.logprob.to_device(Device::Cpu),
+            entropy: out.entropy.to_device(Device::Cpu),
+            pass,
+        })
+    }
+
+    /// `trunk`: the policy's hidden states of the same pack.
+    fn critic_pass<'s>(
+        &'s self,
+        pack: &'s Pack,
+        trunk: &Tensor,
+        learns: bool,
+    ) -> Result<CriticPass<'s>, Error> {
+        let _guard = (!learns).then(tch::no_grad_guard);
+        let (hidden, head, pass) = match &self.critic {
+            Critic::Trunk { head, detached: false } => (trunk.shallow_clone(), head, None),
+            Critic::Trunk { head, detached: true } => (trunk.detach(), head, None),
+            Critic::Adapter { adapter, head } if learns => {
+                let pass = self.decoder.pass(&pack.batch, adapter, self.recompute)?;
+                (pass.hidden.shallow_clone(), head, Some(pass))
             }
             Critic::Adapter { adapter, head } => {
-                let (hidden, pass) = if learning == Learning::Neither {
-                    (self.decoder.forward(batch, Some(adapter))?, None)
-                } else {
-                    let pass = self.decoder.pass(batch, adapter, self.recompute)?;
-                    (pass.hidden.shallow_clone(), Some(pass))
-                };
-                (head.forward(&hidden.index_select(0, &states)), pass)
+                (self.decoder.forward(&pack.batch, Some(adapter))?, head, None)
             }
         };
-        Ok(Graph {
-            logprob: out.logprob.to_device(Device::Cpu),
-            value: value.to_device(Device::Cpu),
-            entropy: out.entropy.to_device(Device::Cpu),
-            policy,
-            critic,
-        })
+        let states = pack.states.to_device(self.decoder.device());
+        let value = head.forward(&hidden.index_select(0, &states)).to_device(Device::Cpu);
+        Ok(CriticPass { value, pass })
+    }
+
+    /// The critic's pass shares nothing with the policy's, and both learn: one after the other, memory holds one alone.
+    fn in_turn(&self, learning: Learning) -> bool {
+        learning == Learning::Both && matches!(self.critic, Critic::Adapter { .. })
     }
 
     /// The tensors that learn as policy, and as critic.
@@ -154,23 +182,6 @@ impl<'a> Models<'a> {
         };
         critic.push(("score.weight".to_owned(), head.weight.shallow_clone()));
         [self.policy.parameters(), critic]
-    }
-}
-
-impl Graph<'_> {
-    /// Adds the gradients of both losses; the policy's only if it learns.
-    fn backward(self, policy_loss: &Tensor, value_loss: &Tensor) -> Result<(), Error> {
-        match (self.policy, self.critic) {
-            (Some(policy), Some(critic)) => {
-                policy.backward(policy_loss)?;
-                critic.backward(value_loss)?;
-            }
-            // One pass, one backward: the head's gradients flow into the trunk, or stop where it was detached.
-            (Some(policy), None) => policy.backward(&(policy_loss + value_loss))?,
-            (None, Some(critic)) => critic.backward(value_loss)?,
-            (None, None) => value_loss.f_backward()?,
-        }
-        Ok(())
     }
 }
 
@@ -277,15 +288,18 @@ impl Lessons {
         let empty = || Tensor::zeros([self.n_own() as i64], (Kind::Float, Device::Cpu));
         let (mut old_logprob, mut old_value, mut entropy) = (empty(), empty(), empty());
         let mut graphs = Vec::new();
+        let in_turn = models.in_turn(learning);
         for pack in self.epochs[0].minibatches.iter().flatten() {
-            let graph = models.forward(pack, learning, true)?;
+            let policy = models.policy_pass(pack, learning, true)?;
+            let learns = learning != Learning::Neither && !in_turn;
+            let critic = models.critic_pass(pack, &policy.hidden, learns)?;
             let places = self.places(pack);
             let _guard = tch::no_grad_guard();
-            let _ = old_logprob.index_copy_(0, &places, &graph.logprob);
-            let _ = old_value.index_copy_(0, &places, &graph.value);
-            let _ = entropy.index_copy_(0, &places, &graph.entropy);
+            let _ = old_logprob.index_copy_(0, &places, &policy.logprob);
+            let _ = old_value.index_copy_(0, &places, &critic.value);
+            let _ = entropy.index_copy_(0, &places, &policy.entropy);
             if self.keep {
-                graphs.push(graph);
+                graphs.push(Graph { policy, critic: (!in_turn).then_some(critic) });
             }
         }
         let graphs = self.keep.then_some(graphs);
@@ -477,7 +491,10 @@ pub fn update(
             for pack in packs {
                 let graph = match kept.as_mut().and_then(Iterator::next) {
                     Some(graph) => graph,
-                    None => models.forward(pack, learning, false)?,
+                    None => Graph {
+                        policy: models.policy_pass(pack, learning, false)?,
+                        critic: None,
+                    },
                 };
                 let places = lessons.places(pack);
                 let part = Part {
@@ -487,7 +504,8 @@ pub fn update(
                     returns: targets.returns.index_select(0, &places),
                 };
                 let scale = optimisers.scale.factor.unwrap_or(1.0);
-                learn(graph, &part, config, scale, iteration, &mut sums)?;
+                let pass = PackPass { models, pack, learning, config, scale, iteration };
+                pass.learn(graph, &part, &mut sums)?;
             }
             if is_first {
                 report.first_log_ratio = sums.max_log_ratio;
@@ -536,50 +554,97 @@ struct Part {
     returns: Tensor,
 }
 
-/// Adds a pack's gradients and sums.
-fn learn(
-    graph: Graph<'_>,
-    part: &Part,
-    config: &Config,
+/// One pack of a minibatch on its way through the losses.
+struct PackPass<'a> {
+    models: &'a Models<'a>,
+    pack: &'a Pack,
+    learning: Learning,
+    config: &'a Config,
+    /// Factor of the loss.
     scale: f64,
     iteration: u64,
-    sums: &mut Sums,
-) -> Result<(), Error> {
-    let valid = part.old_logprob.ones_like().to_kind(Kind::Bool); // [n]: own tokens only
-    let policy = policy_loss(
-        &graph.logprob,
-        &part.old_logprob,
-        &part.advantage,
-        &valid,
-        config.clip_range,
-        sums.n_tokens,
-    )?;
-    let value = value_loss(
-        &graph.value,
-        &part.old_value,
-        &part.returns,
-        &valid,
-        config.value_clip_range,
-        sums.n_tokens,
-    )?;
-    let number = |tensor: &Tensor| f64::try_from(tensor.to_kind(Kind::Double));
-    let (policy_loss, value_loss) = (number(&policy.loss)?, number(&value.loss)?);
-    for (what, loss) in [("the policy loss", policy_loss), ("the value loss", value_loss)] {
-        if !loss.is_finite() {
-            let what = what.to_owned();
-            return Err(arete_training::Error::NonFinite { step: iteration, what }.into());
+}
+
+impl PackPass<'_> {
+    /// Adds the pack's gradients and sums.
+    fn learn(&self, graph: Graph<'_>, part: &Part, sums: &mut Sums) -> Result<(), Error> {
+        let Graph { policy, critic } = graph;
+        let policy_loss = self.policy_loss(&policy.logprob, part, sums)?;
+        if self.models.in_turn(self.learning) {
+            let pass = policy.pass.expect("the policy learns");
+            pass.backward(&policy_loss)?;
+            let critic = self.models.critic_pass(self.pack, &policy.hidden, true)?;
+            let value_loss = self.value_loss(&critic.value, part, sums)?;
+            return Ok(critic.pass.expect("the critic learns").backward(&value_loss)?);
         }
+        let critic = match critic {
+            Some(critic) => critic,
+            None => self.models.critic_pass(self.pack, &policy.hidden, true)?,
+        };
+        let value_loss = self.value_loss(&critic.value, part, sums)?;
+        match (policy.pass, critic.pass) {
+            // One pass, one backward: the head's gradients flow into the trunk, or stop where it was detached.
+            (Some(pass), _) => pass.backward(&(policy_loss + value_loss))?,
+            (None, Some(pass)) => pass.backward(&value_loss)?,
+            (None, None) => value_loss.f_backward()?,
+        }
+        Ok(())
     }
-    sums.policy_loss += policy_loss;
-    sums.value_loss += value_loss;
-    sums.squared_log_ratio += number(&policy.squared_log_ratio.sum(Kind::Double))?;
-    sums.n_clipped += number(&policy.n_clipped)?;
-    sums.n_value_clipped += number(&value.n_clipped)?;
-    sums.ratio += number(&policy.ratio.sum(Kind::Double))?;
-    sums.squared_ratio += number(&policy.ratio.square().sum(Kind::Double))?;
-    let log_ratio = (graph.logprob.detach() - &part.old_logprob).abs().max();
-    sums.max_log_ratio = sums.max_log_ratio.max(number(&log_ratio)?);
-    graph.backward(&(policy.loss * scale), &(value.loss * (config.value_coef * scale)))
+
+    /// The policy's loss, scaled for the backward pass.
+    fn policy_loss(
+        &self,
+        logprob: &Tensor,
+        part: &Part,
+        sums: &mut Sums,
+    ) -> Result<Tensor, Error> {
+        let valid = part.old_logprob.ones_like().to_kind(Kind::Bool); // [n]: own tokens only
+        let policy = policy_loss(
+            logprob,
+            &part.old_logprob,
+            &part.advantage,
+            &valid,
+            self.config.clip_range,
+            sums.n_tokens,
+        )?;
+        sums.policy_loss += self.finite("the policy loss", &policy.loss)?;
+        sums.squared_log_ratio += number(&policy.squared_log_ratio.sum(Kind::Double))?;
+        sums.n_clipped += number(&policy.n_clipped)?;
+        sums.ratio += number(&policy.ratio.sum(Kind::Double))?;
+        sums.squared_ratio += number(&policy.ratio.square().sum(Kind::Double))?;
+        let log_ratio = (logprob.detach() - &part.old_logprob).abs().max();
+        sums.max_log_ratio = sums.max_log_ratio.max(number(&log_ratio)?);
+        Ok(policy.loss * self.scale)
+    }
+
+    /// The critic's loss, weighted and scaled for the backward pass.
+    fn value_loss(&self, value: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
+        let valid = part.old_value.ones_like().to_kind(Kind::Bool); // [n]: own tokens only
+        let critic = value_loss(
+            value,
+            &part.old_value,
+            &part.returns,
+            &valid,
+            self.config.value_clip_range,
+            sums.n_tokens,
+        )?;
+        sums.value_loss += self.finite("the value loss", &critic.loss)?;
+        sums.n_value_clipped += number(&critic.n_clipped)?;
+        Ok(critic.loss * (self.config.value_coef * self.scale))
+    }
+
+    fn finite(&self, what: &str, loss: &Tensor) -> Result<f64, Error> {
+        let loss = number(loss)?;
+        if loss.is_finite() {
+            return Ok(loss);
+        }
+        let what = what.to_owned();
+        Err(arete_training::Error::NonFinite { step: self.iteration, what }.into())
+    }
+}
+
+fn number(tensor: &Tensor) -> Result<f64, tch::TchError> {
+    f64::try_from(tensor.to_kind(Kind::Double))
 }
 
 fn check_first_ratio(models: &Models<'_>, got: f64, iteration: u64) -> Result<(), Error> {

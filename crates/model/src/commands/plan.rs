@@ -21,6 +21,9 @@ use crate::{Checkpoint, Device, Kind, Source, default_dtype};
 
 /// Program, libtorch and the code it touches: 131 MiB were measured with a model of no size to speak of, 30 more with one of 135M.
 const CPU_RUNTIME_BYTES: u64 = 161 << 20;
+/// oneDNN, which multiplies in bf16 on the CPU: its generated code and packing buffers; the difference between the stages of
+/// `tests/plan.rs` in bf16 and f32.
+const ONEDNN_BYTES: u64 = 45 << 20;
 /// What the allocator holds in holes between the tensors of a pass: SFT, a reward model and PPO on SmolLM2 were measured to take
 /// 25 %, 41 % and 4 % more than their tensors. Weights, which come first and stay, leave none.
 const HOLES_PERCENT: u64 = 15;
@@ -498,8 +501,11 @@ fn largest_pass(n_items: u64, length: u64, budget: u64) -> Pass {
 /// What a stage needs.
 fn count(stage: Stage, counter: &Counter<'_>, prompt_tokens: u64) -> Need {
     let settings = counter.settings;
-    let runtime =
-        if counter.device == Device::Cpu { CPU_RUNTIME_BYTES } else { CUDA_RUNTIME_BYTES };
+    let runtime = match counter.device {
+        Device::Cpu if counter.size == 2 => CPU_RUNTIME_BYTES + ONEDNN_BYTES,
+        Device::Cpu => CPU_RUNTIME_BYTES,
+        _ => CUDA_RUNTIME_BYTES,
+    };
     let adapter = 4 * counter.adapter_size();
     let mut need = Need { runtime, weights: counter.weights(), ..Need::default() };
     need.phase("loading", need.weights, counter.loading());
@@ -584,7 +590,7 @@ fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
     let all = settings.rollout_size * length;
     let keeps = settings.n_minibatches == 1 && all <= settings.keep_graph_tokens;
     let kept = Pass { tokens: if keeps { all } else { pass.tokens }, length };
-    need.activations = trained * counter.training(kept, true);
+    need.activations = counter.training(kept, true); // a critic of its own comes when the policy's pass is over
     let top = counter.backward_layer(pass);
     need.phase_with("backward pass", need.activations + top);
     need.phase_with("optimiser step", 2 * adapter);
