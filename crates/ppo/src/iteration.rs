@@ -143,6 +143,7 @@ impl Iteration<'_> {
         metrics.extend(assess::describe(&conversations, &aspects, &assessment.scores));
         metrics.push(("lr".to_owned(), self.rates.policy));
         metrics.push(("value_lr".to_owned(), self.rates.critic));
+        metrics.extend(optimisers.scale.factor.map(|factor| ("loss_scale".to_owned(), factor)));
         Ok(Outcome { conversations, assessment, report, metrics, phases })
     }
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use arete_training::order::Plan;
 use arete_training::{
-    AdamW, AdamWConfig, Error, Evaluation, LoopConfig, Objective, Outcome, Schedule, ScheduleKind,
-    Select, StepReport, train,
+    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Outcome,
+    Schedule, ScheduleKind, Select, StepReport, TrainerState, train,
 };
 use tch::{Kind, Tensor};
 
@@ -185,18 +185,88 @@ fn another_runs_checkpoint_is_refused() {
     assert!(matches!(error, Error::Checkpoint { .. }), "{error}");
 }
 
-#[test]
-fn overflow_in_f16_skips_the_step_and_halves_the_scale() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut objective = LeastSquares { overflow_above: 20000.0, ..LeastSquares::new() };
+/// As [`go`] in f16, where scales above `overflow_above` overflow.
+fn go_scaled(
+    dir: &Path,
+    overflow_above: f64,
+    steps_left: u64,
+) -> Result<(Outcome, Vec<f32>), Error> {
+    let mut objective = LeastSquares { overflow_above, steps_left, ..LeastSquares::new() };
     let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
     let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
+    let outcome = train(&mut objective, &mut optimiser, &PLAN, &config, dir, "f")?;
+    Ok((outcome, Vec::try_from(objective.weight.detach()).unwrap()))
+}
+
+/// Loss scale and gradient norm of every step, as logged.
+fn logged_scales(dir: &Path) -> Vec<(f64, Option<f64>)> {
+    fs_err::read_to_string(dir.join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .filter_map(|line| Some((line.get("loss_scale")?.as_f64()?, line["grad_norm"].as_f64())))
+        .collect()
+}
+
+#[test]
+fn overflow_in_f16_skips_the_step_and_halves_the_scale() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut objective =
+        LeastSquares { overflow_above: 20000.0, steps_left: 2, ..LeastSquares::new() };
+    let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
+    let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
+    let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
+    // 65536 and 32768 overflow: nothing has moved.
+    train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap_err();
+    assert_eq!(optimiser.n_steps(), 0);
+    for (name, tensor) in optimiser.state("o") {
+        assert_eq!(f64::try_from(tensor.abs().sum(Kind::Double)).unwrap(), 0.0, "{name}");
+    }
+    assert_eq!(objective.weight.grad().abs().max().double_value(&[]), 0.0);
+    // The ten steps at 16384 are taken.
+    objective.steps_left = u64::MAX;
     let outcome = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap();
-    // 65536 and 32768 overflow; the ten steps at 16384 are taken.
     assert_eq!(outcome.state.loss_scale, (16384.0, 10));
     assert_eq!(optimiser.n_steps(), 10);
     assert_eq!(outcome.state.global_step, 12);
+    let logged = logged_scales(dir.path());
+    assert_eq!(logged.len(), 12);
+    assert_eq!(logged[..2], [(65536.0, None), (32768.0, None)]);
+    assert!(logged[2..].iter().all(|(scale, norm)| *scale == 16384.0 && norm.is_some()));
+}
+
+#[test]
+fn an_interrupt_loses_nothing_of_the_loss_scale() {
+    let whole = tempfile::tempdir().unwrap();
+    let expected = go_scaled(whole.path(), 20000.0, u64::MAX).unwrap();
+    for steps in [vec![1], vec![2], vec![3], vec![7, 2]] {
+        let dir = tempfile::tempdir().unwrap();
+        for &steps in &steps {
+            go_scaled(dir.path(), 20000.0, steps).unwrap_err();
+        }
+        let resumed = go_scaled(dir.path(), 20000.0, u64::MAX).unwrap();
+        assert_eq!(resumed, expected, "dying after {steps:?}");
+        assert_eq!(files(dir.path()), files(whole.path()), "dying after {steps:?}");
+    }
+}
+
+/// As PyTorch's `GradScaler` with its `growth_interval` of 2000.
+#[test]
+fn the_loss_scale_doubles_after_2000_steps_without_overflow() {
+    let dir = tempfile::tempdir().unwrap();
+    go_scaled(dir.path(), f64::INFINITY, 5).unwrap_err();
+    let store = CheckpointStore::new(dir.path(), "f", 2);
+    let mut loaded = store.load::<TrainerState>(4).unwrap();
+    assert_eq!(loaded.state.loss_scale, (65536.0, 4));
+    loaded.state.loss_scale = (1024.0, 1998);
+    let tensors: Vec<(String, Tensor)> = loaded.tensors.into_iter().collect();
+    store.save(4, &tensors, &loaded.state, &[]).unwrap();
+    let (outcome, _) = go_scaled(dir.path(), f64::INFINITY, u64::MAX).unwrap();
+    // Step 6 is the 2000th; six more follow.
+    assert_eq!(outcome.state.loss_scale, (2048.0, 6));
+    let scales: Vec<f64> = logged_scales(dir.path()).into_iter().map(|(scale, _)| scale).collect();
+    assert_eq!(scales, [[65536.0; 4].as_slice(), &[1024.0; 2], &[2048.0; 6]].concat());
 }
 
 #[test]

@@ -28,29 +28,24 @@ pub(super) struct Nvrtc {
 
 impl Nvrtc {
     pub(super) fn open() -> Result<Self, CudaError> {
-        static OPENED: LazyLock<Result<Nvrtc, Vec<PathBuf>>> = LazyLock::new(|| {
-            let folders = nvrtc_folders();
-            for folder in &folders {
-                preload(folder);
-            }
-            // SAFETY: opens and closes libraries by name; NVRTC runs no code of its own then.
-            if !unsafe { sys::is_culib_present() } {
-                return Err(folders);
-            }
-            let (mut major, mut minor) = (0, 0);
-            // SAFETY: the library is present, and both pointers are valid.
-            let status = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
-            if status.result().is_err() {
-                Err(folders)
-            } else {
-                Ok(Nvrtc { version: (major, minor) })
-            }
-        });
-        OPENED.as_ref().copied().map_err(|searched| CudaError::Missing {
-            library: "NVRTC (libnvrtc.so)",
-            searched: searched.clone(),
-            remedy: "install the CUDA build of libtorch with `make setup DEVICE=cuda`",
-        })
+        static OPENED: LazyLock<Result<Nvrtc, Vec<PathBuf>>> =
+            LazyLock::new(|| Nvrtc::search(nvrtc_folders()));
+        OPENED.as_ref().copied().map_err(|searched| missing(searched.clone()))
+    }
+
+    /// Looks in `folders`, then where the system's loader looks; the folders if it is nowhere.
+    fn search(folders: Vec<PathBuf>) -> Result<Self, Vec<PathBuf>> {
+        for folder in &folders {
+            preload(folder);
+        }
+        // SAFETY: opens and closes libraries by name; NVRTC runs no code of its own then.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(folders);
+        }
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: the library is present, and both pointers are valid.
+        let status = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+        if status.result().is_err() { Err(folders) } else { Ok(Self { version: (major, minor) }) }
     }
 
     pub(super) fn version(self) -> (i32, i32) {
@@ -122,6 +117,14 @@ impl Nvrtc {
             text.into_iter().map(|c| c.cast_unsigned()).collect()
         };
         Ok(Compiled { image, log })
+    }
+}
+
+fn missing(searched: Vec<PathBuf>) -> CudaError {
+    CudaError::Missing {
+        library: "NVRTC (libnvrtc.so)",
+        searched,
+        remedy: "install the CUDA build of libtorch with `make setup DEVICE=cuda`",
     }
 }
 
@@ -344,3 +347,37 @@ pub(super) struct Function(CUfunction);
 
 // SAFETY: as for modules.
 unsafe impl Send for Function {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_without_nvrtc_are_named_in_the_error() {
+        // SAFETY: opens and closes libraries by name.
+        if unsafe { sys::is_culib_present() } {
+            println!("skipped: the system's loader finds NVRTC itself");
+            return;
+        }
+        let (empty, damaged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for name in ["libnvrtc.so.13", "libnvrtc.so", "libnvrtc-builtins.so.13.0"] {
+            fs_err::write(damaged.path().join(name), "no library").unwrap();
+        }
+        let absent = empty.path().join("absent");
+        let folders = vec![empty.path().to_owned(), damaged.path().to_owned(), absent];
+        let searched = Nvrtc::search(folders.clone()).unwrap_err();
+        assert_eq!(searched, folders);
+        let message = missing(searched).to_string();
+        assert!(
+            message.starts_with("NVRTC (libnvrtc.so) cannot be opened (searched "),
+            "{message}"
+        );
+        for folder in folders {
+            assert!(message.contains(folder.to_str().unwrap()), "{message}");
+        }
+        assert!(
+            message.ends_with("`make setup DEVICE=cuda`, or run with --device cpu"),
+            "{message}"
+        );
+    }
+}

@@ -17,7 +17,12 @@ pub(crate) fn tiny_chat() -> PathBuf {
 
 /// Loads it in f32.
 pub(crate) fn tiny_model() -> Model {
-    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    tiny_model_in(Kind::Float)
+}
+
+/// Loads it in `dtype`.
+pub(crate) fn tiny_model_in(dtype: Kind) -> Model {
+    let options = LoadOptions { device: Device::Cpu, dtype, nf4: None };
     Model::load(&Source::Directory(tiny_chat()), &options).unwrap()
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::common::{config, tiny_model};
-use arete_model::{Kind, ScalarHead, Tensor, adapter_files};
+use arete_model::{Kind, Model, ScalarHead, Tensor, adapter_files};
 use arete_ppo::Config;
 use arete_ppo::gae::estimate_advantages;
 use arete_ppo::loss::{policy_loss, value_loss};
@@ -22,11 +22,11 @@ fn goldens(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
 }
 
-fn tensors(name: &str) -> BTreeMap<String, Tensor> {
+pub(crate) fn tensors(name: &str) -> BTreeMap<String, Tensor> {
     Tensor::read_safetensors(goldens(name)).unwrap().into_iter().collect()
 }
 
-fn number(tensor: &Tensor) -> f64 {
+pub(crate) fn number(tensor: &Tensor) -> f64 {
     f64::try_from(tensor.to_kind(Kind::Double)).unwrap()
 }
 
@@ -98,7 +98,7 @@ fn losses_and_their_gradients_are_trls() {
 }
 
 /// The golden conversations; texts play no part.
-fn conversations(golden: &BTreeMap<String, Tensor>) -> Vec<Conversation> {
+pub(crate) fn conversations(golden: &BTreeMap<String, Tensor>) -> Vec<Conversation> {
     let numbers = |tensor: &Tensor| -> Vec<i64> { tensor.reshape([-1]).try_into().unwrap() };
     let n_prompt = numbers(&golden["n_prompt"]);
     n_prompt
@@ -121,12 +121,12 @@ fn conversations(golden: &BTreeMap<String, Tensor>) -> Vec<Conversation> {
         .collect()
 }
 
-/// Three steps over the golden conversations: what was reported, and the tensors after them.
-fn three_steps(
+/// The golden policy and critic, ready to learn.
+pub(crate) fn policy_and_critic<'a>(
+    model: &'a Model,
     golden: &BTreeMap<String, Tensor>,
     config: &Config,
-) -> (UpdateReport, Vec<(String, Tensor)>) {
-    let model = tiny_model();
+) -> Models<'a> {
     let mut models = Models::new(&model.decoder, config).unwrap();
     let adapter = adapter_files::load(&goldens("adapter"), "policy", &model.config, Device::Cpu);
     models.policy = adapter.unwrap().adapter;
@@ -134,6 +134,16 @@ fn three_steps(
     let mut head = ScalarHead { weight: golden["head"].copy() };
     head.set_trainable(true);
     models.critic = Critic::Trunk { head, detached: false };
+    models
+}
+
+/// Three steps over the golden conversations: what was reported, and the tensors after them.
+fn three_steps(
+    golden: &BTreeMap<String, Tensor>,
+    config: &Config,
+) -> (UpdateReport, Vec<(String, Tensor)>) {
+    let model = tiny_model();
+    let models = policy_and_critic(&model, golden, config);
     let mut optimisers = Optimisers::new(&models, config).unwrap();
     let lessons = Lessons::new(&conversations(golden), config, 1).unwrap();
     let first = lessons.first_pass(&models, Learning::Both).unwrap();

@@ -5,6 +5,7 @@
 mod bench;
 mod common;
 mod goldens;
+mod loss_scale;
 mod refusals;
 mod resume;
 mod stage;

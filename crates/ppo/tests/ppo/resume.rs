@@ -1,6 +1,6 @@
 //! Killing the program at any moment changes no byte of the results.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ fn n_kills() -> usize {
     if std::env::var_os("ARETE_TORTURE").is_some() { 20 } else { 3 }
 }
 
-fn start(dir: &Path, output: &str) -> Child {
+pub(crate) fn start(dir: &Path, output: &str) -> Child {
     Command::new(env!("CARGO_BIN_EXE_arete-ppo"))
         .args(["train", "--prompts"])
         .arg(dir.join("prompts"))
@@ -90,6 +90,21 @@ fn torture_by_kills_changes_no_byte() {
     println!("{n_killed} kills, {} runs with the same bytes", n_finished + 1);
 }
 
+/// Killed as soon as the first sequences of the third rollout have ended: with a checkpoint every second iteration,
+/// its journal, which is returned, is the only one left.
+pub(crate) fn start_and_kill_in_the_third_rollout(dir: &Path, output: &str) -> PathBuf {
+    let journal = dir.join(output).join("rollouts/iteration-000003.partial.jsonl");
+    let has_lines = || fs_err::metadata(&journal).is_ok_and(|file| file.len() > 0);
+    let mut child = start(dir, output);
+    while !has_lines() {
+        std::thread::sleep(Duration::from_micros(200));
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its third rollout began");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    journal
+}
+
 #[test]
 fn a_half_finished_rollout_is_continued() {
     let dir = tempfile::tempdir().unwrap();
@@ -97,17 +112,7 @@ fn a_half_finished_rollout_is_continued() {
     write_prompts(dir);
     write_rewards(dir, &tiny_model());
     assert!(start(dir, "whole").wait().unwrap().success());
-    // Killed as soon as the first sequences of the third rollout have ended: with a checkpoint every second iteration,
-    // its journal is the only one left.
-    let journal = dir.join("out/rollouts/iteration-000003.partial.jsonl");
-    let has_lines = || fs_err::metadata(&journal).is_ok_and(|file| file.len() > 0);
-    let mut child = start(dir, "out");
-    while !has_lines() {
-        std::thread::sleep(Duration::from_micros(200));
-        assert!(child.try_wait().unwrap().is_none(), "it ended before its third rollout began");
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let journal = start_and_kill_in_the_third_rollout(dir, "out");
     // Tokens of the whole lines; the kill may have cut the last.
     let kept: u64 = fs_err::read_to_string(&journal)
         .unwrap()
