@@ -22,8 +22,12 @@ fn file(name: &str) -> SafetensorsFile {
 }
 
 fn load(path: &Path, nf4: Option<Nf4Options>) -> Decoder {
+    load_as(path, Kind::Float, nf4)
+}
+
+fn load_as(path: &Path, dtype: Kind, nf4: Option<Nf4Options>) -> Decoder {
     let source = Source::parse(path.to_str().unwrap()).unwrap();
-    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4 };
+    let options = LoadOptions { device: Device::Cpu, dtype, nf4 };
     Decoder::load(&Checkpoint::open(&source).unwrap(), &options).unwrap()
 }
 
@@ -82,14 +86,20 @@ fn packed_checkpoints_have_the_logits_of_bitsandbytes() {
 fn products_from_packed_weights_equal_those_of_unpacked_ones() {
     let golden = file("nf4_llama/golden.safetensors");
     let sequence = ids(&golden.tensor("ids").unwrap());
-    let mut decoder = load(&goldens("nf4_llama"), None);
-    let unpacked = logits(&decoder, &sequence[..3], None);
-    decoder.set_packed_decoding(true);
-    let packed = logits(&decoder, &sequence[..3], None);
-    assert!(!packed.equal(&unpacked), "the packed branch was taken");
-    // The codes' product rounds both factors to 15 bits, the vocabulary matrix is rounded to bf16.
-    let scale = unpacked.abs().max().double_value(&[]);
-    assert!(largest_difference(&packed, &unpacked) <= 5e-3 * scale);
+    // In f32 the codes' product rounds both factors to 15 bits and the vocabulary matrix to bf16; in bf16 every layer's result is.
+    for (dtype, tolerance) in [(Kind::Float, 5e-3), (Kind::BFloat16, 2e-2)] {
+        let mut decoder = load_as(&goldens("nf4_llama"), dtype, None);
+        for rows in 1..=3 {
+            decoder.set_packed_decoding(false);
+            let unpacked = logits(&decoder, &sequence[..rows], None);
+            decoder.set_packed_decoding(true);
+            let packed = logits(&decoder, &sequence[..rows], None);
+            assert!(!packed.equal(&unpacked), "{dtype:?}: the packed branch was taken");
+            let scale = unpacked.to_kind(Kind::Float).abs().max().double_value(&[]);
+            let difference = largest_difference(&packed, &unpacked);
+            assert!(difference <= tolerance * scale, "{dtype:?}, {rows} rows: {difference}");
+        }
+    }
 }
 
 #[test]
