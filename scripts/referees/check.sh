@@ -46,9 +46,10 @@ scores() { # scores OUTPUT MODEL [ADAPTER]
     target/release/arete-reward score --model "$2" ${3:+--adapter "$3"} --dtype f32 --input "$jsonl" --output "$1"
 }
 
-# ORIGINAL: the model the run started from, as a Hugging Face directory.
+# ORIGINAL: the model the run started from, as a Hugging Face directory; ours reads the file that the adapter names.
 original=${ORIGINAL:-.deps/smollm2/hf}
 base=$original
+named_base() { sed -n 's/^ *"base_model": "\(.*\)",$/\1/p' "$1/arete_adapter.json"; }
 if [ -d "$run/sft/merged" ]; then
     base=$run/sft/merged
     logprobs "$work/sft" "$base"
@@ -56,12 +57,17 @@ if [ -d "$run/sft/merged" ]; then
 fi
 mapfile -t adapters < <(find "$run" -name adapter_config.json -not -path '*/checkpoint*' -printf '%h\n' | sort)
 for adapter in "${adapters[@]}"; do
-    if [[ $adapter == "$run/sft"* ]]; then over=$original; else over=$base; fi
+    over=$base
+    ours=$base
+    if [[ $adapter == "$run/sft"* || $base == "$original" ]]; then
+        over=$original
+        ours=$(named_base "$adapter")
+    fi
     if grep -q '"SEQ_CLS"' "$adapter/adapter_config.json"; then
-        scores "$work/scores" "$over" "$adapter"
+        scores "$work/scores" "$ours" "$adapter"
         check $here/check_adapter.py --base "$over" --adapter "$adapter" --scores "$work/scores" --conversations "$jsonl" --tolerance 1e-4
     else
-        logprobs "$work/adapter" "$over" "$adapter"
+        logprobs "$work/adapter" "$ours" "$adapter"
         check $here/check_adapter.py --base "$over" --adapter "$adapter" --logprobs "$work/adapter" --tolerance 2e-4
     fi
 done

@@ -223,8 +223,11 @@ pub struct DemonstrationsConfig {
 pub enum PersonaChoice {
     /// None: both samples are drawn alike.
     None,
-    /// Sample 0 under the constitution's virtuous persona, sample 1 under its vicious one (RLCD).
+    /// Sample 0 under the constitution's virtuous persona, sample 1 under its vicious one (RLCD, Yang et al. 2023).
     Contrast,
+    /// None, but sample 1 is drawn from --original, the model before SFT: for models too small to follow a persona (after
+    /// ALMoST, Kim et al. 2023, where the better model's reply is the preferred one).
+    Original,
 }
 
 /// Settings of `conversations`.
@@ -272,7 +275,7 @@ pub enum Method {
     PointwiseLogits,
     /// log P of each sample's reply under the virtuous against the vicious persona.
     Likelihood,
-    /// No judge: the sample drawn under the virtuous persona is preferred (RLCD).
+    /// No judge: the sample drawn under the virtuous persona, or from the model after SFT, is preferred.
     Contrast,
 }
 

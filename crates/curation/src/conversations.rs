@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::Error;
 use crate::config::{self, ConversationsConfig, PersonaChoice};
 use crate::constitution::{Constitution, Personas};
-use crate::engine::{Chain, Engine, Reply};
+use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::judge::under_persona;
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::units::Units;
@@ -28,6 +28,10 @@ const GROUP: usize = 16;
 pub const VIRTUOUS: &str = "virtuous";
 /// Name recorded for the sample drawn under the vicious persona.
 pub const VICIOUS: &str = "vicious";
+/// Name recorded for the sample drawn from the model, where the other is from the original.
+pub const TUNED: &str = "tuned";
+/// Name recorded for the sample drawn from the original model.
+pub const ORIGINAL: &str = "original";
 
 /// What the stage reads besides its settings.
 #[derive(Debug, Clone)]
@@ -36,6 +40,104 @@ pub struct Inputs {
     pub prompts: PathBuf,
     /// The model that talks.
     pub model: String,
+    /// The model before SFT; needed by [`PersonaChoice::Original`] alone.
+    pub original: Option<String>,
+}
+
+/// How the two samples of a prompt differ.
+enum Contrast {
+    /// By chance alone.
+    Chance,
+    /// By the system prompt.
+    Personas(Personas),
+    /// By the model.
+    Models,
+}
+
+impl Contrast {
+    fn of(config: &ConversationsConfig) -> Result<Self, Error> {
+        Ok(match config.personas {
+            PersonaChoice::None => Self::Chance,
+            PersonaChoice::Contrast => {
+                Self::Personas(Constitution::load(&config.constitution)?.personas)
+            }
+            PersonaChoice::Original => Self::Models,
+        })
+    }
+
+    /// What a sample is recorded as.
+    fn name(&self, sample: u64) -> Option<&'static str> {
+        let names = match self {
+            Self::Chance => return None,
+            Self::Personas(_) => [VIRTUOUS, VICIOUS],
+            Self::Models => [TUNED, ORIGINAL],
+        };
+        Some(names[usize::from(sample != 0)])
+    }
+}
+
+/// What draws the samples.
+struct Engines {
+    /// All of them, or the first of each prompt.
+    model: Engine,
+    /// The second of each prompt, if it is another model's.
+    original: Option<Engine>,
+}
+
+impl Engines {
+    fn open(config: &ConversationsConfig, inputs: &Inputs) -> Result<Self, Error> {
+        let url = config.engine_url.as_deref();
+        let open = |name: &str| {
+            stage::open_engine(name, None, url, &config.compute, &config.server, false)
+        };
+        let original = original(config, inputs)?;
+        Ok(Self { model: open(&inputs.model)?, original: original.map(open).transpose()? })
+    }
+
+    /// The one that continues a chain.
+    fn of(&self, chain: &Chain) -> &Engine {
+        match &self.original {
+            Some(original) if chain.samples == [1] => original,
+            _ => &self.model,
+        }
+    }
+
+    /// [`Engine::chains_each`], each chain by its own model.
+    fn chains_each(
+        &self,
+        chains: &[Chain],
+        drawing: &Drawing,
+        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(original) = &self.original else {
+            return self.model.chains_each(chains, drawing, done);
+        };
+        for engine in [&self.model, original] {
+            let is_own = |&idx: &usize| std::ptr::eq(self.of(&chains[idx]), engine);
+            let places: Vec<usize> = (0..chains.len()).filter(is_own).collect();
+            let own: Vec<Chain> = places.iter().map(|&idx| chains[idx].clone()).collect();
+            engine.chains_each(&own, drawing, &mut |idx, replies| done(places[idx], replies))?;
+        }
+        Ok(())
+    }
+}
+
+/// The model of the second samples, if that is another one.
+fn original<'a>(
+    config: &ConversationsConfig,
+    inputs: &'a Inputs,
+) -> Result<Option<&'a str>, Error> {
+    match (config.personas, &inputs.original) {
+        (PersonaChoice::Original, Some(original)) => Ok(Some(original)),
+        (PersonaChoice::Original, None) => Err(Error::Setting {
+            name: "original",
+            expected:
+                "the model before SFT (--original MODEL), which personas = \"original\" needs"
+                    .to_owned(),
+            got: "none".to_owned(),
+        }),
+        _ => Ok(None),
+    }
 }
 
 /// Runs the stage.
@@ -52,7 +154,8 @@ pub fn run(
     let started = Instant::now();
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
     check_ids(&inputs.prompts, &prompts)?;
-    let personas = personas(config)?;
+    let contrast = Contrast::of(config)?;
+    original(config, inputs)?;
     let place = work.place(|| Place::of(&config.compute, config.engine_url.as_deref()))?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
     let shard = config.shard;
@@ -62,12 +165,12 @@ pub fn run(
         Work::Compute => {
             let (missing, n_missing) = units.missing();
             if !missing.is_empty() {
-                let engine = open(config, inputs)?;
+                let engines = Engines::open(config, inputs)?;
                 let progress = cli::progress(STAGE, "prompts", prompts.len() as u64);
                 progress.skip((prompts.len() - n_missing) as u64);
                 for group in missing.chunks(GROUP) {
                     interrupt::check()?;
-                    sample(&engine, &prompts, &units, group, config, personas.as_ref(), &progress)?;
+                    sample(&engines, &prompts, &units, group, config, &contrast, &progress)?;
                 }
             }
         }
@@ -78,6 +181,7 @@ pub fn run(
             config: serde_json::to_value(config).expect("configurations always serialise"),
             input: inputs.prompts.clone(),
             model: Some(inputs.model.clone()),
+            original: inputs.original.clone(),
         }
         .write(output)?;
         return stage::finish(run, STAGE, place, Map::new(), started);
@@ -98,22 +202,22 @@ pub fn estimate(
     output: &Path,
 ) -> Result<Estimate, Error> {
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
-    let personas = personas(config)?;
+    let contrast = Contrast::of(config)?;
     let units = Units { output, name: STAGE, n_items: prompts.len(), shard: config.shard };
     let (missing, n_missing) = units.missing();
-    let engine = open(config, inputs)?;
+    let engines = Engines::open(config, inputs)?;
     let chains = |items: &[PromptRow]| -> Vec<Chain> {
-        items.iter().flat_map(|prompt| chains_of(prompt, personas.as_ref())).collect()
+        items.iter().flat_map(|prompt| chains_of(prompt, &contrast)).collect()
     };
     let mut n_prompt_tokens = 0;
     for &unit in &missing {
         for chain in chains(&prompts[units.items(unit)]) {
-            n_prompt_tokens += engine.n_tokens(&chain.messages)?.unwrap_or(0) as u64;
+            n_prompt_tokens += engines.model.n_tokens(&chain.messages)?.unwrap_or(0) as u64;
         }
     }
     let n_new = (n_missing * 2 * Aspect::ALL.len() * config.sampling.max_new_tokens) as u64;
     let mut seconds = None;
-    if let (Some(&unit), Engine::Local(_)) = (missing.first(), &engine) {
+    if let (Some(&unit), Engine::Local(_)) = (missing.first(), &engines.model) {
         // One turn of a few tokens for a whole unit: the rate at the batch size of the real run.
         let probe: Vec<Chain> = chains(&prompts[units.items(unit)])
             .into_iter()
@@ -122,7 +226,7 @@ pub fn estimate(
         let mut drawing = config.sampling.drawing();
         drawing.max_new_tokens = drawing.max_new_tokens.min(8);
         let started = Instant::now();
-        let replies = engine.chains(&probe, &drawing)?;
+        let replies = engines.model.chains(&probe, &drawing)?;
         let n_sampled: usize = replies.iter().flatten().flatten().map(|reply| reply.n_tokens).sum();
         let per_token_s = started.elapsed().as_secs_f64() / n_sampled.max(1) as f64;
         seconds = Some((n_new as f64 * per_token_s).ceil());
@@ -155,24 +259,15 @@ fn check_ids(input: &Path, prompts: &[PromptRow]) -> Result<(), Error> {
 fn spec<'a>(config: &ConversationsConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
     let mut settings = config::recorded(config);
     let mut files = vec![("prompts".to_owned(), stage::file_of(&inputs.prompts, "prompts"))];
-    if config.personas != PersonaChoice::None {
+    if config.personas == PersonaChoice::Contrast {
         files.push(("constitution".to_owned(), config.constitution.clone()));
     }
     let remote = config.engine_url.is_some();
     config::record_model("model", &inputs.model, remote, &mut settings, &mut files);
-    StageSpec { stage: STAGE, output, config: settings, seed: config.sampling.seed, inputs: files }
-}
-
-fn open(config: &ConversationsConfig, inputs: &Inputs) -> Result<Engine, Error> {
-    let url = config.engine_url.as_deref();
-    stage::open_engine(&inputs.model, None, url, &config.compute, &config.server, false)
-}
-
-fn personas(config: &ConversationsConfig) -> Result<Option<Personas>, Error> {
-    match config.personas {
-        PersonaChoice::None => Ok(None),
-        PersonaChoice::Contrast => Ok(Some(Constitution::load(&config.constitution)?.personas)),
+    if let (PersonaChoice::Original, Some(original)) = (config.personas, &inputs.original) {
+        config::record_model("original", original, remote, &mut settings, &mut files);
     }
+    StageSpec { stage: STAGE, output, config: settings, seed: config.sampling.seed, inputs: files }
 }
 
 /// The part of the random streams' keys that belongs to a prompt: its id is 16 hex digits.
@@ -185,8 +280,8 @@ pub(crate) fn key_of(prompt_id: &str) -> u64 {
     })
 }
 
-/// One chain with two samples, or one chain a persona.
-fn chains_of(prompt: &PromptRow, personas: Option<&Personas>) -> Vec<Chain> {
+/// One chain with two samples, or one chain a persona or model.
+fn chains_of(prompt: &PromptRow, contrast: &Contrast) -> Vec<Chain> {
     let questions: Vec<String> =
         Aspect::ALL.iter().filter_map(|aspect| aspect.question()).map(str::to_owned).collect();
     let chain = |messages, samples| Chain {
@@ -195,9 +290,10 @@ fn chains_of(prompt: &PromptRow, personas: Option<&Personas>) -> Vec<Chain> {
         key: key_of(&prompt.prompt_id),
         samples,
     };
-    match personas {
-        None => vec![chain(prompt.prompt.clone(), vec![0, 1])],
-        Some(personas) => [&personas.virtuous, &personas.vicious]
+    match contrast {
+        Contrast::Chance => vec![chain(prompt.prompt.clone(), vec![0, 1])],
+        Contrast::Models => [0, 1].map(|sample| chain(prompt.prompt.clone(), vec![sample])).into(),
+        Contrast::Personas(personas) => [&personas.virtuous, &personas.vicious]
             .into_iter()
             .zip(0..)
             .map(|(persona, sample)| {
@@ -209,12 +305,12 @@ fn chains_of(prompt: &PromptRow, personas: Option<&Personas>) -> Vec<Chain> {
 
 /// Both samples of every prompt of some units; a unit's shard is written when its last reply ends.
 fn sample(
-    engine: &Engine,
+    engines: &Engines,
     prompts: &[PromptRow],
     units: &Units<'_>,
     group: &[usize],
     config: &ConversationsConfig,
-    personas: Option<&Personas>,
+    contrast: &Contrast,
     progress: &cli::Progress,
 ) -> Result<(), Error> {
     let drawing = config.sampling.drawing();
@@ -223,10 +319,10 @@ fn sample(
     let mut n_left = vec![0; group.len()];
     for (place, &unit) in group.iter().enumerate() {
         for idx in units.items(unit) {
-            let own = chains_of(&prompts[idx], personas);
+            let own = chains_of(&prompts[idx], contrast);
             let mut fits = true;
             for chain in &own {
-                fits &= engine.fits(chain, drawing.max_new_tokens)?;
+                fits &= engines.of(chain).fits(chain, drawing.max_new_tokens)?;
             }
             if !fits {
                 tracing::warn!(
@@ -251,11 +347,10 @@ fn sample(
     for place in (0..group.len()).filter(|&place| n_left[place] == 0) {
         write(place, Vec::new())?;
     }
-    engine.chains_each(&chains, &drawing, &mut |chain, samples| {
+    engines.chains_each(&chains, &drawing, &mut |chain, samples| {
         let (place, idx) = owners[chain];
         let found = chains[chain].samples.iter().zip(samples).map(|(&sample, replies)| {
-            let persona = personas.map(|_| if sample == 0 { VIRTUOUS } else { VICIOUS });
-            row(&prompts[idx], sample, persona, replies, drawing.seed)
+            row(&prompts[idx], sample, contrast.name(sample), replies, drawing.seed)
         });
         rows[place].push((chain, found.collect()));
         n_left[place] -= 1;

@@ -82,8 +82,14 @@ pub fn run(
     if shard.is_some() {
         let input = inputs.prompts.clone().unwrap_or_default();
         let config = serde_json::to_value(config).expect("configurations always serialise");
-        Command { stage: STAGE.to_owned(), config, input, model: inputs.model.clone() }
-            .write(output)?;
+        Command {
+            stage: STAGE.to_owned(),
+            config,
+            input,
+            model: inputs.model.clone(),
+            original: None,
+        }
+        .write(output)?;
         return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let own: Vec<DemonstrationRow> = material.own.iter().map(own_row).collect();

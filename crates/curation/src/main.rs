@@ -65,6 +65,9 @@ enum Command {
         /// Model directory, GGUF file or hub id (or the name a server knows it by)
         #[arg(long, value_name = "MODEL")]
         model: String,
+        /// The model before SFT, which --personas original draws each second sample from
+        #[arg(long, value_name = "MODEL")]
+        original: Option<String>,
         #[command(flatten)]
         stage: StageArgs,
         #[command(flatten)]
@@ -176,10 +179,10 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
             let work = Work::Compute;
             either(dry, estimate, || demonstrations::run(&config, &inputs, &stage.output, &work))
         }
-        Command::Conversations { prompts, model, stage, dry, .. } => {
+        Command::Conversations { prompts, model, original, stage, dry, .. } => {
             let config: ConversationsConfig =
                 recipe::resolve(matches, name, stage.recipe.as_deref())?;
-            let inputs = conversations::Inputs { prompts, model };
+            let inputs = conversations::Inputs { prompts, model, original };
             let estimate = || conversations::estimate(&config, &inputs, &stage.output);
             let work = Work::Compute;
             either(dry, estimate, || conversations::run(&config, &inputs, &stage.output, &work))

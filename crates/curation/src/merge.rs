@@ -13,12 +13,12 @@ use crate::{Error, conversations, demonstrations, preferences};
 ///
 /// Parts that are incomplete or do not belong together; whatever the stage's own end may fail with.
 pub fn merge(parts: &[PathBuf], output: &Path) -> Result<(), Error> {
-    let (Command { stage, config, input, model }, place) = Command::of_parts(parts)?;
+    let (Command { stage, config, input, model, original }, place) = Command::of_parts(parts)?;
     let work = Work::Adopt { parts: parts.to_owned(), place };
     match stage.as_str() {
         conversations::STAGE => {
             let model = model.ok_or_else(|| unusable(parts, "names no model"))?;
-            let inputs = conversations::Inputs { prompts: input, model };
+            let inputs = conversations::Inputs { prompts: input, model, original };
             conversations::run(&settings(parts, config)?, &inputs, output, &work)
         }
         demonstrations::STAGE => {

@@ -89,8 +89,14 @@ pub fn run(
     if shard.is_some() {
         let config = serde_json::to_value(config).expect("configurations always serialise");
         let input = inputs.conversations.clone();
-        Command { stage: STAGE.to_owned(), config, input, model: inputs.judge.clone() }
-            .write(output)?;
+        Command {
+            stage: STAGE.to_owned(),
+            config,
+            input,
+            model: inputs.judge.clone(),
+            original: None,
+        }
+        .write(output)?;
         return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let rows: Vec<JudgementRow> = units.join()?;
@@ -454,23 +460,26 @@ fn judgements(
     Ok(rows)
 }
 
-/// The verdict of contrastive sampling: the sample of the virtuous persona, for certain.
+/// The verdict of contrastive sampling: the sample of the virtuous persona or of the tuned model, for certain.
 fn by_construction(samples: &Samples) -> Result<Verdict, Error> {
     let personas = [0, 1].map(|s| samples.samples[s].persona.as_deref());
-    let virtuous = match personas {
-        [Some(conversations::VIRTUOUS), Some(conversations::VICIOUS)] => 0,
-        [Some(conversations::VICIOUS), Some(conversations::VIRTUOUS)] => 1,
+    let better = match personas {
+        [Some(conversations::VIRTUOUS), Some(conversations::VICIOUS)]
+        | [Some(conversations::TUNED), Some(conversations::ORIGINAL)] => 0,
+        [Some(conversations::VICIOUS), Some(conversations::VIRTUOUS)]
+        | [Some(conversations::ORIGINAL), Some(conversations::TUNED)] => 1,
         other => {
             return Err(Error::Setting {
                 name: "method",
                 expected:
-                    "conversations sampled with personas = \"contrast\" for the method contrast"
+                    "conversations sampled with personas = \"contrast\" or \"original\" for the \
+                           method contrast"
                         .to_owned(),
                 got: format!("personas {other:?} of prompt {}", samples.samples[0].prompt_id),
             });
         }
     };
-    Ok(Verdict { p_ab: None, p_ba: None, p_sample0: Some(if virtuous == 0 { 1.0 } else { 0.0 }) })
+    Ok(Verdict { p_ab: None, p_ba: None, p_sample0: Some(if better == 0 { 1.0 } else { 0.0 }) })
 }
 
 /// The preferences of one aspect, and what was left out.

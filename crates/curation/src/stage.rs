@@ -86,6 +86,9 @@ pub struct Command {
     pub input: PathBuf,
     /// The model, as it was named.
     pub model: Option<String>,
+    /// The model before SFT, if `conversations` needs it.
+    #[serde(default)]
+    pub original: Option<String>,
 }
 
 const COMMAND: &str = "command.json";

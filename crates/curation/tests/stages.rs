@@ -55,7 +55,11 @@ fn conversations_config(flags: &[&str]) -> ConversationsConfig {
 }
 
 fn converse(prompts: &Path, output: &Path, flags: &[&str]) -> Vec<ConversationRow> {
-    let inputs = conversations::Inputs { prompts: prompts.to_owned(), model: fixture() };
+    let inputs = conversations::Inputs {
+        prompts: prompts.to_owned(),
+        model: fixture(),
+        original: Some(fixture()),
+    };
     conversations::run(&conversations_config(flags), &inputs, output, &Work::Compute).unwrap();
     let joined = output.join("conversations.parquet");
     if joined.exists() { parquet::read(joined).unwrap() } else { Vec::new() }
@@ -328,7 +332,8 @@ fn prompts_of_one_id_are_refused_before_any_work() {
     rows.push(rows[1].clone());
     let path = dir.path().join("twice.parquet");
     parquet::write(&path, &rows).unwrap();
-    let inputs = conversations::Inputs { prompts: path, model: "none/such".to_owned() };
+    let inputs =
+        conversations::Inputs { prompts: path, model: "none/such".to_owned(), original: None };
     let output = dir.path().join("out");
     let error = conversations::run(&conversations_config(&[]), &inputs, &output, &Work::Compute);
     let error = error.unwrap_err().to_string();
@@ -375,6 +380,32 @@ fn a_completion_does_not_depend_on_its_neighbours() {
     let few = converse(&write_prompts(&few, 5), &few.join("out"), &[]);
     let many = converse(&write_prompts(&many, 20), &many.join("out"), &[]);
     assert_eq!(few[..], many[..10]);
+}
+
+#[test]
+fn original_draws_the_second_sample_from_the_other_model_and_labels_by_construction() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 40);
+    let samples = dir.path().join("conversations");
+    let rows = converse(&prompts, &samples, &["--personas", "original"]);
+    // Here both models are the same one, so the samples are those of plain sampling, and in their order.
+    let plain = converse(&prompts, &dir.path().join("plain"), &[]);
+    assert_eq!(rows.len(), plain.len());
+    for (row, plain) in rows.iter().zip(&plain) {
+        let expected = if row.sample == 0 { "tuned" } else { "original" };
+        assert_eq!(row.persona.as_deref(), Some(expected));
+        assert_eq!((row.sample, &row.messages), (plain.sample, &plain.messages));
+    }
+    let output = dir.path().join("preferences");
+    judge(&samples, None, &output, &["--method", "contrast"]).unwrap();
+    for pair in pairs(&output, Aspect::Action) {
+        let tuned = rows.iter().find(|row| row.prompt_id == pair.prompt_id).unwrap();
+        assert_eq!(pair.chosen[0].content, tuned.action);
+    }
+    let config = conversations_config(&["--personas", "original"]);
+    let inputs = conversations::Inputs { prompts, model: fixture(), original: None };
+    let error = conversations::run(&config, &inputs, &dir.path().join("no"), &Work::Compute);
+    assert!(error.unwrap_err().to_string().contains("--original"));
 }
 
 #[test]
@@ -538,7 +569,11 @@ fn converse_by_server(
     concurrency: &str,
 ) -> Result<(), arete_curation::Error> {
     let flags = ["--engine-url", url, "--concurrency", concurrency, "--attempts", "1"];
-    let inputs = conversations::Inputs { prompts: prompts.to_owned(), model: "served".to_owned() };
+    let inputs = conversations::Inputs {
+        prompts: prompts.to_owned(),
+        model: "served".to_owned(),
+        original: None,
+    };
     conversations::run(&conversations_config(&flags), &inputs, output, &Work::Compute)
 }
 

@@ -491,10 +491,9 @@ pub fn update(
             for pack in packs {
                 let graph = match kept.as_mut().and_then(Iterator::next) {
                     Some(graph) => graph,
-                    None => Graph {
-                        policy: models.policy_pass(pack, learning, false)?,
-                        critic: None,
-                    },
+                    None => {
+                        Graph { policy: models.policy_pass(pack, learning, false)?, critic: None }
+                    }
                 };
                 let places = lessons.places(pack);
                 let part = Part {
@@ -592,12 +591,7 @@ impl PackPass<'_> {
     }
 
     /// The policy's loss, scaled for the backward pass.
-    fn policy_loss(
-        &self,
-        logprob: &Tensor,
-        part: &Part,
-        sums: &mut Sums,
-    ) -> Result<Tensor, Error> {
+    fn policy_loss(&self, logprob: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
         let valid = part.old_logprob.ones_like().to_kind(Kind::Bool); // [n]: own tokens only
         let policy = policy_loss(
             logprob,
