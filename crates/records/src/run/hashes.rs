@@ -1,7 +1,7 @@
 //! Content hashes of files and directories, remembered by size and time of last change.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -49,7 +49,15 @@ fn sha256_tree(
     path: &Path,
     mut sha256: impl FnMut(&Path) -> Result<String, Error>,
 ) -> Result<String, Error> {
-    if !fs_err::metadata(path)?.is_dir() {
+    let found = fs_err::metadata(path).map_err(|error| match error.kind() {
+        // In plain words: it is most often a flag's path, mistyped.
+        ErrorKind::NotFound => {
+            let message = format!("{}: no such file or directory", path.display());
+            std::io::Error::new(ErrorKind::NotFound, message)
+        }
+        _ => error,
+    })?;
+    if !found.is_dir() {
         return sha256(path);
     }
     let mut hasher = Sha256::new();
