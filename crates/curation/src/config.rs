@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_model::LoadOptions;
 use arete_model::generate::Sampling;
-use arete_model::{LoadOptions, Nf4Options};
+use arete_model::runtime::{self, Dtype};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Device, Kind};
 
 use crate::Error;
 use crate::engine::server::ServerConfig;
@@ -49,12 +49,12 @@ pub struct PromptsConfig {
 /// Where a local model computes, and in which number format.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct ComputeConfig {
-    /// Device: cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu")]
-    pub device: String,
-    /// Number format: auto (bf16 where the device computes in it), f32, bf16 or f16
+    /// Where to compute: cpu, cuda, cuda:N, or auto
     #[arg(long, default_value = "auto")]
-    pub dtype: String,
+    pub device: String,
+    /// Number format of weights and activations
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
     /// Pack the model's matrices to four bits (NF4) at load
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true",
           action = clap::ArgAction::Set, value_name = "BOOL")]
@@ -66,25 +66,10 @@ impl ComputeConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for an unknown device or format.
+    /// [`Error::Model`] if there is no such device.
     pub fn load_options(&self) -> Result<LoadOptions, Error> {
-        let device = match self.device.as_str() {
-            "cpu" => Device::Cpu,
-            "cuda" => Device::Cuda(0),
-            other => match other.strip_prefix("cuda:").and_then(|idx| idx.parse().ok()) {
-                Some(idx) => Device::Cuda(idx),
-                None => return Err(setting("device", "cpu, cuda or cuda:N", other)),
-            },
-        };
-        let dtype = match self.dtype.as_str() {
-            "auto" => arete_model::default_dtype(device),
-            "f32" => Kind::Float,
-            "bf16" => Kind::BFloat16,
-            "f16" => Kind::Half,
-            other => return Err(setting("dtype", "auto, f32, bf16 or f16", other)),
-        };
-        let nf4 = self.nf4.then(Nf4Options::default);
-        Ok(LoadOptions { device, dtype, nf4 })
+        let device = runtime::device(&self.device)?;
+        Ok(runtime::load_options(device, self.dtype, self.nf4, true))
     }
 }
 
@@ -470,8 +455,4 @@ pub fn record_model(
     } else {
         settings[name] = Value::String(model.to_owned());
     }
-}
-
-fn setting(name: &'static str, expected: &str, got: &str) -> Error {
-    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
 }

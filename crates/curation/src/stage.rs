@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_model::runtime;
 use arete_records::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
 use arete_records::{atomic, parquet, timings};
 use serde::{Deserialize, Serialize};
@@ -55,8 +56,8 @@ impl Place {
         }
         let options = compute.load_options()?;
         Ok(Self {
-            device: format!("{:?}", options.device).to_lowercase(),
-            dtype: format!("{:?}", options.dtype).to_lowercase(),
+            device: runtime::device_name(options.device),
+            dtype: runtime::dtype_name(options.dtype).to_owned(),
         })
     }
 }

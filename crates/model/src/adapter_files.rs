@@ -277,6 +277,14 @@ fn rank_and_alpha(
     if config.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
         return Err(fail("bias", "none"));
     }
+    if let Some(start) = config.get("init_lora_weights").and_then(Value::as_str) {
+        let changes = |name: &&str| start.to_lowercase().starts_with(name);
+        if ["pissa", "olora", "loftq", "corda"].iter().any(|name| changes(name)) {
+            let expected = "true or gaussian (this start changed the base's weights, which are not here; \
+                            peft's save_pretrained can convert it)";
+            return Err(fail("init_lora_weights", expected));
+        }
+    }
     for key in ["rank_pattern", "alpha_pattern"] {
         let patterns = config.get(key).and_then(Value::as_object);
         if patterns.is_some_and(|patterns| !patterns.is_empty()) {

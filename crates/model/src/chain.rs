@@ -181,7 +181,7 @@ impl<'a> Chat<'a> {
         let ids = self.tokenizer.encode(&format!("{end}{rest}"), false)?;
         let rest = ids
             .strip_prefix(&[*end_id])
-            .expect("a special token is cut out before the rest is looked at");
+            .ok_or_else(|| self.moved("the end of turn becomes another token with what follows"))?;
         let mut next = if end_was_sampled { Vec::new() } else { closing.clone() };
         next.extend_from_slice(rest);
         Ok(next)

@@ -70,9 +70,12 @@ struct ModelArgs {
     /// Compute dtype: f32, bf16 or f16 [default: bf16 where the device computes in it, else f32]
     #[arg(long, value_parser = parse_dtype)]
     dtype: Option<Kind>,
-    /// Hold the blocks' matrices in four bits (NF4, double quantisation)
+    /// Hold the blocks' matrices in four bits (NF4; scales in eight bits, as bitsandbytes' double quantisation)
     #[arg(long)]
     nf4: bool,
+    /// With --nf4: leave the scales in f32, as `double_quantize = false` in a recipe
+    #[arg(long, requires = "nf4")]
+    single: bool,
 }
 
 fn parse_device(text: &str) -> Result<Device, String> {
@@ -100,7 +103,9 @@ impl ModelArgs {
         LoadOptions {
             device: self.device,
             dtype: self.dtype.unwrap_or_else(|| default_dtype(self.device)),
-            nf4: self.nf4.then(Nf4Options::default),
+            nf4: self
+                .nf4
+                .then(|| Nf4Options { double_quantize: !self.single, ..Nf4Options::default() }),
         }
     }
 
@@ -235,7 +240,10 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     let Some(loaded) = adapter else { bail!(cli::Usage("merge needs --adapter DIR".to_owned())) };
     let source = Source::parse(&arguments.model.model)?;
     let packed = model.decoder.quantization().filter(|_| arguments.model.nf4);
-    let dtype = arguments.model.options().dtype;
+    let dtype = match arguments.model.dtype {
+        Some(dtype) => dtype,
+        None => merge::output_dtype(&source, arguments.model.options().dtype)?,
+    };
     let (adapter, head) = (&loaded.adapter, loaded.head.as_ref());
     let extra = serde_json::Map::new();
     merge::write_model(&source, Some(adapter), head, &arguments.output, dtype, packed, extra)?;

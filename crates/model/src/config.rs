@@ -279,10 +279,15 @@ impl ModelConfig {
         let key = |name: &str| format!("{architecture}.{name}");
         let size = |name: &str| metadata.size(&key(name));
         let (hidden_size, num_heads) = (size("embedding_length")?, size("attention.head_count")?);
+        // As llama.cpp reads them: linear unless said otherwise, the older key, and a factor of 0 for none.
+        let factor = match metadata.optional_number(&key("rope.scaling.factor"))? {
+            Some(factor) => factor,
+            None => metadata.optional_number(&key("rope.scale_linear"))?.unwrap_or(0.0),
+        };
         let rope_scaling = match metadata.optional_string(&key("rope.scaling.type"))? {
-            None | Some("none") => None,
-            Some("linear") => {
-                Some(RopeScaling::Linear { factor: metadata.number(&key("rope.scaling.factor"))? })
+            Some("none") => None,
+            None | Some("linear") => {
+                Some(RopeScaling::Linear { factor }).filter(|_| factor != 0.0 && factor != 1.0)
             }
             Some(other) => {
                 let found: String = other.chars().take(80).collect();
@@ -490,6 +495,13 @@ impl ModelConfig {
                 return fail(field, format!("at most {limit}"), size.to_string());
             }
         }
+        let table = self.max_position_embeddings.saturating_mul(self.head_size);
+        if table > 1 << 28 {
+            let expected =
+                format!("at most {} positions of this head size", (1 << 28) / self.head_size);
+            let found = self.max_position_embeddings.to_string();
+            return fail("max_position_embeddings", expected, found);
+        }
         for (field, value) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)]
         {
             if !(value > 0.0 && value < 1e15) {
@@ -620,6 +632,9 @@ fn architecture(reader: &Reader<'_>) -> Result<(Family, bool), Error> {
 fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
     let mut theta = reader.optional_number("rope_theta")?;
     let mut scaling = None;
+    if reader.optional_number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+        return Err(reader.wrong("partial_rotary_factor", "1 (all dimensions rotate)"));
+    }
     for key in ["rope_parameters", "rope_scaling"] {
         let Some(value) = reader.present(key) else { continue };
         let Some(map) = value.as_object() else { return Err(reader.wrong(key, "an object")) };
@@ -645,7 +660,15 @@ fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
 
 fn scaling_of(reader: &Reader<'_>) -> Result<Option<RopeScaling>, Error> {
     let key = if reader.present("rope_type").is_some() { "rope_type" } else { "type" };
-    let Some(kind) = reader.present(key) else { return Ok(None) };
+    let Some(kind) = reader.present(key) else {
+        let plain = |key: &String| ["rope_theta", "partial_rotary_factor"].contains(&key.as_str());
+        return match reader.map.keys().find(|key| !plain(key)) {
+            Some(other) => {
+                Err(reader.wrong(other, "rope_type beside it, which says how it is meant"))
+            }
+            None => Ok(None),
+        };
+    };
     let number = |key: &str| -> Result<f64, Error> {
         reader.optional_number(key)?.ok_or_else(|| reader.wrong(key, "a number"))
     };

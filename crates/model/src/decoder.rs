@@ -363,6 +363,7 @@ impl Decoder {
         keep: bool,
     ) -> Result<(Tensor, Option<Tensor>, Vec<Tensor>), Error> {
         self.check_length(batch.longest())?;
+        self.check_ids(batch.token_ids())?;
         let positions = batch.position_tensor(self.device);
         let mut hidden = self.embedding.index_select(0, &batch.token_tensor(self.device)); // [N, D]
         let mut delta: Option<Tensor> = None;
@@ -456,6 +457,19 @@ impl Decoder {
         }
     }
 
+    /// Refuses token ids that the embedding does not have; a tokenizer may know more than its model.
+    pub(crate) fn check_ids(&self, token_ids: &[i64]) -> Result<(), Error> {
+        let vocabulary = self.config.vocab_size as i64;
+        match token_ids.iter().find(|id| !(0..vocabulary).contains(*id)) {
+            None => Ok(()),
+            Some(id) => Err(Error::Invalid {
+                name: "token",
+                expected: format!("an id below {vocabulary}, the model's vocabulary"),
+                got: id.to_string(),
+            }),
+        }
+    }
+
     pub(crate) fn check_length(&self, length: usize) -> Result<(), Error> {
         let limit = self.config.max_position_embeddings;
         if length > limit {
@@ -520,6 +534,16 @@ impl Loader<'_> {
             }
         }
         if packed.len() == targets.len() {
+            if let Some(other) = packed.iter().find(|part| !part.stacks_on(&packed[0])) {
+                return Err(Error::Invalid {
+                    name: "packed checkpoint",
+                    expected: format!(
+                        "q, k, v and gate, up of layer {idx} each packed alike: blocks of {} and one codebook",
+                        packed[0].block_size
+                    ),
+                    got: format!("blocks of {} or another codebook beside them", other.block_size),
+                });
+            }
             if let Device::Cuda(index) = self.options.device {
                 crate::cuda::install(index, self.options.dtype)?;
             }

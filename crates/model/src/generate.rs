@@ -296,31 +296,24 @@ pub fn complete(
 
 /// Slots one sequence of the request needs beyond the prompt.
 fn own_slots(request: &Request) -> usize {
-    request.turns * request.max_new_tokens + request.extra_tokens
+    request.turns.saturating_mul(request.max_new_tokens).saturating_add(request.extra_tokens)
 }
 
 fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
-    if request.prompt_ids.is_empty() || request.turns == 0 || request.max_new_tokens == 0 {
+    let (prompt, streams) = (request.prompt_ids.len(), request.streams.len());
+    if [prompt, streams, request.turns, request.max_new_tokens].contains(&0) {
         return Err(Error::Invalid {
             name: "request",
-            expected: "a prompt of at least one token, one turn and one new token".to_owned(),
+            expected: "at least one token in the prompt, one stream, one turn and one new token"
+                .to_owned(),
             got: format!(
-                "{} prompt tokens, {} turns, {} new tokens",
-                request.prompt_ids.len(),
-                request.turns,
-                request.max_new_tokens
+                "{prompt} prompt tokens, {streams} streams, {} turns, {} new tokens",
+                request.turns, request.max_new_tokens
             ),
         });
     }
-    let vocabulary = decoder.config().vocab_size as i64;
-    if let Some(id) = request.prompt_ids.iter().find(|id| !(0..vocabulary).contains(*id)) {
-        return Err(Error::Invalid {
-            name: "prompt token",
-            expected: format!("an id below {vocabulary}"),
-            got: id.to_string(),
-        });
-    }
-    decoder.check_length(request.prompt_ids.len() + own_slots(request))
+    decoder.check_ids(&request.prompt_ids)?;
+    decoder.check_length(prompt.saturating_add(own_slots(request)))
 }
 
 /// Slots for `max_rows` sequences of the largest requests, or for all of them if that is less.
@@ -587,7 +580,7 @@ impl Engine<'_> {
                 got: "none".to_owned(),
             });
         };
-        let text = tokenizer.decode(&sequence.current.token_ids)?;
+        let text = tokenizer.decode_with_special(&sequence.current.token_ids)?;
         Ok(self.options.stop_strings.iter().any(|stop| text.contains(stop.as_str())))
     }
 

@@ -497,8 +497,9 @@ fn cached_blob(blobs: &Path, file: &RemoteFile) -> Result<Option<String>, Error>
             false => name == file.oid,
             true => is_hex(&name, 64) && pointer_id(&name, file.size) == file.oid,
         };
-        let found = fs_err::metadata(entry.path())?;
-        if is_it && found.is_file() && found.len() == file.size {
+        // Looked at only if it is the one: another process may be renaming its own unfinished files here.
+        let complete = |found: std::fs::Metadata| found.is_file() && found.len() == file.size;
+        if is_it && fs_err::metadata(entry.path()).is_ok_and(complete) {
             return Ok(Some(name));
         }
     }
@@ -565,10 +566,14 @@ fn link(directory: &Path, relative: &Path, blob: &str) -> Result<(), Error> {
     fs_err::create_dir_all(place.parent().expect("lies in the snapshot"))?;
     let depth = relative.components().count();
     let target: PathBuf = std::iter::repeat_n("..", depth + 1).collect();
-    if fs_err::symlink_metadata(&place).is_ok() {
-        fs_err::remove_file(&place)?;
+    let target = target.join("blobs").join(blob);
+    if fs_err::read_link(&place).is_ok_and(|found| found == target) {
+        return Ok(());
     }
-    fs_err::os::unix::fs::symlink(target.join("blobs").join(blob), &place)?;
+    // Made beside and renamed: whoever reads the old link meanwhile finds it or the new one.
+    let new = place.with_file_name(format!(".{blob}.{}", std::process::id()));
+    fs_err::os::unix::fs::symlink(&target, &new)?;
+    fs_err::rename(&new, &place)?;
     Ok(())
 }
 

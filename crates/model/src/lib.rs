@@ -27,6 +27,7 @@ pub mod nf4;
 mod ops;
 pub mod packing;
 pub mod random;
+pub mod runtime;
 pub mod template;
 pub mod tokenizer;
 

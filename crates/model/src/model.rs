@@ -20,8 +20,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
-    /// Conversations to text.
-    pub template: ChatTemplate,
+    /// Conversations to text; none where the source has no chat template.
+    pub template: Option<ChatTemplate>,
     /// The weights.
     pub decoder: Decoder,
     /// SHA-256 of the source's files: what adapters remember of their base.
@@ -66,7 +66,11 @@ impl Model {
 
     fn around(checkpoint: &Checkpoint, decoder: Decoder) -> Result<Self, Error> {
         let tokenizer = checkpoint.tokenizer()?;
-        let template = tokenizer.template()?;
+        let template = match tokenizer.template() {
+            Ok(template) => Some(template),
+            Err(Error::NoTemplate { .. }) => None,
+            Err(error) => return Err(error),
+        };
         let config = checkpoint.config().clone();
         let head = match config.sequence_classification {
             true => {
@@ -84,9 +88,14 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// What the template refuses.
+    /// [`Error::NoTemplate`], or what the template refuses.
     pub fn chat(&self) -> Result<Chat<'_>, Error> {
-        Chat::new(&self.tokenizer, &self.template)
+        match &self.template {
+            Some(template) => Chat::new(&self.tokenizer, template),
+            None => {
+                Err(self.tokenizer.template().err().expect("there was none when it was loaded"))
+            }
+        }
     }
 
     /// Tokens that end a turn: the template's end of turn and the model's ends of text.

@@ -114,7 +114,13 @@ impl Nf4Tensor {
         ops::nf4_dequantize(self, kind)
     }
 
-    /// Matrices with the same number of columns, one below the other.
+    /// Whether this can stand below `other` in one packed matrix.
+    pub(crate) fn stacks_on(&self, other: &Self) -> bool {
+        (self.block_size, self.inputs) == (other.block_size, other.inputs)
+            && self.codebook.equal(&other.codebook)
+    }
+
+    /// Matrices packed alike ([`Self::stacks_on`]), one below the other.
     pub(crate) fn stack(parts: &[Self]) -> Self {
         let codes: Vec<&Tensor> = parts.iter().map(|part| &part.codes).collect();
         let absmax: Vec<&Tensor> = parts.iter().map(|part| &part.absmax).collect();

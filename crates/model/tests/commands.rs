@@ -399,3 +399,58 @@ fn a_reader_that_goes_away_is_no_failure() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[test]
+fn a_model_without_a_template_continues_text() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs_err::read_dir(tiny_chat()).unwrap() {
+        let entry = entry.unwrap();
+        let (name, from) = (entry.file_name(), entry.path());
+        if name == "tokenizer_config.json" {
+            let text = fs_err::read_to_string(&from).unwrap();
+            let mut config: Value = serde_json::from_str(&text).unwrap();
+            config.as_object_mut().unwrap().remove("chat_template");
+            fs_err::write(dir.path().join(name), config.to_string()).unwrap();
+        } else if from.is_file() && name != "chat_template.jinja" {
+            fs_err::copy(&from, dir.path().join(name)).unwrap();
+        }
+    }
+    let model = dir.path().to_str().unwrap();
+    let lines = Lines::of("{\"text\": \"abc\"}\n");
+    let flags = ["generate", "--model", model, "--jsonl", lines.path(), "--max-new-tokens", "3"];
+    assert_eq!(parsed(&prints(&flags)).len(), 1);
+    assert_eq!(parsed(&prints(&["logprobs", "--model", model, "--jsonl", lines.path()])).len(), 1);
+    refuses(&["generate", "--model", model, "--prompt", "Hi"], 65, &["chat template"]);
+}
+
+#[test]
+fn adapters_of_a_single_quantised_base_can_be_named() {
+    let model = tiny_chat();
+    let model = model.to_str().unwrap();
+    refuses(&["generate", "--model", model, "--prompt", "Hi", "--single"], 2, &["--nf4"]);
+    let flags = ["generate", "--model", model, "--prompt", "Hi", "--max-new-tokens", "2"];
+    let double = program(&[&flags[..], &["--nf4"]].concat());
+    let single = program(&[&flags[..], &["--nf4", "--single"]].concat());
+    assert!(double.status.success() && single.status.success());
+}
+
+#[test]
+fn a_plan_names_settings_that_cannot_be() {
+    let recipe = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+    let model = tiny_chat();
+    let flags = [
+        "inspect",
+        "--plan",
+        "--model",
+        model.to_str().unwrap(),
+        "--recipe",
+        recipe.path().to_str().unwrap(),
+    ];
+    for (text, words) in [
+        ("[sft]\nmax_length = 0\n", "[sft] max_length: expected at least 1"),
+        ("[ppo]\nrollout = \"chains\"\n", "[ppo] rollout: expected chain, answer, got chains"),
+    ] {
+        fs_err::write(recipe.path(), text).unwrap();
+        refuses(&flags, 65, &[words]);
+    }
+}

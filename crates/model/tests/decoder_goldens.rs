@@ -87,7 +87,7 @@ fn products_from_packed_weights_equal_those_of_unpacked_ones() {
     let golden = file("nf4_llama/golden.safetensors");
     let sequence = ids(&golden.tensor("ids").unwrap());
     // In f32 the codes' product rounds both factors to 15 bits and the vocabulary matrix to bf16; in bf16 every layer's result is.
-    for (dtype, tolerance) in [(Kind::Float, 5e-3), (Kind::BFloat16, 2e-2)] {
+    for (dtype, tolerance) in [(Kind::Float, 5e-3), (Kind::BFloat16, 4e-2)] {
         let mut decoder = load_as(&goldens("nf4_llama"), dtype, None);
         for rows in 1..=3 {
             decoder.set_packed_decoding(false);

@@ -205,3 +205,43 @@ fn rows_leave_and_enter() {
         assert_eq!(found[0].token_ids.len(), request.max_new_tokens);
     }
 }
+
+#[test]
+fn requests_that_cannot_be_are_refused() {
+    let model = model();
+    let vocabulary = model.config.vocab_size as i64;
+    let options = Options::new(Sampling::at(1.0), Vec::new());
+    for (wrong, words) in [
+        (Request { streams: Vec::new(), ..request(1, 1) }, "0 streams"),
+        (
+            Request { max_new_tokens: usize::MAX, turns: 3, ..request(1, 1) },
+            "max_position_embeddings",
+        ),
+        (Request { prompt_ids: vec![1, vocabulary], ..request(1, 1) }, "the model's vocabulary"),
+    ] {
+        let error = generate::complete(&model.decoder, None, None, &[wrong], &options).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    let error =
+        model.decoder.forward(&Batch::from_sequences(&[[1, vocabulary]]), None).unwrap_err();
+    assert!(error.to_string().contains(&vocabulary.to_string()), "{error}");
+}
+
+/// What the model would say before its end of turn, and the end itself as a text to stop at.
+#[test]
+fn special_tokens_can_be_stop_strings() {
+    let model = model();
+    let end = *model.stop_ids().unwrap().first().unwrap();
+    let spelled = model.tokenizer.decode_with_special(&[end]).unwrap();
+    let free = sample(&model, request(64, 200), &Options::new(Sampling::at(1.5), Vec::new()));
+    let ended = free.iter().position(|found| found.token_ids.contains(&end));
+    let Some(sample_idx) = ended else {
+        panic!("none of 64 samples of 200 tokens has an end of turn")
+    };
+    let place = free[sample_idx].token_ids.iter().position(|id| *id == end).unwrap();
+    let mut options = Options::new(Sampling::at(1.5), Vec::new());
+    options.stop_strings = vec![spelled];
+    let stopped = &sample(&model, request(64, 200), &options)[sample_idx];
+    assert_eq!(stopped.token_ids, free[sample_idx].token_ids[..=place]);
+    assert_eq!(stopped.finish_reason, FinishReason::Stop);
+}

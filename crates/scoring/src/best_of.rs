@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
 use arete_records::run::{self, Completion, StageSpec, Start};
 use arete_records::stats::{self, Interval, Resampling};
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
 use crate::Error;
-use crate::config::{ScoreConfig, device_name, dtype_name, setting};
+use crate::config::{ScoreConfig, setting};
 use crate::policies::{Policy, Shelf, local_path};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{self, RewardModel, ScoreStats, adapter_dir};
@@ -243,8 +244,8 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     atomic::write(&path, &bytes)?;
     let counts = Map::from_iter([("prompts".to_owned(), json!(best.n_prompts))]);
     run.finish(Completion {
-        device: device_name(options.device),
-        dtype: dtype_name(options.dtype).to_owned(),
+        device: runtime::device_name(options.device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(best)

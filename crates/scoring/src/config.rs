@@ -1,26 +1,12 @@
 //! Settings of `score`: flags, and the `[scoring]` table of a recipe.
 
+use arete_model::LoadOptions;
 use arete_model::generate::Sampling;
-use arete_model::{LoadOptions, Nf4Options, default_dtype};
+use arete_model::runtime::{self, Dtype};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
 
 use crate::Error;
-
-/// Number format of weights and activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// bf16 where the device computes in it, else f32.
-    Auto,
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats with the range of f32.
-    Bf16,
-    /// 16-bit floats, on a GPU; on the CPU as `auto`.
-    F16,
-}
 
 /// Settings of scoring.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -98,60 +84,14 @@ impl ScoreConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] if there is no such device.
+    /// [`Error::Model`] if there is no such device.
     pub fn load_options(&self) -> Result<LoadOptions, Error> {
-        if let Ok(threads @ 1..) = i32::try_from(self.threads) {
-            tch::set_num_threads(threads);
-        }
-        let device = device(&self.device)?;
-        let dtype = match self.dtype {
-            Dtype::F32 => Kind::Float,
-            Dtype::Bf16 => Kind::BFloat16,
-            Dtype::F16 if device != Device::Cpu => Kind::Half,
-            Dtype::Auto | Dtype::F16 => default_dtype(device),
-        };
-        let nf4 = self
-            .nf4
-            .then(|| Nf4Options { double_quantize: self.double_quantize, ..Nf4Options::default() });
-        Ok(LoadOptions { device, dtype, nf4 })
-    }
-}
-
-fn device(name: &str) -> Result<Device, Error> {
-    let n_gpus = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
-    let gpu = match name {
-        "cpu" => return Ok(Device::Cpu),
-        "auto" if n_gpus == 0 => return Ok(Device::Cpu),
-        "auto" | "cuda" => Some(0),
-        other => other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()),
-    };
-    match gpu {
-        Some(gpu) if i64::try_from(gpu).is_ok_and(|gpu| gpu < n_gpus) => Ok(Device::Cuda(gpu)),
-        _ => {
-            let expected = format!("cpu, auto, cuda or cuda:N with N below {n_gpus}");
-            Err(setting("device", &expected, name))
-        }
+        runtime::set_threads(self.threads);
+        let device = runtime::device(&self.device)?;
+        Ok(runtime::load_options(device, self.dtype, self.nf4, self.double_quantize))
     }
 }
 
 pub(crate) fn setting(name: &'static str, expected: &str, got: &str) -> Error {
     Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
-}
-
-/// `f32`, `bf16` or `f16`.
-pub(crate) fn dtype_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Float => "f32",
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "f16",
-        _ => "other",
-    }
-}
-
-/// `cpu` or `cuda:N`.
-pub(crate) fn device_name(device: Device) -> String {
-    match device {
-        Device::Cuda(index) => format!("cuda:{index}"),
-        _ => "cpu".to_owned(),
-    }
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use arete_model::{Adapter, Source};
+use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
 use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
@@ -16,7 +16,7 @@ use arete_records::{Aspect, Split, atomic, cli, interrupt};
 use serde_json::{Map, Value};
 
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
-use crate::config::{ScoreConfig, device_name, dtype_name, setting};
+use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, local_path, vocabulary_sha256};
 use crate::replies::{Drawing, SampledChain, sample_chains};
@@ -215,8 +215,8 @@ impl<'a> Plan<'a> {
         counts.insert("prompts_left_out".to_owned(), summary.n_left_out.into());
         counts.insert("models".to_owned(), summary.models.len().into());
         run.finish(Completion {
-            device: device_name(options.device),
-            dtype: dtype_name(options.dtype).to_owned(),
+            device: runtime::device_name(options.device),
+            dtype: runtime::dtype_name(options.dtype).to_owned(),
             counts,
         })?;
         Ok(())

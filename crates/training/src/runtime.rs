@@ -1,110 +1,15 @@
-//! Device, dtype and threads of a run, as flags; and how much memory it took.
+//! What a training stage needs to know of its machine: device, dtype and threads as flags, and how much memory it took.
 
 use std::path::Path;
 
+use arete_model::Source;
 pub use arete_model::bench::peak_rss_bytes;
-use arete_model::{LoadOptions, Nf4Options, Source, default_dtype};
-use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
-
-use crate::Error;
-
-/// Number format of the frozen weights and of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// bf16 where the device computes in it, else f32.
-    Auto,
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats with the range of f32.
-    Bf16,
-    /// 16-bit floats with loss scaling, on a GPU; on the CPU as `auto`.
-    F16,
-}
-
-/// The device a name stands for: `cpu`, `cuda`, `cuda:N`, or `auto` (the first GPU if there is one).
-///
-/// # Errors
-///
-/// [`Error::Invalid`] if there is no such device.
-pub fn device(name: &str) -> Result<Device, Error> {
-    let n_gpus = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
-    let gpu = match name {
-        "cpu" => return Ok(Device::Cpu),
-        "auto" if n_gpus == 0 => return Ok(Device::Cpu),
-        "auto" | "cuda" => Some(0),
-        other => other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()),
-    };
-    match gpu {
-        Some(gpu) if i64::try_from(gpu).is_ok_and(|gpu| gpu < n_gpus) => Ok(Device::Cuda(gpu)),
-        _ => Err(Error::Invalid {
-            name: "device",
-            expected: format!("cpu, auto, cuda or cuda:N with N below {n_gpus} (the GPUs here)"),
-            got: name.to_owned(),
-        }),
-    }
-}
-
-/// How to load a base for training on `device`: dense in `dtype`, or its blocks packed to four bits.
-pub fn load_options(device: Device, dtype: Dtype, nf4: bool, double_quantize: bool) -> LoadOptions {
-    let dtype = match dtype {
-        Dtype::Auto => default_dtype(device),
-        Dtype::F32 => Kind::Float,
-        Dtype::Bf16 => Kind::BFloat16,
-        Dtype::F16 if device == Device::Cpu => {
-            let dtype = default_dtype(device);
-            tracing::info!(dtype = dtype_name(dtype), "f16 is for GPUs");
-            dtype
-        }
-        Dtype::F16 => Kind::Half,
-    };
-    let nf4 = nf4.then(|| Nf4Options { double_quantize, ..Nf4Options::default() });
-    LoadOptions { device, dtype, nf4 }
-}
+pub use arete_model::runtime::{Dtype, device, device_name, dtype_name, load_options, set_threads};
 
 /// The file or directory of a model, unless it is on the hub.
 pub fn local_path(source: &Source) -> Option<&Path> {
     match source {
         Source::Directory(path) | Source::Gguf(path) => Some(path),
         Source::Hub { .. } => None,
-    }
-}
-
-/// `f32`, `bf16` or `f16`.
-pub fn dtype_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Float => "f32",
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "f16",
-        _ => "other",
-    }
-}
-
-/// `cpu` or `cuda:N`.
-pub fn device_name(device: Device) -> String {
-    match device {
-        Device::Cuda(index) => format!("cuda:{index}"),
-        _ => "cpu".to_owned(),
-    }
-}
-
-/// Sets the threads libtorch computes with; 0 leaves its choice (one a core).
-pub fn set_threads(threads: u32) {
-    if let Ok(threads @ 1..) = i32::try_from(threads) {
-        tch::set_num_threads(threads);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_are_parsed_and_checked() {
-        assert_eq!(device("cpu").unwrap(), Device::Cpu);
-        let error = device("cuda:99").unwrap_err().to_string();
-        assert!(error.contains("got cuda:99"), "{error}");
-        assert!(device("tpu").is_err());
     }
 }

@@ -29,7 +29,7 @@ struct SamplingArgs {
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
     /// Text that ends a completion; may be repeated
-    #[arg(long = "stop", value_name = "TEXT")]
+    #[arg(long = "stop", value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// Seed of all random streams
     #[arg(long, default_value_t = 0)]

@@ -212,7 +212,42 @@ impl Settings {
                 )?;
             }
         }
-        Ok(serde_json::from_value(Value::Object(settings)).expect("checked key by key"))
+        let settings: Self =
+            serde_json::from_value(Value::Object(settings)).expect("checked key by key");
+        settings.check(stage, path)?;
+        Ok(settings)
+    }
+
+    /// Refuses what would be counted as something else, or divided by.
+    fn check(&self, stage: Stage, path: &Path) -> anyhow::Result<()> {
+        let wrong = |key: &str, expected: &str, got: &str| {
+            let (path, stage) = (path.display(), stage.name());
+            let what = format!("{path}: [{stage}] {key}: expected {expected}, got {got}");
+            Err(cli::BadInput(what).into())
+        };
+        let words = [
+            ("rollout", &self.rollout, &["chain", "answer"][..]),
+            ("value", &self.value, &["trunk", "trunk_detached", "adapter"]),
+            ("dtype", &self.dtype, &["auto", "f32", "bf16", "f16"]),
+        ];
+        for (key, word, known) in words {
+            if !known.contains(&word.as_str()) {
+                return wrong(key, &known.join(", "), word);
+            }
+        }
+        let counts = [
+            ("batch_size", self.batch_size),
+            ("micro_batch_tokens", self.micro_batch_tokens),
+            ("max_length", self.max_length),
+            ("max_new_tokens", self.max_new_tokens),
+            ("rollout_size", self.rollout_size),
+            ("n_minibatches", self.n_minibatches),
+            ("max_rows", self.max_rows),
+        ];
+        match counts.iter().find(|(_, count)| *count == 0) {
+            Some((key, _)) => wrong(key, "at least 1", "0"),
+            None => Ok(()),
+        }
     }
 
     /// The settings that matter for `stage`.

@@ -132,6 +132,13 @@ fn what_is_not_supported_is_named() {
         (json!({"rope_scaling": {"type": "linear"}}), "factor: expected a number, found nothing"),
         (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "factor 0.5"),
         (json!({"rope_scaling": [1]}), "rope_scaling: expected an object"),
+        (json!({"rope_scaling": {"factor": 8.0}}), "factor: expected rope_type beside it"),
+        (json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}), "full_attention"),
+        (json!({"partial_rotary_factor": 0.25}), "partial_rotary_factor"),
+        (
+            json!({"max_position_embeddings": 1 << 24, "head_dim": 4096}),
+            "max_position_embeddings: expected at most 65536",
+        ),
         (
             json!({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
             "rope_theta: expected rope_theta 10000",
@@ -242,6 +249,36 @@ fn stretched_frequencies_are_transformers() {
     for (ours, theirs) in config.unwrap().inverse_frequencies().into_iter().zip(expected) {
         assert!((ours - theirs).abs() <= 1e-6 * theirs, "{ours} {theirs}");
     }
+}
+
+#[test]
+fn scaling_in_gguf_files_means_what_llama_cpp_takes_it_for() {
+    use crate::checkpoint::gguf::{Metadata, Value as Entry};
+    let read = |entries: &[(&str, Entry)]| {
+        let sizes = [
+            ("embedding_length", 32),
+            ("attention.head_count", 4),
+            ("feed_forward_length", 48),
+            ("block_count", 2),
+            ("context_length", 64),
+        ];
+        let sizes = sizes.map(|(key, size)| (key, Entry::Unsigned(size)));
+        let eps = ("attention.layer_norm_rms_epsilon", Entry::Float(1e-5));
+        let all = sizes.into_iter().chain([eps]).chain(entries.iter().cloned());
+        let mut all: std::collections::HashMap<String, Entry> =
+            all.map(|(key, value)| (format!("llama.{key}"), value)).collect();
+        all.insert("general.architecture".to_owned(), Entry::String("llama".to_owned()));
+        ModelConfig::from_gguf(&Metadata::new(Path::new("x.gguf"), all), true, 96).unwrap()
+    };
+    let kind = |name: &str| ("rope.scaling.type", Entry::String(name.to_owned()));
+    let factor = |factor| ("rope.scaling.factor", Entry::Float(factor));
+    let doubled = Some(RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(read(&[]).rope_scaling, None);
+    assert_eq!(read(&[factor(2.0)]).rope_scaling, doubled);
+    assert_eq!(read(&[kind("linear"), factor(2.0)]).rope_scaling, doubled);
+    assert_eq!(read(&[("rope.scale_linear", Entry::Float(2.0))]).rope_scaling, doubled);
+    assert_eq!(read(&[kind("none"), factor(2.0)]).rope_scaling, None);
+    assert_eq!(read(&[kind("linear"), factor(0.0)]).rope_scaling, None);
 }
 
 #[test]
