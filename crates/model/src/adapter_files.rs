@@ -279,7 +279,7 @@ fn rank_and_alpha(
     }
     if let Some(start) = config.get("init_lora_weights").and_then(Value::as_str) {
         let changes = |name: &&str| start.to_lowercase().starts_with(name);
-        if ["pissa", "olora", "loftq", "corda"].iter().any(|name| changes(name)) {
+        if ["pissa", "olora", "loftq", "corda"].iter().any(changes) {
             let expected = "true or gaussian (this start changed the base's weights, which are not here; \
                             peft's save_pretrained can convert it)";
             return Err(fail("init_lora_weights", expected));

@@ -92,9 +92,7 @@ impl Model {
     pub fn chat(&self) -> Result<Chat<'_>, Error> {
         match &self.template {
             Some(template) => Chat::new(&self.tokenizer, template),
-            None => {
-                Err(self.tokenizer.template().err().expect("there was none when it was loaded"))
-            }
+            None => Err(self.tokenizer.template().expect_err("there was none when it was loaded")),
         }
     }
 
