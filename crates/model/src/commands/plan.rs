@@ -694,7 +694,8 @@ fn fit(
     Err(need(&settings))
 }
 
-/// A model's shape, and the bytes of a number as its files store it; a `config.json` alone is enough.
+/// A model's shape, and the bytes of a number as its files store it; a `config.json` alone is enough, and is taken to stand
+/// for weights of 16 bits.
 fn shape(model: &str) -> anyhow::Result<(ModelConfig, u64)> {
     let path = Path::new(model);
     if path.extension().is_some_and(|extension| extension == "json") {
@@ -704,11 +705,18 @@ fn shape(model: &str) -> anyhow::Result<(ModelConfig, u64)> {
         return Ok((ModelConfig::from_json(path, &map)?, 2));
     }
     if path.is_dir() && path.join("config.json").is_file() {
-        return Ok((ModelConfig::from_directory(path)?, 2));
+        let config = ModelConfig::from_directory(path)?;
+        // Weights that are not there yet, or not whole, are no hindrance: the plan comes before the download.
+        let weights = Checkpoint::open(&Source::Directory(path.to_path_buf())).ok();
+        return Ok((config, weights.map_or(2, |weights| stored_bytes(&weights))));
     }
-    let source = Source::parse(model)?;
-    let stored = if matches!(source, Source::Gguf(_)) { 4 } else { 2 };
-    Ok((Checkpoint::open(&source)?.config().clone(), stored))
+    let checkpoint = Checkpoint::open(&Source::parse(model)?)?;
+    Ok((checkpoint.config().clone(), stored_bytes(&checkpoint)))
+}
+
+/// Bytes of a number as it is read: in f32 from GGUF, whose tensors are unpacked.
+fn stored_bytes(checkpoint: &Checkpoint) -> u64 {
+    checkpoint.stored_kind().unwrap_or(Kind::Float).elt_size_in_bytes() as u64
 }
 
 pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
@@ -874,6 +882,21 @@ mod tests {
         assert_eq!(counted - angles, 2 * (2 * 32_000 * 4096 + 266_240) + blocks / 2 + blocks / 16);
         // peft 0.21: 41,943,040 trainable parameters at rank 16 on all seven layers.
         assert_eq!(Counter::new(&config, &packed, cuda, stored).adapter_size(), 41_943_040);
+    }
+
+    #[test]
+    fn directories_are_counted_as_they_are_stored() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/llama_untied");
+        let stored = |directory: &Path| shape(directory.to_str().unwrap()).unwrap().1;
+        assert_eq!(stored(&golden), 4, "f32");
+        let directory = tempfile::tempdir().unwrap();
+        let half = directory.path().join("half");
+        let extra = Map::new();
+        let source = Source::Directory(golden);
+        crate::merge::write_model(&source, None, None, &half, Kind::BFloat16, None, extra).unwrap();
+        assert_eq!(stored(&half), 2);
+        fs_err::remove_file(half.join("model.safetensors")).unwrap();
+        assert_eq!(stored(&half), 2, "a configuration alone");
     }
 
     #[test]
