@@ -181,8 +181,8 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
 ///
 /// # Errors
 ///
-/// [`Error::Field`] for a kind of adapter this crate does not run (DoRA, biases, per-layer ranks), [`Error::TensorShape`]
-/// or [`Error::MissingTensor`] if it does not fit the model.
+/// [`Error::Field`] for a kind of adapter this crate does not run (DoRA, biases, per-layer ranks, PiSSA and others that
+/// change the base), [`Error::TensorShape`] or [`Error::MissingTensor`] if it does not fit the model.
 pub fn load(
     directory: &Path,
     name: &str,
@@ -277,13 +277,17 @@ fn rank_and_alpha(
     if config.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
         return Err(fail("bias", "none"));
     }
-    if let Some(start) = config.get("init_lora_weights").and_then(Value::as_str) {
-        let changes = |name: &&str| start.to_lowercase().starts_with(name);
-        if ["pissa", "olora", "loftq", "corda"].iter().any(changes) {
-            let expected = "true or gaussian (this start changed the base's weights, which are not here; \
-                            peft's save_pretrained can convert it)";
-            return Err(fail("init_lora_weights", expected));
-        }
+    // PiSSA, OLoRA, LoftQ, CorDA and their like train on a base they have changed; on the original one the factors are
+    // wrong. peft writes `true` where they were converted back.
+    let key = "init_lora_weights";
+    let keeps_base = match config.get(key) {
+        None | Some(Value::Null | Value::Bool(_)) => true,
+        Some(kind) => ["gaussian", "orthogonal", "eva"].iter().any(|known| kind == known),
+    };
+    if !keeps_base {
+        let expected = "true, false, gaussian, orthogonal or eva (the others need a changed base; convert the \
+                        adapter with peft's path_initial_model_for_weight_conversion)";
+        return Err(fail(key, expected));
     }
     for key in ["rank_pattern", "alpha_pattern"] {
         let patterns = config.get(key).and_then(Value::as_object);
@@ -349,5 +353,44 @@ impl PairReader<'_> {
             });
         }
         Ok(tensor.to_kind(Kind::Float).to_device(self.device))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn golden(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+    }
+
+    /// peft 0.21, `LoraConfig.init_lora_weights`: some kinds subtract their start from the base before they train.
+    #[test]
+    fn adapters_of_a_changed_base_are_refused() {
+        let model = ModelConfig::from_directory(&golden("llama_untied")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let weights = "adapter_model.safetensors";
+        fs_err::copy(golden("peft/causal").join(weights), directory.path().join(weights)).unwrap();
+        let config = golden("peft/causal/adapter_config.json");
+        let mut config: Value = serde_json::from_slice(&fs_err::read(config).unwrap()).unwrap();
+        let mut load = |kind: Value| {
+            config["init_lora_weights"] = kind;
+            fs_err::write(directory.path().join("adapter_config.json"), config.to_string())
+                .unwrap();
+            super::load(directory.path(), "x", &model, Device::Cpu)
+        };
+        for kind in ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga"] {
+            let text = load(kind.into()).unwrap_err().to_string();
+            assert!(text.contains("init_lora_weights") && text.contains(kind), "{text}");
+            assert!(text.contains("changed base"), "{text}");
+        }
+        for kind in ["gaussian", "orthogonal", "eva"] {
+            load(kind.into()).unwrap();
+        }
+        for kind in [true.into(), false.into(), Value::Null] {
+            load(kind).unwrap();
+        }
     }
 }

@@ -179,9 +179,9 @@ impl<'a> Chat<'a> {
             })?;
         // After the end-of-turn token, because some tokenizers treat a text's first word specially.
         let ids = self.tokenizer.encode(&format!("{end}{rest}"), false)?;
-        let rest = ids
-            .strip_prefix(&[*end_id])
-            .ok_or_else(|| self.moved("the end of turn becomes another token with what follows"))?;
+        let rest = ids.strip_prefix(&[*end_id]).ok_or_else(|| {
+            self.moved("a longer special token runs across the end of an assistant's turn")
+        })?;
         let mut next = if end_was_sampled { Vec::new() } else { closing.clone() };
         next.extend_from_slice(rest);
         Ok(next)

@@ -47,7 +47,7 @@ enum Command {
     Inspect(Inspect),
     /// Write a model with the matrices of its blocks in four bits (NF4, as transformers saves with bitsandbytes)
     Quantize(Quantize),
-    /// Write a model with an adapter merged in
+    /// Write a model with an adapter merged in, in the model's own dtype where that has 16 bits and --dtype names no other
     Merge(Merge),
     /// Measure sampling, prefill and training against this machine's matrix products
     Bench(bench::Bench),
@@ -70,12 +70,12 @@ struct ModelArgs {
     /// Compute dtype: f32, bf16 or f16 [default: bf16 where the device computes in it, else f32]
     #[arg(long, value_parser = parse_dtype)]
     dtype: Option<Kind>,
-    /// Hold the blocks' matrices in four bits (NF4; scales in eight bits, as bitsandbytes' double quantisation)
+    /// Hold the blocks' matrices in four bits (NF4, double quantisation)
     #[arg(long)]
     nf4: bool,
-    /// With --nf4: leave the scales in f32, as `double_quantize = false` in a recipe
+    /// With --nf4: leave absmax in f32 instead of eight bits, for adapters trained with double_quantize = false
     #[arg(long, requires = "nf4")]
-    single: bool,
+    single_quantization: bool,
 }
 
 fn parse_device(text: &str) -> Result<Device, String> {
@@ -99,13 +99,15 @@ fn parse_dtype(text: &str) -> Result<Kind, String> {
 }
 
 impl ModelArgs {
+    fn packing(&self) -> Nf4Options {
+        Nf4Options { double_quantize: !self.single_quantization, ..Nf4Options::default() }
+    }
+
     fn options(&self) -> LoadOptions {
         LoadOptions {
             device: self.device,
             dtype: self.dtype.unwrap_or_else(|| default_dtype(self.device)),
-            nf4: self
-                .nf4
-                .then(|| Nf4Options { double_quantize: !self.single, ..Nf4Options::default() }),
+            nf4: self.nf4.then(|| self.packing()),
         }
     }
 
@@ -242,7 +244,7 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     let packed = model.decoder.quantization().filter(|_| arguments.model.nf4);
     let dtype = match arguments.model.dtype {
         Some(dtype) => dtype,
-        None => merge::output_dtype(&source, arguments.model.options().dtype)?,
+        None => merge::output_dtype(&source, model.decoder.kind())?,
     };
     let (adapter, head) = (&loaded.adapter, loaded.head.as_ref());
     let extra = serde_json::Map::new();

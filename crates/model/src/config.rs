@@ -13,6 +13,8 @@ pub const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, LlamaForSeque
 
 /// Largest accepted `config.json`.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Most numbers in the table of rotary angles: a gibibyte, two million positions of heads of 128.
+const MAX_ANGLES: usize = 1 << 28;
 
 /// Which family a model belongs to (they differ in names and in the sliding window).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -279,15 +281,17 @@ impl ModelConfig {
         let key = |name: &str| format!("{architecture}.{name}");
         let size = |name: &str| metadata.size(&key(name));
         let (hidden_size, num_heads) = (size("embedding_length")?, size("attention.head_count")?);
-        // As llama.cpp reads them: linear unless said otherwise, the older key, and a factor of 0 for none.
-        let factor = match metadata.optional_number(&key("rope.scaling.factor"))? {
-            Some(factor) => factor,
-            None => metadata.optional_number(&key("rope.scale_linear"))?.unwrap_or(0.0),
-        };
+        // As llama.cpp: linear where no type is named, under the old key too; a factor of 0 stands for none.
         let rope_scaling = match metadata.optional_string(&key("rope.scaling.type"))? {
             Some("none") => None,
             None | Some("linear") => {
-                Some(RopeScaling::Linear { factor }).filter(|_| factor != 0.0 && factor != 1.0)
+                let factor = match metadata.optional_number(&key("rope.scaling.factor"))? {
+                    Some(factor) => Some(factor),
+                    None => metadata.optional_number(&key("rope.scale_linear"))?,
+                };
+                let stretches = |factor: &f64| *factor != 0.0 && *factor != 1.0;
+                let factor = factor.filter(stretches).map(decimal);
+                factor.map(|factor| RopeScaling::Linear { factor })
             }
             Some(other) => {
                 let found: String = other.chars().take(80).collect();
@@ -364,6 +368,10 @@ impl ModelConfig {
         field: &str,
         factors: &[f32],
     ) -> Result<(), Error> {
+        if let Some(scaling) = self.rope_scaling {
+            let expected = "no other scaling beside the table";
+            return Err(Error::field(path, field, expected, format!("{scaling:?}")));
+        }
         // llama.cpp's converter computes the table from config.json and drops the parameters: the published ones
         // (Llama 3.1: 8, Llama 3.2: 32) are tried. A divisor is the plain frequency over the stretched one.
         let plain = Self { rope_scaling: None, ..self.clone() }.inverse_frequencies();
@@ -495,12 +503,13 @@ impl ModelConfig {
                 return fail(field, format!("at most {limit}"), size.to_string());
             }
         }
-        let table = self.max_position_embeddings.saturating_mul(self.head_size);
-        if table > 1 << 28 {
-            let expected =
-                format!("at most {} positions of this head size", (1 << 28) / self.head_size);
-            let found = self.max_position_embeddings.to_string();
-            return fail("max_position_embeddings", expected, found);
+        // The table of rotary angles holds so many numbers.
+        if self.max_position_embeddings * self.head_size > MAX_ANGLES {
+            return fail(
+                "max_position_embeddings",
+                format!("at most {} at heads of {}", MAX_ANGLES / self.head_size, self.head_size),
+                self.max_position_embeddings.to_string(),
+            );
         }
         for (field, value) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)]
         {
@@ -631,10 +640,8 @@ fn architecture(reader: &Reader<'_>) -> Result<(Family, bool), Error> {
 /// `rope_parameters` (5). Both may be there if they agree.
 fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
     let mut theta = reader.optional_number("rope_theta")?;
+    check_all_rotate(reader)?;
     let mut scaling = None;
-    if reader.optional_number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        return Err(reader.wrong("partial_rotary_factor", "1 (all dimensions rotate)"));
-    }
     for key in ["rope_parameters", "rope_scaling"] {
         let Some(value) = reader.present(key) else { continue };
         let Some(map) = value.as_object() else { return Err(reader.wrong(key, "an object")) };
@@ -646,9 +653,7 @@ fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
             }
             theta = Some(inner_theta);
         }
-        if inner.optional_number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-            return Err(inner.wrong("partial_rotary_factor", "1 (all dimensions rotate)"));
-        }
+        check_all_rotate(&inner)?;
         let found = scaling_of(&inner)?;
         if scaling.is_some_and(|scaling| scaling != found) {
             return Err(reader.wrong(key, "the same scaling as rope_parameters"));
@@ -658,13 +663,28 @@ fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
     Ok((theta.unwrap_or(10_000.0), scaling.flatten()))
 }
 
+/// Refuses a model in which some dimensions of a head do not rotate.
+fn check_all_rotate(reader: &Reader<'_>) -> Result<(), Error> {
+    let key = "partial_rotary_factor";
+    match reader.optional_number(key)? {
+        Some(factor) if factor != 1.0 => Err(reader.wrong(key, "1 (all dimensions rotate)")),
+        _ => Ok(()),
+    }
+}
+
 fn scaling_of(reader: &Reader<'_>) -> Result<Option<RopeScaling>, Error> {
+    let mut others = reader.map.iter().filter(|(_, value)| !value.is_null());
+    if let Some((key, _)) = others.clone().find(|(_, value)| value.is_object()) {
+        return Err(reader.wrong(key, "no map (one rotary embedding for all layers)"));
+    }
     let key = if reader.present("rope_type").is_some() { "rope_type" } else { "type" };
     let Some(kind) = reader.present(key) else {
-        let plain = |key: &String| ["rope_theta", "partial_rotary_factor"].contains(&key.as_str());
-        return match reader.map.keys().find(|key| !plain(key)) {
-            Some(other) => {
-                Err(reader.wrong(other, "rope_type beside it, which says how it is meant"))
+        // Without a type the base alone can be meant, and anything else would be left out silently.
+        let known = ["rope_theta", "partial_rotary_factor"];
+        return match others.find(|(key, _)| !known.contains(&key.as_str())) {
+            Some((stray, _)) => {
+                let expected = format!("default, linear or llama3 beside `{stray}`");
+                Err(reader.wrong("rope_type", &expected))
             }
             None => Ok(None),
         };

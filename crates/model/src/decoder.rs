@@ -238,7 +238,7 @@ impl Decoder {
         } else {
             loader.dense("lm_head.weight", &[vocabulary, hidden])?
         };
-        let cos_sin = rotary_table(&config).to_device(options.device);
+        let cos_sin = rotary_table(&config)?.f_to_device(options.device)?;
         Ok(Self {
             device: options.device,
             kind: options.dtype,
@@ -328,7 +328,8 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if a sequence is longer than the model's positions; [`Error::Torch`] if memory runs out.
+    /// [`Error::Invalid`] if a sequence is longer than the model's positions or has a token that is not in its
+    /// vocabulary; [`Error::Torch`] if memory runs out.
     pub fn forward(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor, Error> {
         let (last, delta, _) = self.blocks(batch, adapter, false)?;
         Ok(ops::rms_norm(&last, delta.as_ref(), &self.norm, self.config.rms_norm_eps)?.0)
@@ -363,7 +364,7 @@ impl Decoder {
         keep: bool,
     ) -> Result<(Tensor, Option<Tensor>, Vec<Tensor>), Error> {
         self.check_length(batch.longest())?;
-        self.check_ids(batch.token_ids())?;
+        self.check_tokens(batch.token_ids())?;
         let positions = batch.position_tensor(self.device);
         let mut hidden = self.embedding.index_select(0, &batch.token_tensor(self.device)); // [N, D]
         let mut delta: Option<Tensor> = None;
@@ -457,16 +458,16 @@ impl Decoder {
         }
     }
 
-    /// Refuses token ids that the embedding does not have; a tokenizer may know more than its model.
-    pub(crate) fn check_ids(&self, token_ids: &[i64]) -> Result<(), Error> {
-        let vocabulary = self.config.vocab_size as i64;
-        match token_ids.iter().find(|id| !(0..vocabulary).contains(*id)) {
-            None => Ok(()),
+    /// Refuses ids that have no embedding: a tokenizer may know more tokens than the model.
+    pub(crate) fn check_tokens(&self, token_ids: &[i64]) -> Result<(), Error> {
+        let size = self.config.vocab_size as i64;
+        match token_ids.iter().find(|id| !(0..size).contains(*id)) {
             Some(id) => Err(Error::Invalid {
-                name: "token",
-                expected: format!("an id below {vocabulary}, the model's vocabulary"),
+                name: "token id",
+                expected: format!("one of the model's vocabulary of {size}"),
                 got: id.to_string(),
             }),
+            None => Ok(()),
         }
     }
 
@@ -534,20 +535,10 @@ impl Loader<'_> {
             }
         }
         if packed.len() == targets.len() {
-            if let Some(other) = packed.iter().find(|part| !part.stacks_on(&packed[0])) {
-                return Err(Error::Invalid {
-                    name: "packed checkpoint",
-                    expected: format!(
-                        "q, k, v and gate, up of layer {idx} each packed alike: blocks of {} and one codebook",
-                        packed[0].block_size
-                    ),
-                    got: format!("blocks of {} or another codebook beside them", other.block_size),
-                });
-            }
             if let Device::Cuda(index) = self.options.device {
                 crate::cuda::install(index, self.options.dtype)?;
             }
-            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed).to_device(self.options.device)));
+            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed)?.to_device(self.options.device)));
         }
         if !packed.is_empty() {
             return Err(Error::Invalid {
@@ -562,10 +553,10 @@ impl Loader<'_> {
 }
 
 /// Angles of the rotary embedding, in f32 as transformers computes them.
-fn rotary_table(config: &ModelConfig) -> Tensor {
+fn rotary_table(config: &ModelConfig) -> Result<Tensor, Error> {
     let inverse = Tensor::from_slice(&config.inverse_frequencies()).unsqueeze(0); // [1, E/2]
     let positions =
-        Tensor::arange(config.max_position_embeddings as i64, (Kind::Float, Device::Cpu));
-    let angles = positions.unsqueeze(1) * inverse; // [positions, E/2]
-    Tensor::cat(&[angles.cos(), angles.sin()], 1) // [positions, E]
+        Tensor::f_arange(config.max_position_embeddings as i64, (Kind::Float, Device::Cpu))?;
+    let angles = positions.unsqueeze(1).f_mul(&inverse)?; // [positions, E/2]
+    Ok(Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?) // [positions, E]
 }

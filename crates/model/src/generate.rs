@@ -98,7 +98,8 @@ pub struct Options {
     pub sampling: Sampling,
     /// Tokens that end a turn (end of turn, end of text).
     pub stop_ids: Vec<i64>,
-    /// Texts that end a turn; need a tokenizer. The text stays in the completion.
+    /// Texts that end a turn, special tokens as they are written (`<|im_end|>`); none may be empty, and they need a
+    /// tokenizer. The text stays in the completion.
     pub stop_strings: Vec<String>,
     /// Most sequences in flight.
     pub max_rows: usize,
@@ -246,6 +247,13 @@ fn sample_all(
 ) -> Result<(), Error> {
     let _guard = tch::no_grad_guard();
     options.sampling.check()?;
+    if options.stop_strings.iter().any(String::is_empty) {
+        return Err(Error::Invalid {
+            name: "stop strings",
+            expected: "at least one character each".to_owned(),
+            got: "an empty one".to_owned(),
+        });
+    }
     for request in requests {
         check_request(decoder, request)?;
     }
@@ -294,26 +302,27 @@ pub fn complete(
     Ok(out.into_iter().map(|streams| streams.into_iter().map(ended).collect()).collect())
 }
 
-/// Slots one sequence of the request needs beyond the prompt.
+/// Slots one sequence of the request needs beyond the prompt; more than any model has where they cannot be counted.
 fn own_slots(request: &Request) -> usize {
     request.turns.saturating_mul(request.max_new_tokens).saturating_add(request.extra_tokens)
 }
 
 fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
-    let (prompt, streams) = (request.prompt_ids.len(), request.streams.len());
-    if [prompt, streams, request.turns, request.max_new_tokens].contains(&0) {
+    let Request { prompt_ids, streams, max_new_tokens, turns, .. } = request;
+    if prompt_ids.is_empty() || streams.is_empty() || *turns == 0 || *max_new_tokens == 0 {
         return Err(Error::Invalid {
             name: "request",
-            expected: "at least one token in the prompt, one stream, one turn and one new token"
+            expected: "at least one prompt token, one stream, one turn and one new token"
                 .to_owned(),
             got: format!(
-                "{prompt} prompt tokens, {streams} streams, {} turns, {} new tokens",
-                request.turns, request.max_new_tokens
+                "{} prompt tokens, {} streams, {turns} turns, {max_new_tokens} new tokens",
+                prompt_ids.len(),
+                streams.len(),
             ),
         });
     }
-    decoder.check_ids(&request.prompt_ids)?;
-    decoder.check_length(prompt.saturating_add(own_slots(request)))
+    decoder.check_tokens(&request.prompt_ids)?;
+    decoder.check_length(request.prompt_ids.len().saturating_add(own_slots(request)))
 }
 
 /// Slots for `max_rows` sequences of the largest requests, or for all of them if that is less.
@@ -327,7 +336,7 @@ fn capacity(requests: &[Request], max_rows: usize) -> usize {
         .map(|request| slots(request).div_ceil(request.streams.len().max(1)))
         .max()
         .unwrap_or(0);
-    all.min((per_row * max_rows).max(largest)).max(1)
+    all.min(per_row.saturating_mul(max_rows).max(largest)).max(1)
 }
 
 /// A prompt in the cache, shared by the sequences sampled from it.
@@ -561,6 +570,7 @@ impl Engine<'_> {
                     got: format!("{} tokens", appended.len()),
                 });
             }
+            self.decoder.check_tokens(&appended)?;
             sequence.pending.push(token);
             sequence.pending.extend(&appended);
             sequence.appended.push(appended);
@@ -633,3 +643,6 @@ impl Engine<'_> {
 fn empty_completion() -> Completion {
     Completion { token_ids: Vec::new(), logprobs: Vec::new(), finish_reason: FinishReason::Length }
 }
+
+#[cfg(test)]
+mod tests;

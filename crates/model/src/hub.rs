@@ -10,7 +10,7 @@
 
 mod upload;
 
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
@@ -265,7 +265,7 @@ impl Hub {
                 Some(blob) => blob,
                 None => self.download(repository, id, snapshot, file, &blobs, &progress)?,
             };
-            link(&snapshot.directory, &relative, &blob)?;
+            link(&snapshot.directory, &relative, &blobs, &blob)?;
             drop(lock);
         }
         if let Some(revision) = &snapshot.revision {
@@ -497,10 +497,13 @@ fn cached_blob(blobs: &Path, file: &RemoteFile) -> Result<Option<String>, Error>
             false => name == file.oid,
             true => is_hex(&name, 64) && pointer_id(&name, file.size) == file.oid,
         };
-        // Looked at only if it is the one: another process may be renaming its own unfinished files here.
-        let complete = |found: std::fs::Metadata| found.is_file() && found.len() == file.size;
-        if is_it && fs_err::metadata(entry.path()).is_ok_and(complete) {
-            return Ok(Some(name));
+        if !is_it {
+            continue; // another file's, or a download of another process, which may be gone by now
+        }
+        match fs_err::metadata(entry.path()) {
+            Ok(found) if found.is_file() && found.len() == file.size => return Ok(Some(name)),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
         }
     }
     Ok(None)
@@ -560,19 +563,25 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Makes `directory/relative` a link to a blob, as `huggingface_hub` does.
-fn link(directory: &Path, relative: &Path, blob: &str) -> Result<(), Error> {
+/// Makes `directory/relative` a link to a blob, as `huggingface_hub` does. Others may be reading the file: what is
+/// right already stays, and at every moment there is either the old one or the new one.
+fn link(directory: &Path, relative: &Path, blobs: &Path, blob: &str) -> Result<(), Error> {
     let place = directory.join(relative);
+    let resolved = fs_err::canonicalize(&place);
+    if resolved
+        .is_ok_and(|found| fs_err::canonicalize(blobs.join(blob)).is_ok_and(|it| it == found))
+    {
+        return Ok(());
+    }
     fs_err::create_dir_all(place.parent().expect("lies in the snapshot"))?;
     let depth = relative.components().count();
     let target: PathBuf = std::iter::repeat_n("..", depth + 1).collect();
-    let target = target.join("blobs").join(blob);
-    if fs_err::read_link(&place).is_ok_and(|found| found == target) {
-        return Ok(());
+    // Under the lock of this file, so a leftover is a killed process's.
+    let new = blobs.join(format!("{blob}.link"));
+    if fs_err::symlink_metadata(&new).is_ok() {
+        fs_err::remove_file(&new)?;
     }
-    // Made beside and renamed: whoever reads the old link meanwhile finds it or the new one.
-    let new = place.with_file_name(format!(".{blob}.{}", std::process::id()));
-    fs_err::os::unix::fs::symlink(&target, &new)?;
+    fs_err::os::unix::fs::symlink(target.join("blobs").join(blob), &new)?;
     fs_err::rename(&new, &place)?;
     Ok(())
 }

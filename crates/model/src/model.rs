@@ -20,7 +20,7 @@ pub struct Model {
     pub config: ModelConfig,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
-    /// Conversations to text; none where the source has no chat template.
+    /// Conversations to text; models that were not trained on any have none.
     pub template: Option<ChatTemplate>,
     /// The weights.
     pub decoder: Decoder,
@@ -88,11 +88,11 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::NoTemplate`], or what the template refuses.
+    /// [`Error::NoTemplate`] if the model has none; what the template refuses.
     pub fn chat(&self) -> Result<Chat<'_>, Error> {
         match &self.template {
             Some(template) => Chat::new(&self.tokenizer, template),
-            None => Err(self.tokenizer.template().expect_err("there was none when it was loaded")),
+            None => Err(Error::NoTemplate { path: self.path.clone() }),
         }
     }
 

@@ -114,24 +114,44 @@ impl Nf4Tensor {
         ops::nf4_dequantize(self, kind)
     }
 
-    /// Whether this can stand below `other` in one packed matrix.
-    pub(crate) fn stacks_on(&self, other: &Self) -> bool {
-        (self.block_size, self.inputs) == (other.block_size, other.inputs)
-            && self.codebook.equal(&other.codebook)
-    }
-
-    /// Matrices packed alike ([`Self::stacks_on`]), one below the other.
-    pub(crate) fn stack(parts: &[Self]) -> Self {
+    /// Matrices with the same number of columns, one below the other.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless they are packed alike: one block size, one codebook, a scale for every block.
+    pub(crate) fn stack(parts: &[Self]) -> Result<Self, Error> {
+        let first = &parts[0];
+        for part in parts {
+            let blocks = part.outputs * part.inputs / first.block_size;
+            let alike = part.block_size == first.block_size
+                && part.inputs == first.inputs
+                && part.absmax.numel() as i64 == blocks
+                && part.codebook.equal(&first.codebook);
+            if !alike {
+                let describe = |part: &Self| {
+                    let (n, size) = (part.absmax.numel(), part.block_size);
+                    format!("{} columns, {n} blocks of {size}", part.inputs)
+                };
+                return Err(Error::Invalid {
+                    name: "packed matrices held as one",
+                    expected: format!(
+                        "the same packing and codebook as the first: {}",
+                        describe(first)
+                    ),
+                    got: describe(part),
+                });
+            }
+        }
         let codes: Vec<&Tensor> = parts.iter().map(|part| &part.codes).collect();
         let absmax: Vec<&Tensor> = parts.iter().map(|part| &part.absmax).collect();
-        Self {
-            codes: Tensor::cat(&codes, 0),
-            absmax: Tensor::cat(&absmax, 0),
-            codebook: parts[0].codebook.shallow_clone(),
+        Ok(Self {
+            codes: Tensor::f_cat(&codes, 0)?,
+            absmax: Tensor::f_cat(&absmax, 0)?,
+            codebook: first.codebook.shallow_clone(),
             outputs: parts.iter().map(|part| part.outputs).sum(),
-            inputs: parts[0].inputs,
-            block_size: parts[0].block_size,
-        }
+            inputs: first.inputs,
+            block_size: first.block_size,
+        })
     }
 
     pub(crate) fn to_device(&self, device: tch::Device) -> Self {

@@ -427,10 +427,14 @@ fn a_model_without_a_template_continues_text() {
 fn adapters_of_a_single_quantised_base_can_be_named() {
     let model = tiny_chat();
     let model = model.to_str().unwrap();
-    refuses(&["generate", "--model", model, "--prompt", "Hi", "--single"], 2, &["--nf4"]);
+    refuses(
+        &["generate", "--model", model, "--prompt", "Hi", "--single-quantization"],
+        2,
+        &["--nf4"],
+    );
     let flags = ["generate", "--model", model, "--prompt", "Hi", "--max-new-tokens", "2"];
     let double = program(&[&flags[..], &["--nf4"]].concat());
-    let single = program(&[&flags[..], &["--nf4", "--single"]].concat());
+    let single = program(&[&flags[..], &["--nf4", "--single-quantization"]].concat());
     assert!(double.status.success() && single.status.success());
 }
 

@@ -206,27 +206,6 @@ fn rows_leave_and_enter() {
     }
 }
 
-#[test]
-fn requests_that_cannot_be_are_refused() {
-    let model = model();
-    let vocabulary = model.config.vocab_size as i64;
-    let options = Options::new(Sampling::at(1.0), Vec::new());
-    for (wrong, words) in [
-        (Request { streams: Vec::new(), ..request(1, 1) }, "0 streams"),
-        (
-            Request { max_new_tokens: usize::MAX, turns: 3, ..request(1, 1) },
-            "max_position_embeddings",
-        ),
-        (Request { prompt_ids: vec![1, vocabulary], ..request(1, 1) }, "the model's vocabulary"),
-    ] {
-        let error = generate::complete(&model.decoder, None, None, &[wrong], &options).unwrap_err();
-        assert!(error.to_string().contains(words), "{error}");
-    }
-    let error =
-        model.decoder.forward(&Batch::from_sequences(&[[1, vocabulary]]), None).unwrap_err();
-    assert!(error.to_string().contains(&vocabulary.to_string()), "{error}");
-}
-
 /// What the model would say before its end of turn, and the end itself as a text to stop at.
 #[test]
 fn special_tokens_can_be_stop_strings() {

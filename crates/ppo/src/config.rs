@@ -42,7 +42,7 @@ pub enum Value {
     Trunk,
     /// A head on the policy's hidden states that leaves the adapter to the policy.
     TrunkDetached,
-    /// A head on an adapter of its own: one more forward and backward pass.
+    /// A head on an adapter of its own: another forward and backward pass, and one more forward pass in the first update.
     Adapter,
 }
 
@@ -320,10 +320,15 @@ impl Config {
             ("missing_eos_penalty", self.missing_eos_penalty),
             ("score_clip", self.score_clip),
             ("max_grad_norm", self.max_grad_norm),
+            ("weight_decay", self.weight_decay),
             ("probe_temperature", self.probe_temperature()),
         ] {
             not_negative(name, value)?;
         }
+        // The coefficient is multiplied by 1 ± 0.2 · rollout_size / kl_horizon, which must stay above 0.
+        let slow =
+            self.kl_control == KlControl::Fixed || self.kl_horizon >= self.rollout_size as f64;
+        check("kl_horizon", slow, "at least rollout_size", &self.kl_horizon)?;
         for (name, value) in [("gamma", self.gamma), ("lambda", self.lambda)] {
             check(name, (0.0..=1.0).contains(&value), "a number within 0 to 1", &value)?;
         }

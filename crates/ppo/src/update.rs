@@ -378,9 +378,15 @@ impl Optimisers {
         if let Some(factor) = self.scale.factor {
             self.policy.scale_gradients(1.0 / factor);
             self.critic.scale_gradients(1.0 / factor);
-            let finite =
-                [&self.policy, &self.critic].map(|part| part.gradient_norm(iteration).is_ok());
-            if finite != [true, true] && factor > 1.0 {
+            let mut overflow = false;
+            for part in [&self.policy, &self.critic] {
+                match part.gradient_norm(iteration) {
+                    Ok(_) => {}
+                    Err(arete_training::Error::NonFinite { .. }) => overflow = true,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            if overflow && factor > 1.0 {
                 tracing::warn!(iteration, factor, "overflow in f16, step skipped");
                 self.zero_grad();
                 self.scale = LossScale { factor: Some(0.5 * factor), n_good: 0 };

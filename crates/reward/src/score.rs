@@ -41,6 +41,9 @@ pub struct ScoreConfig {
     /// Pack the model's blocks to NF4
     #[arg(long)]
     pub nf4: bool,
+    /// With --nf4: the scales in eight bits, as `double_quantize` in a recipe
+    #[arg(long, requires = "nf4")]
+    pub double_quantize: bool,
     /// Number format of the model and of activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -62,7 +65,7 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     let rows = read(&config.input)?;
     runtime::set_threads(config.threads);
     let device = runtime::device(&config.device)?;
-    let options = runtime::load_options(device, config.dtype, config.nf4, false);
+    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
     let source = Source::parse(&config.model)?;
     let reward = RewardModel::load(&source, config.adapter.as_deref(), &options)?;
     let chat = reward.model.chat()?;
@@ -97,6 +100,11 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
         line.insert("row".to_owned(), row.row.into());
         if let Some(id) = &row.prompt_id {
             line.insert("prompt_id".to_owned(), id.as_str().into());
+        }
+        if let Some(&at) = places.iter().flatten().find(|&&at| !scores[at].is_finite()) {
+            let (row, path, score) = (row.row, config.input.display(), scores[at]);
+            let what = format!("score of row {row} of {path} ({score})");
+            return Err(arete_model::Error::NonFinite { what }.into());
         }
         for (name, place) in names.iter().zip(&places) {
             let score = place.map_or(Value::Null, |at| scores[at].into());

@@ -10,7 +10,7 @@ use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::{Aspect, FinishReason, Split, parquet, timings};
 use arete_training::order::Plan;
 use arete_training::{
-    AdamW, AdamWConfig, LoopConfig, Outcome, Schedule, runtime, train as train_loop,
+    AdamW, AdamWConfig, LoopConfig, Outcome, Schedule, check_settings, runtime, train as train_loop,
 };
 use serde_json::{Map, Value};
 use tch::Kind;
@@ -149,6 +149,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         }
         let name = aspect.map_or("yardstick".to_owned(), |aspect| aspect.name().to_owned());
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
+        arete_training::forget_harmless(&mut recorded);
         recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
@@ -311,6 +312,7 @@ impl Base<'_> {
             seed: config.seed,
         };
         plan.check()?;
+        check_settings(config.max_grad_norm, config.weight_decay)?;
         let n_steps = plan.total_steps();
         tracing::info!(
             name = job.name,

@@ -8,7 +8,9 @@ use arete_records::Split;
 use arete_records::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
 use arete_training::runtime;
-use arete_training::{AdamW, AdamWConfig, LoopConfig, Schedule, train as train_loop};
+use arete_training::{
+    AdamW, AdamWConfig, LoopConfig, Schedule, check_settings, train as train_loop,
+};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
@@ -38,10 +40,12 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         inputs.push(("model".to_owned(), path.to_owned()));
         recorded.model = None; // its contents are an input; where they lie changes nothing
     }
+    let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
+    arete_training::forget_harmless(&mut recorded);
     let run = match run::begin(StageSpec {
         stage: "sft",
         output,
-        config: serde_json::to_value(&recorded).expect("settings are numbers and words"),
+        config: recorded,
         seed: config.seed,
         inputs,
     })? {
@@ -79,6 +83,8 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         max_steps: config.max_steps,
         seed: config.seed,
     };
+    plan.check()?;
+    check_settings(config.max_grad_norm, config.weight_decay)?;
     let n_steps = plan.total_steps();
     tracing::info!(
         examples = train.examples.len(),

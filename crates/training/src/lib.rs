@@ -23,9 +23,9 @@ pub mod runtime;
 pub mod schedule;
 mod trainer;
 
-pub use checkpoint::CheckpointStore;
+pub use checkpoint::{CheckpointStore, forget_harmless};
 pub use error::Error;
-pub use optimiser::{AdamW, AdamWConfig};
+pub use optimiser::{AdamW, AdamWConfig, check_settings};
 pub use schedule::{Schedule, ScheduleKind};
 pub use trainer::{
     Evaluation, LoopConfig, Objective, Outcome, Select, StepReport, TrainerState, train,

@@ -51,6 +51,21 @@ pub struct AdamW {
     n_steps: u64,
 }
 
+/// Refuses what would silently be no clipping, or a decay that grows.
+///
+/// # Errors
+///
+/// [`Error::Invalid`].
+pub fn check_settings(max_grad_norm: f64, weight_decay: f64) -> Result<(), Error> {
+    for (name, value) in [("max_grad_norm", max_grad_norm), ("weight_decay", weight_decay)] {
+        if !(value.is_finite() && value >= 0.0) {
+            let (expected, got) = ("a number of at least 0".to_owned(), value.to_string());
+            return Err(Error::Invalid { name, expected, got });
+        }
+    }
+    Ok(())
+}
+
 impl AdamW {
     /// Takes over the storage of named f32 tensors that require gradients (call `set_trainable(true)` before).
     ///

@@ -247,6 +247,19 @@ fn a_token_across_the_boundary_is_not_own() {
     assert!(!rendered.own[merged] && rendered.own[merged + 1]);
 }
 
+/// Special tokens are cut out longest first, so one may hold the end of turn and what follows it.
+#[test]
+fn a_special_token_across_the_end_of_a_turn_is_refused() {
+    let mut vocabulary = small_vocabulary();
+    vocabulary.tokens.push("<|im_end|>\n<|im_start|>".to_owned());
+    vocabulary.token_types.push(3);
+    let tokenizer = Tokenizer::from_gguf(Path::new("x"), vocabulary).unwrap();
+    let template = published("chatml");
+    let chat = Chat::new(&tokenizer, &template).unwrap();
+    let error = chat.next_turn(true, "Why?").unwrap_err().to_string();
+    assert!(error.contains("a longer special token"), "{error}");
+}
+
 #[test]
 fn bos_is_not_added_twice() {
     let mut vocabulary = small_vocabulary();

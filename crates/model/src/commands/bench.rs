@@ -10,9 +10,7 @@ use tch::Kind;
 use super::ModelArgs;
 use crate::bench::{Table, peak_rss_bytes, products_per_s, read_bytes_per_s, time};
 use crate::generate::{self, Options, Request, Sampling, Stream};
-use crate::{
-    Adapter, Batch, Decoder, Device, LoadOptions, LoraConfig, Model, Nf4Options, Source, logprobs,
-};
+use crate::{Adapter, Batch, Decoder, Device, LoadOptions, LoraConfig, Model, Source, logprobs};
 
 /// Measure loading, sampling, prefill and training against this machine's matrix products
 #[derive(Debug, clap::Args)]
@@ -90,6 +88,9 @@ fn cold_start(model: &ModelArgs) -> anyhow::Result<f64> {
         if model.nf4 {
             command.arg("--nf4");
         }
+        if model.single_quantization {
+            command.arg("--single-quantization");
+        }
         let start = Instant::now();
         let mut child = command.spawn().context("starting arete-model generate")?;
         let mut out = child.stdout.take().expect("its output was asked for");
@@ -106,7 +107,7 @@ fn cold_start(model: &ModelArgs) -> anyhow::Result<f64> {
 /// Loading and packing to four bits with the memory it takes, and one sequence from the packed weights.
 fn push_packed(arguments: &Bench, table: &mut Table) -> anyhow::Result<()> {
     let _guard = tch::no_grad_guard();
-    let options = LoadOptions { nf4: Some(Nf4Options::default()), ..arguments.model.options() };
+    let options = LoadOptions { nf4: Some(arguments.model.packing()), ..arguments.model.options() };
     let start = Instant::now();
     let mut model = Model::load_unhashed(&Source::parse(&arguments.model.model)?, &options)?;
     let seconds = start.elapsed().as_secs_f64();

@@ -58,7 +58,13 @@ pub(super) struct PlanArgs {
     #[arg(long, value_name = "DEVICE", requires = "plan")]
     device: Option<String>,
     /// With --plan: tokens of a prompt with its template
-    #[arg(long, value_name = "N", default_value_t = 128, requires = "plan")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 128,
+        value_parser = clap::value_parser!(u64).range(1..),
+        requires = "plan"
+    )]
     prompt_tokens: u64,
     /// With --plan: JSON instead of tables
     #[arg(long, requires = "plan")]
@@ -147,16 +153,16 @@ impl Stage {
             micro_batch_tokens: 2048,
             max_length: 1024,
             max_new_tokens: 96,
-            rollout: "chain".to_owned(),
+            rollout: Rollout::Chain,
             rollout_size: 32,
             n_minibatches: 1,
-            value: "trunk".to_owned(),
+            value: Critic::Trunk,
             keep_graph_tokens: 4096,
             max_rows: SAMPLING_ROWS,
             merge: true,
             nf4: false,
             recompute: false,
-            dtype: "auto".to_owned(),
+            dtype: Dtype::Auto,
         };
         match self {
             Self::Sft => Settings { micro_batch_tokens: 1024, ..base },
@@ -181,16 +187,43 @@ struct Settings {
     micro_batch_tokens: u64,
     max_length: u64,
     max_new_tokens: u64,
-    rollout: String,
+    rollout: Rollout,
     rollout_size: u64,
     n_minibatches: u64,
-    value: String,
+    value: Critic,
     keep_graph_tokens: u64,
     max_rows: u64,
     merge: bool,
     nf4: bool,
     recompute: bool,
-    dtype: String,
+    dtype: Dtype,
+}
+
+/// What PPO's policy is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Rollout {
+    Chain,
+    Answer,
+}
+
+/// Where PPO's critic reads its values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Critic {
+    Trunk,
+    TrunkDetached,
+    Adapter,
+}
+
+/// A stage's compute dtype.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Dtype {
+    Auto,
+    F32,
+    Bf16,
+    F16,
 }
 
 impl Settings {
@@ -203,51 +236,19 @@ impl Settings {
             for (key, value) in table.iter().filter(|(key, _)| stage.keys().contains(&key.as_str()))
             {
                 let value = serde_json::to_value(value).context("a recipe's value")?;
+                let blame = |what: String| {
+                    cli::BadInput(format!("{}: [{name}] {key}: {what}", path.display()))
+                };
+                // 0 tokens of kept graphs mean that none is kept; nothing else can be none.
+                if value.as_u64() == Some(0) && key != "keep_graph_tokens" {
+                    return Err(blame("expected at least 1, got 0".to_owned()).into());
+                }
                 settings.insert(key.clone(), value);
-                serde_json::from_value::<Self>(Value::Object(settings.clone())).map_err(
-                    |error| {
-                        let path = path.display();
-                        cli::BadInput(format!("{path}: [{name}] {key}: {error}"))
-                    },
-                )?;
+                serde_json::from_value::<Self>(Value::Object(settings.clone()))
+                    .map_err(|error| blame(error.to_string()))?;
             }
         }
-        let settings: Self =
-            serde_json::from_value(Value::Object(settings)).expect("checked key by key");
-        settings.check(stage, path)?;
-        Ok(settings)
-    }
-
-    /// Refuses what would be counted as something else, or divided by.
-    fn check(&self, stage: Stage, path: &Path) -> anyhow::Result<()> {
-        let wrong = |key: &str, expected: &str, got: &str| {
-            let (path, stage) = (path.display(), stage.name());
-            let what = format!("{path}: [{stage}] {key}: expected {expected}, got {got}");
-            Err(cli::BadInput(what).into())
-        };
-        let words = [
-            ("rollout", &self.rollout, &["chain", "answer"][..]),
-            ("value", &self.value, &["trunk", "trunk_detached", "adapter"]),
-            ("dtype", &self.dtype, &["auto", "f32", "bf16", "f16"]),
-        ];
-        for (key, word, known) in words {
-            if !known.contains(&word.as_str()) {
-                return wrong(key, &known.join(", "), word);
-            }
-        }
-        let counts = [
-            ("batch_size", self.batch_size),
-            ("micro_batch_tokens", self.micro_batch_tokens),
-            ("max_length", self.max_length),
-            ("max_new_tokens", self.max_new_tokens),
-            ("rollout_size", self.rollout_size),
-            ("n_minibatches", self.n_minibatches),
-            ("max_rows", self.max_rows),
-        ];
-        match counts.iter().find(|(_, count)| *count == 0) {
-            Some((key, _)) => wrong(key, "at least 1", "0"),
-            None => Ok(()),
-        }
+        Ok(serde_json::from_value(Value::Object(settings)).expect("checked key by key"))
     }
 
     /// The settings that matter for `stage`.
@@ -259,16 +260,19 @@ impl Settings {
     }
 
     fn dtype(&self, device: Device) -> Kind {
-        match self.dtype.as_str() {
-            "f32" => Kind::Float,
-            "bf16" => Kind::BFloat16,
-            "f16" if device != Device::Cpu => Kind::Half,
-            _ => default_dtype(device),
+        match self.dtype {
+            Dtype::F32 => Kind::Float,
+            Dtype::Bf16 => Kind::BFloat16,
+            Dtype::F16 if device != Device::Cpu => Kind::Half,
+            Dtype::F16 | Dtype::Auto => default_dtype(device),
         }
     }
 
     fn turns(&self) -> u64 {
-        if self.rollout == "chain" { 3 } else { 1 }
+        match self.rollout {
+            Rollout::Chain => 3,
+            Rollout::Answer => 1,
+        }
     }
 }
 
@@ -609,7 +613,7 @@ fn count_training(need: &mut Need, counter: &Counter<'_>, sides: u64, with_vocab
 fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
     let settings = counter.settings;
     let adapter = 4 * counter.adapter_size();
-    let trained = if settings.value == "adapter" { 2 } else { 1 };
+    let trained = if settings.value == Critic::Adapter { 2 } else { 1 };
     need.adapters = (trained + 3) * adapter; // policy, critic if it has its own, three reward models
     need.optimiser = 3 * trained * adapter;
     let questions = if settings.turns() == 3 { QUESTION_TOKENS } else { 0 };
@@ -929,6 +933,23 @@ mod tests {
         let tables: toml::Table =
             toml::from_str("[run]\ndtype = \"f32\"\n[reward]\ntargets = [\"q\", \"v\"]").unwrap();
         let reward = Settings::of(Stage::Reward, &tables, Path::new("r.toml")).unwrap();
-        assert_eq!((reward.targets, reward.dtype.as_str()), (vec![Target::Q, Target::V], "f32"));
+        assert_eq!((reward.targets, reward.dtype), (vec![Target::Q, Target::V], Dtype::F32));
+        for (stage, recipe, words) in [
+            (Stage::Sft, "[sft]\nmax_length = 0", "r.toml: [sft] max_length: expected at least 1"),
+            (Stage::Ppo, "[ppo]\nmax_new_tokens = 0", "[ppo] max_new_tokens: expected at least 1"),
+            (Stage::Ppo, "[ppo]\nrollout = \"chian\"", "expected `chain` or `answer`"),
+            (Stage::Ppo, "[ppo]\nvalue = \"adaptor\"", "[ppo] value: unknown variant `adaptor`"),
+            (Stage::Scoring, "[run]\ndtype = \"float32\"", "[run] dtype: unknown variant"),
+        ] {
+            let tables: toml::Table = toml::from_str(recipe).unwrap();
+            let error = Settings::of(stage, &tables, Path::new("r.toml")).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        let words =
+            "[ppo]\nkeep_graph_tokens = 0\nvalue = \"trunk_detached\"\nrollout = \"answer\"";
+        let ppo = Settings::of(Stage::Ppo, &toml::from_str(words).unwrap(), Path::new("r.toml"));
+        let ppo = ppo.unwrap();
+        assert_eq!((ppo.keep_graph_tokens, ppo.turns()), (0, 1));
+        assert_eq!(ppo.value, Critic::TrunkDetached);
     }
 }

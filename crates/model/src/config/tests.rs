@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::checkpoint::gguf;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
@@ -67,6 +68,8 @@ fn absent_keys_mean_what_transformers_says() {
     // A Llama with the key runs without a window in transformers too.
     assert_eq!(llama(json!({"sliding_window": 128})).unwrap().sliding_window, None);
     assert_eq!(llama(json!({"pad_token_id": -1})).unwrap().pad_token_id, None);
+    let plain = json!({"partial_rotary_factor": 1.0, "rope_scaling": {"rope_theta": 50000.0}});
+    assert_eq!(llama(plain).unwrap().rope_scaling, None);
 }
 
 #[test]
@@ -114,6 +117,10 @@ fn what_is_not_supported_is_named() {
         (json!({"num_hidden_layers": 0}), "num_hidden_layers"),
         (json!({"num_hidden_layers": 1_000_000}), "at most 1024, found 1000000"),
         (json!({"vocab_size": -1}), "vocab_size"),
+        (
+            json!({"max_position_embeddings": 1 << 24, "head_dim": 128}),
+            "max_position_embeddings: expected at most 2097152 at heads of 128, found 16777216",
+        ),
         (json!({"num_attention_heads": 3}), "head_dim"),
         (json!({"num_key_value_heads": 3}), "a divisor of 4 heads, found 3"),
         (json!({"head_dim": 7}), "an even size, found 7"),
@@ -132,13 +139,6 @@ fn what_is_not_supported_is_named() {
         (json!({"rope_scaling": {"type": "linear"}}), "factor: expected a number, found nothing"),
         (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "factor 0.5"),
         (json!({"rope_scaling": [1]}), "rope_scaling: expected an object"),
-        (json!({"rope_scaling": {"factor": 8.0}}), "factor: expected rope_type beside it"),
-        (json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}), "full_attention"),
-        (json!({"partial_rotary_factor": 0.25}), "partial_rotary_factor"),
-        (
-            json!({"max_position_embeddings": 1 << 24, "head_dim": 4096}),
-            "max_position_embeddings: expected at most 65536",
-        ),
         (
             json!({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
             "rope_theta: expected rope_theta 10000",
@@ -146,6 +146,19 @@ fn what_is_not_supported_is_named() {
         (
             json!({"rope_parameters": {"rope_theta": 50000.0, "partial_rotary_factor": 0.5}}),
             "partial_rotary_factor",
+        ),
+        (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor: expected 1"),
+        (
+            json!({"rope_scaling": {"factor": 4.0}}),
+            "rope_type: expected default, linear or llama3 beside `factor`, found nothing",
+        ),
+        (
+            json!({"rope_parameters": {"rope_theta": 50000.0, "factor": 4.0}}),
+            "rope_type: expected default, linear or llama3 beside `factor`, found nothing",
+        ),
+        (
+            json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}}),
+            "full_attention: expected no map",
         ),
         (
             json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
@@ -252,36 +265,6 @@ fn stretched_frequencies_are_transformers() {
 }
 
 #[test]
-fn scaling_in_gguf_files_means_what_llama_cpp_takes_it_for() {
-    use crate::checkpoint::gguf::{Metadata, Value as Entry};
-    let read = |entries: &[(&str, Entry)]| {
-        let sizes = [
-            ("embedding_length", 32),
-            ("attention.head_count", 4),
-            ("feed_forward_length", 48),
-            ("block_count", 2),
-            ("context_length", 64),
-        ];
-        let sizes = sizes.map(|(key, size)| (key, Entry::Unsigned(size)));
-        let eps = ("attention.layer_norm_rms_epsilon", Entry::Float(1e-5));
-        let all = sizes.into_iter().chain([eps]).chain(entries.iter().cloned());
-        let mut all: std::collections::HashMap<String, Entry> =
-            all.map(|(key, value)| (format!("llama.{key}"), value)).collect();
-        all.insert("general.architecture".to_owned(), Entry::String("llama".to_owned()));
-        ModelConfig::from_gguf(&Metadata::new(Path::new("x.gguf"), all), true, 96).unwrap()
-    };
-    let kind = |name: &str| ("rope.scaling.type", Entry::String(name.to_owned()));
-    let factor = |factor| ("rope.scaling.factor", Entry::Float(factor));
-    let doubled = Some(RopeScaling::Linear { factor: 2.0 });
-    assert_eq!(read(&[]).rope_scaling, None);
-    assert_eq!(read(&[factor(2.0)]).rope_scaling, doubled);
-    assert_eq!(read(&[kind("linear"), factor(2.0)]).rope_scaling, doubled);
-    assert_eq!(read(&[("rope.scale_linear", Entry::Float(2.0))]).rope_scaling, doubled);
-    assert_eq!(read(&[kind("none"), factor(2.0)]).rope_scaling, None);
-    assert_eq!(read(&[kind("linear"), factor(0.0)]).rope_scaling, None);
-}
-
-#[test]
 fn divisors_of_gguf_files_are_recognised() {
     // `rope_freqs` as llama.cpp's converter computes it for Llama 3.2 1B.
     let mut factors = [1.0; 32];
@@ -296,6 +279,51 @@ fn divisors_of_gguf_files_are_recognised() {
         assert!(error.unwrap_err().to_string().contains("x.gguf: rope_freqs.weight"));
         assert_eq!(config.rope_scaling, None);
     }
+}
+
+/// A GGUF file's metadata with `changes`.
+fn of_gguf(changes: &[(&str, gguf::Value)]) -> Result<ModelConfig, Error> {
+    use gguf::Value::{Float, String, Unsigned};
+    let plain = [
+        ("general.architecture", String("llama".to_owned())),
+        ("llama.embedding_length", Unsigned(32)),
+        ("llama.attention.head_count", Unsigned(4)),
+        ("llama.feed_forward_length", Unsigned(48)),
+        ("llama.block_count", Unsigned(2)),
+        ("llama.context_length", Unsigned(64)),
+        ("llama.attention.layer_norm_rms_epsilon", Float(f64::from(1e-5f32))),
+    ];
+    let entries = plain.iter().chain(changes);
+    let entries = entries.map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    ModelConfig::from_gguf(&Metadata::new(Path::new("x.gguf"), entries), true, 96)
+}
+
+/// llama.cpp, `llama_model::load_hparams`: the type is linear unless named, `rope.scale_linear` is the old factor.
+#[test]
+fn linear_scaling_of_gguf_files_needs_no_type() {
+    use gguf::Value::{Float, String, Unsigned};
+    let kind = |name: &str| ("llama.rope.scaling.type", String(name.to_owned()));
+    let (factor, old) = ("llama.rope.scaling.factor", "llama.rope.scale_linear");
+    let four = Some(RopeScaling::Linear { factor: 4.0 });
+    for (changes, expected) in [
+        (vec![], None),
+        (vec![(factor, Float(4.0))], four),
+        (vec![(old, Float(4.0))], four),
+        (vec![(factor, Float(4.0)), (old, Float(8.0))], four),
+        (vec![kind("linear"), (factor, Float(4.0))], four),
+        (vec![kind("linear"), (old, Unsigned(4))], four),
+        (vec![kind("linear")], None),
+        (vec![kind("none"), (factor, Float(4.0))], None),
+        (vec![(factor, Float(0.0))], None),
+        (vec![(factor, Float(1.0))], None),
+    ] {
+        assert_eq!(of_gguf(&changes).unwrap().rope_scaling, expected, "{changes:?}");
+    }
+    let text = of_gguf(&[kind("yarn"), (factor, Float(4.0))]).unwrap_err().to_string();
+    assert!(text.contains("rope.scaling.type: expected none or linear"), "{text}");
+    let mut config = of_gguf(&[(factor, Float(4.0))]).unwrap();
+    let table = config.set_rope_factors(Path::new("x.gguf"), "rope_freqs.weight", &[1.0; 4]);
+    assert!(table.unwrap_err().to_string().contains("no other scaling"));
 }
 
 #[test]

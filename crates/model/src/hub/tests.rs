@@ -375,6 +375,64 @@ fn without_the_hub_a_verified_copy_is_used_and_nothing_else() {
     assert!(message.contains("HF_HUB_OFFLINE"), "{message}");
 }
 
+/// Another process renames its finished download while this one looks through the blobs.
+#[test]
+fn files_that_vanish_from_the_blobs_are_passed_over() {
+    let blobs = tempfile::tempdir().unwrap();
+    let vanished = |name: &str| {
+        fs_err::os::unix::fs::symlink("nowhere", blobs.path().join(name)).unwrap();
+    };
+    let oid = "0".repeat(40);
+    let file = RemoteFile { path: "a".to_owned(), size: 3, oid: oid.clone(), is_pointer: false };
+    vanished(&format!("{}.part", "1".repeat(40)));
+    assert_eq!(cached_blob(blobs.path(), &file).unwrap(), None);
+    vanished(&oid);
+    assert_eq!(cached_blob(blobs.path(), &file).unwrap(), None);
+    fs_err::remove_file(blobs.path().join(&oid)).unwrap();
+    fs_err::write(blobs.path().join(&oid), "abc").unwrap();
+    assert_eq!(cached_blob(blobs.path(), &file).unwrap(), Some(oid));
+}
+
+#[test]
+fn links_in_use_are_kept_or_replaced_in_one_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) = (folder.path().join("blobs"), folder.path().join("snapshots/c"));
+    fs_err::create_dir_all(&blobs).unwrap();
+    for name in ["one", "two"] {
+        fs_err::write(blobs.join(name), name).unwrap();
+    }
+    let (relative, place) = (Path::new("data/x"), snapshot.join("data/x"));
+    let read = || fs_err::read_to_string(&place).unwrap();
+    link(&snapshot, relative, &blobs, "one").unwrap();
+    assert_eq!(fs_err::read_link(&place).unwrap(), Path::new("../../../blobs/one"));
+    assert_eq!(read(), "one");
+    // Spelled otherwise, but right: kept as it is.
+    fs_err::remove_file(&place).unwrap();
+    fs_err::os::unix::fs::symlink(blobs.join("one"), &place).unwrap();
+    link(&snapshot, relative, &blobs, "one").unwrap();
+    assert_eq!(fs_err::read_link(&place).unwrap(), blobs.join("one"));
+    // A file that was cut is replaced, and what a killed process left over is no hindrance.
+    fs_err::remove_file(&place).unwrap();
+    fs_err::write(&place, "o").unwrap();
+    fs_err::write(blobs.join("one.link"), "").unwrap();
+    link(&snapshot, relative, &blobs, "one").unwrap();
+    assert_eq!(read(), "one");
+    // A reader never finds nothing.
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                assert_eq!(read().len(), 3);
+            }
+        });
+        let linked = (0..400)
+            .try_for_each(|step| link(&snapshot, relative, &blobs, ["two", "one"][step % 2]));
+        done.store(true, Ordering::SeqCst);
+        linked.unwrap();
+    });
+    assert_eq!(fs_err::read_dir(&blobs).unwrap().count(), 2);
+}
+
 #[test]
 fn data_files_of_a_folder_are_downloaded() {
     let server = Server::start(vec![

@@ -53,6 +53,26 @@ fn products_from_codes_keep_the_bound_of_their_rounding() {
     }
 }
 
+/// Query, key and value become one matrix with one block size: the kernels would read past the scales of another.
+#[test]
+fn matrices_packed_differently_are_not_stacked() {
+    let pack = |block_size| {
+        let options = Nf4Options { double_quantize: false, block_size };
+        Nf4Tensor::quantize(&random([4, 64], 7), options).unwrap()
+    };
+    let refused = |part: Nf4Tensor| Nf4Tensor::stack(&[pack(64), part]).unwrap_err().to_string();
+    let text = refused(pack(128));
+    assert!(text.contains("4 blocks of 64") && text.contains("2 blocks of 128"), "{text}");
+    let cut = Nf4Tensor { absmax: pack(64).absmax.narrow(0, 0, 3), ..pack(64) };
+    assert!(refused(cut).contains("3 blocks of 64"));
+    let doubled = Nf4Tensor { codebook: pack(64).codebook * 2.0, ..pack(64) };
+    assert!(refused(doubled).contains("codebook"));
+    let whole = Nf4Tensor::stack(&[pack(64), pack(64)]).unwrap();
+    let expected = pack(64).dequantize(Kind::Float).unwrap();
+    let expected = Tensor::cat(&[&expected, &expected], 0);
+    assert!(whole.dequantize(Kind::Float).unwrap().equal(&expected));
+}
+
 #[test]
 fn a_row_has_the_same_bits_beside_others() {
     let weight = random([96, 192], 1);
