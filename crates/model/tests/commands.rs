@@ -452,7 +452,7 @@ fn a_plan_names_settings_that_cannot_be() {
     ];
     for (text, words) in [
         ("[sft]\nmax_length = 0\n", "[sft] max_length: expected at least 1"),
-        ("[ppo]\nrollout = \"chains\"\n", "[ppo] rollout: expected chain, answer, got chains"),
+        ("[ppo]\nrollout = \"chains\"\n", "[ppo] rollout: unknown variant `chains`"),
     ] {
         fs_err::write(recipe.path(), text).unwrap();
         refuses(&flags, 65, &[words]);
