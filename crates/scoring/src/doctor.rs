@@ -18,6 +18,8 @@ use crate::table::{interval, number, percent};
 const TRUNCATED: [f64; 2] = [0.05, 0.25];
 /// Swap consistency below which labels suffer, and below which they are mostly noise (a coin has ½).
 const CONSISTENT: [f64; 2] = [0.75, 0.6];
+/// How far the share of the place shown first may lie from one half, where pairs were shown in one order only.
+const ONE_SIDED: [f64; 2] = [0.1, 0.25];
 /// KL (nats a conversation) below which the policy has hardly moved, and above which it has moved far (Ziegler et al. 2019
 /// aim at 6 for an answer).
 const KL: [f64; 3] = [0.05, 0.5, 30.0];
@@ -140,9 +142,17 @@ fn swap_consistency(run: &RunFiles) -> Finding {
         return unknown(step, "no judgements", "run the stage `preferences`");
     };
     let verdicts = Verdicts::of(rows.iter());
-    let (Some(consistency), Some(first)) = (verdicts.consistency(), verdicts.first_rate()) else {
+    let Some(first) = verdicts.first_rate() else {
         let found = format!("judged by {}, which has no orders", rows[0].method);
         return finding(step, Grade::Ok, found, "");
+    };
+    let Some(consistency) = verdicts.consistency() else {
+        // Whether it would say the same with places changed cannot be known, but how often it names the first place can.
+        let found =
+            format!("each pair shown in one order, the first shown preferred {}", percent(first));
+        let grade = grade_high((first - 0.5).abs(), ONE_SIDED);
+        let advice = "judge both orders (orders = \"both\"); if it follows the place, a stronger judge or labels by construction";
+        return finding(step, grade, found, advice);
     };
     let [warn, bad] = CONSISTENT;
     let grade = grade_high(-consistency, [-warn, -bad]);
@@ -393,6 +403,31 @@ mod tests {
         assert!(finding.found.starts_with("action 0.0 %, motivation 25.5 %"), "{finding:?}");
         assert!(finding.advice.contains("raise max_new_tokens"));
         assert_eq!(truncation(&cut(Aspect::Motivation, 0)).advice, "");
+    }
+
+    #[test]
+    fn a_judge_of_one_order_is_seen_to_follow_the_place() {
+        let grade = |n_first: usize| {
+            let verdict = |idx: usize| JudgementRow {
+                prompt_id: idx.to_string(),
+                split: Split::Train,
+                aspect: Aspect::Action,
+                virtue: Virtue::Honesty,
+                method: "pairwise-text".to_owned(),
+                judge: "j".to_owned(),
+                p_ab: Some(if idx < n_first { 1.0 } else { 0.0 }),
+                p_ba: None,
+                p_sample0: None,
+                vote: Some(0),
+            };
+            let judgements = Some((0..100).map(verdict).collect());
+            swap_consistency(&RunFiles { judgements, ..RunFiles::default() })
+        };
+        assert_eq!([grade(50).grade, grade(60).grade], [Grade::Ok, Grade::Ok]);
+        assert_eq!([grade(65).grade, grade(35).grade], [Grade::Warn, Grade::Warn]);
+        assert_eq!([grade(94).grade, grade(6).grade], [Grade::Bad, Grade::Bad]);
+        assert!(grade(94).found.ends_with("the first shown preferred 94.0 %"));
+        assert!(grade(94).advice.contains("orders = \"both\""));
     }
 
     #[test]
