@@ -178,7 +178,7 @@ report: $(RUN)/report/run.json ## report.html
 all: report ## every stage
 doctor: $(RUN)/scoring/run.json ## why is the reward flat? the diagnosis, one line each
 	@$(run_doctor)
-demo: all ## every stage with recipes/demo.toml: about ten minutes on two cores
+demo: all ## every stage with recipes/demo.toml: some minutes on two cores
 	@echo "report: $(RUN)/report/report.html"
 
 ##@ The yardstick (PAIRS=FILE): one reward model from human pairs, by which models of all recipes can be compared
