@@ -176,7 +176,7 @@ ppo: $(RUN)/ppo/run.json ## train the policy against them
 scoring: $(RUN)/scoring/run.json ## Score of the original, the SFT and the final model
 report: $(RUN)/report/run.json ## report.html
 all: report ## every stage
-doctor: $(RUN)/scoring/run.json ## why is the reward flat? the diagnosis, one line each
+doctor: $(ARETE)-scoring ## why is the reward flat? the diagnosis, one line each
 	@$(run_doctor)
 demo: all ## every stage with recipes/demo.toml: some minutes on two cores
 	@echo "report: $(RUN)/report/report.html"

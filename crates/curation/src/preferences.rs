@@ -500,7 +500,8 @@ fn pairs_of(
         let samples = &prompts[candidate.prompt];
         let prompt_id = &samples.samples[0].prompt_id;
         let own = by_prompt.get(prompt_id.as_str()).map_or(&[][..], Vec::as_slice);
-        match prefer(candidate, samples, &Tally::of(own.iter().copied()), config.ties) {
+        let tally = Tally::of(own.iter().copied());
+        match prefer(candidate, samples, &tally, config.ties, config.truncated) {
             Some(pair) => pairs.push(pair),
             None => dropped.ties += 1,
         }
@@ -514,6 +515,7 @@ fn prefer(
     samples: &Samples,
     tally: &Tally,
     ties: Ties,
+    cut: Truncated,
 ) -> Option<PreferenceRow> {
     let chosen = match ties {
         Ties::Drop => tally.winner(),
@@ -521,7 +523,9 @@ fn prefer(
     }?;
     let rejected = 1 - chosen;
     let p_sample0 = tally.p_sample0?;
-    let truncated = samples.truncated(candidate.aspect);
+    // A trimmed reply is closed: left open, its missing end of turn would tell the sides apart by itself.
+    let open = |truncated| truncated && cut != Truncated::Trim;
+    let truncated = samples.truncated(candidate.aspect).map(open);
     Some(PreferenceRow {
         prompt: candidate.pair.question.clone(),
         chosen: candidate.pair.sides[chosen].clone(),
@@ -735,15 +739,21 @@ mod tests {
         let candidates = Candidates::of(&prompts, Truncated::Keep);
         let motivation = &candidates.all[1];
         let tally = Tally { votes: [1, 3], p_sample0: Some(0.625) };
-        let pair = prefer(motivation, &prompts[0], &tally, Ties::Drop).unwrap();
+        let pair = prefer(motivation, &prompts[0], &tally, Ties::Drop, Truncated::Keep).unwrap();
         assert_eq!((pair.score_chosen, pair.score_rejected), (3, 1));
         assert_eq!(pair.chosen_prob, 0.375); // may be below one half
         assert_eq!(texts(&pair.chosen), ["Stop.", "M1."]);
         assert_eq!(texts(&pair.rejected), ["Go on. And", "M0."]);
         assert_eq!(pair.prompt, [Message::user("q")]);
         assert_eq!((pair.truncated_chosen, pair.truncated_rejected), (false, false));
-        let action = prefer(&candidates.all[0], &prompts[0], &tally, Ties::Drop).unwrap();
+        let action =
+            prefer(&candidates.all[0], &prompts[0], &tally, Ties::Drop, Truncated::Keep).unwrap();
         assert_eq!((action.truncated_chosen, action.truncated_rejected), (false, true));
+        let trimmed = Candidates::of(&prompts, Truncated::Trim);
+        let closed =
+            prefer(&trimmed.all[0], &prompts[0], &tally, Ties::Drop, Truncated::Trim).unwrap();
+        assert_eq!(texts(&closed.rejected), ["Go on."]);
+        assert_eq!((closed.truncated_chosen, closed.truncated_rejected), (false, false));
     }
 
     #[test]
@@ -751,11 +761,18 @@ mod tests {
         let prompts = [samples()];
         let candidates = Candidates::of(&prompts, Truncated::Keep);
         let tie = Tally { votes: [2, 2], p_sample0: Some(0.75) };
-        assert!(prefer(&candidates.all[0], &prompts[0], &tie, Ties::Drop).is_none());
-        let pair = prefer(&candidates.all[0], &prompts[0], &tie, Ties::Probability).unwrap();
+        assert!(
+            prefer(&candidates.all[0], &prompts[0], &tie, Ties::Drop, Truncated::Keep).is_none()
+        );
+        let pair =
+            prefer(&candidates.all[0], &prompts[0], &tie, Ties::Probability, Truncated::Keep)
+                .unwrap();
         assert_eq!(texts(&pair.chosen), ["Go on. And"]);
         let even = Tally { votes: [2, 2], p_sample0: Some(0.5) };
-        assert!(prefer(&candidates.all[0], &prompts[0], &even, Ties::Probability).is_none());
+        assert!(
+            prefer(&candidates.all[0], &prompts[0], &even, Ties::Probability, Truncated::Keep)
+                .is_none()
+        );
     }
 
     #[test]

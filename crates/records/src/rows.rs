@@ -151,9 +151,9 @@ pub struct PreferenceRow {
     pub chosen_prob: f32,
     /// Id of the prompt.
     pub prompt_id: String,
-    /// Whether the token limit cut the chosen side's own reply.
+    /// Whether the chosen side's own reply ends where the token limit cut it (a trimmed one ends with a sentence).
     pub truncated_chosen: bool,
-    /// Whether the token limit cut the rejected side's own reply.
+    /// The same of the rejected side's.
     pub truncated_rejected: bool,
 }
 
