@@ -303,7 +303,7 @@ inline int64_t list_slots(const Segment& segment, const Span* spans, Buffer<int6
   return total;
 }
 
-// Turns scores[0, n) into exp(score - max), the rest of their last block into 0, and returns (max, sum). n is whole blocks.
+// Turns scores[0, n), whole blocks, into exp(score - max), and returns (max, sum).
 inline std::pair<float, float> exponentials(float* scores, int64_t n) {
   f32x16 tops = splat(-INFINITY);
   for (int64_t j = 0; j < n; j += 16) tops = max16(tops, load16(scores + j));

@@ -643,6 +643,3 @@ impl Engine<'_> {
 fn empty_completion() -> Completion {
     Completion { token_ids: Vec::new(), logprobs: Vec::new(), finish_reason: FinishReason::Length }
 }
-
-#[cfg(test)]
-mod tests;

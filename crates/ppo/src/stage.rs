@@ -119,12 +119,7 @@ fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start,
         recorded.model = None; // its contents are an input; where they lie changes nothing
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
-    if let Value::Object(recorded) = &mut recorded {
-        // A run may be continued with other values of these: they cannot change a result.
-        for key in ["max_rows", "keep_graph_tokens", "checkpoint_every", "keep_checkpoints"] {
-            recorded.remove(key);
-        }
-    }
+    arete_training::forget_harmless(&mut recorded, &["max_rows", "keep_graph_tokens"]);
     Ok(run::begin(StageSpec {
         stage: "ppo",
         output: &inputs.output,

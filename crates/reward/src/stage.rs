@@ -149,7 +149,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         }
         let name = aspect.map_or("yardstick".to_owned(), |aspect| aspect.name().to_owned());
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
-        arete_training::forget_harmless(&mut recorded);
+        arete_training::forget_harmless(&mut recorded, &[]);
         recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {

@@ -41,7 +41,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         recorded.model = None; // its contents are an input; where they lie changes nothing
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
-    arete_training::forget_harmless(&mut recorded);
+    arete_training::forget_harmless(&mut recorded, &[]);
     let run = match run::begin(StageSpec {
         stage: "sft",
         output,

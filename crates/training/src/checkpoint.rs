@@ -296,11 +296,12 @@ fn deserialize(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, String> {
     Ok(tensors)
 }
 
-/// Takes out of a stage's recorded settings what cannot change a result: a run may be continued with other values of these.
-pub fn forget_harmless(recorded: &mut serde_json::Value) {
+/// Takes out of a stage's recorded settings what cannot change a result, the stage's `own` such keys among it: a run may be
+/// continued with other values of these.
+pub fn forget_harmless(recorded: &mut serde_json::Value, own: &[&str]) {
     if let serde_json::Value::Object(recorded) = recorded {
-        for key in ["checkpoint_every", "keep_checkpoints"] {
-            recorded.remove(key);
+        for key in ["checkpoint_every", "keep_checkpoints"].iter().chain(own) {
+            recorded.remove(*key);
         }
     }
 }
