@@ -1,7 +1,7 @@
 # Arete: `make demo` runs the whole pipeline on a small model, `make test` runs every test, `make help` lists the rest.
 #
-# Stage targets have true file dependencies: RUN/STAGE/run.json depends on the stages before it, on the recipe and on the
-# binary. Each stage then decides by content whether there is work; if there is none it says so within a second.
+# Stage targets have true file dependencies: RUN/STAGE/run.json depends on the stages before it, on the recipe, on its own
+# command and on the binary. Each stage then decides by content whether there is work; if there is none it says so within a second.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -133,6 +133,10 @@ BASE_DONE := $(if $(SFT_ENABLED),$(RUN)/sft/run.json)
 YARDSTICK_FLAG = $(if $(YARDSTICK), --yardstick $(YARDSTICK))
 YARDSTICK_FILE := $(if $(YARDSTICK),$(wildcard $(YARDSTICK)/run.json))
 MODEL_FILE := $(wildcard $(MODEL) $(MODEL)/config.json)
+JUDGE_FILE := $(wildcard $(JUDGE) $(JUDGE)/config.json)
+files = $(shell find $(wildcard $(1)) -type f 2>/dev/null)
+# $(call constitution,STAGE): what it judges or revises by.
+constitution = $(wildcard $(or $(call recipe,$(1),constitution),data/constitution.toml))
 
 # The command of each stage, one line a stage.
 run_prompts = $(ARETE)-curation prompts $(RECIPE_FLAG)$(if $(PROMPTS), --input $(PROMPTS)) --output $(RUN)/prompts
@@ -146,35 +150,40 @@ run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --o
 run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)/report
 run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 
-# $(call stage,NAME,BINARY,WHAT IT READS): RUN/NAME/run.json, the mark of a complete stage. The stage leaves that file as
-# it is where nothing changed, hence the touch.
+# $(call stage,NAME,BINARY,WHAT IT READS): $(call done,NAME), the mark of a complete stage. The stage leaves that file as it
+# is where nothing changed, hence the touch. RUN/.make/NAME holds the command, so that another model, judge or yardstick counts.
+# The three reward models have a run.json each; make's own mark of all three is hidden from the stages.
+done = $(RUN)/$(1)/$(if $(filter reward,$(1)),.done,run.json)
 define stage
-$(RUN)/$(1)/run.json: $(ARETE)-$(2) $(RECIPE) $(3)
+$(call done,$(1)): $(ARETE)-$(2) $(RECIPE) $(RUN)/.make/$(1) $(3)
 	$$(run_$(1))
 	@touch $$@
+$(RUN)/.make/$(1): always
+	@mkdir -p $$(@D); echo '$$(subst ','\'',$$(run_$(1)))' | cmp -s - $$@ || echo '$$(subst ','\'',$$(run_$(1)))' >$$@
 endef
 
-$(eval $(call stage,prompts,curation,$(wildcard $(or $(PROMPTS),data/prompts/*))))
-$(eval $(call stage,demonstrations,curation,$(RUN)/prompts/run.json $(MODEL_FILE) $(wildcard data/demonstrations/*)))
-$(eval $(call stage,sft,sft,$(RUN)/demonstrations/run.json $(MODEL_FILE)))
-$(eval $(call stage,conversations,curation,$(RUN)/prompts/run.json $(BASE_DONE) $(MODEL_FILE)))
-$(eval $(call stage,preferences,curation,$(RUN)/conversations/run.json $(BASE_DONE)))
-$(eval $(call stage,reward,reward,$(RUN)/preferences/run.json $(RUN)/conversations/run.json $(BASE_DONE)))
-$(eval $(call stage,ppo,ppo,$(YARDSTICK_FILE) $(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
-$(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(RUN)/ppo/run.json $(RUN)/reward/run.json $(RUN)/prompts/run.json $(BASE_DONE)))
-$(eval $(call stage,report,scoring,$(RUN)/scoring/run.json))
+.PHONY: always
+$(eval $(call stage,prompts,curation,$(call files,$(or $(PROMPTS),data/prompts))))
+$(eval $(call stage,demonstrations,curation,$(call done,prompts) $(MODEL_FILE) $(call files,data/demonstrations) $(call constitution,demonstrations)))
+$(eval $(call stage,sft,sft,$(call done,demonstrations) $(MODEL_FILE)))
+$(eval $(call stage,conversations,curation,$(call done,prompts) $(BASE_DONE) $(MODEL_FILE) $(call constitution,conversations)))
+$(eval $(call stage,preferences,curation,$(call done,conversations) $(BASE_DONE) $(JUDGE_FILE) $(call constitution,preferences)))
+$(eval $(call stage,reward,reward,$(call done,preferences) $(call done,conversations) $(BASE_DONE)))
+$(eval $(call stage,ppo,ppo,$(YARDSTICK_FILE) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
+$(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(call done,ppo) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
+$(eval $(call stage,report,scoring,$(call done,scoring) $(wildcard $(RUN)/calibration/run.json $(RUN)/best-of/run.json)))
 
-.PRECIOUS: $(RUN)/%/run.json
+.PRECIOUS: $(RUN)/%/run.json $(RUN)/%/.done
 .PHONY: prompts demonstrations sft conversations preferences reward ppo scoring report doctor all demo
-prompts: $(RUN)/prompts/run.json ## choose prompts and split them into train, validation, test
-demonstrations: $(RUN)/demonstrations/run.json ## answers criticised and revised under the constitution
-sft: $(RUN)/sft/run.json ## fine-tune the model on the demonstrations
-conversations: $(RUN)/conversations/run.json ## two samples of answer, motivation, consequence for each prompt
-preferences: $(RUN)/preferences/run.json ## the judge's votes: five virtues, three aspects, both orders
-reward: $(RUN)/reward/run.json ## train the three reward models
-ppo: $(RUN)/ppo/run.json ## train the policy against them
-scoring: $(RUN)/scoring/run.json ## Score of the original, the SFT and the final model
-report: $(RUN)/report/run.json ## report.html
+prompts: $(call done,prompts) ## choose prompts and split them into train, validation, test
+demonstrations: $(call done,demonstrations) ## answers criticised and revised under the constitution
+sft: $(call done,sft) ## fine-tune the model on the demonstrations
+conversations: $(call done,conversations) ## two samples of answer, motivation, consequence for each prompt
+preferences: $(call done,preferences) ## the judge's votes: five virtues, three aspects, both orders
+reward: $(call done,reward) ## train the three reward models
+ppo: $(call done,ppo) ## train the policy against them
+scoring: $(call done,scoring) ## Score of the original, the SFT and the final model
+report: $(call done,report) ## report.html
 all: report ## every stage
 doctor: $(ARETE)-scoring ## why is the reward flat? the diagnosis, one line each
 	@$(run_doctor)
@@ -200,4 +209,4 @@ yardstick-check: needs-pairs $(ARETE)-reward ## is it any good? trained on four 
 
 .PHONY: clean
 clean: ## remove what was built and run; .deps stays
-	rm -rf target runs fuzz/target
+	rm -rf target runs crates/model/fuzz/target

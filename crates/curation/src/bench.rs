@@ -95,7 +95,12 @@ fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
 fn conversations(engine: &mut Engine, chains: &[Chain], table: &mut Table) -> Result<(), Error> {
     let rows: usize = chains.iter().map(|chain| chain.samples.len()).sum();
     local(engine).ends_turns = false;
-    let drawing = |max_new_tokens| Drawing { seed: 0, sampling: Sampling::at(0.7), max_new_tokens };
+    let drawing = |max_new_tokens| Drawing {
+        seed: 0,
+        sampling: Sampling::at(0.7),
+        max_new_tokens,
+        is_verdict: false,
+    };
     let bound = products_per_s(local(engine).decoder(), rows, true)?;
     engine.chains(chains, &drawing(1))?;
     let started = Instant::now();

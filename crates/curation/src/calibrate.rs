@@ -279,6 +279,15 @@ fn check(config: &CalibrateConfig) -> Result<(), Error> {
             got: Method::Contrast.name().to_owned(),
         });
     }
+    if config.judge.judge_url.is_some() && config.methods.contains(&Method::Likelihood) {
+        return Err(Error::Setting {
+            name: "methods",
+            expected: "for a server, some of pairwise-logits, pairwise-text, pointwise-logits: it \
+                       says nothing of a given reply's likelihood"
+                .to_owned(),
+            got: Method::Likelihood.name().to_owned(),
+        });
+    }
     Ok(())
 }
 

@@ -104,6 +104,7 @@ impl SamplingConfig {
                 top_p: self.top_p,
             },
             max_new_tokens: self.max_new_tokens,
+            is_verdict: false,
         }
     }
 }

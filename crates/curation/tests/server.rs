@@ -40,7 +40,7 @@ fn last_text(request: &Value) -> String {
 }
 
 fn drawing() -> Drawing {
-    Drawing { seed: 1, sampling: Sampling::at(0.5), max_new_tokens: 7 }
+    Drawing { seed: 1, sampling: Sampling::at(0.5), max_new_tokens: 7, is_verdict: false }
 }
 
 fn chain(question: &str, key: u64) -> Chain {
@@ -199,12 +199,58 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
 }
 
 #[test]
+fn a_filtered_reply_is_a_cut_one() {
+    let server = serve(|number, _| match number {
+        0 => reply("A", "stop"),
+        1 => reply("how to", "content_filter"),
+        // As Azure's filter answers.
+        _ => ok(json!({"choices": [{"message": {}, "finish_reason": "content_filter"}]})),
+    });
+    let connected = ServerEngine::connect(&server.url, "m", &config(), false).unwrap();
+    let engine = Engine::Server(connected);
+    let chains = [chain("one", 1)];
+    let replies = engine.chains(&chains, &drawing()).unwrap();
+    let first = &replies[0][0][0];
+    assert!(replies[0].iter().flatten().all(|reply| reply.finish_reason == FinishReason::Length));
+    assert!(first.text == "how to" || first.text.is_empty());
+}
+
+#[test]
+fn a_written_verdict_that_is_refused_abstains_and_is_counted() {
+    let server = serve(|number, request| match last_text(request).as_str() {
+        _ if number == 0 => reply("A", "stop"),
+        "refused" => Answer::Http(400, "", "maximum context length is 2048 tokens".to_owned()),
+        "nothing" => ok(json!({"choices": []})),
+        _ => reply("B", "stop"),
+    });
+    let connected = ServerEngine::connect(&server.url, "m", &config(), false).unwrap();
+    let engine = Engine::Server(connected);
+    let chains = ["refused", "nothing", "fair"].map(|text| Chain {
+        questions: Vec::new(),
+        samples: vec![0],
+        ..chain(text, 1)
+    });
+    let verdicts = Drawing { is_verdict: true, ..drawing() };
+    let texts: Vec<String> = engine
+        .chains(&chains, &verdicts)
+        .unwrap()
+        .into_iter()
+        .map(|samples| samples[0][0].text.clone())
+        .collect();
+    assert_eq!(texts, ["", "", "B"]);
+    let Engine::Server(server) = &engine else { panic!("it is a server") };
+    assert_eq!(server.n_abstentions(), 2);
+    // Where it is the reply that is wanted, the same is an error.
+    assert!(engine.chains(&chains, &drawing()).unwrap_err().to_string().contains("status 400"));
+}
+
+#[test]
 fn replies_that_make_no_sense_are_errors() {
     type Case = (&'static str, fn() -> Answer);
     let answers: [Case; 4] = [
         ("not JSON", || Answer::Http(200, "", "{\"choices\": [NaN".to_owned())),
         ("choices[0].message.content", || ok(json!({"choices": []}))),
-        ("finish_reason", || reply("x", "content_filter")),
+        ("finish_reason", || reply("x", "tool_calls")),
         ("completion_tokens", || {
             ok(json!({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}))
         }),

@@ -139,6 +139,8 @@ struct State {
     /// Weight of the KL penalty from here on.
     #[serde(with = "exact")]
     kl_coef: f64,
+    /// The newest iteration that was probed.
+    probed: Option<u64>,
     /// The best probe after an iteration.
     best: Option<Best>,
     /// The probe before the first iteration.
@@ -207,8 +209,8 @@ struct Stage<'a> {
     store: CheckpointStore,
     metrics: MetricsWriter,
     state: State,
-    /// The newest iteration that has a checkpoint.
-    saved: Option<u64>,
+    /// The newest iteration that has a checkpoint, and whether its probe is in it.
+    saved: Option<(u64, Option<u64>)>,
 }
 
 impl<'a> Stage<'a> {
@@ -249,7 +251,7 @@ impl<'a> Stage<'a> {
         let mut optimisers = Optimisers::new(&models, config)?;
         let store = CheckpointStore::new(&output, run.fingerprint(), config.keep_checkpoints);
         let loaded = store.latest::<State>()?;
-        let saved = loaded.as_ref().map(|loaded| loaded.step);
+        let saved = loaded.as_ref().map(|loaded| (loaded.step, loaded.state.probed));
         let state = match loaded {
             Some(loaded) => {
                 optimisers.policy.load_state(POLICY, &loaded.tensors)?;
@@ -262,6 +264,7 @@ impl<'a> Stage<'a> {
                 iteration: 0,
                 episodes: 0,
                 kl_coef: config.kl_coef,
+                probed: None,
                 best: None,
                 first_probe: None,
                 loss_scale: optimisers.scale,
@@ -275,13 +278,17 @@ impl<'a> Stage<'a> {
             dtype = runtime::dtype_name(options.dtype),
             "policy, critic and reward models over one base"
         );
-        if let Some(saved) = saved {
-            journal::remove_through(&output.join(ROLLOUTS), saved)?;
+        if let Some((iteration, _)) = saved {
+            journal::remove_through(&output.join(ROLLOUTS), iteration)?;
         }
         if yardstick.is_none() {
             tracing::info!("no yardstick: nothing watches for over-optimisation");
         }
-        let metrics = MetricsWriter::open_at(&output, saved)?;
+        // Of the last iteration its own line, and that of its probe if it was probed.
+        let logged = saved.map(|(iteration, probed)| {
+            (iteration, usize::from(iteration > 0) + usize::from(probed == Some(iteration)))
+        });
+        let metrics = MetricsWriter::open_within(&output, logged)?;
         Ok(Self {
             schedules: Schedules::new(config)?,
             options: *options,
@@ -302,38 +309,50 @@ impl<'a> Stage<'a> {
         })
     }
 
-    /// Every iteration that is left, and the results.
+    /// Every iteration and probe that is left, and the results.
     fn train(mut self, name: &str, source: &Source) -> Result<Map<String, Value>, Error> {
         self.calibrate()?;
-        if self.state.iteration == 0 && self.saved.is_none() {
-            self.probe()?;
-            self.checkpoint()?;
+        match self.iterate_and_probe() {
+            // Raised before an iteration's first step or within a probe: the weights are those after a whole iteration.
+            Err(Error::Interrupted(interrupted)) => {
+                self.checkpoint()?;
+                return Err(interrupted.into());
+            }
+            other => other?,
         }
+        self.finish(name, source)
+    }
+
+    fn iterate_and_probe(&mut self) -> Result<(), Error> {
         let total = self.config.iterations;
         let progress = cli::progress("ppo", "iterations", total);
         progress.skip(self.state.iteration);
-        while self.state.iteration < total {
-            match self.iterate() {
-                // Raised before the first step: the weights are still those of the last whole iteration.
-                Err(Error::Interrupted(interrupted)) => {
-                    self.checkpoint()?;
-                    return Err(interrupted.into());
-                }
-                other => progress.message(other?),
-            }
-            progress.inc(1);
-            let n_done = self.state.iteration;
-            let is_due =
-                |every: u64| n_done == total || (every > 0 && n_done.is_multiple_of(every));
-            if is_due(self.config.probe_every) {
+        loop {
+            if self.is_due(self.config.probe_every)
+                && self.state.probed != Some(self.state.iteration)
+            {
                 self.probe()?;
+                self.state.probed = Some(self.state.iteration);
+                self.checkpoint()?;
             }
-            if is_due(self.config.checkpoint_every) || is_due(self.config.probe_every) {
+            if self.state.iteration == total {
+                return Ok(());
+            }
+            progress.message(self.iterate()?);
+            progress.inc(1);
+            // With a probe, the checkpoint is written when that is over.
+            if self.is_due(self.config.checkpoint_every) && !self.is_due(self.config.probe_every) {
                 self.checkpoint()?;
             }
         }
-        drop(progress);
-        self.finish(name, source)
+    }
+
+    /// Whether what is done before the first iteration, after the last, and every so many, is due now.
+    fn is_due(&self, every: u64) -> bool {
+        let n_done = self.state.iteration;
+        n_done == 0
+            || n_done == self.config.iterations
+            || (every > 0 && n_done.is_multiple_of(every))
     }
 
     /// Takes the statistics of reward models that came without, once: a resumed run reads them back.
@@ -513,7 +532,8 @@ impl<'a> Stage<'a> {
     /// Writes the state after the last whole iteration, unless that was done.
     fn checkpoint(&mut self) -> Result<(), Error> {
         let iteration = self.state.iteration;
-        if self.saved == Some(iteration) {
+        let state = Some((iteration, self.state.probed));
+        if self.saved == state {
             return Ok(());
         }
         self.metrics.flush()?;
@@ -524,7 +544,7 @@ impl<'a> Stage<'a> {
             let protect: Vec<u64> = self.best().into_iter().collect();
             Ok(self.store.save(iteration, &tensors, &self.state, &protect)?)
         })?;
-        self.saved = Some(iteration);
+        self.saved = state;
         journal::remove_through(&self.output.join(ROLLOUTS), iteration)
     }
 

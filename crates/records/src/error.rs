@@ -187,6 +187,40 @@ pub enum Error {
         found: String,
     },
 
+    /// An output directory holds the results, or the unfinished work, of another stage.
+    #[error(
+        "{}: holds the results of stage `{owner}`, expected those of `{stage}` or nothing: choose \
+         another output directory",
+        path.display()
+    )]
+    OtherStage {
+        /// The directory.
+        path: PathBuf,
+        /// The stage that made what is there.
+        owner: String,
+        /// The stage that was to write.
+        stage: String,
+    },
+
+    /// An unfinished run left checkpoints, and an input has changed since.
+    #[error(
+        "{}: {checkpoint} was made with another input `{input}`: expected SHA-256 {expected}, got {got}; give \
+         the old one back to go on from there, or remove this directory to start anew",
+        path.display()
+    )]
+    StaleCheckpoints {
+        /// The directory.
+        path: PathBuf,
+        /// One of the checkpoints in it.
+        checkpoint: String,
+        /// The input that has changed.
+        input: String,
+        /// Its hash when the run began.
+        expected: String,
+        /// Its hash now.
+        got: String,
+    },
+
     /// A directory is nested deeper than any stage writes.
     #[error("{}: nested deeper than {limit} directories", path.display())]
     TooDeep {

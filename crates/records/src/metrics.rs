@@ -44,14 +44,26 @@ impl MetricsWriter {
     /// [`Error::Io`] if the files cannot be read or written, [`Error::Json`] if a line that is to
     /// stay is not an object with a number `step`.
     pub fn open_at(dir: impl AsRef<Path>, last_step: Option<u64>) -> Result<Self, Error> {
+        Self::open_within(dir, last_step.map(|step| (step, usize::MAX)))
+    }
+
+    /// Like [`MetricsWriter::open_at`]; of the last step itself, only so many lines stay.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn open_within(
+        dir: impl AsRef<Path>,
+        last_step: Option<(u64, usize)>,
+    ) -> Result<Self, Error> {
         let dir = dir.as_ref().to_owned();
         fs_err::create_dir_all(&dir)?;
         let lines_path = dir.join(FILE);
         let events_path = dir.join(EVENTS_FILE);
         let (lines, events) = match last_step {
-            Some(last_step) => (
-                kept_lines(&lines_path, last_step)?,
-                tfevents::kept(&read_or_empty(&events_path)?, last_step),
+            Some((last_step, n_of_it)) => (
+                kept_lines(&lines_path, last_step, n_of_it)?,
+                tfevents::kept(&read_or_empty(&events_path)?, last_step, n_of_it),
             ),
             None => (Vec::new(), Vec::new()),
         };
@@ -108,10 +120,11 @@ fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
     }
 }
 
-/// The complete lines of steps up to `last_step`.
-fn kept_lines(path: &Path, last_step: u64) -> Result<Vec<u8>, Error> {
+/// The complete lines of steps up to `last_step`, at most `n_of_it` of the last.
+fn kept_lines(path: &Path, last_step: u64, n_of_it: usize) -> Result<Vec<u8>, Error> {
     let bytes = read_or_empty(path)?;
     let mut kept = Vec::new();
+    let mut left = n_of_it;
     for (index, line) in bytes.split_inclusive(|&byte| byte == b'\n').enumerate() {
         if !line.ends_with(b"\n") {
             break; // a kill cut it
@@ -125,9 +138,10 @@ fn kept_lines(path: &Path, last_step: u64) -> Result<Vec<u8>, Error> {
                 expected: "an object with a number `step`".to_owned(),
                 got: String::from_utf8_lossy(line).trim_end().to_owned(),
             })?;
-        if step > last_step {
+        if step > last_step || (step == last_step && left == 0) {
             break;
         }
+        left -= usize::from(step == last_step);
         kept.extend_from_slice(line);
     }
     Ok(kept)
@@ -175,6 +189,23 @@ mod tests {
         assert_eq!(lines(dir.path()), uninterrupted);
         let resumed = fs_err::read(dir.path().join(EVENTS_FILE)).unwrap();
         assert_eq!(resumed.len(), events.len()); // only wall times differ
+    }
+
+    #[test]
+    fn of_the_last_step_so_many_lines_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = |writer: &mut MetricsWriter, name| writer.log(2, &[(name, 1.0)]).unwrap();
+        let mut writer = MetricsWriter::create(dir.path()).unwrap();
+        writer.log(1, &[("loss", 1.0)]).unwrap();
+        log(&mut writer, "loss");
+        let (all, events) = (lines(dir.path()), dir.path().join(EVENTS_FILE));
+        let n_events = fs_err::read(&events).unwrap().len();
+        log(&mut writer, "probe");
+        MetricsWriter::open_within(dir.path(), Some((2, 1))).unwrap();
+        assert_eq!(lines(dir.path()), all);
+        assert_eq!(fs_err::read(&events).unwrap().len(), n_events);
+        MetricsWriter::open_within(dir.path(), Some((2, 0))).unwrap();
+        assert_eq!(lines(dir.path()), "{\"step\":1,\"loss\":1.0}\n");
     }
 
     #[test]

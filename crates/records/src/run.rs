@@ -3,7 +3,8 @@
 //! In the output directory, `stage.json` marks work in progress and `run.json`, written last, work
 //! done. Both hold what the results depend on: stage, settings, seed, hashes of the inputs, version.
 //! A [`begin`] that finds other values than its own says which and starts afresh; one that finds the
-//! same values and no `run.json` keeps the partial work. No clock times anywhere.
+//! same values and no `run.json` keeps the partial work. Checkpoints of other inputs, and the results
+//! of another stage, are refused rather than removed. No clock times anywhere.
 
 mod hashes;
 
@@ -28,6 +29,9 @@ pub const RUN_JSON: &str = "run.json";
 
 /// Name of the file that marks work in progress.
 const STAGE_JSON: &str = "stage.json";
+
+/// What the names of checkpoint directories begin with.
+pub const CHECKPOINT_PREFIX: &str = "checkpoint-";
 
 /// Name of the file whose lock marks a working process.
 const LOCK: &str = ".lock";
@@ -158,7 +162,9 @@ struct StageJson {
 /// # Errors
 ///
 /// [`Error::Locked`] if another process works in the directory; [`Error::ForeignOutput`] if it
-/// holds files but no stage made them; [`Error::Io`]; [`Error::Json`] if `run.json` is damaged.
+/// holds files but no stage made them; [`Error::OtherStage`] if another stage did;
+/// [`Error::StaleCheckpoints`] if an unfinished run left checkpoints and an input has changed since;
+/// [`Error::Io`]; [`Error::Json`] if `run.json` is damaged. Nothing is removed in any of these cases.
 pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     let output = spec.output;
     fs_err::create_dir_all(output)?;
@@ -169,6 +175,13 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
 
     let complete: Option<RunJson> = read_json_if_any(&output.join(RUN_JSON))?;
     let partial: Option<StageJson> = read_json_if_any(&output.join(STAGE_JSON))?;
+    let owner = complete.as_ref().map(|run| &run.stage);
+    if let Some(owner) = owner.or_else(|| partial.as_ref().map(|partial| &partial.origin.stage))
+        && owner != spec.stage
+    {
+        let (path, owner) = (output.to_owned(), owner.clone());
+        return Err(Error::OtherStage { path, owner, stage: spec.stage.to_owned() });
+    }
     if complete.is_some() || partial.is_some() {
         atomic::sweep(output)?;
     }
@@ -201,6 +214,9 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
             foreign = partial.foreign;
         }
         (_, Some(partial)) => {
+            if !clearing {
+                refuse_stale_checkpoints(output, &partial.origin, &origin)?;
+            }
             partial.origin.log_changes(&origin);
             foreign = partial.foreign;
             clear(output, &origin, &foreign)?;
@@ -215,6 +231,21 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     cache.save();
     let output = output.to_owned();
     Ok(Start::Run(StageRun { output, origin, fingerprint, resumed, foreign, cache, _lock: lock }))
+}
+
+/// Hours of training may stand in the checkpoints of an unfinished run, and a changed input is more often an accident
+/// than a changed setting is: the user decides.
+fn refuse_stale_checkpoints(output: &Path, old: &Origin, new: &Origin) -> Result<(), Error> {
+    let changed = old.changes(new).into_iter().find(|change| change.what == "input");
+    let Some(Change { key: input, old: expected, new: got, .. }) = changed else { return Ok(()) };
+    let checkpoint = files_in(output)?.into_iter().find_map(|file| {
+        let (dir, _) = file.split_once('/')?;
+        dir.starts_with(CHECKPOINT_PREFIX).then(|| dir.to_owned())
+    });
+    checkpoint.map_or(Ok(()), |checkpoint| {
+        let path = output.to_owned();
+        Err(Error::StaleCheckpoints { path, checkpoint, input, expected, got })
+    })
 }
 
 impl StageRun {

@@ -34,13 +34,18 @@ pub(crate) fn scalars(wall_time_s: f64, step: u64, metrics: &[(&str, f64)]) -> V
     record(&event)
 }
 
-/// The leading records that are whole and of steps up to `last_step`.
-pub(crate) fn kept(file: &[u8], last_step: u64) -> Vec<u8> {
+/// The leading records that are whole and of steps up to `last_step`, at most `n_of_it` of the last; the header is none
+/// of them.
+pub(crate) fn kept(file: &[u8], last_step: u64, n_of_it: usize) -> Vec<u8> {
     let mut end = 0;
+    let mut left = n_of_it;
     while let Some((event, record_bytes)) = next_record(&file[end..]) {
-        if step_of(event).is_none_or(|step| step > last_step) {
+        let Some(step) = step_of(event) else { break };
+        let is_last = step == last_step && end > 0;
+        if step > last_step || (is_last && left == 0) {
             break;
         }
+        left -= usize::from(is_last);
         end += record_bytes;
     }
     file[..end].to_vec()
@@ -177,13 +182,13 @@ mod tests {
             scalars(4.0, 300, &[("loss", 0.25)]),
         ];
         let whole = file.concat();
-        assert_eq!(kept(&whole, 300), whole);
-        assert_eq!(kept(&whole, 299), file[..3].concat());
-        assert_eq!(kept(&whole, 0), file[0]);
-        assert_eq!(kept(&whole[..whole.len() - 1], 300), file[..3].concat());
+        assert_eq!(kept(&whole, 300, usize::MAX), whole);
+        assert_eq!(kept(&whole, 299, usize::MAX), file[..3].concat());
+        assert_eq!(kept(&whole, 0, usize::MAX), file[0]);
+        assert_eq!(kept(&whole[..whole.len() - 1], 300, usize::MAX), file[..3].concat());
         let mut flipped = whole.clone();
         flipped[file[0].len() + 20] ^= 1;
-        assert_eq!(kept(&flipped, 300), file[0]);
-        assert!(kept(&[], 300).is_empty());
+        assert_eq!(kept(&flipped, 300, usize::MAX), file[0]);
+        assert!(kept(&[], 300, usize::MAX).is_empty());
     }
 }

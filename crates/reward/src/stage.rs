@@ -15,6 +15,7 @@ use arete_training::{
 use serde_json::{Map, Value};
 use tch::Kind;
 
+use crate::config::OverLength;
 use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
 use crate::evaluation::{self, ScoreStats, write_json};
 use crate::model::{pair_scores, sequence_scores};
@@ -397,7 +398,8 @@ impl Base<'_> {
         Ok(ScoreStats::of(&scores, split, &self.model.base_sha256))
     }
 
-    /// Both samples of the validation prompts, through the aspect's reply, cut like the pairs.
+    /// Both samples of the validation prompts, through the aspect's reply. Whole, however short the pairs were cut for
+    /// training: PPO and scoring read whole conversations, and standardise with what is measured here.
     fn conversations(
         &self,
         path: &Path,
@@ -417,9 +419,10 @@ impl Base<'_> {
                 messages: aspect_conversation(&row.messages, aspect).map_err(in_row)?.to_vec(),
                 truncated: row.finish_reason(aspect) == FinishReason::Length,
             };
-            let Config { max_length, over_length, .. } = *self.config;
-            let tokens = data::tokenize_conversation(&conversation, chat, max_length, over_length)
-                .map_err(in_row)?;
+            let context = self.model.config.max_position_embeddings;
+            let tokens =
+                data::tokenize_conversation(&conversation, chat, context, OverLength::Drop)
+                    .map_err(in_row)?;
             out.extend(tokens.map(|(sequence, _)| sequence.token_ids));
         }
         Ok(out)

@@ -335,9 +335,13 @@ fn a_checkpoint_over_another_base_is_not_continued() {
             .any(|name| name.contains("/checkpoint-") || name.starts_with("checkpoint-"))
     );
     change_a_weight(&base);
-    let again = succeed(train_on(&base, &preferences, &output, &[]));
-    let said = message(&again);
-    assert!(said.contains("model") && !said.contains("resuming from checkpoint"), "{said}");
+    let refused = train_on(&base, &preferences, &output, &[]).output().unwrap();
+    let said = message(&refused);
+    assert!(!refused.status.success() && said.contains("another input `model`"), "{said}");
+    // With the base it was made with, the checkpoint is as good as ever.
+    change_a_weight(&base);
+    let resumed = message(&succeed(train_on(&base, &preferences, &output, &[])));
+    assert!(resumed.contains("resuming from checkpoint"), "{resumed}");
     let fresh = dir.path().join("fresh");
     succeed(train_on(&base, &preferences, &fresh, &[]));
     assert_same_files(&fresh, &output);

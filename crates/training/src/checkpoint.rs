@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use arete_records::atomic::AtomicDir;
+use arete_records::run::CHECKPOINT_PREFIX;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
@@ -215,7 +216,7 @@ impl CheckpointStore {
 
     /// The directory of a step's checkpoint.
     pub fn path(&self, step: u64) -> PathBuf {
-        self.dir.join(format!("checkpoint-{step:06}"))
+        self.dir.join(format!("{CHECKPOINT_PREFIX}{step:06}"))
     }
 
     /// The steps that have a checkpoint, oldest first.
@@ -223,7 +224,7 @@ impl CheckpointStore {
         let mut steps = Vec::new();
         for entry in fs_err::read_dir(&self.dir)? {
             let name = entry?.file_name();
-            let step = name.to_str().and_then(|name| name.strip_prefix("checkpoint-"));
+            let step = name.to_str().and_then(|name| name.strip_prefix(CHECKPOINT_PREFIX));
             steps.extend(step.and_then(|digits| digits.parse::<u64>().ok()));
         }
         steps.sort_unstable();

@@ -34,6 +34,8 @@ pub struct Drawing {
     pub sampling: Sampling,
     /// Most tokens of one reply.
     pub max_new_tokens: usize,
+    /// The replies are verdicts: a server that refuses one gives an abstention (an empty, counted reply), no error.
+    pub is_verdict: bool,
 }
 
 /// One reply.

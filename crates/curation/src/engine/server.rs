@@ -2,8 +2,9 @@
 //! `/v1/chat/completions`, verdicts from its `top_logprobs`.
 //!
 //! A server's answers are someone else's input: whatever is not what was asked for is an error
-//! that says so (replies) or a counted abstention (verdicts). Refusals that pass (429, 5xx, a cut
-//! or slow connection) are tried again, with growing pauses.
+//! that says so (replies) or a counted abstention (verdicts, written ones too). A reply that the
+//! server's content filter broke off counts as one that was cut. Refusals that pass (429, 5xx, a
+//! cut or slow connection) are tried again, with growing pauses.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -222,7 +223,13 @@ impl ServerEngine {
             if sampling.top_k != 0 {
                 body["top_k"] = json!(sampling.top_k);
             }
-            let reply = self.ask("reply", &body, read_reply)?;
+            let reply = match self.attempt("reply", &body, read_reply) {
+                Err(failure) if drawing.is_verdict && failure.kind == FailureKind::Request => {
+                    self.abstain(&failure.reason);
+                    Reply { text: String::new(), finish_reason: FinishReason::Length, n_tokens: 0 }
+                }
+                other => other.map_err(|failure| self.error("reply", failure))?,
+            };
             messages.push(Message::assistant(reply.text.as_str()));
             replies.push(reply);
             match questions.next() {
@@ -249,8 +256,7 @@ impl ServerEngine {
                 Ok(mass) => Ok(mass),
                 // What does not make sense will not make sense next time: abstain, and count.
                 Err(Failure { kind: FailureKind::Request, reason, .. }) => {
-                    self.abstentions.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(reason, "no verdict, counted as an abstention");
+                    self.abstain(&reason);
                     Ok(LabelMass { first: 0.0, second: 0.0 })
                 }
                 Err(failure) => Err(self.error("verdict", failure)),
@@ -261,6 +267,11 @@ impl ServerEngine {
             Ok(())
         })?;
         Ok(out)
+    }
+
+    fn abstain(&self, reason: &str) {
+        self.abstentions.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(reason, "no verdict, counted as an abstention");
     }
 
     fn reply_request(
@@ -415,8 +426,19 @@ fn request_seed(seed: u64, key: u64, sample: u64, turn: usize) -> u64 {
 
 /// The first choice's text, why it ended, and how many tokens it took.
 fn read_reply(answer: &Value) -> Result<Reply, Failure> {
-    let missing = |field: &str| Failure::lasting(format!("reply without {field}"));
+    let missing =
+        |field: &str| Failure::new(FailureKind::Request, format!("reply without {field}"));
     let choice = &answer["choices"][0];
+    if choice["finish_reason"] == "content_filter" {
+        tracing::warn!("the server's content filter broke a reply off: it counts as cut");
+        let n_tokens = answer["usage"]["completion_tokens"].as_u64().unwrap_or(0);
+        let text = choice["message"]["content"].as_str().unwrap_or_default();
+        return Ok(Reply {
+            text: text.trim().to_owned(),
+            finish_reason: FinishReason::Length,
+            n_tokens: usize::try_from(n_tokens).unwrap_or(0),
+        });
+    }
     let text = choice["message"]["content"]
         .as_str()
         .ok_or_else(|| missing("choices[0].message.content"))?;
@@ -425,7 +447,7 @@ fn read_reply(answer: &Value) -> Result<Reply, Failure> {
         Some("length") => FinishReason::Length,
         other => {
             let reason = format!("finish_reason: expected stop or length, got {other:?}");
-            return Err(Failure::lasting(reason));
+            return Err(Failure::new(FailureKind::Request, reason));
         }
     };
     let n_tokens = answer["usage"]["completion_tokens"]

@@ -111,6 +111,7 @@ impl<'a> Judge<'a> {
             seed: self.questions.config.seed,
             sampling: arete_model::generate::Sampling::GREEDY,
             max_new_tokens: self.questions.config.verdict_tokens,
+            is_verdict: true,
         };
         // What is longer than the judge's positions is not asked: an abstention.
         let (mut fitting, mut asked) = (Vec::new(), Vec::new());

@@ -140,26 +140,60 @@ fn a_half_finished_rollout_is_continued() {
     assert_eq!(sampled("out"), [sampled("whole")[0] - kept]);
 }
 
+/// Sends SIGINT as soon as a file is there; how the run ended.
+fn interrupt_once_there_is(file: &Path, child: &mut Child) -> Option<i32> {
+    while !file.exists() {
+        std::thread::sleep(Duration::from_micros(200));
+        assert!(child.try_wait().unwrap().is_none(), "it ended before {}", file.display());
+    }
+    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+    child.wait().unwrap().code()
+}
+
 #[test]
 fn a_signal_stops_between_iterations_and_the_same_command_continues() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     write_prompts(dir);
     write_rewards(dir, &tiny_model());
-    let mut child = start(dir, "out");
     let first = dir.join("out/rollouts/iteration-000001.parquet");
-    while !first.exists() {
-        std::thread::sleep(Duration::from_millis(2));
-        assert!(
-            child.try_wait().unwrap().is_none(),
-            "it ended before its first rollout was written"
-        );
-    }
-    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(status.success());
-    let code = child.wait().unwrap().code();
+    let code = interrupt_once_there_is(&first, &mut start(dir, "out"));
     // The last iterations may have been quicker than the signal.
     assert!(code == Some(130) || code == Some(0), "{code:?}");
     assert!(start(dir, "out").wait().unwrap().success());
     assert!(RunJson::read(dir.join("out")).is_ok());
+}
+
+#[test]
+fn a_signal_within_a_probe_loses_no_iteration() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_prompts(dir);
+    write_rewards(dir, &tiny_model());
+    assert!(start(dir, "whole").wait().unwrap().success());
+    let out = dir.join("out");
+    let probed = |checkpoint: &str| -> serde_json::Value {
+        let state = fs_err::read(out.join(checkpoint).join("trainer_state.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&state).unwrap()["probed"].clone()
+    };
+    // After the second iteration's rollout is written, its probe is the next to look for signals; it may be over first.
+    for attempt in 1.. {
+        let second = out.join("rollouts/iteration-000002.parquet");
+        assert_eq!(interrupt_once_there_is(&second, &mut start(dir, "out")), Some(130));
+        if out.join("checkpoint-000002").exists() && probed("checkpoint-000002") == 0 {
+            break;
+        }
+        assert!(attempt < 10, "ten signals and none within a probe");
+        fs_err::remove_dir_all(&out).unwrap();
+    }
+    // Killed after that probe has logged its numbers, before its checkpoint, if the kill comes in time.
+    let mut child = start(dir, "out");
+    while !out.join("completions/iteration-000002.parquet").exists() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(start(dir, "out").wait().unwrap().success());
+    assert_eq!(sums(&out), sums(&dir.join("whole")));
 }

@@ -205,6 +205,54 @@ fn a_directory_no_stage_made_is_refused() {
 }
 
 #[test]
+fn another_stages_results_are_refused_and_untouched() {
+    let fixture = Fixture::new();
+    let begin_reward = |fixture: &Fixture| {
+        begin(StageSpec {
+            stage: "reward",
+            output: &fixture.output(),
+            config: json!({}),
+            seed: 1,
+            inputs: Vec::new(),
+        })
+        .unwrap_err()
+    };
+    drop(fixture.run(json!({"rank": 8}))); // unfinished
+    let error = begin_reward(&fixture);
+    assert!(matches!(&error, Error::OtherStage { owner, .. } if owner == "sft"), "{error}");
+    fixture.complete(json!({"rank": 8}));
+    let files = fixture.files();
+    let error = begin_reward(&fixture).to_string();
+    assert!(error.contains("stage `sft`, expected those of `reward`"), "{error}");
+    assert_eq!(fixture.files(), files);
+    fixture.is_up_to_date(json!({"rank": 8}));
+}
+
+#[test]
+fn checkpoints_of_other_inputs_are_refused_and_untouched() {
+    let fixture = Fixture::new();
+    let run = fixture.run(json!({"rank": 16}));
+    let checkpoint = run.output().join("checkpoint-000002");
+    fs_err::create_dir(&checkpoint).unwrap();
+    fs_err::write(checkpoint.join("tensors.safetensors"), b"weights").unwrap();
+    drop(run); // killed
+    fs_err::write(fixture.input(), b"input 2").unwrap();
+    for config in [json!({"rank": 16}), json!({"rank": 8})] {
+        let error = fixture.begin(config, 1).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::StaleCheckpoints { .. }), "{text}");
+        assert!(text.contains("checkpoint-000002 was made with another input `prompts`"), "{text}");
+    }
+    assert_eq!(fs_err::read(checkpoint.join("tensors.safetensors")).unwrap(), b"weights");
+
+    // The old input is back: it goes on. Another setting was the user's wish: it starts anew.
+    fs_err::write(fixture.input(), b"input 1").unwrap();
+    assert!(fixture.run(json!({"rank": 16})).is_resumed());
+    assert!(!fixture.run(json!({"rank": 8})).is_resumed());
+    assert!(!checkpoint.exists());
+}
+
+#[test]
 fn a_second_process_is_turned_away_with_the_pid_of_the_first() {
     let fixture = Fixture::new();
     let run = fixture.run(json!({}));
