@@ -85,4 +85,15 @@ done
     echo "referees: $run holds nothing to check" >&2
     exit 1
 }
+
+# The original in four bits, as `arete-model quantize` writes it, read by transformers with bitsandbytes.
+for scales in nested single; do
+    four_bit=$work/four-bit-$scales
+    flags=(--dtype f32)
+    [ $scales = nested ] || flags+=(--single)
+    target/release/arete-model quantize --model "$original" --output "$four_bit" "${flags[@]}"
+    logprobs "$work/four-bit" "$four_bit"
+    check $here/check_model.py "$four_bit" --logprobs "$work/four-bit" --tolerance 2e-4
+    rm -r "$four_bit"
+done
 echo "referees: all checks of $run passed"

@@ -300,12 +300,15 @@ impl Yardstick {
     /// [`Error::NotAReward`] if neither can be used.
     pub fn load(dir: &Path, model: &Model, options: &LoadOptions) -> Result<Self, Error> {
         let (adapter_dir, merged) = (dir.join("adapter"), dir.join("merged"));
-        let on_base = load_reward(&adapter_dir, "yardstick", model);
-        if let Ok((adapter, head)) = on_base {
-            let stats = read_stats(&dir.join(SCORE_STATS), Some(&model.base_sha256))?;
-            return Ok(Self { model: None, adapter: Some(adapter), head, stats });
-        }
+        let reason = match load_reward(&adapter_dir, "yardstick", model) {
+            Ok((adapter, head)) => {
+                let stats = read_stats(&dir.join(SCORE_STATS), Some(&model.base_sha256))?;
+                return Ok(Self { model: None, adapter: Some(adapter), head, stats });
+            }
+            Err(reason) => reason,
+        };
         if merged.is_dir() {
+            tracing::info!(%reason, "yardstick: its merged model, on a base of its own");
             let options = LoadOptions { nf4: None, ..*options };
             let mut own = Model::load(&Source::Directory(merged.clone()), &options)?;
             let head = own.head.take().ok_or_else(|| Error::NotAReward {
@@ -316,7 +319,7 @@ impl Yardstick {
             let stats = read_stats(&dir.join(SCORE_STATS), None)?;
             return Ok(Self { model: Some(own), adapter: None, head, stats });
         }
-        on_base.map(|_| unreachable!("handled above"))
+        Err(reason)
     }
 
     /// Scores of conversations through their answer, standardised if the yardstick has statistics.

@@ -14,8 +14,10 @@ pub type NumberedObject = (usize, Map<String, Value>);
 /// Longest line that is read, in bytes: prompts of a megabyte pass, bombs do not.
 const MAX_LINE_BYTES: u64 = 64 << 20;
 
-/// Most bytes a file may unpack to.
-const MAX_TOTAL_BYTES: u64 = 16 << 30;
+/// A gzipped file may unpack to this many bytes whatever its size, and to so many times its size: text packs to a
+/// tenth, a bomb to a thousandth.
+const MIN_UNPACKED_BYTES: u64 = 64 << 20;
+const MAX_RATIO: u64 = 256;
 
 /// Reads JSON lines (gzipped if the name ends in `.gz`): each value with its line number from 1.
 /// Blank lines are skipped.
@@ -23,19 +25,28 @@ const MAX_TOTAL_BYTES: u64 = 16 << 30;
 /// # Errors
 ///
 /// [`Error::Io`] if the file cannot be read, [`Error::Damaged`] if its gzip stream is cut or
-/// broken or a line is too long, [`Error::Json`] on a line that is not UTF-8 or not JSON.
+/// broken, it unpacks to far more than text would, or a line is too long, [`Error::Json`] on a line that is not UTF-8 or not JSON.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<(usize, Value)>, Error> {
     let path = path.as_ref();
     let file = fs_err::File::open(path)?;
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
-        read_lines(path, MultiGzDecoder::new(BufReader::new(file)), true)
+        let n_packed = file.metadata()?.len();
+        let limit = MIN_UNPACKED_BYTES.max(n_packed.saturating_mul(MAX_RATIO));
+        read_lines(path, MultiGzDecoder::new(BufReader::new(file)), Some(limit))
     } else {
-        read_lines(path, file, false)
+        read_lines(path, file, None)
     }
 }
 
-fn read_lines(path: &Path, reader: impl Read, gzipped: bool) -> Result<Vec<(usize, Value)>, Error> {
-    let mut reader = BufReader::with_capacity(1 << 16, reader.take(MAX_TOTAL_BYTES));
+/// `unpacked_limit`: most bytes of a gzipped file.
+fn read_lines(
+    path: &Path,
+    reader: impl Read,
+    unpacked_limit: Option<u64>,
+) -> Result<Vec<(usize, Value)>, Error> {
+    let gzipped = unpacked_limit.is_some();
+    let mut reader = BufReader::with_capacity(1 << 16, reader);
+    let mut n_unpacked = 0;
     let mut values = Vec::new();
     let mut line = Vec::new();
     for line_number in 1.. {
@@ -46,6 +57,15 @@ fn read_lines(path: &Path, reader: impl Read, gzipped: bool) -> Result<Vec<(usiz
             .map_err(|error| read_error(path, line_number, error, gzipped))?;
         if n_bytes == 0 {
             break;
+        }
+        n_unpacked += n_bytes as u64;
+        if let Some(limit) = unpacked_limit.filter(|limit| n_unpacked > *limit) {
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                what: "gzip stream".to_owned(),
+                expected: format!("at most {limit} bytes unpacked for a file of its size"),
+                got: format!("more, at line {line_number}; unpack it if that is right"),
+            });
         }
         if n_bytes as u64 > MAX_LINE_BYTES {
             return Err(Error::Damaged {
@@ -166,6 +186,18 @@ mod tests {
         }
         let (_dir, path) = file("text.jsonl.gz", b"{}\n");
         assert!(matches!(read(&path), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_bomb_is_not_unpacked_to_its_end() {
+        let mut blank = vec![b' '; 1 << 20];
+        blank.push(b'\n');
+        let packed = gzip(&blank.repeat(66));
+        let (_dir, path) = file("bomb.jsonl.gz", &packed);
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("at most 67108864 bytes unpacked"), "{error}");
+        let (_dir, path) = file("blank.jsonl.gz", &gzip(&blank.repeat(60)));
+        assert_eq!(read(&path).unwrap(), vec![]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Best of n: how much the ensemble's own favourite of n samples gains over an average sample.
 //!
-//! If choosing among n samples by the ensemble does not raise its score, neither can PPO.
+//! If choosing among n samples by the ensemble does not raise its score, neither can PPO. By its own score even noise has
+//! favourites; whether they are better, a yardstick says that no recipe has trained.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use crate::Error;
 use crate::config::{ScoreConfig, setting};
 use crate::policies::{Policy, Shelf, local_path};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{self, RewardModel, ScoreStats, adapter_dir};
+use crate::rewards::{self, RewardModel, SCORE_STATS, ScoreStats, YardstickPlace, adapter_dir};
 use crate::run_files::rollout_reply;
 
 /// Prompts sampled together: with 16 samples each, a full batch.
@@ -40,6 +41,9 @@ pub struct BestOf {
     pub gain: Interval,
     /// The same for each aspect's own score.
     pub gain_by_aspect: BTreeMap<Aspect, f64>,
+    /// Yardstick score of the ensemble's best of n less the mean of all n, with its bootstrap interval.
+    #[serde(default)]
+    pub yardstick_gain: Option<Interval>,
 }
 
 impl BestOf {
@@ -79,7 +83,38 @@ impl BestOf {
             curve: ks.into_iter().map(|k| (k, over_prompts(&|scores| best(k, scores)))).collect(),
             gain,
             gain_by_aspect: Aspect::ALL.map(|aspect| (aspect, by_aspect(aspect))).into(),
+            yardstick_gain: None,
         })
+    }
+
+    /// Adds what the yardstick says of the ensemble's favourites: its scores, sample by sample.
+    ///
+    /// # Panics
+    ///
+    /// Unless there are as many of both.
+    #[must_use]
+    pub fn with_yardstick(
+        self,
+        samples: &[Vec<[f64; 3]>],
+        yardstick: &[Vec<f64>],
+        resampling: Resampling,
+    ) -> Self {
+        assert_eq!(samples.len(), yardstick.len(), "the same prompts");
+        let gains: Vec<Vec<f64>> = samples
+            .iter()
+            .zip(yardstick)
+            .map(|(samples, scores)| {
+                assert_eq!(samples.len(), scores.len(), "the same samples");
+                let ensemble = samples.iter().map(|z| stats::mean(z));
+                let (favourite, _) = ensemble
+                    .enumerate()
+                    .max_by(|(_, a), (_, b)| a.total_cmp(b))
+                    .expect("two samples at least");
+                vec![scores[favourite] - stats::mean(scores)]
+            })
+            .collect();
+        let gain = stats::bootstrap(&gains, stats::mean, resampling).interval;
+        Self { yardstick_gain: Some(gain), ..self }
     }
 
     /// From the first PPO iteration's rollouts, where the policy is still the base: prompts with several samples.
@@ -133,6 +168,8 @@ pub struct BestOfInputs {
     pub base: String,
     /// Directory with one reward model an aspect.
     pub rewards: PathBuf,
+    /// Directory of a reward model that judges the ensemble's favourites.
+    pub yardstick: Option<PathBuf>,
     /// Where the result goes.
     pub output: PathBuf,
 }
@@ -158,7 +195,17 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         files.push(("base".to_owned(), path.to_owned()));
     }
     for aspect in Aspect::ALL {
-        files.push((format!("reward {aspect}"), adapter_dir(&inputs.rewards.join(aspect.name()))));
+        let dir = inputs.rewards.join(aspect.name());
+        files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+        files.push((format!("score_stats {aspect}"), dir.join(SCORE_STATS)));
+    }
+    let yardstick =
+        inputs.yardstick.as_ref().map(|dir| YardstickPlace::resolve(dir, None)).transpose()?;
+    if let Some(place) = &yardstick {
+        let paths = [local_path(&place.source), place.adapter.as_deref()];
+        for (name, path) in ["yardstick base", "yardstick"].into_iter().zip(paths) {
+            files.extend(path.map(|path| (name.to_owned(), path.to_owned())));
+        }
     }
     let mut settings = serde_json::to_value(config).expect("settings are numbers and words");
     settings["n_samples"] = n.into();
@@ -197,7 +244,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     for aspect in Aspect::ALL {
         let dir = inputs.rewards.join(aspect.name());
         let stats = ScoreStats::read(&dir)?.ok_or_else(|| Error::File {
-            path: dir.join("score_stats.json"),
+            path: dir.join(SCORE_STATS),
             field: "std".to_owned(),
             expected: "statistics to standardise with".to_owned(),
             found: "none".to_owned(),
@@ -212,6 +259,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     };
     let progress = cli::progress("best of n", "prompts", prompts.len() as u64);
     let mut samples: Vec<Vec<[f64; 3]>> = Vec::new();
+    let mut all_rows = Vec::new();
     for together in prompts.chunks(PROMPTS_TOGETHER) {
         interrupt::check()?;
         let chains = sample_chains(model, None, together, &drawing)?;
@@ -228,10 +276,11 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
             }
         }
         samples.extend(z.chunks(n).map(<[[f64; 3]]>::to_vec));
+        all_rows.extend(rows);
         progress.inc(together.len() as u64);
     }
     let resampling = Resampling { draws: config.draws, level: 0.95, seed: config.seed };
-    let best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling)
+    let mut best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling)
         .ok_or_else(|| {
             setting(
                 "max_new_tokens",
@@ -239,6 +288,11 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
                 &config.max_new_tokens.to_string(),
             )
         })?;
+    if let Some(place) = &yardstick {
+        let scores = yardstick_scores(place, &mut shelf, &all_rows, config.micro_batch_tokens)?;
+        let scores: Vec<Vec<f64>> = scores.chunks(n).map(<[f64]>::to_vec).collect();
+        best = best.with_yardstick(&samples, &scores, resampling);
+    }
     let mut bytes = serde_json::to_vec_pretty(&best).expect("numbers and words serialise");
     bytes.push(b'\n');
     atomic::write(&path, &bytes)?;
@@ -249,6 +303,29 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         counts,
     })?;
     Ok(best)
+}
+
+/// The yardstick's score of each conversation: the mean of those through the three replies.
+fn yardstick_scores(
+    place: &YardstickPlace,
+    shelf: &mut Shelf,
+    rows: &[ConversationRow],
+    budget: usize,
+) -> Result<Vec<f64>, Error> {
+    let model = shelf.get(&place.source)?;
+    let (chat, limit) = (model.chat()?, model.config.max_position_embeddings);
+    let reward = place.reward_model(model)?;
+    let mut out = vec![0.0; rows.len()];
+    for aspect in Aspect::ALL {
+        let sequences: Vec<Vec<i64>> = rows
+            .iter()
+            .map(|row| rewards::reward_input(&chat, row, aspect, limit))
+            .collect::<Result<_, _>>()?;
+        for (out, score) in out.iter_mut().zip(reward.scores(&model.decoder, &sequences, budget)?) {
+            *out += score / Aspect::ALL.len() as f64;
+        }
+    }
+    Ok(out)
 }
 
 fn read(path: &Path) -> Result<BestOf, Error> {
@@ -289,6 +366,10 @@ mod tests {
         assert_eq!(best.gain.estimate, 0.5);
         // Action: maxima 1 and 1, means 0.5 and 0.5.
         assert_eq!(best.gain_by_aspect[&Aspect::Action], 0.5);
+        // Favourites: the second of prompt 1, the first or second of prompt 2 (both 1).
+        let by_yardstick =
+            best.with_yardstick(&samples, &[vec![5.0, 8.0], vec![3.0, 3.0]], resampling());
+        assert_eq!(by_yardstick.yardstick_gain.unwrap().estimate, 0.75);
         assert!(BestOf::of(&[vec![[0.0; 3]]], "a test", resampling()).is_none());
         assert!(BestOf::of(&[], "a test", resampling()).is_none());
     }

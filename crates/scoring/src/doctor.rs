@@ -3,6 +3,8 @@
 //! A later step cannot work if an earlier one fails: cut replies make poor pairs, a judge that follows the order of
 //! presentation makes labels of noise, a reward model without accuracy gives PPO nothing to follow.
 
+use std::fmt::Write as _;
+
 use arete_records::Aspect;
 use arete_records::cli::printable;
 use arete_records::stats::Resampling;
@@ -219,15 +221,25 @@ fn best_of(run: &RunFiles) -> Finding {
         gain if gain < 0.5 => Grade::Warn,
         _ => Grade::Ok,
     };
+    let mut found = format!(
+        "{} standardised, {} prompts of {}",
+        interval(&best.gain, true),
+        best.n_prompts,
+        best.from
+    );
+    let step = format!("best of {}", best.n);
+    if let Some(gain) = &best.yardstick_gain {
+        let _ = write!(found, "; by the yardstick {}", interval(gain, true));
+        if gain.low <= 0.0 && grade == Grade::Ok {
+            let advice = "the ensemble has favourites, and the yardstick does not see that they are better: look at them, and at \
+                          what the reward models were trained on";
+            return finding(&step, Grade::Warn, found, advice);
+        }
+    }
     finding(
-        &format!("best of {}", best.n),
+        &step,
         grade,
-        format!(
-            "{} standardised, {} prompts of {}",
-            interval(&best.gain, true),
-            best.n_prompts,
-            best.from
-        ),
+        found,
         "the ensemble hardly tells the policy's samples apart: raise the temperature, or train the reward models on pairs that \
          differ more",
     )
@@ -468,6 +480,7 @@ mod tests {
                 curve: vec![(1, 0.0), (16, gain)],
                 gain: Interval { estimate: gain, low: gain, high: gain },
                 gain_by_aspect: BTreeMap::new(),
+                yardstick_gain: None,
             };
             let finding = best_of(&RunFiles { best_of: Some(best), ..RunFiles::default() });
             assert_eq!(finding.step, "best of 16");

@@ -88,6 +88,9 @@ enum Command {
         /// The model that samples for --best-of [default: RUN/sft/merged, else what the reward models name]
         #[arg(long, value_name = "MODEL")]
         base: Option<String>,
+        /// A reward model that no recipe trained: are the ensemble's favourites better by it, too?
+        #[arg(long, value_name = "DIR", requires = "best_of")]
+        yardstick: Option<PathBuf>,
         /// Print the findings as JSON
         #[arg(long)]
         json: bool,
@@ -195,6 +198,7 @@ fn measure_best_of(
     run: &Path,
     n: usize,
     base: Option<String>,
+    yardstick: Option<PathBuf>,
     config: &ScoreConfig,
 ) -> anyhow::Result<()> {
     let merged = run.join("sft/merged");
@@ -207,6 +211,7 @@ fn measure_best_of(
         prompts: run.join("prompts"),
         base,
         rewards: run.join("reward"),
+        yardstick,
         output: run.join("best-of"),
     };
     best_of::run(config, n, &inputs)?;
@@ -258,10 +263,10 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
             let resampling = Resampling { draws: draws as usize, ..Resampling::seeded(seed) };
             compare::text(&runs, &first, &last, resampling)
         }
-        Command::Doctor { run, best_of, base, json, recipe, .. } => {
+        Command::Doctor { run, best_of, base, yardstick, json, recipe, .. } => {
             if best_of > 0 {
                 let config: ScoreConfig = recipe::resolve(matches, "scoring", recipe.as_deref())?;
-                measure_best_of(&run, best_of, base, &config)
+                measure_best_of(&run, best_of, base, yardstick, &config)
                     .with_context(|| format!("sampling for {}", run.display()))?;
             }
             let files =

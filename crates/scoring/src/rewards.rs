@@ -4,18 +4,18 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use arete_model::chain::aspect_conversation;
-use arete_model::{Adapter, Batch, Chat, Decoder, Model, ScalarHead, SegmentIdx, logprobs};
+use arete_model::{Adapter, Batch, Chat, Decoder, Model, ScalarHead, SegmentIdx, Source, logprobs};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
-use crate::policies::load_adapter;
+use crate::policies::{base_of_adapter, load_adapter, local_path};
 use crate::rows::TokensRow;
 
 /// Name of the file with a reward model's score statistics.
-const STATS: &str = "score_stats.json";
+pub(crate) const SCORE_STATS: &str = "score_stats.json";
 
 /// The contents of a reward model's `score_stats.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ impl ScoreStats {
     ///
     /// [`Error::Io`], [`Error::File`] if the file is damaged.
     pub fn read(dir: &Path) -> Result<Option<Self>, Error> {
-        let path = dir.join(STATS);
+        let path = dir.join(SCORE_STATS);
         if !path.is_file() {
             return Ok(None);
         }
@@ -133,6 +133,49 @@ impl RewardModel {
             out.extend(numbers(&self.head.forward(&hidden.index_select(0, &rows)))?);
         }
         Ok(out)
+    }
+}
+
+/// Where a reward model with a base of its own lies: merged, or an adapter and what it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct YardstickPlace {
+    /// The merged model, or the base.
+    pub source: Source,
+    /// The adapter over the base.
+    pub adapter: Option<PathBuf>,
+}
+
+impl YardstickPlace {
+    /// `base`: of the adapter, if it is not the one that the adapter names.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] if the adapter names no base; [`Error::Model`] if that cannot be a model.
+    pub(crate) fn resolve(dir: &Path, base: Option<&str>) -> Result<Self, Error> {
+        if dir.join("config.json").is_file() {
+            return Ok(Self { source: Source::Directory(dir.to_owned()), adapter: None });
+        }
+        let adapter = adapter_dir(dir);
+        let base = match base {
+            Some(base) => base.to_owned(),
+            None => base_of_adapter(&adapter)?,
+        };
+        Ok(Self { source: Source::parse(&base)?, adapter: Some(adapter) })
+    }
+
+    /// The reward model over `model`, which is the loaded [`YardstickPlace::source`].
+    ///
+    /// # Errors
+    ///
+    /// As [`RewardModel::load`] and [`RewardModel::merged`].
+    pub(crate) fn reward_model(&self, model: &Model) -> Result<RewardModel, Error> {
+        match &self.adapter {
+            Some(dir) => RewardModel::load(dir, "yardstick", model),
+            None => RewardModel::merged(
+                model,
+                local_path(&self.source).unwrap_or(Path::new("yardstick")),
+            ),
+        }
     }
 }
 
@@ -330,7 +373,7 @@ mod tests {
     fn score_statistics_are_checked() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(ScoreStats::read(dir.path()).unwrap(), None);
-        let write = |text: &str| fs_err::write(dir.path().join(STATS), text).unwrap();
+        let write = |text: &str| fs_err::write(dir.path().join(SCORE_STATS), text).unwrap();
         write(r#"{"mean": 1.5, "std": 2.0, "n": 4, "split": "validation", "base_sha256": "x"}"#);
         let stats = ScoreStats::read(dir.path()).unwrap().unwrap();
         assert_eq!((stats.mean, stats.std, stats.n), (1.5, 2.0, 4));

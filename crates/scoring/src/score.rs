@@ -20,7 +20,7 @@ use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, local_path, vocabulary_sha256};
 use crate::replies::{Drawing, SampledChain, sample_chains};
-use crate::rewards::{self, RewardModel, ScoreStats, adapter_dir};
+use crate::rewards::{self, RewardModel, ScoreStats, YardstickPlace, adapter_dir};
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
 use crate::{Error, table};
@@ -103,8 +103,7 @@ struct Plan<'a> {
     inputs: &'a ScoreInputs,
     base: Source,
     policies: Vec<Policy>,
-    /// A merged model, or a base with an adapter.
-    yardstick: Option<(Source, Option<PathBuf>)>,
+    yardstick: Option<YardstickPlace>,
     prompts_file: PathBuf,
 }
 
@@ -126,20 +125,12 @@ impl<'a> Plan<'a> {
         if policies.is_empty() {
             return Err(setting("model", "at least one model to score", "none"));
         }
-        let yardstick = match &inputs.yardstick {
-            None => None,
-            Some(dir) if dir.join("config.json").is_file() => {
-                Some((Source::Directory(dir.clone()), None))
-            }
-            Some(dir) => {
-                let adapter = adapter_dir(dir);
-                let base = match &inputs.yardstick_base {
-                    Some(base) => base.clone(),
-                    None => crate::policies::base_of_adapter(&adapter)?,
-                };
-                Some((Source::parse(&base)?, Some(adapter)))
-            }
-        };
+        let base_of_yardstick = inputs.yardstick_base.as_deref();
+        let yardstick = inputs
+            .yardstick
+            .as_ref()
+            .map(|dir| YardstickPlace::resolve(dir, base_of_yardstick))
+            .transpose()?;
         let prompts_file = if inputs.prompts.is_dir() {
             inputs.prompts.join("prompts.parquet")
         } else {
@@ -163,7 +154,7 @@ impl<'a> Plan<'a> {
             record(format!("model {}", policy.name), policy.files(), &policy.given);
         }
         record("base".to_owned(), local_path(&self.base), &self.inputs.base);
-        if let Some((source, adapter)) = &self.yardstick {
+        if let Some(YardstickPlace { source, adapter }) = &self.yardstick {
             record("yardstick base".to_owned(), local_path(source), &source.to_string());
             if let Some(adapter) = adapter {
                 record("yardstick".to_owned(), Some(adapter), "");
@@ -173,7 +164,7 @@ impl<'a> Plan<'a> {
         for aspect in Aspect::ALL {
             let dir = self.reward_dir(aspect);
             files.push((format!("reward {aspect}"), adapter_dir(&dir)));
-            let stats = dir.join("score_stats.json");
+            let stats = dir.join(rewards::SCORE_STATS);
             if stats.is_file() {
                 files.push((format!("score_stats {aspect}"), stats));
             }
@@ -415,7 +406,7 @@ impl<'a> Work<'a> {
     }
 
     fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<(), Error> {
-        let Some((source, adapter)) = &self.plan.yardstick else { return Ok(()) };
+        let Some(yardstick) = &self.plan.yardstick else { return Ok(()) };
         let units = self.units("yardstick", policy);
         let missing = units.missing();
         if missing.is_empty() {
@@ -423,15 +414,10 @@ impl<'a> Work<'a> {
         }
         let replies = self.replies(policy, &missing)?;
         let budget = self.plan.config.micro_batch_tokens;
-        let model = self.shelf.get(source)?;
+        let model = self.shelf.get(&yardstick.source)?;
         let limit = model.config.max_position_embeddings;
         let chat = model.chat()?;
-        let reward = match adapter {
-            Some(dir) => RewardModel::load(dir, "yardstick", model)?,
-            None => {
-                RewardModel::merged(model, local_path(source).unwrap_or(Path::new("yardstick")))?
-            }
-        };
+        let reward = yardstick.reward_model(model)?;
         for (&unit, replies) in missing.iter().zip(&replies) {
             interrupt::check()?;
             let mut rows = Vec::new();

@@ -755,11 +755,14 @@ fn calibration_chart(run: &RunFiles) -> Result<Option<Chart>, Error> {
 fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
     let Some(best) = &run.best_of else { return Ok(None) };
     let points = best.curve.iter().map(|(k, score)| (*k as f64, *score)).collect();
+    let by_yardstick = best.yardstick_gain.as_ref().map_or(String::new(), |gain| {
+        format!(" By the yardstick the ensemble's favourites gain {}.", interval(gain, true))
+    });
     Chart::lines(
         "best-of",
         "Best of n",
         &format!(
-            "Ensemble score of the best of n samples, {} prompts. If it does not rise, PPO cannot help.",
+            "Ensemble score of the best of n samples, {} prompts. If it does not rise, PPO cannot help.{by_yardstick}",
             best.n_prompts
         ),
         "samples",
