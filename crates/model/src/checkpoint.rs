@@ -49,6 +49,14 @@ pub enum Source {
 }
 
 impl Source {
+    /// The directory or file of the model, unless it is on the hub.
+    pub fn local_path(&self) -> Option<&Path> {
+        match self {
+            Self::Directory(path) | Self::Gguf(path) => Some(path),
+            Self::Hub { .. } => None,
+        }
+    }
+
     /// Reads what a user gives as `--model`: a directory, a `.gguf` file, or a hub id (`owner/name`, `owner/name@revision`).
     ///
     /// # Errors

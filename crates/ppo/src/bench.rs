@@ -128,7 +128,7 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
     };
     let reward = |seed| -> Result<_, Error> {
         let (shape, device) = (&model.config, model.decoder.device());
-        let adapter = Adapter::new("reward", shape, &config.lora(), seed, device)?;
+        let adapter = Adapter::new("reward", shape, &config.lora.config(), seed, device)?;
         Ok((adapter, ScalarHead::normal(shape.hidden_size, seed, device)))
     };
     let ensemble = Ensemble::of_models([reward(1)?, reward(2)?, reward(3)?], config.rollout);

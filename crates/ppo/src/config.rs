@@ -3,9 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use arete_model::{LoraConfig, Target};
-use arete_training::runtime::Dtype;
-use arete_training::{ScheduleKind, Select};
+use arete_training::{ComputeArgs, LoraArgs, ScheduleKind, Select};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
@@ -104,7 +102,6 @@ impl From<ProgrammedReward> for String {
 
 /// Settings of PPO.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Config {
     /// Base model (after SFT: the merged SFT directory): a Hugging Face directory, a GGUF file, or a hub id
     #[arg(long)]
@@ -199,15 +196,10 @@ pub struct Config {
     /// Where the critic reads its values
     #[arg(long, value_enum, default_value_t = Value::Trunk)]
     pub value: Value,
-    /// LoRA rank (Hu et al. 2021)
-    #[arg(long, default_value_t = 16)]
-    pub rank: usize,
-    /// LoRA alpha; the update is scaled by alpha / rank
-    #[arg(long, default_value_t = 32.0)]
-    pub alpha: f64,
-    /// Linear layers that get an update, separated by commas (all, as in QLoRA)
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Target::ALL)]
-    pub targets: Vec<Target>,
+    /// The shape of the policy's adapter, and of the critic's if it has one.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub lora: LoraArgs,
     /// Decoupled weight decay
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f64,
@@ -251,35 +243,16 @@ pub struct Config {
     /// Most sequences sampled at once; changes nothing but memory and time
     #[arg(long, default_value_t = 64)]
     pub max_rows: usize,
-    /// Pack the frozen model's blocks to NF4 while training (QLoRA); the reward models must have been trained so, too
-    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
-    pub nf4: bool,
-    /// Quantise the NF4 scales as well
-    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
-    pub double_quantize: bool,
-    /// Keep only each block's input for the backward pass and run the block again there: less memory, a third more time
-    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
-    pub recompute: bool,
-    /// Number format of the frozen model and of activations
-    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
-    pub dtype: Dtype,
-    /// Where to compute: cpu, cuda, cuda:N, or auto
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// CPU threads; 0 = one a core
-    #[arg(long, default_value_t = 0)]
-    pub threads: u32,
+    /// How the frozen model is held, and where it computes.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub compute: ComputeArgs,
     /// Seed of the adapter's first values, of the order of prompts and of sampling
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
 impl Config {
-    /// The shape of the policy's adapter, and of the critic's if it has one.
-    pub fn lora(&self) -> LoraConfig {
-        LoraConfig { rank: self.rank, alpha: self.alpha, targets: self.targets.clone() }
-    }
-
     /// How the KL coefficient changes.
     pub fn kl_controller(&self) -> KlController {
         match self.kl_control {

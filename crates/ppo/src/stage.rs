@@ -72,9 +72,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         }
         Start::Run(run) => run,
     };
-    runtime::set_threads(config.threads);
-    let device = runtime::device(&config.device)?;
-    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
+    let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
     let counts = Stage::new(config, inputs, &model, &options, &run)?.train(name, &source)?;
     if let Some(bytes) = runtime::peak_rss_bytes() {
@@ -82,7 +80,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
     run.finish(Completion {
-        device: runtime::device_name(device),
+        device: runtime::device_name(options.device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
@@ -114,7 +112,7 @@ fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start,
         }
     }
     let mut recorded = config.clone();
-    if let Some(path) = runtime::local_path(source) {
+    if let Some(path) = source.local_path() {
         push("model".to_owned(), path.to_owned());
         recorded.model = None; // its contents are an input; where they lie changes nothing
     }

@@ -92,7 +92,7 @@ impl<'a> Models<'a> {
     ///
     /// [`Error::Model`] if the adapter's shape is impossible.
     pub fn new(decoder: &'a Decoder, config: &Config) -> Result<Self, Error> {
-        let lora: LoraConfig = config.lora();
+        let lora: LoraConfig = config.lora.config();
         let (model, device) = (decoder.config(), decoder.device());
         let adapter = |name| -> Result<Adapter, Error> {
             let mut adapter = Adapter::new(name, model, &lora, config.seed, device)?;
@@ -111,7 +111,7 @@ impl<'a> Models<'a> {
             policy: adapter("policy")?,
             critic,
             temperature: config.temperature,
-            recompute: config.recompute,
+            recompute: config.compute.recompute,
         })
     }
 

@@ -9,11 +9,8 @@ use arete_records::rows::ConversationRow;
 use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::{Aspect, FinishReason, Split, parquet, timings};
 use arete_training::order::Plan;
-use arete_training::{
-    AdamW, AdamWConfig, LoopConfig, Outcome, Schedule, check_settings, runtime, train as train_loop,
-};
+use arete_training::{AdamW, Outcome, runtime, train as train_loop};
 use serde_json::{Map, Value};
-use tch::Kind;
 
 use crate::config::OverLength;
 use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
@@ -83,9 +80,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     if jobs.is_empty() {
         return Ok(());
     }
-    runtime::set_threads(config.threads);
-    let device = runtime::device(&config.device)?;
-    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
+    let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
     let base = Base { config, name: model_name, source, options, model };
     for job in jobs {
@@ -144,7 +139,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             );
         }
         let mut recorded = config.clone();
-        if let Some(path) = runtime::local_path(source) {
+        if let Some(path) = source.local_path() {
             files.push(("model".to_owned(), path.to_owned()));
             recorded.model = None; // its contents are an input; where they lie changes nothing
         }
@@ -209,7 +204,7 @@ impl Base<'_> {
 
         let device = self.options.device;
         let mut adapter =
-            Adapter::new(&job.name, &model.config, &config.lora(), config.seed, device)?;
+            Adapter::new(&job.name, &model.config, &config.lora.config(), config.seed, device)?;
         adapter.set_trainable(true);
         // Each aspect's head starts elsewhere: an ensemble whose members start alike errs alike.
         let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |a| a.index() as u64));
@@ -302,18 +297,15 @@ impl Base<'_> {
         let config = self.config;
         let mut parameters = adapter.parameters();
         parameters.push((HEAD.to_owned(), head.weight.shallow_clone()));
-        let optimiser_config =
-            AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
-        let mut optimiser = AdamW::new(parameters, optimiser_config)?;
+        let mut optimiser = AdamW::new(parameters, config.steps.adamw())?;
         let plan = Plan {
             n_examples: data.train.pairs.len(),
             batch_size: config.batch_size,
             epochs: config.epochs,
-            max_steps: config.max_steps,
+            max_steps: config.steps.max_steps,
             seed: config.seed,
         };
         plan.check()?;
-        check_settings(config.max_grad_norm, config.weight_decay)?;
         let n_steps = plan.total_steps();
         tracing::info!(
             name = job.name,
@@ -321,23 +313,12 @@ impl Base<'_> {
             steps = n_steps,
             parameters = optimiser.n_parameters(),
             dtype = runtime::dtype_name(self.options.dtype),
-            nf4 = config.nf4,
+            nf4 = config.compute.nf4,
             "training"
         );
-        let loop_config = LoopConfig {
-            schedule: Schedule::new(
-                config.schedule,
-                config.learning_rate,
-                config.warmup_ratio,
-                n_steps,
-            )?,
-            max_grad_norm: (config.max_grad_norm > 0.0).then_some(config.max_grad_norm),
-            eval_every: config.eval_every,
-            checkpoint_every: config.checkpoint_every,
-            keep_checkpoints: config.keep_checkpoints,
-            select: config.select,
-            scale_loss: self.options.dtype == Kind::Half,
-        };
+        let Config { learning_rate, warmup_ratio, .. } = *config;
+        let loop_config =
+            config.steps.loop_config(learning_rate, warmup_ratio, n_steps, self.options.dtype)?;
         let mut objective = BradleyTerry {
             decoder: &self.model.decoder,
             adapter,
@@ -345,8 +326,8 @@ impl Base<'_> {
             train: &data.train.pairs,
             validation: &data.validation.pairs,
             center: config.center_rewards_coefficient,
-            micro_batch_tokens: config.micro_batch_tokens,
-            recompute: config.recompute,
+            micro_batch_tokens: config.steps.micro_batch_tokens,
+            recompute: config.compute.recompute,
             evaluated: None,
         };
         let fingerprint = job.run.fingerprint().to_owned();
@@ -365,7 +346,7 @@ impl Base<'_> {
         head: &ScalarHead,
     ) -> Result<PairScores, Error> {
         let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
-        let budget = self.config.micro_batch_tokens;
+        let budget = self.config.steps.micro_batch_tokens;
         Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
     }
 
@@ -393,7 +374,7 @@ impl Base<'_> {
         } else {
             (sequences, data.validation_name)
         };
-        let budget = self.config.micro_batch_tokens;
+        let budget = self.config.steps.micro_batch_tokens;
         let scores = sequence_scores(&self.model.decoder, Some(adapter), head, &sequences, budget)?;
         Ok(ScoreStats::of(&scores, split, &self.model.base_sha256))
     }
@@ -446,7 +427,7 @@ impl Base<'_> {
 
         let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
         let sequences = both_sides(&pairs.pairs[..pairs.pairs.len().min(N_COMPARED / 2)]);
-        let budget = self.config.micro_batch_tokens;
+        let budget = self.config.steps.micro_batch_tokens;
         let unmerged =
             sequence_scores(&self.model.decoder, Some(adapter), head, &sequences, budget)?;
         let options = LoadOptions { nf4: None, ..self.options };

@@ -16,7 +16,7 @@ use serde_json::{Map, json};
 
 use crate::Error;
 use crate::config::{ScoreConfig, setting};
-use crate::policies::{Policy, Shelf, local_path};
+use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{self, RewardModel, SCORE_STATS, ScoreStats, YardstickPlace, adapter_dir};
 use crate::run_files::rollout_reply;
@@ -191,7 +191,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         inputs.prompts.clone()
     };
     let mut files = vec![("prompts".to_owned(), file.clone())];
-    if let Some(path) = local_path(&base) {
+    if let Some(path) = base.local_path() {
         files.push(("base".to_owned(), path.to_owned()));
     }
     for aspect in Aspect::ALL {
@@ -202,7 +202,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let yardstick =
         inputs.yardstick.as_ref().map(|dir| YardstickPlace::resolve(dir, None)).transpose()?;
     if let Some(place) = &yardstick {
-        let paths = [local_path(&place.source), place.adapter.as_deref()];
+        let paths = [place.source.local_path(), place.adapter.as_deref()];
         for (name, path) in ["yardstick base", "yardstick"].into_iter().zip(paths) {
             files.extend(path.map(|path| (name.to_owned(), path.to_owned())));
         }

@@ -72,27 +72,19 @@ impl Policy {
 
     /// The files that the policy is made of, for hashing; none for what lies on the hub.
     pub fn files(&self) -> Option<&Path> {
-        self.adapter.as_deref().or_else(|| local_path(&self.source))
-    }
-}
-
-/// Where a source lies on this machine.
-pub(crate) fn local_path(source: &Source) -> Option<&Path> {
-    match source {
-        Source::Directory(path) | Source::Gguf(path) => Some(path),
-        Source::Hub { .. } => None,
+        self.adapter.as_deref().or_else(|| self.source.local_path())
     }
 }
 
 /// Whether a source is this path, however it is spelled.
 fn same_place(source: &Source, path: &Path) -> bool {
     let canonical = |path: &Path| fs_err::canonicalize(path).ok();
-    local_path(source).and_then(canonical).is_some_and(|place| Some(place) == canonical(path))
+    source.local_path().and_then(canonical).is_some_and(|place| Some(place) == canonical(path))
 }
 
 /// Whether two sources are the same model.
 pub(crate) fn same_source(a: &Source, b: &Source) -> bool {
-    a == b || local_path(b).is_some_and(|path| same_place(a, path))
+    a == b || b.local_path().is_some_and(|path| same_place(a, path))
 }
 
 /// The base that an adapter says it was trained on (peft's `base_model_name_or_path`).

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
-use crate::policies::{base_of_adapter, load_adapter, local_path};
+use crate::policies::{base_of_adapter, load_adapter};
 use crate::rows::TokensRow;
 
 /// Name of the file with a reward model's score statistics.
@@ -173,7 +173,7 @@ impl YardstickPlace {
             Some(dir) => RewardModel::load(dir, "yardstick", model),
             None => RewardModel::merged(
                 model,
-                local_path(&self.source).unwrap_or(Path::new("yardstick")),
+                self.source.local_path().unwrap_or(Path::new("yardstick")),
             ),
         }
     }

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
 use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
-use crate::policies::{Policy, Shelf, load_adapter, local_path, vocabulary_sha256};
+use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, SampledChain, sample_chains};
 use crate::rewards::{self, RewardModel, ScoreStats, YardstickPlace, adapter_dir};
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
@@ -153,9 +153,9 @@ impl<'a> Plan<'a> {
         for policy in &self.policies {
             record(format!("model {}", policy.name), policy.files(), &policy.given);
         }
-        record("base".to_owned(), local_path(&self.base), &self.inputs.base);
+        record("base".to_owned(), self.base.local_path(), &self.inputs.base);
         if let Some(YardstickPlace { source, adapter }) = &self.yardstick {
-            record("yardstick base".to_owned(), local_path(source), &source.to_string());
+            record("yardstick base".to_owned(), source.local_path(), &source.to_string());
             if let Some(adapter) = adapter {
                 record("yardstick".to_owned(), Some(adapter), "");
             }

@@ -7,10 +7,7 @@ use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
 use arete_records::Split;
 use arete_records::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
-use arete_training::runtime;
-use arete_training::{
-    AdamW, AdamWConfig, LoopConfig, Schedule, check_settings, train as train_loop,
-};
+use arete_training::{AdamW, runtime, train as train_loop};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
@@ -36,7 +33,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     let file = data::file_of(demonstrations);
     let mut inputs = vec![("demonstrations".to_owned(), file.clone())];
     let mut recorded = config.clone();
-    if let Some(path) = runtime::local_path(&source) {
+    if let Some(path) = source.local_path() {
         inputs.push(("model".to_owned(), path.to_owned()));
         recorded.model = None; // its contents are an input; where they lie changes nothing
     }
@@ -56,9 +53,8 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         Start::Run(run) => run,
     };
 
-    runtime::set_threads(config.threads);
-    let device = runtime::device(&config.device)?;
-    let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
+    let options = config.compute.start()?;
+    let device = options.device;
     let rows = data::read(&file)?;
     let model = Model::load(&source, &options)?;
     let chat = model.chat()?;
@@ -71,50 +67,37 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         return Err(nothing_left(&file, rows.len(), &train));
     }
 
-    let mut adapter = Adapter::new("sft", &model.config, &config.lora(), config.seed, device)?;
+    let mut adapter =
+        Adapter::new("sft", &model.config, &config.lora.config(), config.seed, device)?;
     adapter.set_trainable(true);
-    let optimiser_config =
-        AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
-    let mut optimiser = AdamW::new(adapter.parameters(), optimiser_config)?;
+    let mut optimiser = AdamW::new(adapter.parameters(), config.steps.adamw())?;
     let plan = Plan {
         n_examples: train.examples.len(),
         batch_size: config.batch_size,
         epochs: config.epochs,
-        max_steps: config.max_steps,
+        max_steps: config.steps.max_steps,
         seed: config.seed,
     };
     plan.check()?;
-    check_settings(config.max_grad_norm, config.weight_decay)?;
     let n_steps = plan.total_steps();
     tracing::info!(
         examples = train.examples.len(),
         steps = n_steps,
         parameters = optimiser.n_parameters(),
         dtype = runtime::dtype_name(options.dtype),
-        nf4 = config.nf4,
+        nf4 = config.compute.nf4,
         "training"
     );
-    let loop_config = LoopConfig {
-        schedule: Schedule::new(
-            config.schedule,
-            config.learning_rate,
-            config.warmup_ratio,
-            n_steps,
-        )?,
-        max_grad_norm: (config.max_grad_norm > 0.0).then_some(config.max_grad_norm),
-        eval_every: config.eval_every,
-        checkpoint_every: config.checkpoint_every,
-        keep_checkpoints: config.keep_checkpoints,
-        select: config.select,
-        scale_loss: options.dtype == Kind::Half,
-    };
+    let Config { learning_rate, warmup_ratio, .. } = *config;
+    let loop_config =
+        config.steps.loop_config(learning_rate, warmup_ratio, n_steps, options.dtype)?;
     let mut objective = CrossEntropy {
         decoder: &model.decoder,
         adapter: &adapter,
         train: &train.examples,
         validation: &validation.examples,
-        micro_batch_tokens: config.micro_batch_tokens,
-        recompute: config.recompute,
+        micro_batch_tokens: config.steps.micro_batch_tokens,
+        recompute: config.compute.recompute,
     };
     let outcome =
         train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, run.fingerprint())?;

@@ -217,14 +217,20 @@ fn a_checkpoint_over_another_base_is_not_continued() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(files(&output).keys().any(|name| name.starts_with("checkpoint-")));
-    let weights = base.join("model.safetensors");
-    let mut bytes = fs_err::read(&weights).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    fs_err::write(&weights, bytes).unwrap();
-    let again = over_base(&output).output().unwrap();
-    assert!(again.status.success(), "{}", message(&again));
-    let said = message(&again);
-    assert!(said.contains("model") && !said.contains("resuming from checkpoint"), "{said}");
+    let change_a_weight = || {
+        let weights = base.join("model.safetensors");
+        let mut bytes = fs_err::read(&weights).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs_err::write(&weights, bytes).unwrap();
+    };
+    change_a_weight();
+    let refused = over_base(&output).output().unwrap();
+    let said = message(&refused);
+    assert!(!refused.status.success() && said.contains("another input `model`"), "{said}");
+    // With the base it was made with, the checkpoint is as good as ever.
+    change_a_weight();
+    let resumed = message(&over_base(&output).output().unwrap());
+    assert!(resumed.contains("resuming from checkpoint"), "{resumed}");
     let fresh = dir.path().join("fresh");
     assert!(over_base(&fresh).status().unwrap().success());
     assert_same_files(&fresh, &output);

@@ -1,7 +1,7 @@
 //! What Arete's training stages share: optimiser, schedule, data order, checkpoints and the step loop.
 //!
 //! SFT and reward modelling describe their loss as an [`Objective`] and hand it to [`train`]; PPO, whose loop is its
-//! own, uses the parts: [`AdamW`], [`Schedule`], [`order`], [`CheckpointStore`], [`runtime`].
+//! own, uses the parts: [`AdamW`], [`Schedule`], [`order`], [`CheckpointStore`], [`config`], [`runtime`].
 //!
 //! Method and its deviations from the usual trainers:
 //! - Batches are packed: token sequences lie one after the other without padding (`arete_model::batch`), so the linear
@@ -16,6 +16,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+pub mod config;
 pub mod error;
 pub mod optimiser;
 pub mod order;
@@ -24,6 +25,7 @@ pub mod schedule;
 mod trainer;
 
 pub use checkpoint::{CheckpointStore, forget_harmless};
+pub use config::{ComputeArgs, LoopArgs, LoraArgs};
 pub use error::Error;
 pub use optimiser::{AdamW, AdamWConfig, check_settings};
 pub use schedule::{Schedule, ScheduleKind};

@@ -1,0 +1,131 @@
+//! Settings that several stages share, as flags and as keys of their recipe tables (flattened into each stage's own).
+
+use arete_model::{LoadOptions, LoraConfig, Target};
+use clap::ArgAction;
+use serde::{Deserialize, Serialize};
+use tch::Kind;
+
+use crate::runtime::{self, Dtype};
+use crate::trainer::{LoopConfig, Select};
+use crate::{AdamWConfig, Error, Schedule, ScheduleKind, check_settings};
+
+/// The shape of the adapters that a stage trains.
+#[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct LoraArgs {
+    /// LoRA rank (Hu et al. 2021; 16 as in the Alignment Handbook's QLoRA recipes)
+    #[arg(long, default_value_t = 16)]
+    pub rank: usize,
+    /// LoRA alpha; the update is scaled by alpha / rank
+    #[arg(long, default_value_t = 32.0)]
+    pub alpha: f64,
+    /// Linear layers that get an update, separated by commas (all, as in QLoRA)
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Target::ALL)]
+    pub targets: Vec<Target>,
+}
+
+impl LoraArgs {
+    /// As the model crate takes it.
+    pub fn config(&self) -> LoraConfig {
+        LoraConfig { rank: self.rank, alpha: self.alpha, targets: self.targets.clone() }
+    }
+}
+
+/// How the frozen model is held, and where it computes.
+#[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct ComputeArgs {
+    /// Pack the frozen model's blocks to NF4 (QLoRA); adapters that share a base must all have been trained over it packed
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub nf4: bool,
+    /// Quantise the NF4 scales as well
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub double_quantize: bool,
+    /// Keep only each block's input for the backward pass and run the block again there: less memory, a third more time
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub recompute: bool,
+    /// Number format of the frozen model and of activations
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// Where to compute: cpu, cuda, cuda:N, or auto
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// CPU threads; 0 = one a core
+    #[arg(long, default_value_t = 0)]
+    pub threads: u32,
+}
+
+impl ComputeArgs {
+    /// Sets the number of threads and resolves device and number format.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Model`] if there is no such device.
+    pub fn start(&self) -> Result<LoadOptions, Error> {
+        runtime::set_threads(self.threads);
+        let device = runtime::device(&self.device)?;
+        Ok(runtime::load_options(device, self.dtype, self.nf4, self.double_quantize))
+    }
+}
+
+/// Settings of the step loop that SFT and reward modelling share.
+#[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct LoopArgs {
+    /// How the learning rate falls after the warm-up
+    #[arg(long, value_enum, default_value_t = ScheduleKind::Cosine)]
+    pub schedule: ScheduleKind,
+    /// Stop after so many steps, whatever the epochs
+    #[arg(long)]
+    #[serde(default)]
+    pub max_steps: Option<u64>,
+    /// Most tokens in one forward pass (a longer example goes alone); bounds memory, changes results only by rounding
+    #[arg(long, default_value_t = 1024)]
+    pub micro_batch_tokens: usize,
+    /// Decoupled weight decay
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f64,
+    /// Largest norm of the gradient; 0 = no clipping
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+    /// Steps between evaluations on the validation split; 0 = only after the last
+    #[arg(long, default_value_t = 20)]
+    pub eval_every: u64,
+    /// Steps between checkpoints; 0 = only after the last and on a signal
+    #[arg(long, default_value_t = 20)]
+    pub checkpoint_every: u64,
+    /// Newest checkpoints kept while training
+    #[arg(long, default_value_t = 2)]
+    pub keep_checkpoints: usize,
+    /// Weights to end with: of the last step, or of the lowest validation loss
+    #[arg(long, value_enum, default_value_t = Select::Last)]
+    pub select: Select,
+}
+
+impl LoopArgs {
+    /// The optimiser's settings.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig { weight_decay: self.weight_decay, ..AdamWConfig::default() }
+    }
+
+    /// The loop's settings for `n_steps` steps of a model computing in `dtype`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] naming the setting.
+    pub fn loop_config(
+        &self,
+        learning_rate: f64,
+        warmup_ratio: f64,
+        n_steps: u64,
+        dtype: Kind,
+    ) -> Result<LoopConfig, Error> {
+        check_settings(self.max_grad_norm, self.weight_decay)?;
+        Ok(LoopConfig {
+            schedule: Schedule::new(self.schedule, learning_rate, warmup_ratio, n_steps)?,
+            max_grad_norm: (self.max_grad_norm > 0.0).then_some(self.max_grad_norm),
+            eval_every: self.eval_every,
+            checkpoint_every: self.checkpoint_every,
+            keep_checkpoints: self.keep_checkpoints,
+            select: self.select,
+            scale_loss: dtype == Kind::Half,
+        })
+    }
+}
