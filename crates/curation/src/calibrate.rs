@@ -8,7 +8,9 @@ use std::time::Instant;
 use arete_records::rows::JudgementRow;
 use arete_records::run::StageSpec;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
-use arete_records::{Aspect, Message, Role, Virtue, atomic, cli, interrupt, prompt_id, split_of};
+use arete_records::{
+    Aspect, Message, Role, Virtue, atomic, cli, dialogue, interrupt, prompt_id, split_of,
+};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -448,19 +450,15 @@ pub(crate) fn sides_of(
         expected: expected.to_owned(),
         found,
     };
-    let conversation = |key: &str| prompts::conversation_of(path, line, key, &record[key]);
-    for (better, worse) in [("chosen", "rejected"), ("text_correct", "text_incorrect")] {
-        if record.contains_key(better) && record.contains_key(worse) {
-            let prompt = match record.get("prompt") {
-                // With an explicit prompt, the sides hold the replies alone.
-                Some(Value::Array(_)) if better == "chosen" => conversation("prompt")?,
-                _ => Vec::new(),
-            };
-            let whole = |key: &str| -> Result<Vec<Message>, Error> {
-                Ok(prompt.iter().cloned().chain(conversation(key)?).collect())
-            };
-            return Ok(split_sides(&whole(better)?, &whole(worse)?));
-        }
+    if record.contains_key("chosen") && record.contains_key("rejected") {
+        let [better, worse] = dialogue::pair(record)
+            .map_err(|error| wrong(error.field, &error.expected, error.got))?
+            .map(prompts::tidied);
+        return Ok(split_sides(&better, &worse));
+    }
+    if record.contains_key("text_correct") && record.contains_key("text_incorrect") {
+        let side = |key: &str| prompts::conversation_of(path, line, key, &record[key]);
+        return Ok(split_sides(&side("text_correct")?, &side("text_incorrect")?));
     }
     if record.contains_key("corrects") {
         let text = record.get("prompt").and_then(Value::as_str);
@@ -785,10 +783,9 @@ mod tests {
     use clap::{Args, FromArgMatches};
 
     use super::*;
-    use crate::hh;
 
     fn hh_line(better: &[Message], worse: &[Message]) -> String {
-        json!({"chosen": hh::format(better), "rejected": hh::format(worse)}).to_string()
+        json!({"chosen": dialogue::format(better), "rejected": dialogue::format(worse)}).to_string()
     }
 
     fn config() -> CalibrateConfig {
@@ -813,6 +810,8 @@ mod tests {
             (&from_hh[0].question, &from_hh[0].better),
             (&vec![q.clone()], &vec![yes.clone()])
         );
+        let replies = json!({"prompt": "q: Human?", "chosen": "yes", "rejected": "no"}).to_string();
+        assert_eq!(pairs(&replies).unwrap(), from_hh);
         let hhh = r#"{"prompt":"p (A) x (B) y","corrects":[" (B)"],"text_correct":"\n\nHuman: q: Human?\n\nAssistant: yes","text_incorrect":"\n\nHuman: q: Human?\n\nAssistant: no"}"#;
         assert_eq!(pairs(hhh).unwrap()[0].better, std::slice::from_ref(&yes));
         let choice = r#"{"prompt":"Talk.\n\nChoose:\n (A) The assistant was harmful.\n (B) It behaved.\nThe answer is:","corrects":[" (B)"],"incorrects":[" (A)"]}"#;

@@ -158,6 +158,7 @@ pub fn run(
     original(config, inputs)?;
     let place = work.place(|| Place::of(&config.compute, config.engine_url.as_deref()))?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    work.check(&run)?;
     let shard = config.shard;
     let units = Units { output, name: STAGE, n_items: prompts.len(), shard };
     match work {

@@ -59,6 +59,7 @@ pub fn run(
         false => Ok(Place::none()),
     })?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    work.check(&run)?;
     let shard = config.shard;
     let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard };
     match work {

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use arete_records::rows::PreferenceRow;
-use arete_records::{Message, atomic, parquet};
+use arete_records::{Message, atomic, dialogue, parquet};
 use serde_json::json;
 
-use crate::{Error, hh};
+use crate::Error;
 
 /// The forms that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -52,11 +52,11 @@ fn hh_line(row: &PreferenceRow) -> (String, bool) {
     let mut whole = |side: &[Message]| {
         let mut messages: Vec<Message> = row.prompt.iter().chain(side).cloned().collect();
         for message in &mut messages {
-            let one = hh::as_one_turn(&message.content);
+            let one = dialogue::as_one_turn(&message.content);
             changed |= one != message.content;
             message.content = one;
         }
-        hh::format(&messages)
+        dialogue::format(&messages)
     };
     let line = json!({"chosen": whole(&row.chosen), "rejected": whole(&row.rejected)}).to_string();
     (line, changed)
@@ -99,7 +99,7 @@ mod tests {
         let (line, changed) = hh_line(&row);
         assert!(changed);
         let record: serde_json::Value = serde_json::from_str(&line).unwrap();
-        let turns = hh::parse(record["chosen"].as_str().unwrap()).unwrap();
+        let turns = dialogue::parse(record["chosen"].as_str().unwrap()).unwrap();
         let reply = "a\nHuman: more?\nAssistant: b";
         assert_eq!(turns, [Message::user("q"), Message::assistant(reply)]);
     }

@@ -34,7 +34,6 @@ pub mod engine;
 mod error;
 pub mod exemplars;
 pub mod export;
-pub mod hh;
 pub mod judge;
 pub mod lessons;
 pub mod merge;

@@ -4,17 +4,18 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use crate::stage::{Command, Work};
+use crate::stage::{Command, Place, Work};
 use crate::{Error, conversations, demonstrations, preferences};
 
 /// Finishes the stage whose parts these are: same bytes as a run without `--shard`.
 ///
 /// # Errors
 ///
-/// Parts that are incomplete or do not belong together; whatever the stage's own end may fail with.
+/// Parts that are incomplete, do not belong together, or were made from what has changed since; whatever the stage's own end may fail with.
 pub fn merge(parts: &[PathBuf], output: &Path) -> Result<(), Error> {
-    let (Command { stage, config, input, model, original }, place) = Command::of_parts(parts)?;
-    let work = Work::Adopt { parts: parts.to_owned(), place };
+    let (Command { stage, config, input, model, original }, run) = Command::of_parts(parts)?;
+    let place = Place { device: run.device, dtype: run.dtype };
+    let work = Work::Adopt { parts: parts.to_owned(), place, inputs: run.inputs };
     match stage.as_str() {
         conversations::STAGE => {
             let model = model.ok_or_else(|| unusable(parts, "names no model"))?;

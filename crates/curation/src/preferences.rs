@@ -55,6 +55,7 @@ pub fn run(
         _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
     })?;
     let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    work.check(&run)?;
     for aspect in Aspect::ALL {
         // Better now than after hours of judging.
         candidates.check(aspect, candidates.n_left(aspect), config)?;

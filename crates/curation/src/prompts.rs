@@ -8,13 +8,13 @@ use std::time::Instant;
 use arete_records::jsonl::NumberedObject;
 use arete_records::rows::PromptRow;
 use arete_records::run::StageSpec;
-use arete_records::{Message, Role, Split, jsonl, normalise, parquet, prompt_id, split_of};
+use arete_records::{Message, Role, Split, dialogue, normalise, parquet, prompt_id, split_of};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::Error;
 use crate::config::{self, PromptsConfig};
 use crate::stage::{self, Estimate, Place};
-use crate::{Error, hh};
 
 /// How much of a conversation becomes the prompt.
 #[derive(
@@ -277,10 +277,6 @@ pub fn tally(rows: &[PromptRow]) -> (BTreeMap<String, usize>, BTreeMap<Split, us
 pub fn read_records(path: &Path) -> Result<Vec<NumberedObject>, Error> {
     let name =
         path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
-    if name.ends_with(".parquet") {
-        let rows = parquet::read_json(path)?;
-        return Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect());
-    }
     if !is_data(&name) {
         return Err(Error::File {
             path: path.to_owned(),
@@ -289,19 +285,7 @@ pub fn read_records(path: &Path) -> Result<Vec<NumberedObject>, Error> {
             found: name,
         });
     }
-    jsonl::read(path)?
-        .into_iter()
-        .map(|(line, value)| match value {
-            Value::Object(record) => Ok((line, record)),
-            other => Err(Error::Record {
-                path: path.to_owned(),
-                line,
-                field: "record".to_owned(),
-                expected: "a JSON object".to_owned(),
-                found: kind_of(&other).to_owned(),
-            }),
-        })
-        .collect()
+    Ok(dialogue::objects(path)?)
 }
 
 fn is_data(name: &str) -> bool {
@@ -404,7 +388,7 @@ pub(crate) fn conversation_of(
     };
     let messages = match value {
         Value::String(text) => {
-            hh::parse(text).unwrap_or_else(|| vec![Message::user(text.as_str())])
+            dialogue::parse(text).unwrap_or_else(|| vec![Message::user(text.as_str())])
         }
         Value::Array(items) => items
             .iter()
@@ -421,11 +405,16 @@ pub(crate) fn conversation_of(
             .collect::<Result<_, _>>()?,
         other => return Err(wrong(key.to_owned(), "a text or a list of messages", kind_of(other))),
     };
+    Ok(tidied(messages))
+}
+
+/// Contents normalised, empty messages left out, and consecutive ones of a role joined.
+pub(crate) fn tidied(messages: Vec<Message>) -> Vec<Message> {
     let normal = messages
         .into_iter()
         .map(|message| Message { content: normalise(&message.content), ..message })
         .filter(|message| !message.content.is_empty());
-    Ok(merged(normal))
+    merged(normal)
 }
 
 /// Consecutive messages of one role as one: chat templates want the roles to alternate.
@@ -494,7 +483,7 @@ mod tests {
     }
 
     fn contents(rows: &[PromptRow]) -> Vec<String> {
-        let mut out: Vec<String> = rows.iter().map(|row| hh::format(&row.prompt)).collect();
+        let mut out: Vec<String> = rows.iter().map(|row| dialogue::format(&row.prompt)).collect();
         out.sort();
         out
     }

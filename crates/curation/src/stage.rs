@@ -1,5 +1,6 @@
 //! What the subcommands share: opening an engine, finding an earlier stage's file, sharded runs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -26,6 +27,8 @@ pub enum Work {
         parts: Vec<PathBuf>,
         /// Where they were computed.
         place: Place,
+        /// SHA-256 of what they were computed from, by name.
+        inputs: BTreeMap<String, String>,
     },
 }
 
@@ -74,6 +77,20 @@ impl Work {
             Self::Adopt { place, .. } => Ok(place.clone()),
         }
     }
+
+    /// Checks that the parts were made from what the stage would read now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shards`] naming the input that has changed.
+    pub fn check(&self, run: &StageRun) -> Result<(), Error> {
+        let Self::Adopt { parts, inputs, .. } = self else { return Ok(()) };
+        let changed = run.inputs().iter().find(|(name, sum)| inputs.get(*name) != Some(*sum));
+        changed.map_or(Ok(()), |(name, _)| {
+            let path = parts.first().cloned().unwrap_or_default();
+            Err(Error::Shards { path, reason: format!("its input `{name}` has changed since") })
+        })
+    }
 }
 
 /// What a sharded run leaves beside its shards, so that `merge` can finish the stage.
@@ -107,16 +124,16 @@ impl Command {
         Ok(atomic::write(output.join(SHARDS).join(COMMAND), &bytes)?)
     }
 
-    /// The command of an array and where it was computed, from all of its parts.
+    /// The command of an array, and the run of its first part, after all parts have been found to belong together.
     ///
     /// # Errors
     ///
     /// [`Error::Shards`] if a part is incomplete or the parts do not belong together.
-    pub fn of_parts(parts: &[PathBuf]) -> Result<(Self, Place), Error> {
+    pub fn of_parts(parts: &[PathBuf]) -> Result<(Self, RunJson), Error> {
         let mut whole: Option<(Self, RunJson)> = None;
         for part in parts {
             let wrong = |reason: String| Error::Shards { path: part.clone(), reason };
-            let run = RunJson::read(part)
+            let mut run = RunJson::read(part)
                 .map_err(|error| wrong(format!("not a complete part of a job array: {error}")))?;
             let path = part.join(SHARDS).join(COMMAND);
             let bytes = fs_err::read(&path)
@@ -128,10 +145,14 @@ impl Command {
             if shard.is_none_or(|shard| shard.parts() != parts.len()) {
                 return Err(wrong(format!("expected a part of {}, got {shard:?}", parts.len())));
             }
+            if let Some(config) = run.config.as_object_mut() {
+                config.remove("shard");
+            }
             match &whole {
                 None => whole = Some((command, run)),
                 Some((first, first_run)) => {
-                    if (&first.stage, &first.config) != (&command.stage, &command.config) {
+                    // Of the settings those that count: how a server is talked to may differ.
+                    if (&first.stage, &first_run.config) != (&command.stage, &run.config) {
                         return Err(wrong(
                             "made with other settings than the first part".to_owned(),
                         ));
@@ -149,8 +170,7 @@ impl Command {
             }
         }
         let none = || Error::Shards { path: PathBuf::new(), reason: "no parts given".to_owned() };
-        let (command, run) = whole.ok_or_else(none)?;
-        Ok((command, Place { device: run.device, dtype: run.dtype }))
+        whole.ok_or_else(none)
     }
 }
 

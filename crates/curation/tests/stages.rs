@@ -144,6 +144,9 @@ fn conversations_are_two_chains_a_prompt_and_shards_join_to_the_same_bytes() {
     let name = "conversations.parquet";
     assert_eq!(bytes(merged.join(name)), bytes(dir.path().join("whole").join(name)));
     assert_eq!(contents(&merged), contents(&dir.path().join("whole")));
+    write_prompts(dir.path(), 41);
+    let error = merge::merge(&parts, &dir.path().join("later")).unwrap_err().to_string();
+    assert!(error.contains("its input `prompts` has changed since"), "{error}");
 }
 
 /// Every file of a stage but wall times and the lock.

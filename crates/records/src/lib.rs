@@ -6,6 +6,7 @@
 
 pub mod atomic;
 pub mod cli;
+pub mod dialogue;
 mod error;
 pub mod interrupt;
 pub mod jsonl;

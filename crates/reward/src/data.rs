@@ -4,9 +4,8 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use arete_model::Chat;
-use arete_records::jsonl::NumberedObject;
 use arete_records::rows::PreferenceRow;
-use arete_records::{Message, Role, Split, jsonl, parquet, split_of};
+use arete_records::{Message, Role, Split, dialogue, parquet, split_of};
 use arete_training::order;
 use serde_json::{Map, Value};
 
@@ -125,7 +124,7 @@ pub fn read_pairs(path: &Path) -> Result<(Vec<Preference>, usize), Error> {
     let mut seen = HashSet::new();
     let mut n_unfinished = 0;
     let mut out = Vec::new();
-    for (row, object) in read_objects(path)? {
+    for (row, object) in dialogue::objects(path)? {
         let [chosen, rejected] = sides(path, row, &object)?;
         if !(ends_with_reply(&chosen) && ends_with_reply(&rejected)) {
             n_unfinished += 1;
@@ -149,83 +148,23 @@ pub fn read_pairs(path: &Path) -> Result<(Vec<Preference>, usize), Error> {
     Ok((out, n_unfinished))
 }
 
-/// Rows of a JSON-lines or Parquet file, counted from 1.
-pub(crate) fn read_objects(path: &Path) -> Result<Vec<NumberedObject>, Error> {
-    if path.extension().is_some_and(|extension| extension == "parquet") {
-        let rows = parquet::read_json(path)?;
-        return Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect());
-    }
-    let object = |(line, value)| match value {
-        Value::Object(object) => Ok((line, object)),
-        other => Err(row_error(path, line, "the line", "an object", &other)),
-    };
-    jsonl::read(path)?.into_iter().map(object).collect()
-}
-
 /// The two conversations of a row, each with the shared prompt before it.
 pub(crate) fn sides(
     path: &Path,
     row: usize,
     object: &Map<String, Value>,
 ) -> Result<[Conversation; 2], Error> {
-    let prompt = match object.get("prompt") {
-        None | Some(Value::Null) => Vec::new(),
-        Some(value) => messages(path, row, "prompt", value, Role::User)?,
+    let [chosen, rejected] = dialogue::pair(object).map_err(|error| in_row(path, row, error))?;
+    let side = |messages, truncated: &str| Conversation {
+        messages,
+        truncated: object.get(truncated).and_then(Value::as_bool).unwrap_or(false),
     };
-    let side = |field: &'static str, truncated: &str| {
-        let Some(value) = object.get(field) else {
-            let names: Vec<&str> = object.keys().map(String::as_str).collect();
-            let got = Value::String(names.join(", "));
-            return Err(row_error(path, row, field, "columns `chosen` and `rejected`", &got));
-        };
-        let own = messages(path, row, field, value, Role::Assistant)?;
-        let truncated = object.get(truncated).and_then(Value::as_bool).unwrap_or(false);
-        Ok(Conversation { messages: [prompt.as_slice(), &own].concat(), truncated })
-    };
-    Ok([side("chosen", "truncated_chosen")?, side("rejected", "truncated_rejected")?])
+    Ok([side(chosen, "truncated_chosen"), side(rejected, "truncated_rejected")])
 }
 
-/// A list of messages; a text in the hh-rlhf form; or a plain text that `role` says.
-pub(crate) fn messages(
-    path: &Path,
-    row: usize,
-    field: &'static str,
-    value: &Value,
-    role: Role,
-) -> Result<Vec<Message>, Error> {
-    match value {
-        Value::String(text) => {
-            Ok(parse_dialogue(text)
-                .unwrap_or_else(|| vec![Message { role, content: text.clone() }]))
-        }
-        list => serde_json::from_value(list.clone()).map_err(|error| {
-            let expected = format!("a text or a list of {{role, content}} ({error})");
-            row_error(path, row, field, &expected, value)
-        }),
-    }
-}
-
-/// Reads `"\n\nHuman: …\n\nAssistant: …"`; none if the text does not start with a speaker. A speaker counts only at the
-/// start and after a blank line.
-fn parse_dialogue(text: &str) -> Option<Vec<Message>> {
-    const SPEAKERS: [(&str, Role); 2] = [("Human:", Role::User), ("Assistant:", Role::Assistant)];
-    let text = text.replace("\r\n", "\n");
-    let text = format!("\n\n{}", text.trim());
-    let mut starts: Vec<(usize, usize, Role)> = Vec::new(); // start of the marker, of the content
-    for (name, role) in SPEAKERS {
-        let marker = format!("\n\n{name}");
-        starts.extend(text.match_indices(&marker).map(|(at, _)| (at, at + marker.len(), role)));
-    }
-    starts.sort_unstable_by_key(|start| start.0);
-    if starts.first()?.0 != 0 {
-        return None;
-    }
-    let ends = starts.iter().skip(1).map(|start| start.0).chain([text.len()]);
-    let turn = |((_, start, role), end): (&(usize, usize, Role), usize)| Message {
-        role: *role,
-        content: text[*start..end].trim().to_owned(),
-    };
-    Some(starts.iter().zip(ends).map(turn).collect())
+pub(crate) fn in_row(path: &Path, row: usize, error: dialogue::FieldError) -> Error {
+    let dialogue::FieldError { field, expected, got } = error;
+    Error::Row { path: path.to_owned(), row, field, expected, got }
 }
 
 fn ends_with_reply(conversation: &Conversation) -> bool {
@@ -437,21 +376,6 @@ mod tests {
         let (mut chosen, mut rejected) = (vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4, 6]);
         cut_pair(&mut chosen, &mut rejected, 4, OverLength::TruncateRight);
         assert_eq!(chosen, rejected);
-    }
-
-    #[test]
-    fn dialogues_are_parsed_at_blank_lines_only() {
-        let text =
-            "\n\nHuman: Is Human: a word?\n\nAssistant: Yes.\n\nIndeed.\n\nHuman: ok\n\nAssistant:";
-        let expected = [
-            Message::user("Is Human: a word?"),
-            Message::assistant("Yes.\n\nIndeed."),
-            Message::user("ok"),
-            Message::assistant(""),
-        ];
-        assert_eq!(parse_dialogue(text).unwrap(), expected);
-        assert!(parse_dialogue("Just text\n\nHuman: no").is_none());
-        assert!(parse_dialogue("").is_none());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use arete_model::Source;
-use arete_records::{Role, atomic};
+use arete_records::{Role, atomic, dialogue};
 use arete_training::runtime::{self, Dtype};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -133,11 +133,12 @@ struct Row {
 
 fn read(path: &Path) -> Result<Vec<Row>, Error> {
     let mut rows = Vec::new();
-    for (row, object) in data::read_objects(path)? {
+    for (row, object) in dialogue::objects(path)? {
         let conversations = match object.get("messages") {
             Some(value) => {
                 let truncated = object.get("truncated").and_then(Value::as_bool).unwrap_or(false);
-                let messages = data::messages(path, row, "messages", value, Role::Assistant)?;
+                let messages = dialogue::messages("messages", value, Role::Assistant)
+                    .map_err(|error| data::in_row(path, row, error))?;
                 vec![Conversation { messages, truncated }]
             }
             None => data::sides(path, row, &object)?.to_vec(),

@@ -422,8 +422,10 @@ impl Base<'_> {
         extra.insert("score_mean".to_owned(), stats.mean.into());
         extra.insert("score_std".to_owned(), stats.std.into());
         extra.insert("pad_token_id".to_owned(), self.pad_token_id().into());
-        // In the compute dtype even where the source has 16 bits: the merged model is to score as the adapter does.
-        merge::merge(&self.source, adapter, Some(head), output, self.options.dtype, extra)?;
+        // In the compute dtype even where the source has 16 bits, and into the packed base if the adapter was trained over that:
+        // the merged model is to score as the adapter does.
+        let LoadOptions { dtype, nf4, .. } = self.options;
+        merge::write_model(&self.source, Some(adapter), Some(head), output, dtype, nf4, extra)?;
 
         let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
         let sequences = both_sides(&pairs.pairs[..pairs.pairs.len().min(N_COMPARED / 2)]);

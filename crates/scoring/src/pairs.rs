@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use arete_records::{Message, Role, jsonl, parquet};
-use serde_json::{Map, Value};
+use arete_records::{Message, Role, dialogue};
 
 use crate::Error;
 
@@ -26,20 +25,16 @@ pub struct LabelledPair {
 ///
 /// [`Error::Records`] if the file cannot be read, [`Error::File`] if a row is no such pair or none is left.
 pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
-    let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
-    let rows: Vec<(usize, Value)> = if is_parquet {
-        (1..).zip(parquet::read_json(path)?.into_iter().map(Value::Object)).collect()
-    } else {
-        jsonl::read(path)?
-    };
+    let rows = dialogue::objects(path)?;
     let n_rows = rows.len();
     let mut pairs = Vec::new();
-    for (row, value) in rows {
-        let Value::Object(object) = value else {
-            return Err(wrong(path, row, "the line", "an object", &value));
-        };
-        let [chosen, rejected] =
-            [side(path, row, &object, "chosen")?, side(path, row, &object, "rejected")?];
+    for (row, object) in rows {
+        let [chosen, rejected] = dialogue::pair(&object).map_err(|error| Error::File {
+            path: path.to_owned(),
+            field: format!("row {row}: {}", error.field),
+            expected: error.expected,
+            found: error.got,
+        })?;
         let ends = |side: &[Message]| matches!(side, [_, .., last] if last.role == Role::Assistant && !last.content.trim().is_empty());
         if ends(&chosen) && ends(&rejected) {
             pairs.push(LabelledPair { row, chosen, rejected });
@@ -59,74 +54,6 @@ pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
         tracing::warn!(n_left_out, "pairs left out: a side does not end with a reply");
     }
     Ok(pairs)
-}
-
-fn side(
-    path: &Path,
-    row: usize,
-    object: &Map<String, Value>,
-    field: &str,
-) -> Result<Vec<Message>, Error> {
-    let mut messages = match object.get("prompt") {
-        None | Some(Value::Null) => Vec::new(),
-        Some(prompt) => messages(path, row, "prompt", prompt, Role::User)?,
-    };
-    match object.get(field) {
-        Some(value) => messages.extend(self::messages(path, row, field, value, Role::Assistant)?),
-        None => {
-            let names: Vec<&str> = object.keys().map(String::as_str).collect();
-            return Err(wrong(path, row, field, "a column of that name", &names.join(", ").into()));
-        }
-    }
-    Ok(messages)
-}
-
-/// A list of messages, a dialogue, or a text that `role` says.
-fn messages(
-    path: &Path,
-    row: usize,
-    field: &str,
-    value: &Value,
-    role: Role,
-) -> Result<Vec<Message>, Error> {
-    match value {
-        Value::String(text) => Ok(dialogue(text)
-            .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
-        list => serde_json::from_value(list.clone())
-            .map_err(|_| wrong(path, row, field, "a text or a list of {role, content}", value)),
-    }
-}
-
-/// The turns of "\n\nHuman: …\n\nAssistant: …"; none if the text does not begin so.
-fn dialogue(text: &str) -> Option<Vec<Message>> {
-    const MARKS: [(&str, Role); 2] = [("Human:", Role::User), ("Assistant:", Role::Assistant)];
-    let mut turns: Vec<Message> = Vec::new();
-    for part in format!("\n\n{}", text.trim_start()).split("\n\n").skip(1) {
-        let opened = MARKS.iter().find_map(|(mark, role)| Some((part.strip_prefix(mark)?, *role)));
-        match (opened, turns.last_mut()) {
-            (Some((content, role)), _) => turns.push(Message { role, content: content.to_owned() }),
-            (None, Some(turn)) => turn.content.extend(["\n\n", part]),
-            (None, None) => return None,
-        }
-    }
-    for turn in &mut turns {
-        turn.content = turn.content.trim().to_owned();
-    }
-    Some(turns)
-}
-
-fn wrong(path: &Path, row: usize, field: &str, expected: &str, found: &Value) -> Error {
-    const MOST: usize = 200;
-    let mut found = found.to_string();
-    if found.chars().count() > MOST {
-        found = found.chars().take(MOST).collect::<String>() + "…";
-    }
-    Error::File {
-        path: path.to_owned(),
-        field: format!("row {row}: {field}"),
-        expected: expected.to_owned(),
-        found,
-    }
 }
 
 #[cfg(test)]
@@ -158,7 +85,7 @@ mod tests {
             fs_err::write(&path, text).unwrap();
             read(&path).unwrap_err().to_string()
         };
-        assert!(message(r#"{"chosen": "x"}"#).contains("row 1: rejected: expected a column"));
+        assert!(message(r#"{"chosen": "x"}"#).contains("row 1: rejected: expected columns"));
         assert!(message(r#"{"chosen": 5, "rejected": "y"}"#).contains("expected a text or a list"));
         assert!(
             message(r#"{"chosen": "x", "rejected": "y"}"#).contains("none of them such a pair")

@@ -111,7 +111,8 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     drop(model);
     let merged = output.join("merged");
     let dtype = merge::output_dtype(&source, options.dtype)?;
-    merge::merge(&source, &adapter, None, &merged, dtype, Map::new())?;
+    // Into what the adapter was trained over: packed, if that was packed.
+    merge::write_model(&source, Some(&adapter), None, &merged, dtype, options.nf4, Map::new())?;
     let merged_options = LoadOptions { nf4: None, ..options };
     let merged_model = Model::streamed(&Source::Directory(merged), &merged_options)?;
     let difference = largest_difference(&unmerged, &logits(&merged_model, None, &compared)?)?;

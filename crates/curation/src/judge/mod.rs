@@ -2,14 +2,14 @@
 
 pub mod verdict;
 
-use arete_records::{Aspect, Message, Role, Virtue};
+use arete_records::{Aspect, Message, Role, Virtue, dialogue};
 
 use self::verdict::{LabelMass, Verdict};
+use crate::Error;
 use crate::config::{JudgeConfig, Method, Orders};
 use crate::constitution::Constitution;
 use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply};
 use crate::exemplars::Exemplar;
-use crate::{Error, hh};
 
 /// Where a template's question ends and the beginning of the judge's reply follows.
 const REPLY: &str = "{reply}";
@@ -381,7 +381,7 @@ fn probabilities(masses: Vec<LabelMass>) -> Vec<Option<f64>> {
 fn question_text(question: &[Message]) -> String {
     match question {
         [only] => only.content.clone(),
-        several => hh::format(several).trim().to_owned(),
+        several => dialogue::format(several).trim().to_owned(),
     }
 }
 
@@ -389,7 +389,7 @@ fn question_text(question: &[Message]) -> String {
 /// speakers.
 fn side_text(side: &[Message]) -> String {
     let Some((answer, rest)) = side.split_first() else { return String::new() };
-    format!("{}{}", answer.content, hh::format(rest))
+    format!("{}{}", answer.content, dialogue::format(rest))
 }
 
 /// Puts values into a template in one pass: braces inside the values stay as they are.
