@@ -1,13 +1,12 @@
 //! Scores of conversations: reward models over the policy's own base, the yardstick, and rewards by rule.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use arete_model::{
     Adapter, Chat, Decoder, LoadOptions, Model, ScalarHead, Source, Tensor, adapter_files,
 };
-use arete_records::{Aspect, FinishReason, stats};
+use arete_records::{Aspect, FinishReason, ScoreStats, score_stats, stats};
 use arete_training::order;
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use crate::Error;
@@ -15,25 +14,8 @@ use crate::config::{ProgrammedReward, RolloutKind};
 use crate::packing::Packed;
 use crate::rollout::Conversation;
 
-/// Name of the file with a reward model's score statistics.
-const SCORE_STATS: &str = "score_stats.json";
 /// A spread below this is none: scores are f32 numbers of order 1.
 const MIN_STD: f64 = 1e-6;
-
-/// Where a reward model's scores lie, the contents of `score_stats.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ScoreStats {
-    /// Mean score.
-    pub mean: f64,
-    /// Population standard deviation.
-    pub std: f64,
-    /// Number of conversations.
-    pub n: usize,
-    /// The split they are of.
-    pub split: String,
-    /// The base they were scored on.
-    pub base_sha256: String,
-}
 
 /// What gives a score.
 #[derive(Debug)]
@@ -108,7 +90,7 @@ impl Ensemble {
             .map(|aspect| {
                 let dir = dir.join(aspect.name());
                 let (adapter, head) = load_reward(&dir.join("adapter"), aspect.name(), model)?;
-                let stats = read_stats(&dir.join(SCORE_STATS), Some(&model.base_sha256))?;
+                let stats = read_stats(&dir, Some(&model.base_sha256))?;
                 Ok(Member { aspect, judge: Judge::Model { adapter, head }, stats })
             })
             .collect::<Result<_, Error>>()?;
@@ -239,21 +221,15 @@ impl Ensemble {
                 continue;
             }
             let scores: Vec<f64> = raw.iter().map(|row| row[idx]).collect();
-            let (mean, std) = (stats::mean(&scores), stats::std(&scores));
-            if !(std.is_finite() && std >= MIN_STD) {
+            let stats = ScoreStats::of(&scores, split, base_sha256);
+            if !(stats.std.is_finite() && stats.std >= MIN_STD) {
                 return Err(Error::ZeroVariance {
                     what: format!("scores of the {} reward model on the reference", member.aspect),
-                    got: mean,
-                    n: scores.len(),
+                    got: stats.mean,
+                    n: stats.n,
                 });
             }
-            member.stats = Some(ScoreStats {
-                mean,
-                std,
-                n: scores.len(),
-                split: split.to_owned(),
-                base_sha256: base_sha256.to_owned(),
-            });
+            member.stats = Some(stats);
         }
         Ok(())
     }
@@ -302,7 +278,7 @@ impl Yardstick {
         let (adapter_dir, merged) = (dir.join("adapter"), dir.join("merged"));
         let reason = match load_reward(&adapter_dir, "yardstick", model) {
             Ok((adapter, head)) => {
-                let stats = read_stats(&dir.join(SCORE_STATS), Some(&model.base_sha256))?;
+                let stats = read_stats(dir, Some(&model.base_sha256))?;
                 return Ok(Self { model: None, adapter: Some(adapter), head, stats });
             }
             Err(reason) => reason,
@@ -316,7 +292,7 @@ impl Yardstick {
                 expected: "a …ForSequenceClassification model",
                 got: "one without a score head".to_owned(),
             })?;
-            let stats = read_stats(&dir.join(SCORE_STATS), None)?;
+            let stats = read_stats(dir, None)?;
             return Ok(Self { model: Some(own), adapter: None, head, stats });
         }
         Err(reason)
@@ -362,18 +338,15 @@ fn load_reward(dir: &Path, name: &str, model: &Model) -> Result<(Adapter, Scalar
     Ok((loaded.adapter, head))
 }
 
-fn read_stats(path: &PathBuf, base_sha256: Option<&str>) -> Result<Option<ScoreStats>, Error> {
-    let bytes = match fs_err::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        other => other?,
+fn read_stats(dir: &Path, base_sha256: Option<&str>) -> Result<Option<ScoreStats>, Error> {
+    let Some(stats) = ScoreStats::read(dir)? else { return Ok(None) };
+    let wrong = |expected, got: String| Error::NotAReward {
+        path: dir.join(score_stats::FILE),
+        expected,
+        got,
     };
-    let wrong = |expected, got: String| Error::NotAReward { path: path.clone(), expected, got };
-    let stats: ScoreStats = serde_json::from_slice(&bytes).map_err(|error| {
-        wrong("score statistics (mean, std, n, split, base_sha256)", error.to_string())
-    })?;
-    if !(stats.mean.is_finite() && stats.std.is_finite() && stats.std >= MIN_STD) {
-        let got = format!("mean {}, std {}", stats.mean, stats.std);
-        return Err(wrong("a finite mean and a standard deviation above 0", got));
+    if stats.std < MIN_STD {
+        return Err(wrong("a standard deviation above 0", format!("std {}", stats.std)));
     }
     if base_sha256.is_some_and(|base| stats.base_sha256 != base) {
         return Err(wrong("statistics of this base", format!("base_sha256 {}", stats.base_sha256)));

@@ -10,7 +10,9 @@ use arete_records::metrics::MetricsWriter;
 use arete_records::rows::RolloutRow;
 use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::{self, Resampling};
-use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet, timings};
+use arete_records::{
+    Aspect, ScoreStats, Split, atomic, cli, interrupt, parquet, score_stats, timings,
+};
 use arete_training::{CheckpointStore, Schedule, Select, runtime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -22,15 +24,13 @@ use crate::journal::{self, Journal};
 use crate::probe::Probe;
 use crate::prompts::{Prompt, Prompts, draw};
 use crate::rollout::{Purpose, Sampler};
-use crate::scorer::{Ensemble, ScoreStats, Scoring, Yardstick};
+use crate::scorer::{Ensemble, Scoring, Yardstick};
 use crate::update::{LossScale, Models, Optimisers, Rates};
 use crate::{Config, Error};
 
 /// Names of the optimisers inside checkpoints.
 const POLICY: &str = "policy";
 const CRITIC: &str = "critic";
-/// File with the statistics that this stage had to take itself.
-const SCORE_STATS: &str = "score_stats.json";
 /// Directory of the sampled conversations.
 const ROLLOUTS: &str = "rollouts";
 /// Prompts whose logits are compared between the merged model and the adapter.
@@ -103,11 +103,11 @@ fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start,
         if let Some(dir) = &inputs.rewards {
             let dir = dir.join(aspect.name());
             push(format!("reward_{aspect}"), dir.join("adapter"));
-            push(format!("reward_{aspect}_stats"), dir.join(SCORE_STATS));
+            push(format!("reward_{aspect}_stats"), dir.join(score_stats::FILE));
         }
     }
     if let Some(dir) = &inputs.yardstick {
-        for part in ["adapter", "merged", SCORE_STATS] {
+        for part in ["adapter", "merged", score_stats::FILE] {
             push(format!("yardstick_{part}"), dir.join(part));
         }
     }
@@ -365,7 +365,7 @@ impl<'a> Stage<'a> {
         if missing.is_empty() {
             return Ok(());
         }
-        let path = self.output.join(SCORE_STATS);
+        let path = self.output.join(score_stats::FILE);
         if !path.exists() {
             let missing = missing.join(", ");
             tracing::info!(missing, "no score statistics: taking them on the reference's replies");

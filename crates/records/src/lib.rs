@@ -16,6 +16,7 @@ pub mod parquet;
 pub mod recipe;
 pub mod rows;
 pub mod run;
+pub mod score_stats;
 pub mod stats;
 mod tfevents;
 pub mod timings;
@@ -23,4 +24,5 @@ mod vocabulary;
 
 pub use error::Error;
 pub use message::{Message, Role, normalise, prompt_id, split_of};
+pub use score_stats::ScoreStats;
 pub use vocabulary::{Aspect, FinishReason, Split, Virtue};

@@ -110,34 +110,6 @@ fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
-/// The contents of `score_stats.json`: where the scores of a base's own conversations lie.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ScoreStats {
-    /// Mean score.
-    pub mean: f64,
-    /// Population standard deviation.
-    pub std: f64,
-    /// Number of conversations.
-    pub n: usize,
-    /// The split they are of.
-    pub split: String,
-    /// The base that the reward model reads with.
-    pub base_sha256: String,
-}
-
-impl ScoreStats {
-    /// Mean and standard deviation of scores.
-    pub fn of(scores: &[f64], split: &str, base_sha256: &str) -> Self {
-        Self {
-            mean: stats::mean(scores),
-            std: stats::std(scores),
-            n: scores.len(),
-            split: split.to_owned(),
-            base_sha256: base_sha256.to_owned(),
-        }
-    }
-}
-
 /// Writes a value as readable JSON.
 ///
 /// # Errors
@@ -189,12 +161,5 @@ mod tests {
         assert!((report.calibration[1].stated - 0.731_058_579).abs() < 1e-8);
         assert_eq!(report.mean_margin, 0.5);
         assert!(report.pearson_score_length.is_some());
-    }
-
-    #[test]
-    fn score_stats_are_population_moments() {
-        let stats = ScoreStats::of(&[1.0, 2.0, 3.0, 4.0], "validation", "b");
-        assert_eq!((stats.mean, stats.n), (2.5, 4));
-        assert!((stats.std - 1.25f64.sqrt()).abs() < 1e-12);
     }
 }

@@ -7,14 +7,14 @@ use arete_model::chain::aspect_conversation;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
 use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
-use arete_records::{Aspect, FinishReason, Split, parquet, timings};
+use arete_records::{Aspect, FinishReason, ScoreStats, Split, parquet, score_stats, timings};
 use arete_training::order::Plan;
 use arete_training::{AdamW, Outcome, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
 use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
-use crate::evaluation::{self, ScoreStats, write_json};
+use crate::evaluation::{self, write_json};
 use crate::model::{pair_scores, sequence_scores};
 use crate::objective::BradleyTerry;
 use crate::{Config, Error};
@@ -219,7 +219,7 @@ impl Base<'_> {
             None => self.validation_scores(&data, &adapter, &head)?,
         };
         let stats = self.score_stats(&job, &data, &scores, &chat, &adapter, &head)?;
-        write_json(&output.join("score_stats.json"), &stats)?;
+        write_json(&output.join(score_stats::FILE), &stats)?;
         if !scores.is_empty() {
             let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
             let report = &evaluation::report(data.validation_name, &pairs, &scores, config.seed);

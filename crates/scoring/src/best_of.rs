@@ -10,7 +10,7 @@ use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
 use arete_records::run::{self, Completion, StageSpec, Start};
 use arete_records::stats::{self, Interval, Resampling};
-use arete_records::{Aspect, Split, atomic, cli, interrupt, parquet};
+use arete_records::{Aspect, ScoreStats, Split, atomic, cli, interrupt, parquet, score_stats};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
@@ -18,7 +18,7 @@ use crate::Error;
 use crate::config::{ScoreConfig, setting};
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{self, RewardModel, SCORE_STATS, ScoreStats, YardstickPlace, adapter_dir};
+use crate::rewards::{self, RewardModel, YardstickPlace, adapter_dir};
 use crate::run_files::rollout_reply;
 
 /// Prompts sampled together: with 16 samples each, a full batch.
@@ -197,7 +197,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     for aspect in Aspect::ALL {
         let dir = inputs.rewards.join(aspect.name());
         files.push((format!("reward {aspect}"), adapter_dir(&dir)));
-        files.push((format!("score_stats {aspect}"), dir.join(SCORE_STATS)));
+        files.push((format!("score_stats {aspect}"), dir.join(score_stats::FILE)));
     }
     let yardstick =
         inputs.yardstick.as_ref().map(|dir| YardstickPlace::resolve(dir, None)).transpose()?;
@@ -243,12 +243,13 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut reward_models = Vec::new();
     for aspect in Aspect::ALL {
         let dir = inputs.rewards.join(aspect.name());
-        let stats = ScoreStats::read(&dir)?.ok_or_else(|| Error::File {
-            path: dir.join(SCORE_STATS),
-            field: "std".to_owned(),
-            expected: "statistics to standardise with".to_owned(),
-            found: "none".to_owned(),
-        })?;
+        let stats =
+            ScoreStats::read(&dir)?.filter(|stats| stats.std > 0.0).ok_or_else(|| Error::File {
+                path: dir.join(score_stats::FILE),
+                field: "std".to_owned(),
+                expected: "statistics to standardise with".to_owned(),
+                found: "none".to_owned(),
+            })?;
         reward_models.push((aspect, RewardModel::load(&dir, aspect.name(), model)?, stats));
     }
     let drawing = Drawing {

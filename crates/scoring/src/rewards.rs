@@ -7,60 +7,11 @@ use arete_model::chain::aspect_conversation;
 use arete_model::{Adapter, Batch, Chat, Decoder, Model, ScalarHead, SegmentIdx, Source, logprobs};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
 use crate::policies::{base_of_adapter, load_adapter};
 use crate::rows::TokensRow;
-
-/// Name of the file with a reward model's score statistics.
-pub(crate) const SCORE_STATS: &str = "score_stats.json";
-
-/// The contents of a reward model's `score_stats.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ScoreStats {
-    /// Mean score.
-    pub mean: f64,
-    /// Population standard deviation.
-    pub std: f64,
-    /// Number of conversations.
-    pub n: usize,
-    /// The split they are of.
-    pub split: String,
-    /// The base that the reward model reads with.
-    pub base_sha256: String,
-}
-
-impl ScoreStats {
-    /// Those of a reward model's directory; none if there are none to standardise with.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`], [`Error::File`] if the file is damaged.
-    pub fn read(dir: &Path) -> Result<Option<Self>, Error> {
-        let path = dir.join(SCORE_STATS);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let stats: Self =
-            serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
-                path: path.clone(),
-                field: "JSON".to_owned(),
-                expected: "mean, std, n, split, base_sha256".to_owned(),
-                found: error.to_string(),
-            })?;
-        if !(stats.mean.is_finite() && stats.std.is_finite() && stats.std >= 0.0) {
-            return Err(Error::File {
-                path,
-                field: "mean, std".to_owned(),
-                expected: "finite numbers, std not negative".to_owned(),
-                found: format!("{}, {}", stats.mean, stats.std),
-            });
-        }
-        Ok((stats.std > 0.0).then_some(stats))
-    }
-}
 
 /// The adapter's directory inside a reward model's directory (or that directory itself).
 pub(crate) fn adapter_dir(dir: &Path) -> PathBuf {
@@ -367,21 +318,5 @@ mod tests {
         assert_eq!(micro_batches(&[4, 4, 4, 9, 1, 1], 8), [0..2, 2..3, 3..4, 4..6]);
         assert_eq!(micro_batches(&[20], 8), std::slice::from_ref(&(0..1)));
         assert!(micro_batches(&[], 8).is_empty());
-    }
-
-    #[test]
-    fn score_statistics_are_checked() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(ScoreStats::read(dir.path()).unwrap(), None);
-        let write = |text: &str| fs_err::write(dir.path().join(SCORE_STATS), text).unwrap();
-        write(r#"{"mean": 1.5, "std": 2.0, "n": 4, "split": "validation", "base_sha256": "x"}"#);
-        let stats = ScoreStats::read(dir.path()).unwrap().unwrap();
-        assert_eq!((stats.mean, stats.std, stats.n), (1.5, 2.0, 4));
-        write(r#"{"mean": 1.5, "std": 0.0, "n": 4, "split": "validation", "base_sha256": "x"}"#);
-        assert_eq!(ScoreStats::read(dir.path()).unwrap(), None);
-        write(r#"{"mean": 1.5}"#);
-        assert!(
-            ScoreStats::read(dir.path()).unwrap_err().to_string().contains("expected mean, std")
-        );
     }
 }

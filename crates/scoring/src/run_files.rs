@@ -11,14 +11,13 @@ use arete_records::rows::{
 };
 use arete_records::run::RunJson;
 use arete_records::stats::{CalibrationBin, Interval};
-use arete_records::{Aspect, FinishReason, Split};
+use arete_records::{Aspect, FinishReason, ScoreStats, Split};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::Error;
 use crate::best_of::BestOf;
-use crate::rewards::ScoreStats;
 use crate::score;
 use crate::summary::Summary;
 

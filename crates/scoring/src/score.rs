@@ -12,7 +12,7 @@ use arete_records::parquet::{self, Row};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
 use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::{self, Resampling};
-use arete_records::{Aspect, Split, atomic, cli, interrupt};
+use arete_records::{Aspect, ScoreStats, Split, atomic, cli, interrupt, score_stats};
 use serde_json::{Map, Value};
 
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
@@ -20,7 +20,7 @@ use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, SampledChain, sample_chains};
-use crate::rewards::{self, RewardModel, ScoreStats, YardstickPlace, adapter_dir};
+use crate::rewards::{self, RewardModel, YardstickPlace, adapter_dir};
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
 use crate::{Error, table};
@@ -164,7 +164,7 @@ impl<'a> Plan<'a> {
         for aspect in Aspect::ALL {
             let dir = self.reward_dir(aspect);
             files.push((format!("reward {aspect}"), adapter_dir(&dir)));
-            let stats = dir.join(rewards::SCORE_STATS);
+            let stats = dir.join(score_stats::FILE);
             if stats.is_file() {
                 files.push((format!("score_stats {aspect}"), stats));
             }
@@ -599,14 +599,15 @@ impl<'a> Work<'a> {
     ) -> Result<BTreeMap<Aspect, Standardisation>, Error> {
         let mut out = BTreeMap::new();
         for aspect in Aspect::ALL {
-            let standardisation = match ScoreStats::read(&self.plan.reward_dir(aspect))? {
-                Some(ScoreStats { mean, std, n, split, .. }) => Standardisation {
+            let standardisation = match ScoreStats::read(self.plan.reward_dir(aspect))? {
+                // One score for all is nothing to standardise with.
+                Some(ScoreStats { mean, std, n, split, .. }) if std > 0.0 => Standardisation {
                     mean,
                     std,
                     n,
                     from: format!("{split} conversations of the base"),
                 },
-                None => {
+                _ => {
                     let name = &self.plan.policies[0].name;
                     tracing::warn!(
                         aspect = aspect.name(),

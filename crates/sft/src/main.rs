@@ -30,7 +30,7 @@ enum Command {
         #[arg(long, value_name = "PATH")]
         demonstrations: PathBuf,
         #[command(flatten)]
-        config: Config,
+        config: Box<Config>,
     },
     /// Measure training against this machine's matrix products
     #[command(after_help = "Example:\n  arete-sft bench --model models/SmolLM2-135M-Instruct")]
