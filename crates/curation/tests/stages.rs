@@ -11,9 +11,10 @@ use std::process::Command;
 use arete_curation::config::{
     ConversationsConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig,
 };
-use arete_curation::engine::{Labels, LocalEngine, Query};
+use arete_curation::engine::{Chain, Drawing, Labels, LocalEngine, Query};
 use arete_curation::stage::Work;
 use arete_curation::{conversations, demonstrations, engine, merge, preferences, prompts};
+use arete_model::generate::Sampling;
 use arete_model::{Device, Kind, LoadOptions};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow,
@@ -531,6 +532,30 @@ fn replies_behind_shared_prefixes_have_the_logprobs_of_unshared_ones() {
         assert!(*a < -5.0 && (a - b).abs() < 1e-4 * a.abs(), "{idx}: {a} {b}");
         assert!(idx == 0 || shared[idx - 1] != *a);
     }
+}
+
+#[test]
+fn written_verdicts_behind_shared_prefixes_are_those_of_unshared_ones() {
+    let about = |pair: usize| format!("pair {pair}: {}", "word and another word, ".repeat(6));
+    let chains: Vec<Chain> = (0..15)
+        .map(|idx| Chain {
+            messages: vec![Message::user(format!("{}Which? {}", about(idx / 5), idx % 5))],
+            questions: Vec::new(),
+            key: idx as u64 / 5,
+            samples: vec![idx as u64 % 5],
+        })
+        .collect();
+    let drawing =
+        Drawing { seed: 3, sampling: Sampling::at(1.0), max_new_tokens: 9, is_verdict: true };
+    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    let replies = |share: bool| {
+        let mut local = LocalEngine::load(&fixture(), None, &options).unwrap();
+        local.share_prefixes = share;
+        engine::Engine::Local(Box::new(local)).chains(&chains, &drawing).unwrap()
+    };
+    let (shared, unshared) = (replies(true), replies(false));
+    assert_eq!(shared, unshared);
+    assert!(shared.windows(2).any(|pair| pair[0] != pair[1]));
 }
 
 /// Replies with the length of what it is asked; judges the side that holds "good" better.

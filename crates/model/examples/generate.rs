@@ -18,6 +18,7 @@ fn main() -> anyhow::Result<()> {
     let request = Request {
         prompt_ids: model.chat()?.render_prompt(&[Message::user(question)])?,
         streams: vec![Stream { seed: 0, prompt: 0, sample: 0 }],
+        tails: Vec::new(),
         max_new_tokens: 200,
         turns: 1,
         extra_tokens: 0,

@@ -83,6 +83,8 @@ pub struct Request {
     pub prompt_ids: Vec<i64>,
     /// One sequence each; the prompt is computed once.
     pub streams: Vec<Stream>,
+    /// What is given to each stream after the prompt; empty if nothing is.
+    pub tails: Vec<Vec<i64>>,
     /// Most tokens sampled in one turn.
     pub max_new_tokens: usize,
     /// Turns sampled (1 = one answer, 3 = the chain).
@@ -302,9 +304,21 @@ pub fn complete(
     Ok(out.into_iter().map(|streams| streams.into_iter().map(ended).collect()).collect())
 }
 
-/// Slots one sequence of the request needs beyond the prompt; more than any model has where they cannot be counted.
-fn own_slots(request: &Request) -> usize {
-    request.turns.saturating_mul(request.max_new_tokens).saturating_add(request.extra_tokens)
+/// What a stream is given after the prompt.
+fn tail(request: &Request, stream: usize) -> &[i64] {
+    request.tails.get(stream).map_or(&[], Vec::as_slice)
+}
+
+/// Slots a stream of the request needs beyond the prompt; more than any model has where they cannot be counted.
+fn own_slots(request: &Request, stream: usize) -> usize {
+    let sampled = request.turns.saturating_mul(request.max_new_tokens);
+    sampled.saturating_add(request.extra_tokens).saturating_add(tail(request, stream).len())
+}
+
+/// Slots of the prompt and of all streams.
+fn all_slots(request: &Request) -> usize {
+    let own = (0..request.streams.len()).map(|stream| own_slots(request, stream));
+    own.fold(request.prompt_ids.len(), usize::saturating_add)
 }
 
 fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
@@ -321,19 +335,29 @@ fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
             ),
         });
     }
+    if !(request.tails.is_empty() || request.tails.len() == streams.len()) {
+        return Err(Error::Invalid {
+            name: "request",
+            expected: format!("no tail, or one for each of {} streams", streams.len()),
+            got: format!("{} tails", request.tails.len()),
+        });
+    }
     decoder.check_tokens(&request.prompt_ids)?;
-    decoder.check_length(request.prompt_ids.len().saturating_add(own_slots(request)))
+    for (stream, _) in streams.iter().enumerate() {
+        decoder.check_tokens(tail(request, stream))?;
+        decoder
+            .check_length(request.prompt_ids.len().saturating_add(own_slots(request, stream)))?;
+    }
+    Ok(())
 }
 
 /// Slots for `max_rows` sequences of the largest requests, or for all of them if that is less.
 fn capacity(requests: &[Request], max_rows: usize) -> usize {
-    let slots =
-        |request: &Request| request.prompt_ids.len() + request.streams.len() * own_slots(request);
-    let all: usize = requests.iter().map(slots).sum();
-    let largest = requests.iter().map(slots).max().unwrap_or(0);
+    let all: usize = requests.iter().map(all_slots).sum();
+    let largest = requests.iter().map(all_slots).max().unwrap_or(0);
     let per_row = requests
         .iter()
-        .map(|request| slots(request).div_ceil(request.streams.len().max(1)))
+        .map(|request| all_slots(request).div_ceil(request.streams.len().max(1)))
         .max()
         .unwrap_or(0);
     all.min(per_row.saturating_mul(max_rows).max(largest)).max(1)
@@ -481,7 +505,7 @@ impl Engine<'_> {
             let Some(prefix_run) = self.cache.allocate(request.prompt_ids.len()) else { break };
             let mut own = Vec::with_capacity(request.streams.len());
             while own.len() < request.streams.len() {
-                match self.cache.allocate(own_slots(request)) {
+                match self.cache.allocate(own_slots(request, own.len())) {
                     Some(run) => own.push(run),
                     None => break,
                 }
@@ -493,16 +517,24 @@ impl Engine<'_> {
                 break;
             }
             self.waiting.pop_front();
-            let row = rows.push(&request.prompt_ids, 0, prefix_run.start, &[prefix_run]);
+            let n_prompt = request.prompt_ids.len();
+            let prompt_row = rows.push(&request.prompt_ids, 0, prefix_run.start, &[prefix_run]);
             let prefix = self.keep_prefix(Prefix { run: prefix_run, users: own.len() });
             for (stream, own) in own.into_iter().enumerate() {
+                let tail = tail(request, stream);
+                let row = if tail.is_empty() {
+                    prompt_row
+                } else {
+                    let given = Run { start: own.start, length: tail.len() };
+                    rows.push(tail, n_prompt, own.start, &[prefix_run, given])
+                };
                 last_rows.push(row as i64);
                 self.active.push(Active {
                     request: idx,
                     stream,
                     prefix,
                     own,
-                    cached: 0,
+                    cached: tail.len(),
                     pending: Vec::new(),
                     rng: request.streams[stream].rng(),
                     turns: Vec::new(),

@@ -300,6 +300,7 @@ fn smollm2_has_the_logits_and_greedy_tokens_of_transformers() {
         requests.push(Request {
             prompt_ids: sequence,
             streams: vec![Stream { seed: 0, prompt: prompt as u64, sample: 0 }],
+            tails: Vec::new(),
             max_new_tokens: tokens.len(),
             turns: 1,
             extra_tokens: 0,
@@ -329,6 +330,7 @@ fn completions_do_not_depend_on_their_neighbours() {
         let request = |i: u64| Request {
             prompt_ids: (0..6 + i as i64).map(|k| (k * 37 + i as i64 * 11 + 3) % 40_000).collect(),
             streams: (0..2).map(|sample| Stream { seed: 7, prompt: i, sample }).collect(),
+            tails: Vec::new(),
             max_new_tokens: 8,
             turns: 1,
             extra_tokens: 0,
@@ -343,6 +345,15 @@ fn completions_do_not_depend_on_their_neighbours() {
         assert_eq!(together, backwards);
         let alone = generate::complete(&decoder, None, None, &requests[3..4], &options).unwrap();
         assert_eq!(alone[0], together[3]);
+        // The second half of a prompt may be given to each stream by itself.
+        let split = |request: &Request| Request {
+            prompt_ids: request.prompt_ids[..4].to_vec(),
+            tails: vec![request.prompt_ids[4..].to_vec(); 2],
+            ..request.clone()
+        };
+        let split: Vec<Request> = requests.iter().map(split).collect();
+        let from_tails = generate::complete(&decoder, None, None, &split, &options).unwrap();
+        assert_eq!(from_tails, together);
         let _guard = tch::no_grad_guard();
         for (request, completions) in requests.iter().zip(&together) {
             for completion in completions {

@@ -17,6 +17,7 @@ fn request(samples: u64, max_new_tokens: usize) -> Request {
     Request {
         prompt_ids: vec![1, 40, 41, 42, 43],
         streams: (0..samples).map(|sample| Stream { seed: 5, prompt: 0, sample }).collect(),
+        tails: Vec::new(),
         max_new_tokens,
         turns: 1,
         extra_tokens: 0,
@@ -189,6 +190,7 @@ fn rows_leave_and_enter() {
     let requests: Vec<Request> = (0..9)
         .map(|prompt| Request {
             streams: vec![Stream { seed: 1, prompt, sample: 0 }],
+            tails: Vec::new(),
             max_new_tokens: 1 + prompt as usize % 4 * 5,
             ..request(1, 1)
         })
@@ -204,6 +206,30 @@ fn rows_leave_and_enter() {
     for (request, found) in requests.iter().zip(&by_rows[0]) {
         assert_eq!(found[0].token_ids.len(), request.max_new_tokens);
     }
+}
+
+/// What streams are given after a shared prompt is as if it stood in prompts of their own.
+#[test]
+fn tails_follow_the_prompt() {
+    let model = model();
+    let options = Options { max_rows: 3, ..Options::new(Sampling::at(0.9), Vec::new()) };
+    let tails = [vec![], vec![44], vec![45, 46, 47]];
+    let joined = Request { tails: tails.to_vec(), ..request(3, 6) };
+    let found = sample(&model, joined.clone(), &options);
+    for (stream, tail) in tails.iter().enumerate() {
+        let prompt_ids = [&joined.prompt_ids[..], tail].concat();
+        let streams = vec![joined.streams[stream]];
+        let own = Request { prompt_ids, streams, ..request(1, 6) };
+        assert_eq!(sample(&model, own, &options), [found[stream].clone()]);
+    }
+    let refused = |tails: Vec<Vec<i64>>| {
+        let request = Request { tails, ..joined.clone() };
+        let found = generate::complete(&model.decoder, None, None, &[request], &options);
+        found.unwrap_err().to_string()
+    };
+    assert!(refused(vec![vec![1]]).contains("one for each of 3 streams, got 1 tails"));
+    assert!(refused(vec![vec![1], vec![1_000_000], vec![1]]).contains("1000000"));
+    assert!(refused(vec![vec![1], vec![1; 100_000], vec![1]]).contains("100"));
 }
 
 /// A tokenizer with tokens added after training knows more than the model has embeddings for.

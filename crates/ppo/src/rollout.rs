@@ -157,6 +157,7 @@ impl Sampler {
             .map(|&idx| Request {
                 prompt_ids: prompts[idx].token_ids.clone(),
                 streams: vec![purpose.stream(self.seed, first + idx as u64)],
+                tails: Vec::new(),
                 max_new_tokens: self.max_new_tokens,
                 turns: self.kind.n_turns(),
                 extra_tokens,

@@ -161,6 +161,7 @@ fn request(
         streams: (0..drawing.n_samples as u64)
             .map(|sample| Stream { seed, prompt: key, sample })
             .collect(),
+        tails: Vec::new(),
         max_new_tokens: drawing.max_new_tokens,
         turns: Aspect::ALL.len(),
         extra_tokens,

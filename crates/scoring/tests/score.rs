@@ -260,6 +260,7 @@ fn sampled_again(
     let request = Request {
         prompt_ids: prompt_ids.clone(),
         streams: vec![Stream { seed: 0, prompt: key, sample: 0 }],
+        tails: Vec::new(),
         max_new_tokens: config().max_new_tokens,
         turns: 3,
         extra_tokens: 200,

@@ -22,6 +22,9 @@ const TOKENS_PER_PASS: usize = 2048;
 /// examples), because every pass computes it anew.
 const PASS_PER_PREFIX: usize = 4;
 
+/// Most questions whose written answers are drawn over one shared prefix: few enough to find room in the batch together.
+const JOINED: usize = 16;
+
 /// A loaded model, perhaps with an adapter.
 #[derive(Debug)]
 pub struct LocalEngine {
@@ -101,6 +104,7 @@ impl LocalEngine {
         Ok(Request {
             prompt_ids: chat.render_prompt(&chain.messages)?,
             streams: chain.samples.iter().map(stream).collect(),
+            tails: Vec::new(),
             max_new_tokens,
             turns: 1 + chain.questions.len(),
             extra_tokens,
@@ -118,13 +122,20 @@ impl LocalEngine {
             .iter()
             .map(|chain| self.request(&chat, chain, drawing.seed, drawing.max_new_tokens))
             .collect::<Result<_, _>>()?;
+        let (requests, chain_of) = if drawing.is_verdict && self.share_prefixes {
+            joined(requests)
+        } else {
+            let alone = (0..requests.len()).map(|idx| vec![idx]).collect();
+            (requests, alone)
+        };
         let stop_ids = if self.ends_turns { self.model.stop_ids()? } else { Vec::new() };
         let options = Options::new(drawing.sampling, stop_ids);
         let mut parts = Parts::of(chains);
         let mut failed = None;
         let mut next_turn = |end: TurnEnd<'_>| {
             let end_was_sampled = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
-            chat.next_turn(end_was_sampled, &chains[end.request].questions[end.turn])
+            let (chain, _) = place(&chain_of, end.request, end.stream);
+            chat.next_turn(end_was_sampled, &chains[chain].questions[end.turn])
         };
         let mut finished = |sequence: Sequence| {
             let mut replies = Vec::with_capacity(sequence.turns.len());
@@ -135,8 +146,8 @@ impl LocalEngine {
                     n_tokens: turn.token_ids.len(),
                 });
             }
-            let idx = sequence.request;
-            let whole = parts.put(idx, sequence.stream, replies);
+            let (idx, sample) = place(&chain_of, sequence.request, sequence.stream);
+            let whole = parts.put(idx, sample, replies);
             if let Some(error) = whole.and_then(|whole| done(idx, whole).err()) {
                 // Ends the run; what is told to the caller is the error itself.
                 let stop = arete_model::Error::Io(std::io::Error::other(error.to_string()));
@@ -299,6 +310,42 @@ impl LocalEngine {
     }
 }
 
+/// Chain and sample of a stream, given the chains that each request stands for.
+fn place(chain_of: &[Vec<usize>], request: usize, stream: usize) -> (usize, usize) {
+    match chain_of[request][..] {
+        [chain] => (chain, stream),
+        _ => (chain_of[request][stream], 0),
+    }
+}
+
+/// Requests of one stream each, those joined whose neighbours begin alike: the questions about a pair of samples, say, share
+/// everything up to the virtue asked about, which is then computed once. Also, which of the requests given each
+/// stream of a result is.
+fn joined(requests: Vec<Request>) -> (Vec<Request>, Vec<Vec<usize>>) {
+    let mut out: Vec<Request> = Vec::new();
+    let mut places: Vec<Vec<usize>> = Vec::new();
+    for (idx, request) in requests.into_iter().enumerate() {
+        if let (Some(group), Some(place)) = (out.last_mut(), places.last_mut()) {
+            let shared = common(&group.prompt_ids, &request.prompt_ids);
+            // Half of it at least: a smaller share is what unlike questions have, such as a system prompt.
+            if place.len() < JOINED && 2 * shared >= request.prompt_ids.len() {
+                let rest = group.prompt_ids.split_off(shared);
+                for tail in &mut group.tails {
+                    tail.splice(..0, rest.iter().copied());
+                }
+                group.tails.push(request.prompt_ids[shared..].to_vec());
+                group.streams.extend(request.streams);
+                group.extra_tokens = group.extra_tokens.max(request.extra_tokens);
+                place.push(idx);
+                continue;
+            }
+        }
+        out.push(Request { tails: vec![Vec::new()], ..request });
+        places.push(vec![idx]);
+    }
+    (out, places)
+}
+
 /// log P of every token of the vocabulary after the given rows.
 ///
 /// # Shapes
@@ -433,6 +480,36 @@ fn grow(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn questions_that_begin_alike_are_joined() {
+        let request = |prompt_ids: &[i64], sample| Request {
+            prompt_ids: prompt_ids.to_vec(),
+            streams: vec![Stream { seed: 0, prompt: 0, sample }],
+            tails: Vec::new(),
+            max_new_tokens: 1,
+            turns: 1,
+            extra_tokens: 0,
+        };
+        let asked: [&[i64]; 5] =
+            [&[1, 2, 3, 4], &[1, 2, 3, 5, 6], &[1, 2, 7], &[1, 8, 9, 9], &[1, 8, 9]];
+        let requests = (0..).zip(asked).map(|(sample, ids)| request(ids, sample)).collect();
+        let (joined, places) = joined(requests);
+        assert_eq!(places, [vec![0, 1, 2], vec![3, 4]]);
+        assert_eq!(joined[0].prompt_ids, [1, 2]);
+        assert_eq!(joined[0].tails, [vec![3, 4], vec![3, 5, 6], vec![7]]);
+        assert_eq!(
+            (&joined[1].prompt_ids[..], &joined[1].tails),
+            (&[1, 8, 9][..], &vec![vec![9], vec![]])
+        );
+        for (request, place) in joined.iter().zip(&places) {
+            for (stream, &idx) in place.iter().enumerate() {
+                assert_eq!([&request.prompt_ids[..], &request.tails[stream]].concat(), asked[idx]);
+                assert_eq!(request.streams[stream].sample, idx as u64);
+                assert_eq!(super::place(&places, 0, 1), (1, 0));
+            }
+        }
+    }
 
     #[test]
     fn common_prefixes_are_packed_once() {

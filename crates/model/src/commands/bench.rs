@@ -33,6 +33,7 @@ fn requests(n: usize, prompt_tokens: usize, new_tokens: usize) -> Vec<Request> {
         .map(|i| Request {
             prompt_ids: (0..prompt_tokens).map(|k| ((k * 37 + i * 11) % 900 + 20) as i64).collect(),
             streams: vec![Stream { seed: 0, prompt: i as u64, sample: 0 }],
+            tails: Vec::new(),
             max_new_tokens: new_tokens,
             turns: 1,
             extra_tokens: 0,

@@ -49,6 +49,7 @@ impl SamplingArgs {
         Request {
             prompt_ids,
             streams: vec![Stream { seed: self.seed, prompt, sample: 0 }],
+            tails: Vec::new(),
             max_new_tokens: self.max_new_tokens,
             turns: 1,
             extra_tokens: 0,
