@@ -183,7 +183,7 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     check(config)?;
     let pairs = read(inputs, config)?;
     let place = Place::of(&config.judge.compute, config.judge.judge_url.as_deref())?;
-    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
     let engine = open(config, inputs)?;
     let constitution = Constitution::load(&config.judge.constitution)?;
     let shots = shots(config)?;
@@ -305,7 +305,11 @@ fn variants(config: &CalibrateConfig) -> Vec<(Method, usize)> {
     out
 }
 
-fn spec<'a>(config: &CalibrateConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+fn spec<'a>(
+    config: &CalibrateConfig,
+    inputs: &Inputs,
+    output: &'a Path,
+) -> Result<StageSpec<'a>, Error> {
     let mut settings = config::recorded(config);
     let mut files: Vec<(String, PathBuf)> =
         vec![("constitution".to_owned(), config.judge.constitution.clone())];
@@ -319,8 +323,8 @@ fn spec<'a>(config: &CalibrateConfig, inputs: &Inputs, output: &'a Path) -> Stag
         files.push(("judge_adapter".to_owned(), adapter.clone()));
     }
     let remote = config.judge.judge_url.is_some();
-    config::record_model("model", &inputs.model, remote, &mut settings, &mut files);
-    StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files }
+    config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
+    Ok(StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files })
 }
 
 fn open(config: &CalibrateConfig, inputs: &Inputs) -> Result<Engine, Error> {

@@ -1,10 +1,10 @@
 //! The settings of every subcommand: clap's flags and the recipe's tables in one struct each.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use arete_model::LoadOptions;
 use arete_model::generate::Sampling;
 use arete_model::runtime::{self, Dtype};
+use arete_model::{LoadOptions, Source};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -441,19 +441,23 @@ pub fn recorded(config: &impl Serialize) -> Value {
     value
 }
 
-/// A model's entry among a stage's inputs if it lies on this machine; a hub or server model's name
-/// goes into the settings instead.
+/// A model's entry among a stage's inputs (one on the hub is downloaded); the name of a server's model goes into the settings
+/// instead.
+///
+/// # Errors
+///
+/// No such model, or a download that fails.
 pub fn record_model(
     name: &str,
     model: &str,
     remote: bool,
     settings: &mut Value,
     inputs: &mut Vec<(String, PathBuf)>,
-) {
-    let path = Path::new(model);
-    if !remote && path.exists() {
-        inputs.push((name.to_owned(), path.to_owned()));
-    } else {
+) -> Result<(), Error> {
+    if remote {
         settings[name] = Value::String(model.to_owned());
+    } else if let Some(path) = Source::fetch(model)?.local_path() {
+        inputs.push((name.to_owned(), path.to_owned()));
     }
+    Ok(())
 }

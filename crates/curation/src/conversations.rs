@@ -157,7 +157,7 @@ pub fn run(
     let contrast = Contrast::of(config)?;
     original(config, inputs)?;
     let place = work.place(|| Place::of(&config.compute, config.engine_url.as_deref()))?;
-    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
     work.check(&run)?;
     let shard = config.shard;
     let units = Units { output, name: STAGE, n_items: prompts.len(), shard };
@@ -257,18 +257,28 @@ fn check_ids(input: &Path, prompts: &[PromptRow]) -> Result<(), Error> {
     Ok(())
 }
 
-fn spec<'a>(config: &ConversationsConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+fn spec<'a>(
+    config: &ConversationsConfig,
+    inputs: &Inputs,
+    output: &'a Path,
+) -> Result<StageSpec<'a>, Error> {
     let mut settings = config::recorded(config);
     let mut files = vec![("prompts".to_owned(), stage::file_of(&inputs.prompts, "prompts"))];
     if config.personas == PersonaChoice::Contrast {
         files.push(("constitution".to_owned(), config.constitution.clone()));
     }
     let remote = config.engine_url.is_some();
-    config::record_model("model", &inputs.model, remote, &mut settings, &mut files);
+    config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
     if let (PersonaChoice::Original, Some(original)) = (config.personas, &inputs.original) {
-        config::record_model("original", original, remote, &mut settings, &mut files);
+        config::record_model("original", original, remote, &mut settings, &mut files)?;
     }
-    StageSpec { stage: STAGE, output, config: settings, seed: config.sampling.seed, inputs: files }
+    Ok(StageSpec {
+        stage: STAGE,
+        output,
+        config: settings,
+        seed: config.sampling.seed,
+        inputs: files,
+    })
 }
 
 /// The part of the random streams' keys that belongs to a prompt: its id is 16 hex digits.

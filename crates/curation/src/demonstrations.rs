@@ -58,7 +58,7 @@ pub fn run(
         true => Place::of(&config.compute, config.engine_url.as_deref()),
         false => Ok(Place::none()),
     })?;
-    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
     work.check(&run)?;
     let shard = config.shard;
     let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard };
@@ -249,7 +249,11 @@ impl Material {
     }
 }
 
-fn spec<'a>(config: &DemonstrationsConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+fn spec<'a>(
+    config: &DemonstrationsConfig,
+    inputs: &Inputs,
+    output: &'a Path,
+) -> Result<StageSpec<'a>, Error> {
     let mut settings = config::recorded(config);
     let mut files = Vec::new();
     if config.source.needs_model() {
@@ -258,14 +262,20 @@ fn spec<'a>(config: &DemonstrationsConfig, inputs: &Inputs, output: &'a Path) ->
         }
         if let Some(model) = &inputs.model {
             let remote = config.engine_url.is_some();
-            config::record_model("model", model, remote, &mut settings, &mut files);
+            config::record_model("model", model, remote, &mut settings, &mut files)?;
         }
         files.push(("constitution".to_owned(), config.constitution.clone()));
     }
     if config.source.needs_exemplars() || config.few_shot > 0 {
         files.push(("exemplars".to_owned(), config.exemplars.clone()));
     }
-    StageSpec { stage: STAGE, output, config: settings, seed: config.sampling.seed, inputs: files }
+    Ok(StageSpec {
+        stage: STAGE,
+        output,
+        config: settings,
+        seed: config.sampling.seed,
+        inputs: files,
+    })
 }
 
 fn open(config: &DemonstrationsConfig, model: &str) -> Result<Engine, Error> {

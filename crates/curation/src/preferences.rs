@@ -54,7 +54,7 @@ pub fn run(
         Method::Contrast => Ok(Place::none()),
         _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
     })?;
-    let Some(run) = stage::begin(spec(config, inputs, output))? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
     work.check(&run)?;
     for aspect in Aspect::ALL {
         // Better now than after hours of judging.
@@ -210,7 +210,11 @@ impl Tribunal {
     }
 }
 
-fn spec<'a>(config: &PreferencesConfig, inputs: &Inputs, output: &'a Path) -> StageSpec<'a> {
+fn spec<'a>(
+    config: &PreferencesConfig,
+    inputs: &Inputs,
+    output: &'a Path,
+) -> Result<StageSpec<'a>, Error> {
     let mut settings = config::recorded(config);
     let conversations = stage::file_of(&inputs.conversations, conversations::STAGE);
     let mut files = vec![(conversations::STAGE.to_owned(), conversations)];
@@ -225,10 +229,10 @@ fn spec<'a>(config: &PreferencesConfig, inputs: &Inputs, output: &'a Path) -> St
         }
         if let Some(model) = &inputs.judge {
             let remote = judge.judge_url.is_some();
-            config::record_model("judge", model, remote, &mut settings, &mut files);
+            config::record_model("judge", model, remote, &mut settings, &mut files)?;
         }
     }
-    StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files }
+    Ok(StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files })
 }
 
 /// The two samples of a prompt.

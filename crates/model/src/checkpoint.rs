@@ -49,6 +49,21 @@ pub enum Source {
 }
 
 impl Source {
+    /// [`Source::parse`], and what lies on the hub is downloaded: then it is the directory of the snapshot, whose files can be
+    /// hashed as any others, so that a branch that moves on is noticed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Source::parse`]; [`Error::Hub`] if the download fails.
+    pub fn fetch(given: &str) -> Result<Self, Error> {
+        Ok(match Self::parse(given)? {
+            Self::Hub { id, revision } => {
+                Self::Directory(crate::hub::download_model(&id, revision.as_deref())?)
+            }
+            local => local,
+        })
+    }
+
     /// The directory or file of the model, unless it is on the hub.
     pub fn local_path(&self) -> Option<&Path> {
         match self {

@@ -64,7 +64,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     if inputs.rewards.is_some() == config.programmed_reward.is_some() {
         return Err(setting("rewards", "either --rewards or --programmed-reward"));
     }
-    let source = Source::parse(name)?;
+    let source = Source::fetch(name)?;
     let run = match open(config, inputs, &source)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %inputs.output.display(), "up to date");

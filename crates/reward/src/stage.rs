@@ -75,7 +75,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     check(config)?;
     let model_name =
         config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
-    let source = Source::parse(model_name)?;
+    let source = Source::fetch(model_name)?;
     let jobs = open_jobs(config, inputs, &source)?;
     if jobs.is_empty() {
         return Ok(());

@@ -280,6 +280,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         all_rows.extend(rows);
         progress.inc(together.len() as u64);
     }
+    drop(progress);
     let resampling = Resampling { draws: config.draws, level: 0.95, seed: config.seed };
     let mut best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling)
         .ok_or_else(|| {

@@ -67,10 +67,10 @@ impl Policy {
                 return Ok(policy(Source::Directory(merged), None));
             }
         }
-        Ok(policy(Source::parse(given)?, None))
+        Ok(policy(Source::fetch(given)?, None))
     }
 
-    /// The files that the policy is made of, for hashing; none for what lies on the hub.
+    /// The files that the policy is made of, for hashing.
     pub fn files(&self) -> Option<&Path> {
         self.adapter.as_deref().or_else(|| self.source.local_path())
     }

@@ -111,7 +111,7 @@ impl YardstickPlace {
             Some(base) => base.to_owned(),
             None => base_of_adapter(&adapter)?,
         };
-        Ok(Self { source: Source::parse(&base)?, adapter: Some(adapter) })
+        Ok(Self { source: Source::fetch(&base)?, adapter: Some(adapter) })
     }
 
     /// The reward model over `model`, which is the loaded [`YardstickPlace::source`].

@@ -145,20 +145,16 @@ impl<'a> Plan<'a> {
         let settings = config.as_object_mut().expect("settings are a table");
         settings.remove("threads");
         let mut files = vec![("prompts".to_owned(), self.prompts_file.clone())];
-        let mut named = Map::new();
-        let mut record = |name: String, path: Option<&Path>, given: &str| match path {
-            Some(path) => files.push((name, path.to_owned())),
-            None => drop(named.insert(name, given.into())), // the hub: its name is all there is
+        let mut record = |name: String, path: Option<&Path>| {
+            files.extend(path.map(|path| (name, path.to_owned())));
         };
         for policy in &self.policies {
-            record(format!("model {}", policy.name), policy.files(), &policy.given);
+            record(format!("model {}", policy.name), policy.files());
         }
-        record("base".to_owned(), self.base.local_path(), &self.inputs.base);
+        record("base".to_owned(), self.base.local_path());
         if let Some(YardstickPlace { source, adapter }) = &self.yardstick {
-            record("yardstick base".to_owned(), source.local_path(), &source.to_string());
-            if let Some(adapter) = adapter {
-                record("yardstick".to_owned(), Some(adapter), "");
-            }
+            record("yardstick base".to_owned(), source.local_path());
+            record("yardstick".to_owned(), adapter.as_deref());
         }
         let order: Vec<Value> = self.policies.iter().map(|p| p.name.as_str().into()).collect();
         for aspect in Aspect::ALL {
@@ -176,9 +172,6 @@ impl<'a> Plan<'a> {
         settings.insert("models".to_owned(), Value::Array(order));
         // Not a setting: runs of versions that took the replies' text in tokens anew are done again.
         settings.insert("perplexity".to_owned(), "of the sampled tokens".into());
-        if !named.is_empty() {
-            settings.insert("hub".to_owned(), Value::Object(named));
-        }
         StageSpec { stage: "scoring", output, config, seed: self.config.seed, inputs: files }
     }
 

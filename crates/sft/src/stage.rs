@@ -29,7 +29,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         expected: "a model to start from".to_owned(),
         got: "none".to_owned(),
     })?;
-    let source = Source::parse(model_name)?;
+    let source = Source::fetch(model_name)?;
     let file = data::file_of(demonstrations);
     let mut inputs = vec![("demonstrations".to_owned(), file.clone())];
     let mut recorded = config.clone();
