@@ -15,7 +15,7 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 "$chromium" --headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-dev-shm-usage \
     --disable-background-networking --user-data-dir="$dir/profile" --force-color-profile=srgb \
-    --window-size=1200,1400 --virtual-time-budget=2000 --screenshot="$dir/picture.png" "file://$page" 2>"$dir/log" || {
+    --window-size=1200,1200 --virtual-time-budget=2000 --screenshot="$dir/picture.png" "file://$page" 2>"$dir/log" || {
     cat "$dir/log" >&2
     exit 1
 }
