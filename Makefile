@@ -151,7 +151,8 @@ run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)
 run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 
 # $(call stage,NAME,BINARY,WHAT IT READS): $(call done,NAME), the mark of a complete stage. The stage leaves that file as it
-# is where nothing changed, hence the touch. RUN/.make/NAME holds the command, so that another model, judge or yardstick counts.
+# is where nothing changed, hence the touch. RUN/.make/NAME holds the command, so that another model, judge or yardstick counts;
+# the plus has it looked at by `make -n`, too.
 # The three reward models have a run.json each; make's own mark of all three is hidden from the stages.
 done = $(RUN)/$(1)/$(if $(filter reward,$(1)),.done,run.json)
 define stage
@@ -159,7 +160,7 @@ $(call done,$(1)): $(ARETE)-$(2) $(RECIPE) $(RUN)/.make/$(1) $(3)
 	$$(run_$(1))
 	@touch $$@
 $(RUN)/.make/$(1): always
-	@mkdir -p $$(@D); echo '$$(subst ','\'',$$(run_$(1)))' | cmp -s - $$@ || echo '$$(subst ','\'',$$(run_$(1)))' >$$@
+	@+mkdir -p $$(@D); echo '$$(subst ','\'',$$(run_$(1)))' | cmp -s - $$@ || echo '$$(subst ','\'',$$(run_$(1)))' >$$@
 endef
 
 .PHONY: always
