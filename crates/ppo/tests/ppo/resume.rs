@@ -140,15 +140,19 @@ fn a_half_finished_rollout_is_continued() {
     assert_eq!(sampled("out"), [sampled("whole")[0] - kept]);
 }
 
-/// Sends SIGINT as soon as a file is there; how the run ended.
+/// Sends SIGINT as soon as a file is there; how the run ended, which on a busy machine may be sooner.
 fn interrupt_once_there_is(file: &Path, child: &mut Child) -> Option<i32> {
-    while !file.exists() {
+    while !file.exists() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(Duration::from_micros(200));
-        assert!(child.try_wait().unwrap().is_none(), "it ended before {}", file.display());
     }
-    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(status.success());
-    child.wait().unwrap().code()
+    if child.try_wait().unwrap().is_none() {
+        // Not waited for yet, so the number is still its own.
+        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    }
+    assert!(file.exists(), "it ended before {}", file.display());
+    let code = child.wait().unwrap().code();
+    assert!(code == Some(130) || code == Some(0), "{code:?}");
+    code
 }
 
 #[test]
@@ -158,9 +162,7 @@ fn a_signal_stops_between_iterations_and_the_same_command_continues() {
     write_prompts(dir);
     write_rewards(dir, &tiny_model());
     let first = dir.join("out/rollouts/iteration-000001.parquet");
-    let code = interrupt_once_there_is(&first, &mut start(dir, "out"));
-    // The last iterations may have been quicker than the signal.
-    assert!(code == Some(130) || code == Some(0), "{code:?}");
+    interrupt_once_there_is(&first, &mut start(dir, "out"));
     assert!(start(dir, "out").wait().unwrap().success());
     assert!(RunJson::read(dir.join("out")).is_ok());
 }
@@ -180,11 +182,12 @@ fn a_signal_within_a_probe_loses_no_iteration() {
     // After the second iteration's rollout is written, its probe is the next to look for signals; it may be over first.
     for attempt in 1.. {
         let second = out.join("rollouts/iteration-000002.parquet");
-        assert_eq!(interrupt_once_there_is(&second, &mut start(dir, "out")), Some(130));
-        if out.join("checkpoint-000002").exists() && probed("checkpoint-000002") == 0 {
+        let code = interrupt_once_there_is(&second, &mut start(dir, "out"));
+        let checkpoint = "checkpoint-000002";
+        if code == Some(130) && out.join(checkpoint).exists() && probed(checkpoint) == 0 {
             break;
         }
-        assert!(attempt < 10, "ten signals and none within a probe");
+        assert!(attempt < 20, "twenty signals and none within a probe");
         fs_err::remove_dir_all(&out).unwrap();
     }
     // Killed after that probe has logged its numbers, before its checkpoint, if the kill comes in time.
