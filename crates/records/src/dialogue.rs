@@ -84,13 +84,18 @@ pub struct FieldError {
 
 impl FieldError {
     fn new(field: &'static str, expected: impl Into<String>, got: &Value) -> Self {
-        const MOST: usize = 200;
-        let mut got = got.as_str().map_or_else(|| got.to_string(), str::to_owned);
-        if got.chars().count() > MOST {
-            got = got.chars().take(MOST).collect::<String>() + "…";
-        }
-        Self { field, expected: expected.into(), got }
+        Self { field, expected: expected.into(), got: shortened(got) }
     }
+}
+
+/// A value for a message: at most 200 characters of it.
+pub fn shortened(value: &Value) -> String {
+    const MOST: usize = 200;
+    let mut text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    if text.chars().count() > MOST {
+        text = text.chars().take(MOST).collect::<String>() + "…";
+    }
+    text
 }
 
 /// The conversation in a field: a list of messages, a text in hh-rlhf's form, or a plain text that `role` says.
@@ -153,7 +158,7 @@ pub fn objects(path: impl AsRef<Path>) -> Result<Vec<NumberedObject>, Error> {
             path: path.to_owned(),
             line,
             expected: "an object".to_owned(),
-            got: FieldError::new("", "", &other).got,
+            got: shortened(&other),
         }),
     };
     jsonl::read(path)?.into_iter().map(object).collect()

@@ -56,7 +56,7 @@ pub fn run(arguments: &Bench) -> Result<(), Error> {
             validation: &[],
             center: 0.01,
             micro_batch_tokens: common.micro_batch_tokens,
-            recompute: common.recompute,
+            recompute: common.compute.recompute,
             evaluated: None,
         };
         let mut parameters = adapter.parameters();

@@ -197,12 +197,8 @@ pub(crate) fn row_error(
     expected: &str,
     got: &Value,
 ) -> Error {
-    const MOST: usize = 200;
-    let mut got = got.as_str().map_or_else(|| got.to_string(), str::to_owned);
-    if got.chars().count() > MOST {
-        got = got.chars().take(MOST).collect::<String>() + "…";
-    }
-    Error::Row { path: path.to_owned(), row, field, expected: expected.to_owned(), got }
+    let (expected, got) = (expected.to_owned(), dialogue::shortened(got));
+    in_row(path, row, dialogue::FieldError { field, expected, got })
 }
 
 /// The split of a pair that names none: that of its opening question.

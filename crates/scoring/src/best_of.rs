@@ -18,7 +18,7 @@ use crate::Error;
 use crate::config::{ScoreConfig, setting};
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{self, RewardModel, YardstickPlace, adapter_dir};
+use crate::rewards::{RewardModel, YardstickPlace, adapter_dir};
 use crate::run_files::rollout_reply;
 
 /// Prompts sampled together: with 16 samples each, a full batch.
@@ -201,12 +201,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     }
     let yardstick =
         inputs.yardstick.as_ref().map(|dir| YardstickPlace::resolve(dir, None)).transpose()?;
-    if let Some(place) = &yardstick {
-        let paths = [place.source.local_path(), place.adapter.as_deref()];
-        for (name, path) in ["yardstick base", "yardstick"].into_iter().zip(paths) {
-            files.extend(path.map(|path| (name.to_owned(), path.to_owned())));
-        }
-    }
+    files.extend(yardstick.iter().flat_map(YardstickPlace::files));
     let mut settings = serde_json::to_value(config).expect("settings are numbers and words");
     settings["n_samples"] = n.into();
     settings["threads"] = 0.into();
@@ -239,7 +234,6 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut shelf = Shelf::new(options);
     let model = shelf.get(&base)?;
     let chat = model.chat()?;
-    let limit = model.config.max_position_embeddings;
     let mut reward_models = Vec::new();
     for aspect in Aspect::ALL {
         let dir = inputs.rewards.join(aspect.name());
@@ -267,11 +261,8 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         let rows: Vec<ConversationRow> = chains.into_iter().map(|chain| chain.row).collect();
         let mut z = vec![[0.0; 3]; rows.len()];
         for (aspect, reward, stats) in &reward_models {
-            let mut sequences = Vec::new();
-            for row in &rows {
-                sequences.push(rewards::reward_input(&chat, row, *aspect, limit)?);
-            }
-            let scores = reward.scores(&model.decoder, &sequences, config.micro_batch_tokens)?;
+            let budget = config.micro_batch_tokens;
+            let scores = reward.conversation_scores(model, &chat, &rows, *aspect, budget)?;
             for (z, score) in z.iter_mut().zip(scores) {
                 z[aspect.index()] = (score - stats.mean) / stats.std;
             }
@@ -315,15 +306,12 @@ fn yardstick_scores(
     budget: usize,
 ) -> Result<Vec<f64>, Error> {
     let model = shelf.get(&place.source)?;
-    let (chat, limit) = (model.chat()?, model.config.max_position_embeddings);
+    let chat = model.chat()?;
     let reward = place.reward_model(model)?;
     let mut out = vec![0.0; rows.len()];
     for aspect in Aspect::ALL {
-        let sequences: Vec<Vec<i64>> = rows
-            .iter()
-            .map(|row| rewards::reward_input(&chat, row, aspect, limit))
-            .collect::<Result<_, _>>()?;
-        for (out, score) in out.iter_mut().zip(reward.scores(&model.decoder, &sequences, budget)?) {
+        let scores = reward.conversation_scores(model, &chat, rows, aspect, budget)?;
+        for (out, score) in out.iter_mut().zip(scores) {
             *out += score / Aspect::ALL.len() as f64;
         }
     }

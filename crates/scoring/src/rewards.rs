@@ -60,6 +60,27 @@ impl RewardModel {
         Ok(Self { adapter: None, head })
     }
 
+    /// The scores of conversations through the reply of `aspect`; `chat` is `model`'s.
+    ///
+    /// # Errors
+    ///
+    /// As [`reward_input`] and [`RewardModel::scores`].
+    pub(crate) fn conversation_scores(
+        &self,
+        model: &Model,
+        chat: &Chat<'_>,
+        rows: &[ConversationRow],
+        aspect: Aspect,
+        micro_batch_tokens: usize,
+    ) -> Result<Vec<f64>, Error> {
+        let limit = model.config.max_position_embeddings;
+        let sequences: Vec<Vec<i64>> = rows
+            .iter()
+            .map(|row| reward_input(chat, row, aspect, limit))
+            .collect::<Result<_, _>>()?;
+        self.scores(&model.decoder, &sequences, micro_batch_tokens)
+    }
+
     /// The score of every sequence, read at its last token.
     ///
     /// # Errors
@@ -112,6 +133,13 @@ impl YardstickPlace {
             None => base_of_adapter(&adapter)?,
         };
         Ok(Self { source: Source::fetch(&base)?, adapter: Some(adapter) })
+    }
+
+    /// Its files, for hashing, by name.
+    pub(crate) fn files(&self) -> impl Iterator<Item = (String, PathBuf)> {
+        [("yardstick base", self.source.local_path()), ("yardstick", self.adapter.as_deref())]
+            .into_iter()
+            .filter_map(|(name, path)| Some((name.to_owned(), path?.to_owned())))
     }
 
     /// The reward model over `model`, which is the loaded [`YardstickPlace::source`].

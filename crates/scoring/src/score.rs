@@ -152,10 +152,7 @@ impl<'a> Plan<'a> {
             record(format!("model {}", policy.name), policy.files());
         }
         record("base".to_owned(), self.base.local_path());
-        if let Some(YardstickPlace { source, adapter }) = &self.yardstick {
-            record("yardstick base".to_owned(), source.local_path());
-            record("yardstick".to_owned(), adapter.as_deref());
-        }
+        files.extend(self.yardstick.iter().flat_map(YardstickPlace::files));
         let order: Vec<Value> = self.policies.iter().map(|p| p.name.as_str().into()).collect();
         for aspect in Aspect::ALL {
             let dir = self.reward_dir(aspect);
@@ -375,11 +372,7 @@ impl<'a> Work<'a> {
             let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, budget)?;
             let mut rows = Vec::new();
             for (aspect, reward) in &reward_models {
-                let mut sequences = Vec::new();
-                for row in replies {
-                    sequences.push(rewards::reward_input(&chat, row, *aspect, limit)?);
-                }
-                let scores = reward.scores(&model.decoder, &sequences, budget)?;
+                let scores = reward.conversation_scores(model, &chat, replies, *aspect, budget)?;
                 for ((row, score), logprobs) in replies.iter().zip(scores).zip(&logprobs) {
                     let own = logprobs[aspect.index()];
                     rows.push(MeasureRow {
@@ -408,18 +401,13 @@ impl<'a> Work<'a> {
         let replies = self.replies(policy, &missing)?;
         let budget = self.plan.config.micro_batch_tokens;
         let model = self.shelf.get(&yardstick.source)?;
-        let limit = model.config.max_position_embeddings;
         let chat = model.chat()?;
         let reward = yardstick.reward_model(model)?;
         for (&unit, replies) in missing.iter().zip(&replies) {
             interrupt::check()?;
             let mut rows = Vec::new();
             for aspect in Aspect::ALL {
-                let mut sequences = Vec::new();
-                for row in replies {
-                    sequences.push(rewards::reward_input(&chat, row, aspect, limit)?);
-                }
-                let scores = reward.scores(&model.decoder, &sequences, budget)?;
+                let scores = reward.conversation_scores(model, &chat, replies, aspect, budget)?;
                 for (row, score) in replies.iter().zip(scores) {
                     let score = finite(score, "yardstick", policy, row)?;
                     rows.push(YardstickRow { prompt_id: row.prompt_id.clone(), aspect, score });

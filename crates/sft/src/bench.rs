@@ -35,7 +35,7 @@ pub fn run(arguments: &Bench) -> Result<(), Error> {
         train: &train,
         validation: &[],
         micro_batch_tokens: common.micro_batch_tokens,
-        recompute: common.recompute,
+        recompute: common.compute.recompute,
     };
     let ceiling = bench::ceiling_tokens_per_s(&model, true)?;
     let seconds = bench::step_s(&mut objective, adapter.parameters(), train.len())?;

@@ -6,8 +6,7 @@ use std::io::Write;
 use arete_model::bench::{Table, products_per_s, time};
 use arete_model::{Adapter, LoraConfig, Model, Source};
 
-use crate::runtime::{self, Dtype};
-use crate::{AdamW, AdamWConfig, Error, Objective};
+use crate::{AdamW, AdamWConfig, ComputeArgs, Error, Objective};
 
 /// Rows of the products that the ceiling is measured with.
 const CEILING_ROWS: usize = 512;
@@ -28,21 +27,9 @@ pub struct BenchArgs {
     /// Most tokens in one forward pass
     #[arg(long, default_value_t = 1024)]
     pub micro_batch_tokens: usize,
-    /// Pack the base to NF4 (QLoRA)
-    #[arg(long)]
-    pub nf4: bool,
-    /// Run each block again in the backward pass instead of keeping what it computed
-    #[arg(long)]
-    pub recompute: bool,
-    /// Number format of the frozen model and of activations
-    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
-    pub dtype: Dtype,
-    /// Where to compute: cpu, cuda, cuda:N, or auto
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// CPU threads; 0 = one a core
-    #[arg(long, default_value_t = 0)]
-    pub threads: u32,
+    /// How the base is held, and where it computes.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 impl BenchArgs {
@@ -52,12 +39,10 @@ impl BenchArgs {
     ///
     /// An unusable device or model.
     pub fn load(&self) -> Result<(Model, Adapter), Error> {
-        runtime::set_threads(self.threads);
-        let device = runtime::device(&self.device)?;
-        let options = runtime::load_options(device, self.dtype, self.nf4, false);
+        let options = self.compute.start()?;
         let model = Model::load(&Source::parse(&self.model)?, &options)?;
         let lora = LoraConfig { rank: self.rank, alpha: 32.0, ..LoraConfig::default() };
-        let mut adapter = Adapter::new("bench", &model.config, &lora, 0, device)?;
+        let mut adapter = Adapter::new("bench", &model.config, &lora, 0, options.device)?;
         adapter.set_trainable(true);
         Ok((model, adapter))
     }

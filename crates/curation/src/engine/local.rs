@@ -122,10 +122,14 @@ impl LocalEngine {
             .iter()
             .map(|chain| self.request(&chat, chain, drawing.seed, drawing.max_new_tokens))
             .collect::<Result<_, _>>()?;
-        let (requests, chain_of) = if drawing.is_verdict && self.share_prefixes {
-            joined(requests)
+        let alone = chains
+            .iter()
+            .enumerate()
+            .map(|(idx, chain)| (0..chain.samples.len()).map(|sample| (idx, sample)).collect())
+            .collect();
+        let (requests, places) = if drawing.is_verdict && self.share_prefixes {
+            joined(requests, alone)
         } else {
-            let alone = (0..requests.len()).map(|idx| vec![idx]).collect();
             (requests, alone)
         };
         let stop_ids = if self.ends_turns { self.model.stop_ids()? } else { Vec::new() };
@@ -134,7 +138,7 @@ impl LocalEngine {
         let mut failed = None;
         let mut next_turn = |end: TurnEnd<'_>| {
             let end_was_sampled = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
-            let (chain, _) = place(&chain_of, end.request, end.stream);
+            let (chain, _) = places[end.request][end.stream];
             chat.next_turn(end_was_sampled, &chains[chain].questions[end.turn])
         };
         let mut finished = |sequence: Sequence| {
@@ -146,7 +150,7 @@ impl LocalEngine {
                     n_tokens: turn.token_ids.len(),
                 });
             }
-            let (idx, sample) = place(&chain_of, sequence.request, sequence.stream);
+            let (idx, sample) = places[sequence.request][sequence.stream];
             let whole = parts.put(idx, sample, replies);
             if let Some(error) = whole.and_then(|whole| done(idx, whole).err()) {
                 // Ends the run; what is told to the caller is the error itself.
@@ -310,40 +314,34 @@ impl LocalEngine {
     }
 }
 
-/// Chain and sample of a stream, given the chains that each request stands for.
-fn place(chain_of: &[Vec<usize>], request: usize, stream: usize) -> (usize, usize) {
-    match chain_of[request][..] {
-        [chain] => (chain, stream),
-        _ => (chain_of[request][stream], 0),
-    }
-}
+/// Chain and sample of every stream of a request.
+type Places = Vec<(usize, usize)>;
 
-/// Requests of one stream each, those joined whose neighbours begin alike: the questions about a pair of samples, say, share
-/// everything up to the virtue asked about, which is then computed once. Also, which of the requests given each
-/// stream of a result is.
-fn joined(requests: Vec<Request>) -> (Vec<Request>, Vec<Vec<usize>>) {
-    let mut out: Vec<Request> = Vec::new();
-    let mut places: Vec<Vec<usize>> = Vec::new();
-    for (idx, request) in requests.into_iter().enumerate() {
-        if let (Some(group), Some(place)) = (out.last_mut(), places.last_mut()) {
+/// Joins requests whose neighbours begin alike: the questions about a pair of samples, say, share everything up to the virtue
+/// asked about, which is then computed once.
+fn joined(requests: Vec<Request>, places: Vec<Places>) -> (Vec<Request>, Vec<Places>) {
+    let mut out: Vec<(Request, Places)> = Vec::new();
+    for (request, place) in requests.into_iter().zip(places) {
+        let tails = |tail: &[i64]| vec![tail.to_vec(); place.len()];
+        if let Some((group, group_place)) = out.last_mut() {
             let shared = common(&group.prompt_ids, &request.prompt_ids);
+            let fits = group_place.len() + place.len() <= JOINED;
             // Half of it at least: a smaller share is what unlike questions have, such as a system prompt.
-            if place.len() < JOINED && 2 * shared >= request.prompt_ids.len() {
+            if fits && 2 * shared >= request.prompt_ids.len() {
                 let rest = group.prompt_ids.split_off(shared);
                 for tail in &mut group.tails {
                     tail.splice(..0, rest.iter().copied());
                 }
-                group.tails.push(request.prompt_ids[shared..].to_vec());
+                group.tails.extend(tails(&request.prompt_ids[shared..]));
                 group.streams.extend(request.streams);
                 group.extra_tokens = group.extra_tokens.max(request.extra_tokens);
-                place.push(idx);
+                group_place.extend(place);
                 continue;
             }
         }
-        out.push(Request { tails: vec![Vec::new()], ..request });
-        places.push(vec![idx]);
+        out.push((Request { tails: tails(&[]), ..request }, place));
     }
-    (out, places)
+    out.into_iter().unzip()
 }
 
 /// log P of every token of the vocabulary after the given rows.
@@ -494,8 +492,9 @@ mod tests {
         let asked: [&[i64]; 5] =
             [&[1, 2, 3, 4], &[1, 2, 3, 5, 6], &[1, 2, 7], &[1, 8, 9, 9], &[1, 8, 9]];
         let requests = (0..).zip(asked).map(|(sample, ids)| request(ids, sample)).collect();
-        let (joined, places) = joined(requests);
-        assert_eq!(places, [vec![0, 1, 2], vec![3, 4]]);
+        let alone = (0..asked.len()).map(|idx| vec![(idx, 0)]).collect();
+        let (joined, places) = joined(requests, alone);
+        assert_eq!(places, [vec![(0, 0), (1, 0), (2, 0)], vec![(3, 0), (4, 0)]]);
         assert_eq!(joined[0].prompt_ids, [1, 2]);
         assert_eq!(joined[0].tails, [vec![3, 4], vec![3, 5, 6], vec![7]]);
         assert_eq!(
@@ -503,10 +502,9 @@ mod tests {
             (&[1, 8, 9][..], &vec![vec![9], vec![]])
         );
         for (request, place) in joined.iter().zip(&places) {
-            for (stream, &idx) in place.iter().enumerate() {
+            for (stream, &(idx, _)) in place.iter().enumerate() {
                 assert_eq!([&request.prompt_ids[..], &request.tails[stream]].concat(), asked[idx]);
                 assert_eq!(request.streams[stream].sample, idx as u64);
-                assert_eq!(super::place(&places, 0, 1), (1, 0));
             }
         }
     }

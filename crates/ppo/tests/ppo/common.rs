@@ -33,6 +33,14 @@ struct Cli {
     config: Config,
 }
 
+/// A directory with prompts and three reward models over the tiny model.
+pub(crate) fn prepared() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &tiny_model());
+    dir
+}
+
 /// Settings for tiny-chat: f32, a few iterations, flags on top.
 pub(crate) fn config(flags: &[&str]) -> Config {
     let model = tiny_chat();

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use crate::common::{
-    adapter_sum, config, metric, tiny_model, tiny_model_in, write_prompts, write_rewards,
-};
+use crate::common::{adapter_sum, config, metric, prepared, tiny_model, tiny_model_in};
 use crate::goldens::{conversations, number, policy_and_critic, tensors};
 use crate::resume::{start, start_and_kill_in_the_third_rollout};
 use arete_model::{Kind, Model, Tensor};
@@ -222,10 +220,8 @@ fn gradients_are_clipped_after_their_scale_is_taken_out() {
 /// In the CPU's own format a power of two changes no bit, so the run goes through with a scale it never had.
 #[test]
 fn the_scale_is_checkpointed_and_taken_up_again() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = prepared();
     let dir = dir.path();
-    write_prompts(dir);
-    write_rewards(dir, &tiny_model());
     assert!(start(dir, "whole").wait().unwrap().success());
     start_and_kill_in_the_third_rollout(dir, "out");
     let (whole, output) = (dir.join("whole"), dir.join("out"));

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::{tiny_chat, tiny_model, write_prompts, write_rewards};
+use crate::common::{prepared, tiny_chat};
 use arete_model::random;
 use arete_records::run::{RunJson, sha256_file};
 
@@ -58,10 +58,8 @@ fn sums(output: &Path) -> Vec<(String, String)> {
 
 #[test]
 fn torture_by_kills_changes_no_byte() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = prepared();
     let dir = dir.path();
-    write_prompts(dir);
-    write_rewards(dir, &tiny_model());
     let started = Instant::now();
     assert!(start(dir, "whole").wait().unwrap().success());
     let whole_run = started.elapsed();
@@ -107,10 +105,8 @@ pub(crate) fn start_and_kill_in_the_third_rollout(dir: &Path, output: &str) -> P
 
 #[test]
 fn a_half_finished_rollout_is_continued() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = prepared();
     let dir = dir.path();
-    write_prompts(dir);
-    write_rewards(dir, &tiny_model());
     assert!(start(dir, "whole").wait().unwrap().success());
     let journal = start_and_kill_in_the_third_rollout(dir, "out");
     // Tokens of the whole lines; the kill may have cut the last.
@@ -157,10 +153,8 @@ fn interrupt_once_there_is(file: &Path, child: &mut Child) -> Option<i32> {
 
 #[test]
 fn a_signal_stops_between_iterations_and_the_same_command_continues() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = prepared();
     let dir = dir.path();
-    write_prompts(dir);
-    write_rewards(dir, &tiny_model());
     let first = dir.join("out/rollouts/iteration-000001.parquet");
     interrupt_once_there_is(&first, &mut start(dir, "out"));
     assert!(start(dir, "out").wait().unwrap().success());
@@ -169,10 +163,8 @@ fn a_signal_stops_between_iterations_and_the_same_command_continues() {
 
 #[test]
 fn a_signal_within_a_probe_loses_no_iteration() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = prepared();
     let dir = dir.path();
-    write_prompts(dir);
-    write_rewards(dir, &tiny_model());
     assert!(start(dir, "whole").wait().unwrap().success());
     let out = dir.join("out");
     let probed = |checkpoint: &str| -> serde_json::Value {
