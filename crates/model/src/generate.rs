@@ -1,5 +1,5 @@
-//! Batched generation: sequences enter and leave the batch as they end, prompts are computed once and forked,
-//! turns continue on the same cache.
+//! Batched generation: sequences enter and leave the batch as they end, prompts are computed once and forked (also
+//! the beginning that a prompt has in common with one in flight), turns continue on the same cache.
 //!
 //! Every sequence draws from its own counter-based stream (ChaCha, keyed by seed, prompt and sample; one draw a
 //! token), and the decoder gives the same bits for a row whatever its neighbours are: a completion does not
@@ -20,6 +20,9 @@ use crate::lora::{Adapter, PreparedLayer};
 use crate::ops::SampleSettings;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, ops, random};
+
+mod prefixes;
+use prefixes::Prefixes;
 
 /// How tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -273,7 +276,7 @@ fn sample_all(
         options,
         cache: Cache::new(decoder, capacity)?,
         waiting: (0..requests.len()).collect(),
-        prefixes: Vec::new(),
+        prefixes: Prefixes::default(),
         active: Vec::new(),
     };
     while engine.step(&mut callbacks)? {}
@@ -363,12 +366,6 @@ fn capacity(requests: &[Request], max_rows: usize) -> usize {
     all.min(per_row.saturating_mul(max_rows).max(largest)).max(1)
 }
 
-/// A prompt in the cache, shared by the sequences sampled from it.
-struct Prefix {
-    run: Run,
-    users: usize,
-}
-
 /// A sequence in flight.
 struct Active {
     request: usize,
@@ -393,7 +390,7 @@ struct Engine<'a> {
     options: &'a Options,
     cache: Cache,
     waiting: VecDeque<usize>,
-    prefixes: Vec<Option<Prefix>>,
+    prefixes: Prefixes,
     active: Vec<Active>,
 }
 
@@ -409,17 +406,25 @@ struct Rows {
 
 impl Rows {
     /// Adds tokens at `position`, stored from `slot` on, that see `seen` (the own tokens last).
-    fn push(&mut self, token_ids: &[i64], position: usize, slot: usize, seen: &[Run]) -> usize {
+    fn push(
+        &mut self,
+        token_ids: &[i64],
+        position: usize,
+        slot: usize,
+        seen: impl Iterator<Item = Run>,
+    ) -> usize {
         let row = self.token_ids.len();
         let n = token_ids.len();
+        let first_span = self.spans.len();
+        self.spans.extend(seen.map(|run| [run.start as i64, run.length as i64]));
+        let n_spans = self.spans.len() - first_span;
         self.segments.push([
             row as i64,
             n as i64,
             position as i64,
-            self.spans.len() as i64,
-            seen.len() as i64,
+            first_span as i64,
+            n_spans as i64,
         ]);
-        self.spans.extend(seen.iter().map(|run| [run.start as i64, run.length as i64]));
         self.token_ids.extend_from_slice(token_ids);
         self.positions.extend((position..position + n).map(|p| p as i64));
         self.slots.extend((slot..slot + n).map(|s| s as i64));
@@ -433,15 +438,14 @@ impl Engine<'_> {
         let mut rows = Rows::default();
         let mut last_rows = Vec::new(); // one per active sequence
         for sequence in &mut self.active {
-            let prefix =
-                self.prefixes[sequence.prefix].as_ref().expect("prefixes outlive their users");
             let n = sequence.pending.len();
             let own = Run { start: sequence.own.start, length: sequence.cached + n };
+            let n_prompt = self.requests[sequence.request].prompt_ids.len();
             let row = rows.push(
                 &sequence.pending,
-                prefix.run.length + sequence.cached,
+                n_prompt + sequence.cached,
                 sequence.own.start + sequence.cached,
-                &[prefix.run, own],
+                self.prefixes.runs(sequence.prefix).chain([own]),
             );
             sequence.cached += n;
             sequence.pending.clear();
@@ -502,7 +506,11 @@ impl Engine<'_> {
             if !room {
                 break;
             }
-            let Some(prefix_run) = self.cache.allocate(request.prompt_ids.len()) else { break };
+            // Its last token is always computed: the first sampled token is drawn after it.
+            let n_prompt = request.prompt_ids.len();
+            let shared = self.prefixes.shared(&request.prompt_ids[..n_prompt - 1]);
+            let n_shared: usize = shared.iter().map(|part| part.run.length).sum();
+            let Some(rest) = self.cache.allocate(n_prompt - n_shared) else { break };
             let mut own = Vec::with_capacity(request.streams.len());
             while own.len() < request.streams.len() {
                 match self.cache.allocate(own_slots(request, own.len())) {
@@ -512,21 +520,26 @@ impl Engine<'_> {
             }
             if own.len() < request.streams.len() {
                 own.into_iter().for_each(|run| self.cache.release(run));
-                self.cache.release(prefix_run);
+                self.cache.release(rest);
                 assert!(!self.active.is_empty(), "an empty cache holds the largest request");
                 break;
             }
             self.waiting.pop_front();
-            let n_prompt = request.prompt_ids.len();
-            let prompt_row = rows.push(&request.prompt_ids, 0, prefix_run.start, &[prefix_run]);
-            let prefix = self.keep_prefix(Prefix { run: prefix_run, users: own.len() });
+            let prefix = self.prefixes.insert(&request.prompt_ids, shared, rest, own.len());
+            let prompt_row = rows.push(
+                &request.prompt_ids[n_shared..],
+                n_shared,
+                rest.start,
+                self.prefixes.runs(prefix),
+            );
             for (stream, own) in own.into_iter().enumerate() {
                 let tail = tail(request, stream);
                 let row = if tail.is_empty() {
                     prompt_row
                 } else {
                     let given = Run { start: own.start, length: tail.len() };
-                    rows.push(tail, n_prompt, own.start, &[prefix_run, given])
+                    let seen = self.prefixes.runs(prefix).chain([given]);
+                    rows.push(tail, n_prompt, own.start, seen)
                 };
                 last_rows.push(row as i64);
                 self.active.push(Active {
@@ -545,27 +558,9 @@ impl Engine<'_> {
         }
     }
 
-    fn keep_prefix(&mut self, prefix: Prefix) -> usize {
-        match self.prefixes.iter().position(Option::is_none) {
-            Some(idx) => {
-                self.prefixes[idx] = Some(prefix);
-                idx
-            }
-            None => {
-                self.prefixes.push(Some(prefix));
-                self.prefixes.len() - 1
-            }
-        }
-    }
-
     fn release(&mut self, sequence: &Active) {
         self.cache.release(sequence.own);
-        let slot = &mut self.prefixes[sequence.prefix];
-        let prefix = slot.as_mut().expect("prefixes outlive their users");
-        prefix.users -= 1;
-        if prefix.users == 0 {
-            let run = prefix.run;
-            *slot = None;
+        for run in self.prefixes.leave(sequence.prefix) {
             self.cache.release(run);
         }
     }

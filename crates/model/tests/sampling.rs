@@ -65,6 +65,33 @@ fn chi_square(counts: &[f64], probabilities: &[f64], n: f64) -> (f64, usize) {
     (statistic, classes)
 }
 
+/// Prompts in flight share the slots of their common beginning, also when the one that brought them is gone.
+#[test]
+fn prompts_with_a_common_beginning_have_the_completions_they_have_alone() {
+    let model = model();
+    let vocabulary = model.config.vocab_size as i64;
+    let request = |i: i64| Request {
+        // 40, 43, … tokens, of which the first 16, 17, … are the first prompt's.
+        prompt_ids: (0..40 + 3 * i)
+            .map(|k| 5 + (k * 7 + if k < 16 + i { 0 } else { i }) % (vocabulary - 5))
+            .collect(),
+        streams: vec![Stream { seed: 5, prompt: i as u64, sample: 0 }],
+        max_new_tokens: 3 + 2 * i as usize,
+        ..request(1, 1)
+    };
+    let requests: Vec<Request> = (0..8).map(request).collect();
+    let mut options = Options::new(Sampling::at(1.0), Vec::new());
+    let run = |requests: &[Request], options: &Options| {
+        generate::complete(&model.decoder, None, None, requests, options).unwrap()
+    };
+    let alone: Vec<_> =
+        requests.iter().flat_map(|one| run(std::slice::from_ref(one), &options)).collect();
+    for max_rows in [64, 3, 2] {
+        options.max_rows = max_rows;
+        assert_eq!(run(&requests, &options), alone, "{max_rows} in flight");
+    }
+}
+
 #[test]
 fn draws_follow_the_softmax() {
     let model = model();

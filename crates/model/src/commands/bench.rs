@@ -50,6 +50,19 @@ fn sampling(decoder: &Decoder, rows: usize, new_tokens: usize) -> anyhow::Result
     Ok((rows * new_tokens) as f64 / start.elapsed().as_secs_f64())
 }
 
+/// Tokens a second of one sequence, from its first new token on: the prompt is not in it.
+fn decoding(decoder: &Decoder, new_tokens: usize) -> anyhow::Result<f64> {
+    let options = Options::new(Sampling::at(0.7), Vec::new());
+    let request = requests(1, 16, new_tokens.max(2)).remove(0);
+    let mut times = Vec::with_capacity(request.max_new_tokens);
+    generate::stream(decoder, None, None, &request, &options, &mut |_| {
+        times.push(Instant::now());
+        Ok(())
+    })?;
+    let seconds = times[times.len() - 1].duration_since(times[0]).as_secs_f64();
+    Ok((times.len() - 1) as f64 / seconds)
+}
+
 pub(super) fn run(arguments: &Bench) -> anyhow::Result<()> {
     let mut table = Table::default();
     // Programs of their own come first, while this one holds no memory and keeps no thread spinning.
@@ -120,8 +133,8 @@ fn push_packed(arguments: &Bench, table: &mut Table) -> anyhow::Result<()> {
     let decoder = &mut model.decoder;
     decoder.set_packed_decoding(true);
     let bound = read_bytes_per_s()? / decoder.bytes_per_token() as f64;
-    sampling(decoder, 1, 8)?;
-    let figure = sampling(decoder, 1, arguments.new_tokens)?;
+    decoding(decoder, 8)?;
+    let figure = decoding(decoder, arguments.new_tokens)?;
     table.push(
         "one sequence, four-bit weights",
         figure,
@@ -149,7 +162,7 @@ fn push_batches(arguments: &Bench, decoder: &Decoder, table: &mut Table) -> anyh
     table.push(work, 1024.0 / seconds, "tokens/s", Some(bound), "ceiling: products");
 
     let bound = products_per_s(decoder, 1, true)?;
-    let figure = sampling(decoder, 1, arguments.new_tokens)?;
+    let figure = decoding(decoder, arguments.new_tokens)?;
     table.push("one sequence", figure, "tokens/s", Some(bound), "ceiling: products");
     Ok(())
 }
