@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Which of the recommended settings matter? One change at a time, up to the reward models and the best of sixteen samples.
 
-    python3 scripts/experiments/ablate.py PROMPTS YARDSTICK [RUNS] [NAME …]
+    python3 scripts/experiments/ablate.py PROMPTS YARDSTICK [RUNS] [NAME …] [--ppo NAME …]
 
 PROMPTS    hub id, file or directory of prompts (hh-rlhf, say)
 YARDSTICK  a reward model of human pairs (make yardstick)
 RUNS       where to write, default runs/ablate; stages that a change does not concern are copied from the first run
 NAME       only these variants (the first is needed by all)
+--ppo      variants to carry on through PPO and scoring, and to compare then
 
 Prints a line a variant: accuracy of the three reward models on validation pairs with 95 % interval, what the best of 16 gains
 by the ensemble's own standardised score, and what the same favourites gain by the yardstick. Stopped and repeated, it continues.
 """
 
+import argparse
 import json
 import pathlib
 import re
@@ -94,23 +96,36 @@ def row(name: str, out: pathlib.Path) -> str:
     return "| " + " | ".join([*cells, interval(best["gain"], 1, 2), interval(best["yardstick_gain"], 1, 2)]) + " |"
 
 
+def tune(name: str, runs: pathlib.Path, prompts: str, yardstick: str) -> str:
+    """PPO and scoring of a variant whose reward models are there; the run as `arete-scoring compare` takes it."""
+    settings, out = runs / f"{name}.toml", runs / name
+    variables = {"RECIPE": settings, "RUN": out, "PROMPTS": prompts, "YARDSTICK": yardstick}
+    subprocess.run(["make", "all", *(f"{key}={value}" for key, value in variables.items())], check=True)
+    return f"{name}={out}"
+
+
 def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    prompts, yardstick = sys.argv[1:3]
-    runs = pathlib.Path(sys.argv[3] if len(sys.argv) > 3 else "runs/ablate")
-    names = sys.argv[4:] or list(VARIANTS)
-    if unknown := set(names) - set(VARIANTS):
-        sys.exit(f"ablate: unknown variant {', '.join(sorted(unknown))}, expected some of {', '.join(VARIANTS)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts")
+    parser.add_argument("yardstick")
+    parser.add_argument("runs", nargs="?", default="runs/ablate", type=pathlib.Path)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(VARIANTS))
+    parser.add_argument("--ppo", nargs="+", default=[], metavar="NAME", choices=[*VARIANTS])
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(VARIANTS):
+        parser.error(f"unknown variant {', '.join(sorted(unknown))}, expected some of {', '.join(VARIANTS)}")
     lines = []
-    for name in names:
+    for name in arguments.names or VARIANTS:
         try:
-            run(name, runs, prompts, yardstick)
-            lines.append(row(name, runs / name))
+            run(name, arguments.runs, arguments.prompts, arguments.yardstick)
+            lines.append(row(name, arguments.runs / name))
         except subprocess.CalledProcessError as error:
             lines.append(f"| {name} | stopped with exit code {error.returncode}, see above | – | – | – | – |")
     print("| variant | action | motivation | consequence | best of 16, ensemble | best of 16, yardstick |\n|---|---|---|---|---|---|")
     print("\n".join(lines))
+    tuned = [tune(name, arguments.runs, arguments.prompts, arguments.yardstick) for name in arguments.ppo]
+    if tuned:
+        subprocess.run(["target/release/arete-scoring", "compare", *tuned], check=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@
 #   PROMPTS=FILE YARDSTICK=DIR bash scripts/experiments/compare.sh
 #
 # PROMPTS    hub id, file or directory of prompts (hh-rlhf, say)          YARDSTICK  a reward model of human pairs (make yardstick)
-# ARMS       recipes, default: report report-steps recommended            SEEDS      default: 1 2 3
+# ARMS       recipes, default: report report-steps recommended ppo-only   SEEDS      default: 1 2 3
 # OUT        default: runs/compare
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${PROMPTS:?PROMPTS=FILE is needed: the prompts, in any form that arete-curation prompts reads}"
 out=${OUT:-runs/compare}
-read -ra arms <<<"${ARMS:-report report-steps recommended}"
+read -ra arms <<<"${ARMS:-report report-steps recommended ppo-only}"
 read -ra seeds <<<"${SEEDS:-1 2 3}"
 mkdir -p "$out"
 runs=()
