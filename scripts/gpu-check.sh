@@ -58,6 +58,7 @@ nf4 = true
 
 [ppo]
 iterations = 1
+value_warmup = 0
 rollout_size = 8
 max_new_tokens = 32
 probe_every = 1

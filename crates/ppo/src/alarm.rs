@@ -14,7 +14,7 @@ pub struct Baseline {
     pub yardstick: Vec<f32>,
 }
 
-/// How a probe differs from the first one, on the same prompts.
+/// How a probe differs from an earlier one, on the same prompts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Change {
     /// Of the ensemble's mean, with its 95 % interval.
@@ -24,10 +24,10 @@ pub struct Change {
 }
 
 impl Change {
-    /// From `first` to `now`; none without a yardstick, or if the probes are not of the same prompts.
-    pub fn between(first: &Baseline, now: &Baseline, seed: u64) -> Option<Self> {
+    /// From `earlier` to `now`; none without a yardstick, or if the probes are not of the same prompts.
+    pub fn between(earlier: &Baseline, now: &Baseline, seed: u64) -> Option<Self> {
         let n = now.yardstick.len();
-        let same = [&first.z, &first.yardstick, &now.z].into_iter().all(|part| part.len() == n);
+        let same = [&earlier.z, &earlier.yardstick, &now.z].into_iter().all(|part| part.len() == n);
         if n == 0 || !same {
             return None;
         }
@@ -39,8 +39,8 @@ impl Change {
                 .interval
         };
         Some(Self {
-            z: difference(&first.z, &now.z),
-            yardstick: difference(&first.yardstick, &now.yardstick),
+            z: difference(&earlier.z, &now.z),
+            yardstick: difference(&earlier.yardstick, &now.yardstick),
         })
     }
 
@@ -52,6 +52,15 @@ impl Change {
     /// Gao et al. 2022 (arXiv:2210.10760): the proxy's score goes on rising when the gold score falls.
     pub fn is_over_optimised(&self) -> bool {
         self.z.estimate > 0.0 && self.yardstick.high < 0.0
+    }
+}
+
+impl Baseline {
+    /// Whether the yardstick's mean is higher here than in `other`; false without a yardstick.
+    pub fn is_above(&self, other: &Self) -> bool {
+        let sum = |scores: &[f32]| scores.iter().copied().map(f64::from).sum::<f64>();
+        let [own, other] = [&self.yardstick, &other.yardstick];
+        own.len() == other.len() && sum(own) > sum(other)
     }
 }
 
@@ -79,6 +88,17 @@ mod tests {
         assert!(!change(&higher, &[2.0, 3.0, 1.0, 2.0]).is_over_optimised());
         assert!(!change(&higher, &[-1.0, 3.0, -2.0, 3.0]).is_over_optimised());
         assert!(!change(&[-1.0; 4], &[0.0, 0.0, -2.0, 0.0]).is_over_optimised());
+    }
+
+    #[test]
+    fn a_fall_from_the_highest_probe_counts_though_the_first_was_lower() {
+        let first = baseline(&[0.0; 4], &[0.0, 0.5, -0.5, 0.0]);
+        let highest = baseline(&[1.0; 4], &[1.0, 1.5, 0.5, 1.0]);
+        let now = baseline(&[2.0; 4], &[0.5, 1.0, 0.0, 0.5]);
+        assert!(highest.is_above(&first) && !now.is_above(&highest) && !first.is_above(&first));
+        assert!(!Change::between(&first, &now, 1).unwrap().is_over_optimised());
+        assert!(Change::between(&highest, &now, 1).unwrap().is_over_optimised());
+        assert!(!baseline(&[], &[]).is_above(&first));
     }
 
     #[test]

@@ -286,6 +286,8 @@ impl Config {
         positive("kl_target", self.kl_target)?;
         positive("kl_horizon", self.kl_horizon)?;
         for (name, value) in [
+            ("learning_rate", self.learning_rate),
+            ("value_learning_rate", self.value_learning_rate),
             ("kl_coef", self.kl_coef),
             ("value_coef", self.value_coef),
             ("target_kl", self.target_kl),
@@ -318,6 +320,14 @@ impl Config {
         }
         check("iterations", self.iterations > 0, "at least 1", &self.iterations)?;
         check("epochs", self.epochs > 0, "at least 1", &self.epochs)?;
+        check(
+            "value_warmup",
+            self.value_warmup < self.iterations,
+            &format!("fewer than the {} iterations, or the policy never learns", self.iterations),
+            &self.value_warmup,
+        )?;
+        let moves = self.kl_control == KlControl::Fixed || self.kl_coef > 0.0;
+        check("kl_coef", moves, "a number above 0, for kl_control = adaptive multiplies it", &0)?;
         check(
             "n_minibatches",
             self.rollout_size.is_multiple_of(self.n_minibatches),
@@ -379,6 +389,18 @@ mod tests {
                 "placement: expected final, for an ensemble other than mean over a chain, got per_turn",
             ),
             (&["--temperature", "0"][..], "temperature: expected a number above 0, got 0"),
+            (
+                &["--iterations", "1"][..],
+                "value_warmup: expected fewer than the 1 iterations, or the policy never learns, got 1",
+            ),
+            (
+                &["--kl-control", "adaptive", "--kl-coef", "0"][..],
+                "kl_coef: expected a number above 0, for kl_control = adaptive multiplies it, got 0",
+            ),
+            (
+                &["--value-learning-rate=-1"][..],
+                "value_learning_rate: expected a number of at least 0, got -1",
+            ),
             (&["--lambda", "1.5"][..], "lambda: expected a number within 0 to 1, got 1.5"),
             (&["--iterations", "0"][..], "iterations: expected at least 1, got 0"),
         ] {

@@ -116,6 +116,17 @@ pub enum Error {
         got: f64,
     },
 
+    /// A reward model gave no number while its statistics were taken.
+    #[error(
+        "{what}: expected finite numbers, got {got}; are its weights damaged, or is f16 too narrow for it?"
+    )]
+    NotANumber {
+        /// Whose scores.
+        what: String,
+        /// The first that is none.
+        got: f64,
+    },
+
     /// All conversations score the same: there is nothing to learn from.
     #[error(
         "{what}: expected scores that differ between conversations, got {got} for all {n}; is the reward model trained?"
@@ -155,7 +166,8 @@ impl ExitClass for Error {
             | Self::PromptTooLong { .. }
             | Self::NotAReward { .. }
             | Self::NonFiniteScore { .. }
-            | Self::ZeroVariance { .. } => Some(code::BAD_DATA),
+            | Self::ZeroVariance { .. }
+            | Self::NotANumber { .. } => Some(code::BAD_DATA),
             Self::Torch(_) | Self::Shape { .. } | Self::Ratio { .. } => Some(code::FAILURE),
         }
     }

@@ -108,6 +108,9 @@ impl Iteration<'_> {
             let n_read = scores.n_tokens;
             Ok((scores, n_read))
         })?;
+        for (aspect, column) in self.ensemble.learned_columns(&scores.raw) {
+            check_variance(&format!("scores of the {aspect} reward model"), &column, iteration)?;
+        }
         interrupt::check()?;
         let ref_logprob = timed(&mut phases, "reference", || {
             let decoder = &self.model.decoder;
@@ -124,7 +127,7 @@ impl Iteration<'_> {
         let kl = &first.old_logprob - ref_logprob; // [n]
         let kl_coef = self.kl_coef;
         let assessment = assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
-        check_variance(&assessment.paid, iteration)?;
+        check_variance("scores paid out", &assessment.paid, iteration)?;
         let targets = targets(&assessment, &layout, &first, config)?;
         interrupt::check()?;
         let kind = self.model.decoder.kind();
@@ -141,7 +144,9 @@ impl Iteration<'_> {
             self.ensemble.members.iter().map(|member| member.aspect).collect();
         metrics.extend(of_update(&report));
         metrics.extend(assess::describe(&conversations, &aspects, &assessment.scores));
-        metrics.push(("lr".to_owned(), self.rates.policy));
+        // The policy takes no step while the critic warms up.
+        let policy_rate = if learning == Learning::Both { self.rates.policy } else { 0.0 };
+        metrics.push(("lr".to_owned(), policy_rate));
         metrics.push(("value_lr".to_owned(), self.rates.critic));
         metrics.extend(optimisers.scale.factor.map(|factor| ("loss_scale".to_owned(), factor)));
         Ok(Outcome { conversations, assessment, report, metrics, phases })
@@ -179,20 +184,17 @@ fn targets(
     Ok(Targets { advantage: layout.gather(&advantage), returns: layout.gather(&raw.returns) })
 }
 
-/// An iteration whose conversations all score the same teaches nothing: a broken reward model if it is the first.
-fn check_variance(paid: &[f64], iteration: u64) -> Result<(), Error> {
-    let first = paid.first().copied().unwrap_or(0.0);
-    if paid.len() < 2 || paid.iter().any(|&score| score != first) {
+/// Scores that are the same for every conversation teach nothing: a broken reward model if it is the first iteration.
+fn check_variance(what: &str, scores: &[f64], iteration: u64) -> Result<(), Error> {
+    let first = scores.first().copied().unwrap_or(0.0);
+    if scores.len() < 2 || scores.iter().any(|&score| score != first) {
         return Ok(());
     }
     if iteration == 1 {
-        return Err(Error::ZeroVariance {
-            what: "scores of the first rollout".to_owned(),
-            got: first,
-            n: paid.len(),
-        });
+        let what = format!("{what} in the first rollout");
+        return Err(Error::ZeroVariance { what, got: first, n: scores.len() });
     }
-    tracing::warn!(iteration, score = first, "every conversation scores the same");
+    tracing::warn!(iteration, what, score = first, "every conversation scores the same");
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use crate::alarm::Baseline;
 use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
-use crate::rollout::{Layout, Purpose, Sampler, own_logprobs};
+use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
 use crate::scorer::{Ensemble, Scoring, Yardstick};
 
 /// What is probed, and with what.
@@ -35,7 +35,9 @@ pub struct Probe<'a> {
 /// What a probe found.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// Mean standardised score of the ensemble: what the best checkpoint is chosen by.
+    /// Mean of what the scores pay, by the ensemble, clip and penalty of the run: what the best checkpoint is chosen by.
+    pub score: f64,
+    /// Mean standardised score of the reward models.
     pub z_mean: f64,
     /// Numbers to log.
     pub metrics: Vec<(String, f64)>,
@@ -43,6 +45,17 @@ pub struct Report {
     pub baseline: Baseline,
     /// The conversations.
     pub rows: Vec<RolloutRow>,
+}
+
+impl Report {
+    /// Tokens sampled.
+    pub fn n_sampled(&self) -> usize {
+        let of = |row: &RolloutRow| {
+            let turns = [row.n_tokens_action, row.n_tokens_motivation, row.n_tokens_consequence];
+            turns.into_iter().flatten().sum::<i32>()
+        };
+        usize::try_from(self.rows.iter().map(of).sum::<i32>()).expect("counts are not negative")
+    }
 }
 
 impl Probe<'_> {
@@ -70,11 +83,12 @@ impl Probe<'_> {
         )?;
         let budget = config.micro_batch_tokens;
         let scoring = Scoring { decoder, chat: self.chat, budget };
-        let scores = self.ensemble.scores(scoring, &conversations, iteration, |conversation| {
-            self.prompts[conversation.prompt].prompt_id.clone()
-        })?;
-        let logprob =
-            |adapter| own_logprobs(decoder, adapter, &conversations, config.temperature, budget);
+        let prompt_id = |c: &Conversation| self.prompts[c.prompt].prompt_id.clone();
+        let scores = self.ensemble.scores(scoring, &conversations, iteration, prompt_id)?;
+        // The KL of what is sampled here; greedy answers have none, and are measured as if they had been sampled.
+        let sampled = self.sampler.temperature > 0.0;
+        let temperature = if sampled { self.sampler.temperature } else { config.temperature };
+        let logprob = |adapter| own_logprobs(decoder, adapter, &conversations, temperature, budget);
         let kl = logprob(Some(policy))? - logprob(None)?; // [n]
         let layout = Layout::new(&conversations);
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
@@ -86,16 +100,21 @@ impl Probe<'_> {
                 .into_iter()
                 .map(|(name, value)| (format!("probe/{name}"), value))
                 .collect();
-        metrics.push(("probe/kl".to_owned(), stats::mean(&assessment.kl)));
+        let score = stats::mean(&assessment.paid);
+        metrics.push(("probe/scores".to_owned(), score));
+        if sampled {
+            metrics.push(("probe/kl".to_owned(), stats::mean(&assessment.kl)));
+        }
         let narrow = |scores: &[f64]| scores.iter().map(|&score| score as f32).collect();
         let z_means = assessment.scores.z_means();
         let mut baseline = Baseline { z: narrow(&z_means), yardstick: Vec::new() };
         if let Some(yardstick) = self.yardstick {
-            let scores = yardstick.scores(scoring, &conversations)?;
+            let scores = yardstick.scores(scoring, &conversations, iteration, prompt_id)?;
             metrics.push(("probe/yardstick".to_owned(), stats::mean(&scores)));
             baseline.yardstick = narrow(&scores);
         }
         Ok(Report {
+            score,
             z_mean: stats::mean(&z_means),
             baseline,
             metrics,

@@ -184,17 +184,10 @@ impl Ensemble {
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Scores, Error> {
         let (raw, n_tokens) = self.raw_scores(scoring, conversations)?;
-        for (row, conversation) in raw.iter().zip(conversations) {
-            for (member, &score) in self.members.iter().zip(row) {
-                if !score.is_finite() {
-                    return Err(Error::NonFiniteScore {
-                        iteration,
-                        what: format!("score of the {} reward model", member.aspect),
-                        prompt_id: prompt_id(conversation),
-                        got: score,
-                    });
-                }
-            }
+        for (idx, member) in self.members.iter().enumerate() {
+            let column: Vec<f64> = raw.iter().map(|row| row[idx]).collect();
+            let what = format!("score of the {} reward model", member.aspect);
+            check_finite(&column, conversations, &what, iteration, &prompt_id)?;
         }
         let standardise = |(member, &score): (&Member, &f64)| {
             let stats = member.stats.as_ref().expect("statistics are known before scores are");
@@ -205,11 +198,20 @@ impl Ensemble {
         Ok(Scores { raw, z, n_tokens })
     }
 
+    /// The scores of each member that is a reward model, a column each.
+    pub(crate) fn learned_columns(&self, raw: &[Vec<f64>]) -> Vec<(Aspect, Vec<f64>)> {
+        let members = self.members.iter().enumerate();
+        members
+            .filter(|(_, member)| matches!(member.judge, Judge::Model { .. }))
+            .map(|(idx, member)| (member.aspect, raw.iter().map(|row| row[idx]).collect()))
+            .collect()
+    }
+
     /// Takes the statistics of members that have none from these scores of the reference.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroVariance`] if a member scores all conversations alike.
+    /// [`Error::ZeroVariance`] if a member scores all conversations alike, [`Error::NotANumber`] if it gives no number.
     pub fn calibrate(
         &mut self,
         raw: &[Vec<f64>],
@@ -221,6 +223,12 @@ impl Ensemble {
                 continue;
             }
             let scores: Vec<f64> = raw.iter().map(|row| row[idx]).collect();
+            if let Some(got) = scores.iter().find(|score| !score.is_finite()) {
+                return Err(Error::NotANumber {
+                    what: format!("scores of the {} reward model on the reference", member.aspect),
+                    got: *got,
+                });
+            }
             let stats = ScoreStats::of(&scores, split, base_sha256);
             if !(stats.std.is_finite() && stats.std >= MIN_STD) {
                 return Err(Error::ZeroVariance {
@@ -302,11 +310,13 @@ impl Yardstick {
     ///
     /// # Errors
     ///
-    /// As [`Ensemble::raw_scores`].
+    /// As [`Ensemble::scores`].
     pub fn scores(
         &self,
         scoring: Scoring<'_>,
         conversations: &[Conversation],
+        iteration: u64,
+        prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Vec<f64>, Error> {
         let (adapter, head) = (self.adapter.as_ref(), &self.head);
         let raw = match &self.model {
@@ -322,14 +332,41 @@ impl Yardstick {
                 sequence_scores(scoring, adapter, head, &sequences)?
             }
         };
+        check_finite(&raw, conversations, "score of the yardstick", iteration, &prompt_id)?;
         let (mean, std) = self.stats.as_ref().map_or((0.0, 1.0), |stats| (stats.mean, stats.std));
         Ok(raw.into_iter().map(|score| (score - mean) / std).collect())
+    }
+}
+
+/// A score for each conversation that is a number, or an error that names the prompt.
+fn check_finite(
+    scores: &[f64],
+    conversations: &[Conversation],
+    what: &str,
+    iteration: u64,
+    prompt_id: &impl Fn(&Conversation) -> String,
+) -> Result<(), Error> {
+    match scores.iter().zip(conversations).find(|(score, _)| !score.is_finite()) {
+        None => Ok(()),
+        Some((&got, conversation)) => Err(Error::NonFiniteScore {
+            iteration,
+            what: what.to_owned(),
+            prompt_id: prompt_id(conversation),
+            got,
+        }),
     }
 }
 
 fn load_reward(dir: &Path, name: &str, model: &Model) -> Result<(Adapter, ScalarHead), Error> {
     let loaded = adapter_files::load(dir, name, &model.config, model.decoder.device())?;
     loaded.meta.check_base(model)?;
+    if loaded.meta.base_sha256.is_empty() {
+        tracing::warn!(
+            path = %dir.display(),
+            trained_on = loaded.meta.base_model,
+            "the adapter does not say what its base's weights were: nothing checks that they are this model's"
+        );
+    }
     let head = loaded.head.ok_or_else(|| Error::NotAReward {
         path: dir.to_owned(),
         expected: "an adapter with a score head (modules_to_save)",

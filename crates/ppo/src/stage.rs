@@ -135,14 +135,15 @@ struct State {
     /// Conversations sampled in all of them.
     episodes: u64,
     /// Weight of the KL penalty from here on.
-    #[serde(with = "exact")]
     kl_coef: f64,
     /// The newest iteration that was probed.
     probed: Option<u64>,
     /// The best probe after an iteration.
     best: Option<Best>,
-    /// The probe before the first iteration.
-    first_probe: Option<Baseline>,
+    /// The probe before the first iteration: its score, and what later ones are measured against.
+    first_probe: Option<(f64, Baseline)>,
+    /// The probe that the yardstick liked best.
+    highest_probe: Option<Baseline>,
     /// Loss scale of an f16 run.
     loss_scale: LossScale,
 }
@@ -151,22 +152,8 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Best {
     iteration: u64,
-    /// Mean standardised score of the ensemble.
-    #[serde(with = "exact")]
-    z_mean: f64,
-}
-
-/// A float as text that parses to the same bits: `serde_json` may miss the last one.
-mod exact {
-    use serde::{Deserialize, Deserializer, Serializer, de};
-
-    pub(super) fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(&value.to_string())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
-    }
+    /// Mean of what the scores pay.
+    score: f64,
 }
 
 /// The learning rates of policy and critic.
@@ -247,7 +234,12 @@ impl<'a> Stage<'a> {
 
         let models = Models::new(&model.decoder, config)?;
         let mut optimisers = Optimisers::new(&models, config)?;
-        let store = CheckpointStore::new(&output, run.fingerprint(), config.keep_checkpoints);
+        let store = CheckpointStore::new(
+            &output,
+            run.fingerprint(),
+            runtime::dtype_name(options.dtype),
+            config.keep_checkpoints,
+        );
         let loaded = store.latest::<State>()?;
         let saved = loaded.as_ref().map(|loaded| (loaded.step, loaded.state.probed));
         let state = match loaded {
@@ -265,6 +257,7 @@ impl<'a> Stage<'a> {
                 probed: None,
                 best: None,
                 first_probe: None,
+                highest_probe: None,
                 loss_scale: optimisers.scale,
             },
         };
@@ -507,22 +500,35 @@ impl<'a> Stage<'a> {
         };
         let mut report = clock.time("probe", |n| {
             let report = probe.run(&self.models.policy, config, self.state.kl_coef, iteration)?;
-            *n = report.rows.len();
+            *n = report.n_sampled();
             Ok(report)
         })?;
         write_rows(&completions_path(&self.output, iteration), &report.rows)?;
         show(&report.rows, &probe.prompts);
-        tracing::info!(iteration, z_mean = round(report.z_mean), "probe");
-        match &self.state.first_probe {
-            None => self.state.first_probe = Some(report.baseline.clone()),
-            Some(first) => {
-                let change = Change::between(first, &report.baseline, config.seed);
-                report.metrics.extend(watch(change.as_ref(), iteration));
-            }
+        tracing::info!(
+            iteration,
+            score = round(report.score),
+            z_mean = round(report.z_mean),
+            "probe"
+        );
+        let mut is_hacked = false;
+        if let Some((_, first)) = &self.state.first_probe {
+            let highest = self.state.highest_probe.as_ref().unwrap_or(first);
+            let since = |earlier| Change::between(earlier, &report.baseline, config.seed);
+            let (metrics, alarm) = watch(since(first), since(highest), iteration);
+            report.metrics.extend(metrics);
+            is_hacked = alarm;
+        } else {
+            self.state.first_probe = Some((report.score, report.baseline.clone()));
+        }
+        let highest = &mut self.state.highest_probe;
+        if highest.as_ref().is_none_or(|highest| report.baseline.is_above(highest)) {
+            *highest = Some(report.baseline.clone());
         }
         log(&mut self.metrics, iteration, &report.metrics)?;
-        if iteration > 0 && self.state.best.is_none_or(|best| report.z_mean > best.z_mean) {
-            self.state.best = Some(Best { iteration, z_mean: report.z_mean });
+        let is_better = self.state.best.is_none_or(|best| report.score > best.score);
+        if iteration > 0 && is_better && !is_hacked {
+            self.state.best = Some(Best { iteration, score: report.score });
         }
         Ok(())
     }
@@ -565,6 +571,15 @@ impl<'a> Stage<'a> {
         self.metrics.flush()?;
         self.store.keep_only(&[last, selected])?;
         tracing::info!(selected, "weights selected");
+        if let (Some((first, _)), Some(best)) = (&self.state.first_probe, self.state.best)
+            && best.score < *first
+        {
+            tracing::warn!(
+                before = round(*first),
+                best = round(best.score),
+                "no probe after an iteration is as good as the one before the first: the policy is worse than its base"
+            );
+        }
         self.models.policy.set_trainable(false);
         let policy = &self.models.policy;
         let meta = AdapterMeta::of(self.model, name, Task::CausalLm);
@@ -576,7 +591,7 @@ impl<'a> Stage<'a> {
         counts.insert("train".to_owned(), self.prompts.train.len().into());
         counts.insert("validation".to_owned(), self.prompts.validation.len().into());
         counts.insert("selected_iteration".to_owned(), selected.into());
-        counts.extend(self.probe_difference(selected)?);
+        counts.extend(self.probe_difference(selected, last)?);
         if self.config.merge {
             let difference = self.merge(source)?;
             counts.insert("max_logit_difference_merged".to_owned(), difference.into());
@@ -584,33 +599,45 @@ impl<'a> Stage<'a> {
         Ok(counts)
     }
 
-    /// The ensemble's mean on validation prompts, before and after, with a 95 % interval of the difference.
-    fn probe_difference(&self, selected: u64) -> Result<Map<String, Value>, Error> {
+    /// The reward models' mean on validation prompts, before and after, with 95 % intervals of the difference: for the selected
+    /// weights, whose interval does not know that they were chosen on these prompts, and for the last, which were not chosen.
+    fn probe_difference(&self, selected: u64, last: u64) -> Result<Map<String, Value>, Error> {
         let mut out = Map::new();
-        let (first, last) =
-            (completions_path(&self.output, 0), completions_path(&self.output, selected));
-        if !(first.exists() && last.exists()) {
-            return Ok(out);
-        }
-        let clusters = |path: &Path| -> Result<Vec<Vec<f64>>, Error> {
-            let rows: Vec<RolloutRow> = parquet::read(path)?;
-            Ok(rows.iter().map(|row| vec![z_mean(row)]).collect())
-        };
-        let (first, last) = (clusters(&first)?, clusters(&last)?);
+        let Some(before) = self.probed_scores(0)? else { return Ok(out) };
         let resampling = Resampling::seeded(self.config.seed);
-        let interval = stats::paired_difference_of(&first, &last, stats::mean, resampling).interval;
-        tracing::info!(
-            before = round(stats::mean(&first.concat())),
-            after = round(stats::mean(&last.concat())),
-            difference = round(interval.estimate),
-            low = round(interval.low),
-            high = round(interval.high),
-            "ensemble on validation prompts"
-        );
-        out.insert("probe_z_before".to_owned(), stats::mean(&first.concat()).into());
-        out.insert("probe_z_after".to_owned(), stats::mean(&last.concat()).into());
-        out.insert("probe_z_difference".to_owned(), json!(interval));
+        for (name, iteration) in
+            [("probe_z_difference", selected), ("probe_z_difference_last", last)]
+        {
+            let Some(after) = self.probed_scores(iteration)? else { continue };
+            let change = stats::paired_difference_of(&before, &after, stats::mean, resampling);
+            let interval = change.interval;
+            let [mean_before, mean_after] = [&before, &after].map(|z| stats::mean(&z.concat()));
+            tracing::info!(
+                iteration,
+                before = round(mean_before),
+                after = round(mean_after),
+                difference = round(interval.estimate),
+                low = round(interval.low),
+                high = round(interval.high),
+                "ensemble on validation prompts"
+            );
+            out.insert(name.to_owned(), json!(interval));
+            if iteration == selected {
+                out.insert("probe_z_before".to_owned(), mean_before.into());
+                out.insert("probe_z_after".to_owned(), mean_after.into());
+            }
+        }
         Ok(out)
+    }
+
+    /// Mean standardised score of each probed conversation, if that iteration was probed.
+    fn probed_scores(&self, iteration: u64) -> Result<Option<Vec<Vec<f64>>>, Error> {
+        let path = completions_path(&self.output, iteration);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let rows: Vec<RolloutRow> = parquet::read(path)?;
+        Ok(Some(rows.iter().map(|row| vec![z_mean(row)]).collect()))
     }
 
     /// Writes the merged model; the largest difference between its logits and the adapter's.
@@ -707,25 +734,35 @@ fn z_mean(row: &RolloutRow) -> f64 {
     stats::mean(&z)
 }
 
-/// What the yardstick says of the change since the first probe, for the metrics; and a warning if it is a bad one.
-fn watch(change: Option<&Change>, iteration: u64) -> Vec<(String, f64)> {
-    let Some(change) = change else { return Vec::new() };
-    let alarm = change.is_over_optimised();
+/// What the yardstick says of the change since the first probe and since the one it liked best, for the metrics; and whether
+/// the reward models are being gamed, with a warning if so.
+fn watch(
+    since_first: Option<Change>,
+    since_highest: Option<Change>,
+    iteration: u64,
+) -> (Vec<(String, f64)>, bool) {
+    let (Some(first), Some(highest)) = (since_first, since_highest) else {
+        return (Vec::new(), false);
+    };
+    let alarm = [first, highest].iter().any(Change::is_over_optimised);
     if alarm {
         tracing::warn!(
             iteration,
-            z_gain = round(change.z.estimate),
-            yardstick_gain = round(change.yardstick.estimate),
-            yardstick_gain_high = round(change.yardstick.high),
+            z_gain = round(first.z.estimate),
+            yardstick_gain = round(first.yardstick.estimate),
+            yardstick_since_highest = round(highest.yardstick.estimate),
+            yardstick_since_highest_high = round(highest.yardstick.high),
             "over-optimisation: the reward models' scores rise, the yardstick falls; stop earlier, raise kl_coef, or \
              choose a more cautious ensemble"
         );
     }
-    vec![
-        ("probe/z_gain".to_owned(), change.z.estimate),
-        ("probe/yardstick_gain".to_owned(), change.yardstick.estimate),
+    let metrics = vec![
+        ("probe/z_gain".to_owned(), first.z.estimate),
+        ("probe/yardstick_gain".to_owned(), first.yardstick.estimate),
+        ("probe/yardstick_since_highest".to_owned(), highest.yardstick.estimate),
         ("probe/over_optimised".to_owned(), f64::from(u8::from(alarm))),
-    ]
+    ];
+    (metrics, alarm)
 }
 
 fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result<(), Error> {

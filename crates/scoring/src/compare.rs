@@ -4,11 +4,11 @@
 //! an arm with several runs has several seeds. Out: two tables.
 //!
 //! Each recipe trains reward models of its own, so its Score means something within its runs alone; between arms only
-//! the yardstick's scores of the same test prompts are compared. The seeds of an arm are pooled within each
-//! prompt, and prompts are redrawn, so the interval covers the choice of prompts; how far seeds agree is seen in the
-//! first table, which has a row for every run.
+//! the yardstick's scores of the same test prompts are compared. A prompt counts once, with the mean of its scores in all
+//! runs of the arm that answered it (seeds may draw different test prompts), and prompts are redrawn, so the interval covers
+//! the choice of prompts; how far seeds agree is seen in the first table, which has a row for every run.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arete_records::parquet;
@@ -87,7 +87,7 @@ pub struct ArmDifference {
     pub first: String,
     /// What it is subtracted from.
     pub last: String,
-    /// Prompts that every run of both answered.
+    /// Prompts that both answered, in one run or more.
     pub n_prompts: usize,
     /// Of the mean over prompts, aspects and seeds.
     pub mean: Change,
@@ -109,28 +109,26 @@ pub fn arm_differences(
             names.push(&run.arm.name);
         }
     }
-    let of = |name: &str| -> Vec<BTreeMap<&str, Vec<f64>>> {
-        runs.iter().filter(|run| run.arm.name == name).map(|run| run.yardstick(model)).collect()
+    let of = |name: &str| {
+        let runs = runs.iter().filter(|run| run.arm.name == name);
+        means_by_prompt(runs.map(|run| run.yardstick(model)))
     };
     let mut out = Vec::new();
     for (at, last) in names.iter().enumerate() {
         for first in &names[..at] {
             let (before, after) = (of(first), of(last));
-            let shared = shared_prompts(before.iter().chain(&after));
-            if shared.is_empty() {
+            let (before, after): (Vec<_>, Vec<_>) = before
+                .iter()
+                .filter_map(|(id, score)| Some((vec![*score], vec![*after.get(id)?])))
+                .unzip();
+            if before.is_empty() {
                 continue;
             }
-            // One cluster a prompt: its scores in every run of the arm.
-            let clusters = |runs: &[BTreeMap<&str, Vec<f64>>]| -> Vec<Vec<f64>> {
-                let pooled = |id: &&str| runs.iter().flat_map(|run| run[*id].clone()).collect();
-                shared.iter().map(pooled).collect()
-            };
-            let (before, after) = (clusters(&before), clusters(&after));
             let difference = stats::paired_difference_of(&before, &after, stats::mean, resampling);
             out.push(ArmDifference {
                 first: (*first).to_owned(),
                 last: (*last).to_owned(),
-                n_prompts: shared.len(),
+                n_prompts: before.len(),
                 mean: Change::of(difference),
             });
         }
@@ -138,12 +136,15 @@ pub fn arm_differences(
     out
 }
 
-/// Prompts that are in every one.
-fn shared_prompts<'a>(runs: impl Iterator<Item = &'a BTreeMap<&'a str, Vec<f64>>>) -> Vec<&'a str> {
-    runs.map(|run| run.keys().copied().collect::<BTreeSet<_>>())
-        .reduce(|a, b| a.intersection(&b).copied().collect())
-        .map(|shared| shared.into_iter().collect())
-        .unwrap_or_default()
+/// The mean of each prompt's scores in all of these runs.
+fn means_by_prompt<'a>(
+    runs: impl Iterator<Item = BTreeMap<&'a str, Vec<f64>>>,
+) -> BTreeMap<&'a str, f64> {
+    let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for (id, scores) in runs.flatten() {
+        all.entry(id).or_default().extend(scores);
+    }
+    all.into_iter().map(|(id, scores)| (id, stats::mean(&scores))).collect()
 }
 
 /// Both tables as aligned text.
@@ -262,19 +263,19 @@ mod tests {
     }
 
     #[test]
-    fn seeds_are_pooled_and_prompts_paired() {
-        // Prompt 3 is missing from one run of the second arm, so it counts nowhere.
+    fn seeds_are_averaged_and_prompts_paired() {
+        // Prompt 2 was drawn by one seed of the second arm only; prompt 3 by no run of the first, so it counts nowhere.
         let runs = [
-            run("report", &[(1, 0.0), (2, 1.0), (3, 9.0)]),
-            run("recommended", &[(1, 1.0), (2, 2.0)]),
-            run("recommended", &[(1, 2.0), (2, 3.0), (3, 9.0)]),
+            run("report", &[(1, 0.0), (2, 1.0)]),
+            run("recommended", &[(1, 1.0)]),
+            run("recommended", &[(1, 2.0), (2, 2.5), (3, 9.0)]),
         ];
         let differences = arm_differences(&runs, "final", quick());
         assert_eq!(differences.len(), 1);
         let own = &differences[0];
         assert_eq!((own.first.as_str(), own.last.as_str()), ("report", "recommended"));
         assert_eq!(own.n_prompts, 2);
-        // (1 + 2 + 2 + 3) / 4 − (0 + 1) / 2; every prompt has the same difference, so no redraw has another.
+        // (1 + 2) / 2 − 0 and 2.5 − 1; every prompt has the same difference, so no redraw has another.
         assert_eq!(own.mean.interval, Interval { estimate: 1.5, low: 1.5, high: 1.5 });
     }
 

@@ -32,6 +32,7 @@ const FORMAT: u32 = 1;
 pub struct CheckpointStore {
     dir: PathBuf,
     fingerprint: String,
+    dtype: String,
     keep: usize,
 }
 
@@ -51,6 +52,9 @@ struct Manifest {
     format: u32,
     step: u64,
     fingerprint: String,
+    /// What was computed in, once `auto` was resolved.
+    #[serde(default)]
+    dtype: Option<String>,
     files: BTreeMap<String, FileEntry>,
 }
 
@@ -69,10 +73,11 @@ impl FileEntry {
 }
 
 impl CheckpointStore {
-    /// The checkpoints in `dir` of the run that `fingerprint` identifies (settings and inputs); the newest `keep` are
-    /// kept, at least one.
-    pub fn new(dir: &Path, fingerprint: &str, keep: usize) -> Self {
-        Self { dir: dir.to_owned(), fingerprint: fingerprint.to_owned(), keep: keep.max(1) }
+    /// The checkpoints in `dir` of the run that `fingerprint` identifies (settings and inputs), computed in `dtype`; the
+    /// newest `keep` are kept, at least one.
+    pub fn new(dir: &Path, fingerprint: &str, dtype: &str, keep: usize) -> Self {
+        let (fingerprint, dtype) = (fingerprint.to_owned(), dtype.to_owned());
+        Self { dir: dir.to_owned(), fingerprint, dtype, keep: keep.max(1) }
     }
 
     /// Writes the checkpoint of `step`, then removes those that are neither among the newest nor in `protect`.
@@ -97,12 +102,19 @@ impl CheckpointStore {
             fs_err::write(dir.path().join(name), &bytes)?;
             files.insert(name.to_owned(), FileEntry::of(&bytes));
         }
-        let manifest =
-            Manifest { format: FORMAT, step, fingerprint: self.fingerprint.clone(), files };
+        let manifest = Manifest {
+            format: FORMAT,
+            step,
+            fingerprint: self.fingerprint.clone(),
+            dtype: Some(self.dtype.clone()),
+            files,
+        };
         let manifest = serde_json::to_vec_pretty(&manifest).expect("a manifest always serialises");
         fs_err::write(dir.path().join(MANIFEST), manifest)?;
         dir.commit()?;
         let mut steps = self.steps()?;
+        // Later ones are damaged: this run passed them over when it began.
+        steps.retain(|&other| other <= step);
         steps.truncate(steps.len().saturating_sub(self.keep));
         self.remove(steps.into_iter().filter(|step| !protect.contains(step)))
     }
@@ -134,7 +146,8 @@ impl CheckpointStore {
     ///
     /// # Errors
     ///
-    /// [`Error::Checkpoint`] if it is of another run (settings, data or base changed), or its state cannot be read;
+    /// [`Error::Checkpoint`] if it is of another run (settings, data or base changed) or was computed in another dtype, or if
+    /// its state cannot be read;
     /// [`Error::Io`].
     pub fn latest<S: DeserializeOwned>(&self) -> Result<Option<Loaded<S>>, Error> {
         for step in self.steps()?.into_iter().rev() {
@@ -186,6 +199,16 @@ impl CheckpointStore {
                 field: "fingerprint (settings, data, base model)".to_owned(),
                 expected: self.fingerprint.clone(),
                 got: manifest.fingerprint,
+            });
+        }
+        if let Some(dtype) = manifest.dtype.filter(|dtype| *dtype != self.dtype) {
+            return Err(Error::Checkpoint {
+                path: dir.join(MANIFEST),
+                field:
+                    "dtype (this machine may compute in another by itself: name it with --dtype)"
+                        .to_owned(),
+                expected: self.dtype.clone(),
+                got: dtype,
             });
         }
         let mut files = Vec::new();
@@ -323,9 +346,34 @@ mod tests {
     }
 
     #[test]
+    fn another_dtype_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = |dtype| CheckpointStore::new(dir.path(), "f", dtype, 2);
+        store("bf16").save(3, &tensors(0.1), &vec![1u64], &[]).unwrap();
+        let message = store("f32").latest::<Vec<u64>>().unwrap_err().to_string();
+        assert!(message.contains("dtype") && message.contains("--dtype"), "{message}");
+        assert!(
+            message.contains("expected f32, found bf16")
+                || message.contains("expected f32, got bf16"),
+            "{message}"
+        );
+        assert!(store("bf16").latest::<Vec<u64>>().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_damaged_newer_checkpoint_does_not_cost_a_good_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), "f", "f32", 1);
+        store.save(10, &tensors(0.1), &vec![1u64], &[10]).unwrap();
+        fs_err::write(store.path(10).join(TENSORS), b"torn").unwrap();
+        store.save(3, &tensors(0.3), &vec![1u64], &[]).unwrap();
+        assert_eq!(store.latest::<Vec<u64>>().unwrap().unwrap().step, 3);
+    }
+
+    #[test]
     fn what_is_saved_comes_back_to_the_bit() {
         let dir = tempfile::tempdir().unwrap();
-        let store = CheckpointStore::new(dir.path(), "f", 2);
+        let store = CheckpointStore::new(dir.path(), "f", "f32", 2);
         assert!(store.latest::<Vec<u64>>().unwrap().is_none());
         store.save(3, &tensors(0.1), &vec![1u64, 2], &[]).unwrap();
         let loaded = store.latest::<Vec<u64>>().unwrap().unwrap();
@@ -340,7 +388,7 @@ mod tests {
     #[test]
     fn the_newest_and_the_protected_are_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let store = CheckpointStore::new(dir.path(), "f", 2);
+        let store = CheckpointStore::new(dir.path(), "f", "f32", 2);
         for step in 1..=5 {
             store.save(step, &tensors(0.0), &Vec::<u64>::new(), &[1]).unwrap();
         }
@@ -352,7 +400,7 @@ mod tests {
     #[test]
     fn a_checkpoint_that_a_kill_left_half_removed_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let store = CheckpointStore::new(dir.path(), "f", 1);
+        let store = CheckpointStore::new(dir.path(), "f", "f32", 1);
         store.save(1, &tensors(0.0), &Vec::<u64>::new(), &[]).unwrap();
         fs_err::remove_file(store.path(1).join(MANIFEST)).unwrap();
         store.save(2, &tensors(0.0), &Vec::<u64>::new(), &[]).unwrap();
@@ -363,7 +411,7 @@ mod tests {
     fn a_damaged_checkpoint_is_passed_over() {
         for file in [TENSORS, STATE, MANIFEST] {
             let dir = tempfile::tempdir().unwrap();
-            let store = CheckpointStore::new(dir.path(), "f", 3);
+            let store = CheckpointStore::new(dir.path(), "f", "f32", 3);
             store.save(1, &tensors(1.0), &Vec::<u64>::new(), &[]).unwrap();
             store.save(2, &tensors(2.0), &Vec::<u64>::new(), &[]).unwrap();
             let path = store.path(2).join(file);
@@ -381,10 +429,10 @@ mod tests {
     #[test]
     fn a_checkpoint_of_another_run_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        CheckpointStore::new(dir.path(), "old", 1)
+        CheckpointStore::new(dir.path(), "old", "f32", 1)
             .save(1, &tensors(1.0), &Vec::<u64>::new(), &[])
             .unwrap();
-        let error = CheckpointStore::new(dir.path(), "new", 1)
+        let error = CheckpointStore::new(dir.path(), "new", "f32", 1)
             .latest::<Vec<u64>>()
             .unwrap_err()
             .to_string();

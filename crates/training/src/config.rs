@@ -125,6 +125,7 @@ impl LoopArgs {
             checkpoint_every: self.checkpoint_every,
             keep_checkpoints: self.keep_checkpoints,
             select: self.select,
+            dtype: runtime::dtype_name(dtype),
             scale_loss: dtype == Kind::Half,
         })
     }

@@ -78,6 +78,8 @@ pub struct LoopConfig {
     pub keep_checkpoints: usize,
     /// Which weights to end with.
     pub select: Select,
+    /// What the model computes in: a checkpoint of another dtype is refused.
+    pub dtype: &'static str,
     /// Whether to scale the loss (f16): then a step whose gradients overflow is skipped.
     pub scale_loss: bool,
 }
@@ -122,7 +124,7 @@ pub fn train(
     fingerprint: &str,
 ) -> Result<Outcome, Error> {
     plan.check()?;
-    let store = CheckpointStore::new(output, fingerprint, config.keep_checkpoints);
+    let store = CheckpointStore::new(output, fingerprint, config.dtype, config.keep_checkpoints);
     let loaded = store.latest::<TrainerState>()?;
     let resumed_at = loaded.as_ref().map(|loaded| loaded.step);
     let state = match loaded {

@@ -82,6 +82,7 @@ fn config(select: Select) -> LoopConfig {
         checkpoint_every: 2,
         keep_checkpoints: 2,
         select,
+        dtype: "f32",
         scale_loss: false,
     }
 }
@@ -256,7 +257,7 @@ fn an_interrupt_loses_nothing_of_the_loss_scale() {
 fn the_loss_scale_doubles_after_2000_steps_without_overflow() {
     let dir = tempfile::tempdir().unwrap();
     go_scaled(dir.path(), f64::INFINITY, 5).unwrap_err();
-    let store = CheckpointStore::new(dir.path(), "f", 2);
+    let store = CheckpointStore::new(dir.path(), "f", "f32", 2);
     let mut loaded = store.load::<TrainerState>(4).unwrap();
     assert_eq!(loaded.state.loss_scale, (65536.0, 4));
     loaded.state.loss_scale = (1024.0, 1998);

@@ -48,13 +48,14 @@ fn a_signal_leaves_a_checkpoint_of_the_step_it_came_in() {
         checkpoint_every: 0,
         keep_checkpoints: 1,
         select: Select::Last,
+        dtype: "f32",
         scale_loss: false,
     };
     let mut objective = SignalsItself { weight, n_steps: 0 };
     let error = train(&mut objective, &mut optimiser, &plan, &config, dir.path(), "f").unwrap_err();
     assert_eq!(error.exit_class(), Some(143));
     assert_eq!(objective.n_steps, 3);
-    let store = CheckpointStore::new(dir.path(), "f", 1);
+    let store = CheckpointStore::new(dir.path(), "f", "f32", 1);
     let state = store.latest::<TrainerState>().unwrap().unwrap().state;
     assert_eq!(state.global_step, 3);
 }

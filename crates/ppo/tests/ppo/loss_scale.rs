@@ -246,7 +246,8 @@ fn the_scale_is_checkpointed_and_taken_up_again() {
 fn exchange_scale(output: &Path, iteration: u64, scale: Value) -> Value {
     let manifest = output.join(format!("checkpoint-{iteration:06}/MANIFEST.json"));
     let manifest: Value = serde_json::from_slice(&fs_err::read(manifest).unwrap()).unwrap();
-    let store = CheckpointStore::new(output, manifest["fingerprint"].as_str().unwrap(), 9);
+    let text = |key: &str| manifest[key].as_str().unwrap();
+    let store = CheckpointStore::new(output, text("fingerprint"), text("dtype"), 9);
     let mut loaded = store.load::<Value>(iteration).unwrap();
     let before = std::mem::replace(&mut loaded.state["loss_scale"], scale);
     let tensors: Vec<(String, Tensor)> = loaded.tensors.into_iter().collect();

@@ -104,16 +104,18 @@ fn scores_that_are_no_numbers_or_all_the_same_are_refused() {
             false,
             "scores of the consequence reward model on the reference: expected scores that differ between conversations, got 0 for all 12",
         ),
-        (0.0, true, "scores of the first rollout: expected scores that differ"),
+        (
+            0.0,
+            true,
+            "scores of the consequence reward model in the first rollout: expected scores that differ between conversations",
+        ),
     ] {
         if dir.join("reward").exists() {
             fs_err::remove_dir_all(dir.join("reward")).unwrap();
         }
-        // The first rollout is flat only if all three are.
-        let flat_everywhere = fill == 0.0 && with_stats;
         for aspect in Aspect::ALL {
             let (adapter, mut head) = random_reward(&model, aspect.index() as u64);
-            if aspect == Aspect::Consequence || flat_everywhere {
+            if aspect == Aspect::Consequence {
                 head = ScalarHead { weight: Tensor::full_like(&head.weight, fill) };
             }
             let at = dir.join("reward").join(aspect.name());
@@ -126,8 +128,7 @@ fn scores_that_are_no_numbers_or_all_the_same_are_refused() {
                 fs_err::write(at.join("score_stats.json"), stats).unwrap();
             }
         }
-        let flags = ["--missing-eos-penalty", "0", "--rollout", "answer"];
-        let message = refusal(&config(&flags), dir);
+        let message = refusal(&config(&["--rollout", "answer"]), dir);
         assert!(message.contains(wanted), "{message}");
     }
 }
