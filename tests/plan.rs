@@ -56,6 +56,7 @@ fn defaults<C: clap::Args + Serialize>() -> Value {
 fn settings_that_no_recipe_names_are_those_of_the_stages() {
     let plan = plan(&["--model", "tests/fixtures/tiny-chat"]);
     let stages = [
+        ("demonstrations", defaults::<arete_curation::config::DemonstrationsConfig>()),
         ("sft", defaults::<arete_sft::Config>()),
         ("conversations", defaults::<arete_curation::config::ConversationsConfig>()),
         ("preferences", defaults::<arete_curation::config::PreferencesConfig>()),

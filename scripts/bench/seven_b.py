@@ -103,7 +103,7 @@ def main():
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("steps", nargs="*", metavar="step", help=", ".join(STEPS))
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     work, device = arguments.work, ["--device", arguments.device]
     work.mkdir(parents=True, exist_ok=True)
     print(f"bench-7b: {shutil.disk_usage(work).free / 1e9:.0f} GB of disk are free", file=sys.stderr)

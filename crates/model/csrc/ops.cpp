@@ -200,7 +200,7 @@ Tensor product(const Tensor& x, const Tensor& weight) {
 
 Tensor frozen_product(const Tensor& x, const Weight& weight, bool allow_packed) {
   // cuBLAS promises equal rows no more than the packed product does, so nothing is lost by always taking the faster one.
-  if (weight.codes.defined() && x.is_cuda() && cuda_multiplier && x.size(0) <= kPackedRowsCuda && weight.inputs % 64 == 0) {
+  if (weight.codes.defined() && x.is_cuda() && cuda_multiplier && x.size(0) <= kPackedRowsCuda && weight.inputs % 32 == 0) {
     Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
     TORCH_CHECK(cuda_multiplier(&x, &weight.codes, &weight.absmax, &weight.codebook, weight.block_size, &y) == 0,
                 "the NF4 product failed on the device");

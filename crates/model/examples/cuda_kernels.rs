@@ -50,7 +50,7 @@ impl Matrix {
 }
 
 fn main() -> anyhow::Result<()> {
-    if !Cuda::is_available() {
+    if cuda::n_gpus() == 0 {
         bail!("no GPU, or libtorch without CUDA: run `make setup DEVICE=cuda`");
     }
     let _guard = tch::no_grad_guard();

@@ -18,12 +18,21 @@ use crate::{Decoder, Error};
 /// What `work` returns.
 pub fn time<E>(at_least_s: f64, mut work: impl FnMut() -> Result<(), E>) -> Result<f64, E> {
     work()?;
+    finish_queued();
     let (start, mut n) = (Instant::now(), 0);
     while start.elapsed().as_secs_f64() < at_least_s {
         work()?;
+        finish_queued();
         n += 1;
     }
     Ok(start.elapsed().as_secs_f64() / f64::from(n))
+}
+
+/// Waits for what was queued on the GPUs; their calls return before they are done.
+fn finish_queued() {
+    for gpu in 0..tch::Cuda::device_count() {
+        tch::Cuda::synchronize(gpu);
+    }
 }
 
 /// Tokens a second that the forward pass's linear layers alone would give: dense, in the decoder's dtype, `rows` at a

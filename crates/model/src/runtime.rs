@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use crate::{Error, LoadOptions, Nf4Options, default_dtype};
+use crate::{Error, LoadOptions, Nf4Options, cuda, default_dtype};
 
 /// Number format of the frozen weights and of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -23,23 +23,21 @@ pub enum Dtype {
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] if there is no such device.
+/// [`Error::Invalid`] for another name; [`Error::Cuda`] if there is no such GPU, or none can be used.
 pub fn device(name: &str) -> Result<Device, Error> {
-    let n_gpus = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
     let gpu = match name {
         "cpu" => return Ok(Device::Cpu),
-        "auto" if n_gpus == 0 => return Ok(Device::Cpu),
+        "auto" if cuda::n_gpus() == 0 => return Ok(Device::Cpu),
         "auto" | "cuda" => Some(0),
         other => other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()),
     };
-    match gpu {
-        Some(gpu) if i64::try_from(gpu).is_ok_and(|gpu| gpu < n_gpus) => Ok(Device::Cuda(gpu)),
-        _ => Err(Error::Invalid {
-            name: "device",
-            expected: format!("cpu, auto, cuda or cuda:N with N below {n_gpus} (the GPUs here)"),
-            got: name.to_owned(),
-        }),
-    }
+    let gpu = gpu.ok_or_else(|| Error::Invalid {
+        name: "device",
+        expected: "cpu, auto, cuda or cuda:N".to_owned(),
+        got: name.to_owned(),
+    })?;
+    cuda::require(gpu)?;
+    Ok(Device::Cuda(gpu))
 }
 
 /// How to load a model on `device`: dense in `dtype`, or its blocks packed to four bits.
@@ -91,8 +89,11 @@ mod tests {
     #[test]
     fn devices_are_parsed_and_checked() {
         assert_eq!(device("cpu").unwrap(), Device::Cpu);
-        let error = device("cuda:99").unwrap_err().to_string();
-        assert!(error.contains("got cuda:99"), "{error}");
-        assert!(device("tpu").is_err());
+        // Whatever is missing here (a libtorch for CUDA, the driver, so many GPUs), the error says what to do.
+        let error = device("cuda:99").unwrap_err();
+        assert!(matches!(error, Error::Cuda(_)), "{error:?}");
+        assert!(error.to_string().contains("--device cpu"), "{error}");
+        let error = device("cuda:x").unwrap_err().to_string();
+        assert!(error.contains("expected cpu, auto, cuda or cuda:N, got cuda:x"), "{error}");
     }
 }

@@ -593,10 +593,12 @@ struct Shape {
     multiprocessors: u32,
 }
 
-const SHAPES: [Shape; 9] = [
+const SHAPES: [Shape; 10] = [
     // one chunk pair; fewer outputs than a warp computes
     Shape { outputs: 1, inputs: 64, block_size: 64, double: false, multiprocessors: 1 },
     Shape { outputs: 7, inputs: 64, block_size: 64, double: true, multiprocessors: 132 },
+    // the shortest blocks; a row of an odd number of chunks
+    Shape { outputs: 5, inputs: 96, block_size: 32, double: false, multiprocessors: 1 },
     // blocks longer than a row and not dividing it
     Shape { outputs: 33, inputs: 192, block_size: 128, double: false, multiprocessors: 1 },
     Shape { outputs: 18, inputs: 320, block_size: 256, double: true, multiprocessors: 132 },

@@ -38,9 +38,12 @@ const QUESTION_TOKENS: u64 = 64;
 /// Rows of the vocabulary product held at a time in training and in an evaluation (`csrc/ops.cpp`, the SFT stage).
 const VOCABULARY_ROWS: u64 = 256;
 const EVALUATION_ROWS: u64 = 512;
-/// Prompts of a unit of curation, and samples of each.
+/// Prompts of a unit of curation and scoring, samples of each in curation, and units that scoring answers at a time.
 const UNIT_PROMPTS: u64 = 32;
 const UNIT_SAMPLES: u64 = 2;
+const SCORING_UNITS: u64 = 2;
+/// Tokens of one exemplar that is shown before a prompt: a question and three replies of some forty tokens.
+const EXEMPLAR_TOKENS: u64 = 200;
 /// Tokens in one pass of a judge, and sequences in flight while sampling, where no setting says otherwise.
 const JUDGE_TOKENS: u64 = 2048;
 const SAMPLING_ROWS: u64 = 64;
@@ -74,6 +77,7 @@ pub(super) struct PlanArgs {
 /// A stage that holds a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
+    Demonstrations,
     Sft,
     Conversations,
     Preferences,
@@ -83,12 +87,20 @@ enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 6] =
-        [Self::Sft, Self::Conversations, Self::Preferences, Self::Reward, Self::Ppo, Self::Scoring];
+    const ALL: [Self; 7] = [
+        Self::Demonstrations,
+        Self::Sft,
+        Self::Conversations,
+        Self::Preferences,
+        Self::Reward,
+        Self::Ppo,
+        Self::Scoring,
+    ];
 
     /// Its name, which is that of its table in a recipe.
     fn name(self) -> &'static str {
         match self {
+            Self::Demonstrations => "demonstrations",
             Self::Sft => "sft",
             Self::Conversations => "conversations",
             Self::Preferences => "preferences",
@@ -101,6 +113,7 @@ impl Stage {
     /// Its settings that matter for memory.
     fn keys(self) -> &'static [&'static str] {
         match self {
+            Self::Demonstrations => &["source", "few_shot", "max_new_tokens", "nf4", "dtype"],
             Self::Sft => &[
                 "rank",
                 "targets",
@@ -111,7 +124,7 @@ impl Stage {
                 "recompute",
                 "dtype",
             ],
-            Self::Conversations => &["max_new_tokens", "nf4", "dtype"],
+            Self::Conversations => &["personas", "max_new_tokens", "nf4", "dtype"],
             Self::Preferences => &["nf4", "dtype"],
             Self::Reward => &[
                 "rank",
@@ -147,6 +160,9 @@ impl Stage {
     /// The stage's own defaults; tests/plan.rs holds them to those of the programs.
     fn defaults(self) -> Settings {
         let base = Settings {
+            source: Demonstrated::Mix,
+            few_shot: 2,
+            personas: Personas::None,
             rank: 16,
             targets: Target::ALL.to_vec(),
             batch_size: 16,
@@ -181,6 +197,9 @@ impl Stage {
 /// Settings of any stage, under the names of recipes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Settings {
+    source: Demonstrated,
+    few_shot: u64,
+    personas: Personas,
     rank: u64,
     targets: Vec<Target>,
     batch_size: u64,
@@ -197,6 +216,25 @@ struct Settings {
     nf4: bool,
     recompute: bool,
     dtype: Dtype,
+}
+
+/// Who writes the demonstrations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Demonstrated {
+    #[serde(rename = "self")]
+    Revised,
+    Own,
+    Mix,
+}
+
+/// Under which system prompts, and by which models, conversations are sampled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Personas {
+    None,
+    Contrast,
+    Original,
 }
 
 /// What PPO's policy is asked for.
@@ -239,8 +277,9 @@ impl Settings {
                 let blame = |what: String| {
                     cli::BadInput(format!("{}: [{name}] {key}: {what}", path.display()))
                 };
-                // 0 tokens of kept graphs mean that none is kept; nothing else can be none.
-                if value.as_u64() == Some(0) && key != "keep_graph_tokens" {
+                // No graph may be kept and no exemplar shown; nothing else can be none.
+                let may_be_none = ["keep_graph_tokens", "few_shot"].contains(&key.as_str());
+                if value.as_u64() == Some(0) && !may_be_none {
                     return Err(blame("expected at least 1, got 0".to_owned()).into());
                 }
                 settings.insert(key.clone(), value);
@@ -546,12 +585,26 @@ fn count(stage: Stage, counter: &Counter<'_>, prompt_tokens: u64) -> Need {
         _ => CUDA_RUNTIME_BYTES,
     };
     let adapter = 4 * counter.adapter_size();
-    let mut need = Need { runtime, weights: counter.weights(), ..Need::default() };
-    need.phase("loading", need.weights, counter.loading());
+    let n_models = match stage {
+        Stage::Demonstrations if settings.source == Demonstrated::Own => 0,
+        Stage::Conversations if settings.personas == Personas::Original => 2, // one before SFT, one after
+        _ => 1,
+    };
+    let mut need = Need { runtime, weights: n_models * counter.weights(), ..Need::default() };
+    need.phase("loading", need.weights, if n_models == 0 { 0 } else { counter.loading() });
     match stage {
         Stage::Sft => count_training(&mut need, counter, 1, true),
         Stage::Reward => count_training(&mut need, counter, 2, false),
         Stage::Ppo => count_ppo(&mut need, counter, prompt_tokens),
+        Stage::Demonstrations if n_models == 0 => {}
+        Stage::Demonstrations => {
+            let prompt_tokens = prompt_tokens + settings.few_shot * EXEMPLAR_TOKENS;
+            let own = 3 * settings.max_new_tokens + QUESTION_TOKENS;
+            let prompts = Pass { tokens: UNIT_PROMPTS * prompt_tokens, length: prompt_tokens };
+            need.kv_cache = counter.kv_cache(UNIT_PROMPTS * (prompt_tokens + own));
+            need.rollouts = counter.sampling(prompts, UNIT_PROMPTS, false);
+            need.phase_with("sampling", need.kv_cache + need.rollouts);
+        }
         Stage::Conversations => {
             let own = 3 * settings.max_new_tokens + QUESTION_TOKENS;
             let slots = UNIT_PROMPTS * (prompt_tokens + UNIT_SAMPLES * own);
@@ -569,9 +622,10 @@ fn count(stage: Stage, counter: &Counter<'_>, prompt_tokens: u64) -> Need {
         Stage::Scoring => {
             need.adapters = 4 * adapter; // the policy and three reward models
             let own = 3 * settings.max_new_tokens + QUESTION_TOKENS;
-            let prompts = Pass { tokens: UNIT_PROMPTS * prompt_tokens, length: prompt_tokens };
-            need.kv_cache = counter.kv_cache(UNIT_PROMPTS * (prompt_tokens + own));
-            need.rollouts = counter.sampling(prompts, UNIT_PROMPTS, true);
+            let answered = SCORING_UNITS * UNIT_PROMPTS;
+            let prompts = Pass { tokens: answered * prompt_tokens, length: prompt_tokens };
+            need.kv_cache = counter.kv_cache(answered * (prompt_tokens + own));
+            need.rollouts = counter.sampling(prompts, answered, true);
             need.phase_with("sampling", need.kv_cache + need.rollouts);
             let length = prompt_tokens + own;
             let pass = largest_pass(UNIT_PROMPTS, length, settings.micro_batch_tokens);

@@ -183,6 +183,24 @@ fn preload(folder: &Path) {
     }
 }
 
+/// Loads libtorch's CUDA part beside the libtorch of this process, for good; nothing where that is the CPU's alone.
+pub(super) fn load_libtorch_cuda() {
+    let Some(path) = libtorch_folder().map(|folder| folder.join("libtorch_cuda.so")) else {
+        return;
+    };
+    if !path.exists() || libtorch_has_cuda() {
+        return;
+    }
+    let flags = libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL;
+    // SAFETY: libtorch's own library; its initialisers register operators and device hooks, as they do when it is linked.
+    match unsafe { libloading::os::unix::Library::open(Some(&path), flags) } {
+        Ok(library) => std::mem::forget(library),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "libtorch's CUDA part cannot be loaded");
+        }
+    }
+}
+
 /// Whether the libtorch in this process has its CUDA part.
 pub(super) fn libtorch_has_cuda() -> bool {
     fs_err::read_to_string("/proc/self/maps").is_ok_and(|maps| maps.contains("/libtorch_cuda"))

@@ -173,10 +173,10 @@ fn multiply_into(x: &Tensor, weight: &Packed<'_>, y: &Tensor) -> Result<(), Erro
         let expected = vec![rows.min(max_rows), weight.inputs];
         return Err(Error::Shape { name: "x", expected, got: x.size() });
     }
-    if inputs % 64 != 0 {
+    if inputs % i64::from(plan::CHUNK) != 0 {
         return Err(Error::Invalid {
             name: "inputs",
-            expected: "a multiple of 64".to_owned(),
+            expected: format!("a multiple of {}", plan::CHUNK),
             got: inputs.to_string(),
         });
     }

@@ -33,7 +33,7 @@ static SCRATCH: LazyLock<Mutex<HashMap<(usize, u8), Tensor>>> = LazyLock::new(Mu
 pub fn nf4_linear(x: &Tensor, weight: &Nf4Tensor) -> Result<Tensor, Error> {
     let packed = Packed::from(weight);
     let few = x.size().first().is_some_and(|&rows| rows <= i64::from(plan::MAX_ROWS));
-    if few && weight.inputs % 64 == 0 {
+    if few && weight.inputs % 32 == 0 {
         return multiply(x, &packed);
     }
     if x.dim() != 2 || x.size()[1] != weight.inputs {

@@ -8,7 +8,7 @@
 //!
 //! - [`dequantize`], [`quantize`], [`multiply`]: one kernel each.
 //! - [`nf4_linear`]: a packed linear layer, by the fused kernel for few rows, else unpacked for a matrix product.
-//! - [`require`]: whether there is a GPU to compute on.
+//! - [`n_gpus`], [`require`]: whether there is a GPU to compute on.
 //! - [`install`]: lets the decoder's linear layer use these kernels, in training too.
 //! - [`plan`], [`nvrtc`]: launches and compilation, open to the tests that run without a GPU.
 //!
@@ -101,13 +101,23 @@ pub enum CudaError {
     },
 }
 
+/// The GPUs that torch can compute on.
+///
+/// The first call loads libtorch's CUDA part, where there is one: no program calls a symbol of it, so linkers leave it out of
+/// what they load at start. It must come before anything else asks torch about GPUs, for torch remembers the answer.
+pub fn n_gpus() -> usize {
+    static LOADED: std::sync::Once = std::sync::Once::new();
+    LOADED.call_once(ffi::load_libtorch_cuda);
+    usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
+}
+
 /// Checks that torch can compute on GPU `index`, before anything is sent there: torch itself would panic.
 ///
 /// # Errors
 ///
 /// [`CudaError::CpuBuild`], [`CudaError::Missing`] without a driver, [`CudaError::NoGpu`].
 pub fn require(index: usize) -> Result<(), CudaError> {
-    let n_gpus = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+    let n_gpus = n_gpus();
     if index < n_gpus {
         return Ok(());
     }

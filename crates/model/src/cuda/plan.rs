@@ -10,7 +10,7 @@ const THREADS: u32 = 256;
 const WARP: u32 = 32;
 const WARPS: u32 = THREADS / WARP;
 /// Codes one thread reads at a time when multiplying.
-const CHUNK: u32 = 32;
+pub const CHUNK: u32 = 32;
 /// Groups of 8 codes a thread unpacks.
 const GROUPS: u64 = 4;
 /// The codebook in shared memory.
@@ -210,7 +210,7 @@ pub fn quantize(
 ///
 /// # Panics
 ///
-/// If there are no rows or too many, or K is no multiple of 64.
+/// If there are no rows or too many, or K is no multiple of 32.
 pub fn multiply(
     y: u64,
     x: u64,
@@ -220,7 +220,11 @@ pub fn multiply(
     multiprocessors: u32,
 ) -> Launch {
     assert!((1..=MAX_ROWS).contains(&rows), "1 to {MAX_ROWS} rows, got {rows}");
-    assert!(packed.inputs.is_multiple_of(64), "K is a multiple of 64, got {}", packed.inputs);
+    assert!(
+        packed.inputs.is_multiple_of(CHUNK),
+        "K is a multiple of {CHUNK}, got {}",
+        packed.inputs
+    );
     let chunks = packed.inputs / CHUNK;
     let splits = splits(packed.outputs, chunks, multiprocessors);
     let run = WARP * splits; // chunks that the warps of one column group take together

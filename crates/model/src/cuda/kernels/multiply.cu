@@ -38,7 +38,7 @@ struct Chunk {
 __device__ inline u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // Shared memory: table [16] f32, sums [kWarps][ROWS][kOutputs] f32, x [ROWS][kParts][stride] 16-byte vectors.
-// Needs K % 64 == 0, block_log2 >= 5, x and codes aligned to 16 bytes; tile_chunks a multiple of 32 * splits, or all of K.
+// Needs K % 32 == 0, block_log2 >= 5, x and codes aligned to 16 bytes; tile_chunks a multiple of 32 * splits, or all of K.
 template <class T, int ROWS>
 __device__ inline void multiply(T* y, const T* x, const u8* codes, const float* codebook, const Scales& scales, int rows,
                                 int outputs, int columns, int block_log2, int tile_chunks, int splits) {
