@@ -43,7 +43,10 @@ def gain(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def describe(run: pathlib.Path) -> str:
-    rows = pq.read_table(run / "scoring/scores.parquet").to_pylist()
+    file = run / "scoring/scores.parquet"
+    if not file.exists():
+        sys.exit(f"at_equal_length: {file}: expected a run that was scored, found no file: run make all RUN={run}")
+    rows = pq.read_table(file).to_pylist()
     rows = [row for row in rows if row["model"] in ("original", "final")]
     if any(row["yardstick"] is None for row in rows):
         sys.exit(f"at_equal_length: {run}: expected scores of a yardstick, found none: score it with YARDSTICK=DIR")
