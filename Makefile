@@ -24,12 +24,12 @@ export LD_LIBRARY_PATH := $(CURDIR)/.deps/libtorch/nvidia/cu13/lib$(if $(LD_LIBR
 endif
 
 # $(call recipe,TABLE,KEY): a plain value of the recipe, without quotes; empty if it is not there.
-recipe = $(strip $(shell awk -F ' *= *' '/^\[/ { t = $$0 } t == "[$(1)]" && $$1 == "$(2)" { sub(/ *\#.*/, "", $$2); gsub(/"/, "", $$2); print $$2 }' $(RECIPE) 2>/dev/null))
+recipe = $(strip $(shell awk -F ' *= *' '/^\[/ { t = $$0; sub(/[ \t]*\#.*/, "", t) } t == "[$(1)]" && $$1 == "$(2)" { sub(/ *\#.*/, "", $$2); gsub(/"/, "", $$2); print $$2 }' $(RECIPE) 2>/dev/null))
 
 MODEL ?= $(or $(call recipe,run,model),$(SMOLLM2))# the original model: directory, GGUF file or hub id
 JUDGE ?=# another judge than the base
 PROMPTS ?= data/prompts# file, directory or hub id of the prompts
-PAIRS ?=# human preference pairs for the yardstick (hh-rlhf's form: JSON lines, .gz too, or Parquet)
+PAIRS ?=# human preference pairs for the yardstick, and to ask every model which side it finds likelier (hh-rlhf's form: JSON lines, .gz too, or Parquet)
 YARDSTICK ?=# directory of a yardstick (`make yardstick`) to score every model with
 
 ##@ Set-up and build
@@ -131,10 +131,13 @@ SFT_ENABLED := $(if $(filter false,$(call recipe,sft,enabled)),,yes)
 BASE := $(if $(SFT_ENABLED),$(RUN)/sft/merged,$(MODEL))
 BASE_DONE := $(if $(SFT_ENABLED),$(RUN)/sft/run.json)
 YARDSTICK_FLAG = $(if $(YARDSTICK), --yardstick $(YARDSTICK))
-YARDSTICK_FILE := $(if $(YARDSTICK),$(wildcard $(YARDSTICK)/run.json))
-MODEL_FILE := $(wildcard $(MODEL) $(MODEL)/config.json)
-JUDGE_FILE := $(wildcard $(JUDGE) $(JUDGE)/config.json)
-files = $(shell find $(wildcard $(1)) -type f 2>/dev/null)
+YARDSTICK_FILE := $(if $(YARDSTICK),$(firstword $(wildcard $(YARDSTICK)/run.json $(YARDSTICK)/config.json)))
+PAIRS_FLAG = $(if $(PAIRS), --pairs $(PAIRS))
+files = $(if $(wildcard $(1)),$(shell find -L $(wildcard $(1)) -type f 2>/dev/null))
+MODEL_FILE := $(call files,$(MODEL))
+JUDGE_FILE := $(call files,$(JUDGE))
+# $(call exemplars,STAGE): what it shows the model.
+exemplars = $(wildcard $(or $(call recipe,$(1),exemplars),data/demonstrations/exemplars.jsonl))
 # $(call constitution,STAGE): what it judges or revises by.
 constitution = $(wildcard $(or $(call recipe,$(1),constitution),data/constitution.toml))
 
@@ -146,7 +149,7 @@ run_conversations = $(ARETE)-curation conversations $(STAGE_FLAGS) --prompts $(R
 run_preferences = $(ARETE)-curation preferences $(STAGE_FLAGS) --conversations $(RUN)/conversations --judge $(or $(JUDGE),$(BASE)) --output $(RUN)/preferences
 run_reward = $(ARETE)-reward train $(STAGE_FLAGS) --aspect all --preferences $(RUN)/preferences --conversations $(RUN)/conversations --model $(BASE) --output $(RUN)/reward
 run_ppo = $(ARETE)-ppo train $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --reward $(RUN)/reward$(YARDSTICK_FLAG) --output $(RUN)/ppo
-run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward$(YARDSTICK_FLAG) --output $(RUN)/scoring
+run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward$(YARDSTICK_FLAG)$(PAIRS_FLAG) --output $(RUN)/scoring
 run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)/report
 run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 
@@ -165,17 +168,17 @@ endef
 
 .PHONY: always
 $(eval $(call stage,prompts,curation,$(call files,$(or $(PROMPTS),data/prompts))))
-$(eval $(call stage,demonstrations,curation,$(call done,prompts) $(MODEL_FILE) $(call files,data/demonstrations) $(call constitution,demonstrations)))
+$(eval $(call stage,demonstrations,curation,$(call done,prompts) $(MODEL_FILE) $(call exemplars,demonstrations) $(call constitution,demonstrations)))
 $(eval $(call stage,sft,sft,$(call done,demonstrations) $(MODEL_FILE)))
 $(eval $(call stage,conversations,curation,$(call done,prompts) $(BASE_DONE) $(MODEL_FILE) $(call constitution,conversations)))
-$(eval $(call stage,preferences,curation,$(call done,conversations) $(BASE_DONE) $(JUDGE_FILE) $(call constitution,preferences)))
+$(eval $(call stage,preferences,curation,$(call done,conversations) $(BASE_DONE) $(JUDGE_FILE) $(call exemplars,preferences) $(call constitution,preferences)))
 $(eval $(call stage,reward,reward,$(call done,preferences) $(call done,conversations) $(BASE_DONE)))
 $(eval $(call stage,ppo,ppo,$(YARDSTICK_FILE) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
-$(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(call done,ppo) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
+$(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(call files,$(PAIRS)) $(call done,ppo) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
 $(eval $(call stage,report,scoring,$(call done,scoring) $(wildcard $(RUN)/calibration/run.json $(RUN)/best-of/run.json)))
 
 .PRECIOUS: $(RUN)/%/run.json $(RUN)/%/.done
-.PHONY: prompts demonstrations sft conversations preferences reward ppo scoring report doctor all demo
+.PHONY: prompts demonstrations sft conversations preferences reward ppo scoring report doctor best-of all demo
 prompts: $(call done,prompts) ## choose prompts and split them into train, validation, test
 demonstrations: $(call done,demonstrations) ## answers criticised and revised under the constitution
 sft: $(call done,sft) ## fine-tune the model on the demonstrations
@@ -188,7 +191,11 @@ report: $(call done,report) ## report.html
 all: report ## every stage
 doctor: $(ARETE)-scoring ## why is the reward flat? the diagnosis, one line each
 	@$(run_doctor)
+best-of: $(call done,reward) $(ARETE)-scoring ## what the reward models' favourites among 16 samples gain, for doctor and page
+	$(run_doctor) --best-of 16 $(RECIPE_FLAG) --base $(BASE)$(YARDSTICK_FLAG)
+# Scoring is complete by then and only prints its table, in a repeated demo too.
 demo: all ## every stage with recipes/demo.toml: some minutes on two cores
+	@$(run_scoring)
 	@echo "report: $(RUN)/report/report.html"
 
 ##@ The yardstick (PAIRS=FILE): one reward model from human pairs, by which models of all recipes can be compared

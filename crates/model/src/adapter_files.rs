@@ -16,6 +16,7 @@ use crate::config::{ModelConfig, read_json_object};
 use crate::head::ScalarHead;
 use crate::lora::{Adapter, LoraConfig, LoraPair, Target};
 use crate::model::Model;
+use crate::nf4::Nf4Options;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -90,6 +91,28 @@ impl AdapterMeta {
 
 fn short(sum: &str) -> &str {
     sum.get(..12).unwrap_or(sum)
+}
+
+/// How the base was packed when the adapter in `directory` was trained; `None` if it was dense, or another program wrote it.
+///
+/// # Errors
+///
+/// Unreadable files; [`Error::Field`] for a packing that this version does not know.
+pub fn packing(directory: &Path) -> Result<Option<Nf4Options>, Error> {
+    let path = directory.join(META_FILE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
+    let double_quantize = match map.get("quantization").and_then(Value::as_str) {
+        None => return Ok(None),
+        Some("nf4") => false,
+        Some("nf4-double") => true,
+        Some(other) => {
+            return Err(Error::field(&path, "quantization", "nf4 or nf4-double", other.to_owned()));
+        }
+    };
+    Ok(Some(Nf4Options { double_quantize, ..Nf4Options::default() }))
 }
 
 fn quantization_name(model: &Model) -> Option<String> {
@@ -361,6 +384,21 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+
+    #[test]
+    fn an_adapter_says_how_its_base_was_packed() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(packing(dir.path()).unwrap(), None);
+        let write = |name: &str| {
+            let text = format!(r#"{{"quantization": {name}}}"#);
+            fs_err::write(dir.path().join(META_FILE), text).unwrap();
+            packing(dir.path())
+        };
+        assert_eq!(write("null").unwrap(), None);
+        assert!(!write(r#""nf4""#).unwrap().unwrap().double_quantize);
+        assert!(write(r#""nf4-double""#).unwrap().unwrap().double_quantize);
+        assert!(write(r#""fp4""#).unwrap_err().to_string().contains("fp4"));
+    }
 
     fn golden(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)

@@ -305,7 +305,7 @@ fn yardstick_scores(
     rows: &[ConversationRow],
     budget: usize,
 ) -> Result<Vec<f64>, Error> {
-    let model = shelf.get(&place.source)?;
+    let model = shelf.get_packed(&place.source, place.nf4)?;
     let chat = model.chat()?;
     let reward = place.reward_model(model)?;
     let mut out = vec![0.0; rows.len()];

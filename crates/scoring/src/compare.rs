@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use arete_records::parquet;
 use arete_records::rows::ScoreRow;
+use arete_records::run::RunJson;
 use arete_records::stats::{self, Interval, Resampling};
 
 use crate::Error;
@@ -38,6 +39,8 @@ pub struct ScoredRun {
     pub summary: Summary,
     /// Every score.
     pub scores: Vec<ScoreRow>,
+    /// SHA-256 of the yardstick's files, by name; empty without one.
+    pub yardstick: BTreeMap<String, String>,
 }
 
 impl ScoredRun {
@@ -65,7 +68,24 @@ impl ScoredRun {
                 found: error.to_string(),
             })?;
         let scores = parquet::read(dir.join(score::SCORES))?;
-        Ok(Self { arm, summary, scores })
+        let mut yardstick = RunJson::read(&dir)?.inputs;
+        yardstick.retain(|name, _| name.starts_with("yardstick"));
+        Ok(Self { arm, summary, scores, yardstick })
+    }
+
+    /// Refuses a model that the run did not score.
+    fn check_model(&self, name: &str) -> Result<(), Error> {
+        let names: Vec<&str> =
+            self.summary.models.iter().map(|model| model.name.as_str()).collect();
+        if names.contains(&name) {
+            return Ok(());
+        }
+        Err(Error::File {
+            path: self.arm.run.join("scoring").join(score::SUMMARY),
+            field: "models".to_owned(),
+            expected: name.to_owned(),
+            found: names.join(", "),
+        })
     }
 
     /// The yardstick's scores of one model's replies, by prompt; none without a yardstick.
@@ -78,6 +98,37 @@ impl ScoredRun {
         }
         out
     }
+}
+
+/// Whether these runs can stand in one comparison of `first` and `last`.
+///
+/// # Errors
+///
+/// [`Error::File`] if a run did not score one of the two models, or was scored with another yardstick than those before it.
+pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<(), Error> {
+    for run in runs {
+        run.check_model(first)?;
+        run.check_model(last)?;
+    }
+    let with_yardstick: Vec<&ScoredRun> =
+        runs.iter().filter(|run| !run.yardstick.is_empty()).collect();
+    for pair in with_yardstick.windows(2) {
+        let differs = |name: &&String| pair[0].yardstick.get(*name) != pair[1].yardstick.get(*name);
+        if let Some(name) = pair[0].yardstick.keys().chain(pair[1].yardstick.keys()).find(differs) {
+            let shown = |run: &ScoredRun| run.yardstick.get(name).cloned().unwrap_or_default();
+            return Err(Error::File {
+                path: pair[1].arm.run.join("scoring/run.json"),
+                field: format!("inputs.{name}"),
+                expected: format!(
+                    "the yardstick of {} ({}): scores of different yardsticks cannot be compared, score again with one",
+                    pair[0].arm.run.display(),
+                    shown(pair[0])
+                ),
+                found: shown(pair[1]),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// How two arms compare by the yardstick.
@@ -225,6 +276,8 @@ mod tests {
     use arete_records::{Aspect, FinishReason};
 
     use super::*;
+    use crate::coherence::Coherence;
+    use crate::summary::ModelSummary;
 
     /// A run in which every aspect of prompt i has the i-th yardstick score.
     fn run(arm: &str, scores: &[(u32, f32)]) -> ScoredRun {
@@ -255,7 +308,7 @@ mod tests {
             differences: Vec::new(),
         };
         let arm = Arm { name: arm.to_owned(), run: PathBuf::from(format!("runs/{arm}")) };
-        ScoredRun { arm, summary, scores }
+        ScoredRun { arm, summary, scores, yardstick: BTreeMap::new() }
     }
 
     fn quick() -> Resampling {
@@ -277,6 +330,36 @@ mod tests {
         assert_eq!(own.n_prompts, 2);
         // (1 + 2) / 2 − 0 and 2.5 − 1; every prompt has the same difference, so no redraw has another.
         assert_eq!(own.mean.interval, Interval { estimate: 1.5, low: 1.5, high: 1.5 });
+    }
+
+    #[test]
+    fn runs_of_other_yardsticks_or_without_the_model_are_refused() {
+        let by = |name: &str, sum: Option<&str>| {
+            let mut run = run(name, &[(1, 0.0)]);
+            run.yardstick =
+                sum.map(|sum| ("yardstick".to_owned(), sum.to_owned())).into_iter().collect();
+            let model = |name: &str| ModelSummary {
+                name: name.to_owned(),
+                source: String::new(),
+                scores: Vec::new(),
+                coherence: Coherence::default(),
+                coherence_by_aspect: BTreeMap::new(),
+                retokenised: false,
+                preference_accuracy: None,
+            };
+            run.summary.models = vec![model("original"), model("final")];
+            run
+        };
+        let runs = [by("a", Some("aa")), by("b", None), by("c", Some("aa"))];
+        check(&runs, "original", "final").unwrap();
+        let text = check(&runs, "original", "finl").unwrap_err().to_string();
+        assert!(text.contains("finl") && text.contains("original, final"), "{text}");
+        let runs = [by("a", Some("aa")), by("b", None), by("c", Some("bb"))];
+        let text = check(&runs, "original", "final").unwrap_err().to_string();
+        assert!(
+            text.contains("runs/c") && text.contains("runs/a") && text.contains("bb"),
+            "{text}"
+        );
     }
 
     #[test]

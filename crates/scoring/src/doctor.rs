@@ -14,7 +14,7 @@ use crate::best_of::BestOf;
 use crate::judge::Verdicts;
 use crate::run_files::RunFiles;
 use crate::summary::Scale;
-use crate::table::{interval, number, percent};
+use crate::table::{FEW_PROMPTS, interval, number, percent};
 
 /// Truncation above which pairs suffer, and above which they are mostly noise.
 const TRUNCATED: [f64; 2] = [0.05, 0.25];
@@ -128,13 +128,20 @@ fn truncation(run: &RunFiles) -> Finding {
         return unknown(step, "no conversations", "run the stage `conversations`");
     }
     let worst = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+    let grade = grade_high(worst, TRUNCATED);
+    // Pairs of cut replies that are closed or left out teach no reward model to like the cut.
+    let (grade, treated, advice) = match run.truncated_setting() {
+        Some("trim") => (grade.min(Grade::Warn), "; trimmed to a sentence before judging", ""),
+        Some("drop") => (grade.min(Grade::Warn), "; their pairs were left out", ""),
+        _ => (grade, "", ", or trim or drop cut replies (truncated = \"trim\")"),
+    };
     let parts: Vec<String> =
         rates.iter().map(|(aspect, rate)| format!("{aspect} {}", percent(*rate))).collect();
     finding(
         step,
-        grade_high(worst, TRUNCATED),
-        format!("{} of the judged conversations", parts.join(", ")),
-        "raise max_new_tokens, fine-tune on demonstrations that end sooner, or drop cut replies (truncated = \"drop\")",
+        grade,
+        format!("{} of the sampled conversations{treated}", parts.join(", ")),
+        &format!("raise max_new_tokens, or fine-tune on demonstrations that end sooner{advice}"),
     )
 }
 
@@ -183,7 +190,9 @@ fn reward_accuracy(run: &RunFiles) -> Finding {
     let mut worst = Grade::Ok;
     let mut parts = Vec::new();
     for (aspect, evaluation) in &evaluations {
-        let baseline = evaluation.shorter_answer.estimate.max(0.5);
+        // The rule "the shorter answer", or its opposite, whichever does better.
+        let shorter = evaluation.shorter_answer.estimate;
+        let baseline = shorter.max(1.0 - shorter);
         let accuracy = &evaluation.accuracy;
         worst = worst.max(if accuracy.low > baseline {
             Grade::Ok
@@ -292,6 +301,13 @@ fn score(run: &RunFiles) -> Finding {
         let advice = format!(
             "only the spread fell, the mean moved by {}: read the replies, they may all have become alike",
             interval(&difference.mean.interval, true)
+        );
+        return finding(step, Grade::Warn, found, &advice);
+    }
+    if score.is_clear() && score.interval.estimate > 0.0 && summary.n_prompts < FEW_PROMPTS {
+        let advice = format!(
+            "intervals of {} prompts are too narrow to be trusted: score {FEW_PROMPTS} or more",
+            summary.n_prompts
         );
         return finding(step, Grade::Warn, found, &advice);
     }

@@ -261,6 +261,7 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
                 .map(|text| Ok(ScoredRun::read(arm(text)?)?))
                 .collect::<anyhow::Result<Vec<_>>>()?;
             let resampling = Resampling { draws: draws as usize, ..Resampling::seeded(seed) };
+            compare::check(&runs, &first, &last)?;
             compare::text(&runs, &first, &last, resampling)
         }
         Command::Doctor { run, best_of, base, yardstick, json, recipe, .. } => {

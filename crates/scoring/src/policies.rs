@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use arete_model::adapter_files::{self, LoadedAdapter};
-use arete_model::{LoadOptions, Model, Source, Tokenizer};
+use arete_model::{LoadOptions, Model, Nf4Options, Source, Tokenizer};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -116,7 +116,7 @@ pub fn base_of_adapter(adapter: &Path) -> Result<String, Error> {
 #[derive(Debug)]
 pub(crate) struct Shelf {
     options: LoadOptions,
-    held: Option<(Source, Model)>,
+    held: Option<(Source, Option<Nf4Options>, Model)>,
 }
 
 impl Shelf {
@@ -126,16 +126,27 @@ impl Shelf {
 
     /// The model, loaded unless it is the one held; the one held before goes first.
     pub(crate) fn get(&mut self, source: &Source) -> Result<&Model, Error> {
-        let held = self.held.take_if(|(held, _)| same_source(held, source));
+        self.get_packed(source, self.options.nf4)
+    }
+
+    /// [`Shelf::get`], the weights packed in this way instead of the run's.
+    pub(crate) fn get_packed(
+        &mut self,
+        source: &Source,
+        nf4: Option<Nf4Options>,
+    ) -> Result<&Model, Error> {
+        let held =
+            self.held.take_if(|(held, packing, _)| *packing == nf4 && same_source(held, source));
         let entry = match held {
             Some(entry) => entry,
             None => {
                 self.held = None;
                 tracing::info!(model = %source, "loading");
-                (source.clone(), Model::load(source, &self.options)?)
+                let options = LoadOptions { nf4, ..self.options };
+                (source.clone(), nf4, Model::load(source, &options)?)
             }
         };
-        Ok(&self.held.insert(entry).1)
+        Ok(&self.held.insert(entry).2)
     }
 }
 

@@ -4,7 +4,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use arete_model::chain::aspect_conversation;
-use arete_model::{Adapter, Batch, Chat, Decoder, Model, ScalarHead, SegmentIdx, Source, logprobs};
+use arete_model::{
+    Adapter, Batch, Chat, Decoder, Model, Nf4Options, ScalarHead, SegmentIdx, Source,
+    adapter_files, logprobs,
+};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
 use tch::{Device, Kind, Tensor};
@@ -115,6 +118,9 @@ pub(crate) struct YardstickPlace {
     pub source: Source,
     /// The adapter over the base.
     pub adapter: Option<PathBuf>,
+    /// How the base is held: as in the adapter's training, whatever the recipe does with its own models, so that every recipe
+    /// is measured by the same numbers.
+    pub nf4: Option<Nf4Options>,
 }
 
 impl YardstickPlace {
@@ -122,17 +128,23 @@ impl YardstickPlace {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if the adapter names no base; [`Error::Model`] if that cannot be a model.
+    /// [`Error::File`] if the adapter names no base; [`Error::Model`] if that cannot be a model or the adapter's files are
+    /// damaged.
     pub(crate) fn resolve(dir: &Path, base: Option<&str>) -> Result<Self, Error> {
         if dir.join("config.json").is_file() {
-            return Ok(Self { source: Source::Directory(dir.to_owned()), adapter: None });
+            return Ok(Self {
+                source: Source::Directory(dir.to_owned()),
+                adapter: None,
+                nf4: None,
+            });
         }
         let adapter = adapter_dir(dir);
         let base = match base {
             Some(base) => base.to_owned(),
             None => base_of_adapter(&adapter)?,
         };
-        Ok(Self { source: Source::fetch(&base)?, adapter: Some(adapter) })
+        let nf4 = adapter_files::packing(&adapter)?;
+        Ok(Self { source: Source::fetch(&base)?, adapter: Some(adapter), nf4 })
     }
 
     /// Its files, for hashing, by name.

@@ -285,8 +285,23 @@ impl RunFiles {
         Some(rows.iter().filter(is_cut).count() as f64 / rows.len() as f64)
     }
 
-    /// KL of policy and reference in the last iteration logged (or kept), nats a conversation.
+    /// What the preferences stage did with replies that the token limit cut: its setting `truncated`.
+    pub fn truncated_setting(&self) -> Option<&str> {
+        self.stage("preferences")?.config.get("truncated")?.as_str()
+    }
+
+    /// KL of policy and reference, nats a conversation: of the selected weights if they were probed, else in the last
+    /// iteration logged (or kept), which is before that iteration's steps.
     pub fn end_kl(&self) -> Option<f64> {
+        let selected =
+            self.stage("ppo").and_then(|record| record.counts.get("selected_iteration")?.as_f64());
+        let probed = self.ppo.as_ref().and_then(|metrics| {
+            let curve = metrics.curve(&["probe/kl"]);
+            curve.into_iter().find(|(at, _)| Some(*at) == selected)
+        });
+        if let Some((_, kl)) = probed {
+            return Some(kl);
+        }
         let logged = self.ppo.as_ref().and_then(|metrics| metrics.last(&["objective/kl"]));
         logged
             .or_else(|| self.rollout_curve(|row| Some(f64::from(row.kl))).last().map(|(_, kl)| *kl))

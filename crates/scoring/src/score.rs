@@ -400,7 +400,7 @@ impl<'a> Work<'a> {
         }
         let replies = self.replies(policy, &missing)?;
         let budget = self.plan.config.micro_batch_tokens;
-        let model = self.shelf.get(&yardstick.source)?;
+        let model = self.shelf.get_packed(&yardstick.source, yardstick.nf4)?;
         let chat = model.chat()?;
         let reward = yardstick.reward_model(model)?;
         for (&unit, replies) in missing.iter().zip(&replies) {

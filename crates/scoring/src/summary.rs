@@ -163,9 +163,9 @@ impl Change {
         Self { interval, standard_error, minimum_detectable_effect: effect }
     }
 
-    /// Whether the interval excludes no difference.
+    /// Whether the interval excludes no difference. One prompt has no interval, and is never clear.
     pub fn is_clear(&self) -> bool {
-        self.interval.low > 0.0 || self.interval.high < 0.0
+        self.standard_error > 0.0 && (self.interval.low > 0.0 || self.interval.high < 0.0)
     }
 }
 

@@ -9,7 +9,7 @@ use arete_records::stats::Interval;
 use crate::summary::{Change, Difference, ModelSummary, Scale, Scope, Summary};
 
 /// Percentile intervals of fewer clusters are known to be too narrow (Efron & Tibshirani 1993, ch. 14).
-const FEW_PROMPTS: usize = 20;
+pub(crate) const FEW_PROMPTS: usize = 20;
 
 /// What the star behind a perplexity means.
 pub(crate) const RETOKENISED: &str =

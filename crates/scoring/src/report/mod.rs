@@ -90,14 +90,19 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
 
 /// Changes when the page does: the same run shown by other code is another page.
 fn page_version() -> String {
-    const CODE: [&str; 8] = [
+    const CODE: [&str; 13] = [
         STYLE,
         SCRIPT,
         include_str!("charts.rs"),
         include_str!("html.rs"),
+        include_str!("mod.rs"),
         include_str!("samples.rs"),
         include_str!("sections.rs"),
+        include_str!("../best_of.rs"),
         include_str!("../doctor.rs"),
+        include_str!("../judge.rs"),
+        include_str!("../run_files.rs"),
+        include_str!("../summary.rs"),
         include_str!("../table.rs"),
     ];
     base64(&Sha256::digest(CODE.concat()))

@@ -548,7 +548,7 @@ fn training(run: &RunFiles) -> Result<Section, Error> {
     chart(
         "ppo-yardstick",
         "Yardstick on the held-out probe",
-        "Raw score of a reward model that PPO never sees.",
+        "Score of a reward model that PPO never sees, of the answers alone; standardised on its own held-out pairs where it has statistics.",
         &[series("yardstick", Colour(1), curve(&["probe/yardstick"]))],
     )?;
     chart(
