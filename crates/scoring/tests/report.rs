@@ -218,6 +218,11 @@ fn a_real_browser_shows_draws_filters_and_sorts() {
     assert!(shown(&mut browser).is_empty());
     assert_eq!(browser.evaluate("document.getElementById('none').hidden"), false);
     browser.evaluate("document.getElementById('q').value = ''");
+    // The names of turns stand on every card and are not searched.
+    browser.click("#q");
+    browser.type_text("consequence");
+    assert!(shown(&mut browser).is_empty());
+    browser.evaluate("document.getElementById('q').value = ''");
     // final − sft: the same replies, the same scores.
     browser.choose("#pair", "1");
     browser.choose("#show", "same");

@@ -10,7 +10,10 @@
     at: Number(element.dataset.at),
     cut: element.dataset.cut === "1",
     diff: element.dataset.diff === "" ? [] : element.dataset.diff.split(" ").map(Number),
-    text: element.textContent.toLowerCase(),
+    // What was asked and answered; not the names of turns and models, which stand on every card.
+    text: [...element.querySelectorAll("h3, .context p, .reply p")]
+      .map((part) => part.textContent.toLowerCase())
+      .join("\n"),
   }));
   const names = ["q", "pair", "show", "sort"];
   const initial = Object.fromEntries(names.filter(field).map((name) => [name, field(name).value]));
