@@ -13,7 +13,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -148,10 +150,33 @@ struct Weight {
   Tensor in_type(at::ScalarType type) const {
     if (dense.defined()) return dense;
     Tensor out = at::empty({outputs, inputs}, codes.options().dtype(type));
+    unpack(out);
+    return out;
+  }
+
+  // The same for a product that is queued at once: on a GPU in one buffer that all layers of a thread share, as large as the
+  // largest matrix so far. The stream runs a layer's product before it unpacks the next layer.
+  Tensor for_product(at::ScalarType type) const {
+    if (dense.defined() || !codes.is_cuda()) return in_type(type);
+    // Never freed: at the end of the process the driver may be gone before a thread's variables are.
+    static thread_local auto& buffers = *new std::map<std::pair<int64_t, at::ScalarType>, Tensor>;
+    Tensor& buffer = buffers[{codes.get_device(), type}];
+    int64_t numel = outputs * inputs;
+    if (!buffer.defined() || buffer.numel() < numel) {
+      buffer = Tensor();  // given back before its successor is asked for
+      buffer = at::empty({numel}, codes.options().dtype(type));
+    }
+    Tensor out = buffer.narrow(0, 0, numel).view({outputs, inputs});
+    unpack(out);
+    return out;
+  }
+
+ private:
+  void unpack(Tensor& out) const {
     if (!on_kernels(out)) {
       TORCH_CHECK(cuda_dequantizer, "no NF4 kernels for this device or dtype");
       TORCH_CHECK(cuda_dequantizer(&codes, &absmax, &codebook, block_size, &out) == 0, "NF4 dequantisation failed on the device");
-      return out;
+      return;
     }
     auto kernel = kernels().nf4_dequantize[type_of(out)];
     int64_t blocks = outputs * inputs / block_size;
@@ -159,7 +184,6 @@ struct Weight {
       kernel(codes.data_ptr<uint8_t>(), absmax.data_ptr<float>(), codebook.data_ptr<float>(), out.data_ptr(), begin, end,
              block_size);
     });
-    return out;
   }
 };
 
@@ -208,7 +232,7 @@ Tensor frozen_product(const Tensor& x, const Weight& weight, bool allow_packed) 
   }
   bool packed = allow_packed && weight.codes.defined() && on_kernels(x) && x.size(0) <= kPackedRows &&
                 weight.inputs % weight.block_size == 0 && weight.block_size % 64 == 0;
-  if (!packed) return product(x, weight.in_type(x.scalar_type()));
+  if (!packed) return product(x, weight.for_product(x.scalar_type()));
   Tensor input = x.contiguous();
   Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
   auto kernel = kernels().nf4_matmul[type_of(x)];
@@ -257,7 +281,7 @@ struct AdaptedLinear : Function<AdaptedLinear> {
     Tensor grad_x, grad_a, grad_b, grad_down;
     if (a.defined()) grad_down = at::mm(grad_y, b);
     if (ctx->needs_input_grad(0)) {
-      grad_x = at::mm(grad_y, weight.in_type(grad_y.scalar_type()));
+      grad_x = at::mm(grad_y, weight.for_product(grad_y.scalar_type()));
       if (a.defined()) grad_x.addmm_(grad_down, a);
     }
     if (ctx->saved_data["trained"].toBool()) {

@@ -7,7 +7,7 @@
 //! says what is missing.
 //!
 //! - [`dequantize`], [`quantize`], [`multiply`]: one kernel each.
-//! - [`nf4_linear`]: a packed linear layer, by the fused kernel for few rows, else unpacked for a matrix product.
+//! - [`nf4_linear`]: a packed linear layer as the decoder computes it.
 //! - [`n_gpus`], [`require`]: whether there is a GPU to compute on.
 //! - [`install`]: lets the decoder's linear layer use these kernels, in training too.
 //! - [`plan`], [`nvrtc`]: launches and compilation, open to the tests that run without a GPU.
