@@ -99,25 +99,23 @@ fn short(sum: &str) -> &str {
 ///
 /// Unreadable files; [`Error::Field`] for a packing that this version does not know.
 pub fn packing(directory: &Path) -> Result<Option<Nf4Options>, Error> {
-    let path = directory.join(META_FILE);
-    if !path.is_file() {
+    let Some(name) = read_own_meta(directory)?.and_then(|meta| meta.quantization) else {
         return Ok(None);
-    }
-    let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
-    let double_quantize = match map.get("quantization").and_then(Value::as_str) {
-        None => return Ok(None),
-        Some("nf4") => false,
-        Some("nf4-double") => true,
-        Some(other) => {
-            return Err(Error::field(&path, "quantization", "nf4 or nf4-double", other.to_owned()));
-        }
     };
+    let known = [true, false].into_iter().find(|&double| packing_name(double) == name);
+    let double_quantize = known.ok_or_else(|| {
+        Error::field(&directory.join(META_FILE), "quantization", "nf4 or nf4-double", name)
+    })?;
     Ok(Some(Nf4Options { double_quantize, ..Nf4Options::default() }))
+}
+
+fn packing_name(double_quantize: bool) -> &'static str {
+    if double_quantize { "nf4-double" } else { "nf4" }
 }
 
 fn quantization_name(model: &Model) -> Option<String> {
     let options = model.decoder.quantization()?;
-    Some(if options.double_quantize { "nf4-double" } else { "nf4" }.to_owned())
+    Some(packing_name(options.double_quantize).to_owned())
 }
 
 /// An adapter read from disk.
@@ -255,17 +253,25 @@ pub fn load(
     Ok(LoadedAdapter { adapter: Adapter { name: name.to_owned(), config, layers }, head, meta })
 }
 
+/// What an adapter of ours says of its base; none if another program wrote it.
+fn read_own_meta(directory: &Path) -> Result<Option<AdapterMeta>, Error> {
+    let path = directory.join(META_FILE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
+    let meta = serde_json::from_value(Value::Object(map))
+        .map_err(|error| Error::field(&path, "content", "an adapter's base", error.to_string()))?;
+    Ok(Some(meta))
+}
+
 fn read_meta(
     directory: &Path,
     config: &serde_json::Map<String, Value>,
     has_head: bool,
 ) -> Result<AdapterMeta, Error> {
-    let path = directory.join(META_FILE);
-    if path.is_file() {
-        let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
-        return serde_json::from_value(Value::Object(map)).map_err(|error| {
-            Error::field(&path, "content", "an adapter's base", error.to_string())
-        });
+    if let Some(meta) = read_own_meta(directory)? {
+        return Ok(meta);
     }
     let base = config.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or_default();
     Ok(AdapterMeta {
@@ -390,7 +396,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(packing(dir.path()).unwrap(), None);
         let write = |name: &str| {
-            let text = format!(r#"{{"quantization": {name}}}"#);
+            let text = format!(
+                r#"{{"base_model": "b", "base_sha256": "", "task": "CAUSAL_LM", "quantization": {name}}}"#
+            );
             fs_err::write(dir.path().join(META_FILE), text).unwrap();
             packing(dir.path())
         };

@@ -185,9 +185,9 @@ impl Ensemble {
     ) -> Result<Scores, Error> {
         let (raw, n_tokens) = self.raw_scores(scoring, conversations)?;
         for (idx, member) in self.members.iter().enumerate() {
-            let column: Vec<f64> = raw.iter().map(|row| row[idx]).collect();
+            let scores = column(&raw, idx);
             let what = format!("score of the {} reward model", member.aspect);
-            check_finite(&column, conversations, &what, iteration, &prompt_id)?;
+            check_finite(&scores, conversations, &what, iteration, &prompt_id)?;
         }
         let standardise = |(member, &score): (&Member, &f64)| {
             let stats = member.stats.as_ref().expect("statistics are known before scores are");
@@ -203,7 +203,7 @@ impl Ensemble {
         let members = self.members.iter().enumerate();
         members
             .filter(|(_, member)| matches!(member.judge, Judge::Model { .. }))
-            .map(|(idx, member)| (member.aspect, raw.iter().map(|row| row[idx]).collect()))
+            .map(|(idx, member)| (member.aspect, column(raw, idx)))
             .collect()
     }
 
@@ -222,7 +222,7 @@ impl Ensemble {
             if member.stats.is_some() {
                 continue;
             }
-            let scores: Vec<f64> = raw.iter().map(|row| row[idx]).collect();
+            let scores = column(raw, idx);
             if let Some(got) = scores.iter().find(|score| !score.is_finite()) {
                 return Err(Error::NotANumber {
                     what: format!("scores of the {} reward model on the reference", member.aspect),
@@ -336,6 +336,11 @@ impl Yardstick {
         let (mean, std) = self.stats.as_ref().map_or((0.0, 1.0), |stats| (stats.mean, stats.std));
         Ok(raw.into_iter().map(|score| (score - mean) / std).collect())
     }
+}
+
+/// The scores of one member.
+fn column(raw: &[Vec<f64>], member: usize) -> Vec<f64> {
+    raw.iter().map(|row| row[member]).collect()
 }
 
 /// A score for each conversation that is a number, or an error that names the prompt.

@@ -592,6 +592,7 @@ fn count(stage: Stage, counter: &Counter<'_>, prompt_tokens: u64) -> Need {
     };
     let mut need = Need { runtime, weights: n_models * counter.weights(), ..Need::default() };
     need.phase("loading", need.weights, if n_models == 0 { 0 } else { counter.loading() });
+    let chain = 3 * settings.max_new_tokens + QUESTION_TOKENS;
     match stage {
         Stage::Sft => count_training(&mut need, counter, 1, true),
         Stage::Reward => count_training(&mut need, counter, 2, false),
@@ -599,19 +600,11 @@ fn count(stage: Stage, counter: &Counter<'_>, prompt_tokens: u64) -> Need {
         Stage::Demonstrations if n_models == 0 => {}
         Stage::Demonstrations => {
             let prompt_tokens = prompt_tokens + settings.few_shot * EXEMPLAR_TOKENS;
-            let own = 3 * settings.max_new_tokens + QUESTION_TOKENS;
-            let prompts = Pass { tokens: UNIT_PROMPTS * prompt_tokens, length: prompt_tokens };
-            need.kv_cache = counter.kv_cache(UNIT_PROMPTS * (prompt_tokens + own));
-            need.rollouts = counter.sampling(prompts, UNIT_PROMPTS, false);
-            need.phase_with("sampling", need.kv_cache + need.rollouts);
+            count_sampling(&mut need, counter, [UNIT_PROMPTS, 1], prompt_tokens, chain, false);
         }
         Stage::Conversations => {
-            let own = 3 * settings.max_new_tokens + QUESTION_TOKENS;
-            let slots = UNIT_PROMPTS * (prompt_tokens + UNIT_SAMPLES * own);
-            let prompts = Pass { tokens: UNIT_PROMPTS * prompt_tokens, length: prompt_tokens };
-            need.kv_cache = counter.kv_cache(slots);
-            need.rollouts = counter.sampling(prompts, UNIT_PROMPTS * UNIT_SAMPLES, false);
-            need.phase_with("sampling", need.kv_cache + need.rollouts);
+            let counts = [UNIT_PROMPTS, UNIT_SAMPLES];
+            count_sampling(&mut need, counter, counts, prompt_tokens, chain, false);
         }
         Stage::Preferences => {
             let length = prompt_tokens + 3 * Stage::Conversations.defaults().max_new_tokens;
@@ -621,19 +614,30 @@ fn count(stage: Stage, counter: &Counter<'_>, prompt_tokens: u64) -> Need {
         }
         Stage::Scoring => {
             need.adapters = 4 * adapter; // the policy and three reward models
-            let own = 3 * settings.max_new_tokens + QUESTION_TOKENS;
-            let answered = SCORING_UNITS * UNIT_PROMPTS;
-            let prompts = Pass { tokens: answered * prompt_tokens, length: prompt_tokens };
-            need.kv_cache = counter.kv_cache(answered * (prompt_tokens + own));
-            need.rollouts = counter.sampling(prompts, answered, true);
-            need.phase_with("sampling", need.kv_cache + need.rollouts);
-            let length = prompt_tokens + own;
+            let counts = [SCORING_UNITS * UNIT_PROMPTS, 1];
+            count_sampling(&mut need, counter, counts, prompt_tokens, chain, true);
+            let length = prompt_tokens + chain;
             let pass = largest_pass(UNIT_PROMPTS, length, settings.micro_batch_tokens);
             need.activations = counter.without_gradients(pass);
             need.phase_with("scoring", need.activations);
         }
     }
     need
+}
+
+/// Sampling of so many prompts and samples of each, which take `own` tokens a sample after the prompt.
+fn count_sampling(
+    need: &mut Need,
+    counter: &Counter<'_>,
+    [n_prompts, n_samples]: [u64; 2],
+    prompt_tokens: u64,
+    own: u64,
+    with_adapter: bool,
+) {
+    let prompts = Pass { tokens: n_prompts * prompt_tokens, length: prompt_tokens };
+    need.kv_cache = counter.kv_cache(n_prompts * (prompt_tokens + n_samples * own));
+    need.rollouts = counter.sampling(prompts, n_prompts * n_samples, with_adapter);
+    need.phase_with("sampling", need.kv_cache + need.rollouts);
 }
 
 /// SFT (one sequence an example) and reward modelling (two, and no vocabulary).
@@ -674,10 +678,7 @@ fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
     let own = settings.turns() * settings.max_new_tokens + questions;
     let length = prompt_tokens + own;
     let rows = settings.max_rows.min(settings.rollout_size);
-    let prompts = Pass { tokens: rows * prompt_tokens, length: prompt_tokens };
-    need.kv_cache = counter.kv_cache(rows * length);
-    need.rollouts = counter.sampling(prompts, rows, true);
-    need.phase_with("sampling", need.kv_cache + need.rollouts);
+    count_sampling(need, counter, [rows, 1], prompt_tokens, own, true);
     let pass = largest_pass(settings.rollout_size, length, settings.micro_batch_tokens);
     need.phase_with("scoring", counter.without_gradients(pass));
     let all = settings.rollout_size * length;

@@ -23,10 +23,8 @@ pub(super) struct Part {
 #[derive(Debug)]
 struct Prefix {
     token_ids: Vec<i64>,
-    /// Other prompts' slots, then its own.
+    /// Other prompts' slots, then all that it brought.
     parts: Vec<Part>,
-    /// All it brought.
-    own: Run,
     /// Sequences sampled from it, and prompts that read its slots.
     users: usize,
 }
@@ -75,7 +73,7 @@ impl Prefixes {
         let idx = self.0.iter().position(Option::is_none).unwrap_or(self.0.len());
         let mut parts = shared;
         parts.push(Part { owner: idx, run: own });
-        let prefix = Prefix { token_ids: token_ids.to_vec(), parts, own, users };
+        let prefix = Prefix { token_ids: token_ids.to_vec(), parts, users };
         match self.0.get_mut(idx) {
             Some(free) => *free = Some(prefix),
             None => self.0.push(Some(prefix)),
@@ -97,8 +95,13 @@ impl Prefixes {
             let prefix = self.at(idx);
             prefix.users -= 1;
             if prefix.users == 0 {
-                free.push(prefix.own);
-                leaving.extend(prefix.parts.iter().map(|part| part.owner).filter(|&at| at != idx));
+                for part in std::mem::take(&mut prefix.parts) {
+                    if part.owner == idx {
+                        free.push(part.run);
+                    } else {
+                        leaving.push(part.owner);
+                    }
+                }
                 self.0[idx] = None;
             }
         }
