@@ -6,13 +6,14 @@ use std::process::Command;
 /// What each crate may depend on directly, itself left out.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("arete-records", &[]),
-    ("arete-model", &["arete-records"]),
-    ("arete-training", &["arete-model", "arete-records"]),
-    ("arete-curation", &["arete-model", "arete-records"]),
-    ("arete-scoring", &["arete-model", "arete-records"]),
-    ("arete-sft", &["arete-training", "arete-model", "arete-records"]),
-    ("arete-reward", &["arete-training", "arete-model", "arete-records"]),
-    ("arete-ppo", &["arete-training", "arete-model", "arete-records"]),
+    ("arete-stage", &["arete-records"]),
+    ("arete-model", &["arete-stage", "arete-records"]),
+    ("arete-training", &["arete-model", "arete-stage", "arete-records"]),
+    ("arete-curation", &["arete-model", "arete-stage", "arete-records"]),
+    ("arete-scoring", &["arete-model", "arete-stage", "arete-records"]),
+    ("arete-sft", &["arete-training", "arete-model", "arete-stage", "arete-records"]),
+    ("arete-reward", &["arete-training", "arete-model", "arete-stage", "arete-records"]),
+    ("arete-ppo", &["arete-training", "arete-model", "arete-stage", "arete-records"]),
 ];
 
 /// Direct workspace dependencies of every workspace package (normal and build, not dev).

@@ -14,12 +14,13 @@ use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use arete_records::hashes::sha256_file;
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
-use arete_records::run::{RunJson, sha256_file};
 use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, prompt_id, split_of};
+use arete_stage::run::RunJson;
 use browser::Browser;
 
 /// Prompts of the run.

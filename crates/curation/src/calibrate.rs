@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_records::rows::JudgementRow;
-use arete_records::run::StageSpec;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
-use arete_records::{
-    Aspect, Message, Role, Virtue, atomic, cli, dialogue, interrupt, prompt_id, split_of,
-};
+use arete_records::{Aspect, Message, Role, Virtue, atomic, dialogue, prompt_id, split_of};
+use arete_stage::interrupt;
+use arete_stage::run::StageSpec;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -188,7 +187,11 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     let constitution = Constitution::load(&config.judge.constitution)?;
     let shots = shots(config)?;
     let variants = variants(config);
-    let progress = cli::progress("calibrating", "pairs", (pairs.len() * variants.len()) as u64);
+    let progress = arete_records::progress::start(
+        "calibrating",
+        "pairs",
+        (pairs.len() * variants.len()) as u64,
+    );
     let mut table = Vec::new();
     table.extend(baseline(&pairs));
     for (method, few_shot) in variants {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_records::rows::{ConversationRow, PromptRow};
-use arete_records::run::StageSpec;
-use arete_records::{Aspect, FinishReason, Message, cli, interrupt};
+use arete_records::{Aspect, FinishReason, Message};
+use arete_stage::interrupt;
+use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
@@ -167,7 +168,8 @@ pub fn run(
             let (missing, n_missing) = units.missing();
             if !missing.is_empty() {
                 let engines = Engines::open(config, inputs)?;
-                let progress = cli::progress(STAGE, "prompts", prompts.len() as u64);
+                let progress =
+                    arete_records::progress::start(STAGE, "prompts", prompts.len() as u64);
                 progress.skip((prompts.len() - n_missing) as u64);
                 for group in missing.chunks(GROUP) {
                     interrupt::check()?;
@@ -322,7 +324,7 @@ fn sample(
     group: &[usize],
     config: &ConversationsConfig,
     contrast: &Contrast,
-    progress: &cli::Progress,
+    progress: &arete_records::progress::Progress,
 ) -> Result<(), Error> {
     let drawing = config.sampling.drawing();
     let mut chains = Vec::new();

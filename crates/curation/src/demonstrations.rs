@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_records::rows::{DemonstrationRow, PromptRow, Round};
-use arete_records::run::StageSpec;
-use arete_records::{Aspect, FinishReason, Message, Role, cli, interrupt};
+use arete_records::{Aspect, FinishReason, Message, Role};
+use arete_stage::interrupt;
+use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
@@ -68,7 +69,8 @@ pub fn run(
             let (missing, n_missing) = units.missing();
             if let (Some(model), false) = (&inputs.model, missing.is_empty()) {
                 let engine = open(config, model)?;
-                let progress = cli::progress(STAGE, "prompts", material.prompts.len() as u64);
+                let progress =
+                    arete_records::progress::start(STAGE, "prompts", material.prompts.len() as u64);
                 progress.skip((material.prompts.len() - n_missing) as u64);
                 units.run(|items| {
                     interrupt::check()?;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use arete_records::{Class, Classified};
+
 /// Why curation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -14,13 +16,17 @@ pub enum Error {
     #[error(transparent)]
     Records(#[from] arete_records::Error),
 
+    /// A recipe, a setting or an output directory was refused.
+    #[error(transparent)]
+    Stage(#[from] arete_stage::Error),
+
     /// The local model could not be loaded or run.
     #[error(transparent)]
     Model(#[from] arete_model::Error),
 
     /// A signal asked the stage to stop.
     #[error(transparent)]
-    Interrupted(#[from] arete_records::interrupt::Interrupted),
+    Interrupted(#[from] arete_stage::interrupt::Interrupted),
 
     /// A record of an input file is not what it should be.
     #[error("{}:{line}: {field}: expected {expected}, found {found}", path.display())]
@@ -102,31 +108,28 @@ pub enum Error {
     },
 }
 
-impl arete_records::cli::ExitClass for Error {
-    fn exit_class(&self) -> Option<u8> {
-        use arete_records::cli::code;
+impl Classified for Error {
+    fn class(&self) -> Option<Class> {
         match self {
-            Self::Io(_) => Some(code::IO),
-            Self::Records(error) => error.exit_class(),
-            Self::Interrupted(signal) => u8::try_from(128 + signal.signal).ok(),
-            Self::Setting { .. } => Some(code::USAGE),
-            Self::Server { .. } => Some(code::UNAVAILABLE),
-            Self::Model(error) => model_class(error),
+            Self::Io(_) => Some(Class::System),
+            Self::Records(error) => error.class(),
+            Self::Stage(error) => error.class(),
+            Self::Interrupted(signal) => signal.class(),
+            Self::Setting { .. } => Some(Class::Setting),
+            Self::Server { .. } => Some(Class::Unavailable),
+            Self::Model(error) => error.class(),
             Self::Record { .. }
             | Self::File { .. }
             | Self::TooFewPairs { .. }
-            | Self::Shards { .. } => Some(code::BAD_DATA),
+            | Self::Shards { .. } => Some(Class::Data),
         }
     }
 }
 
-/// The model crate's errors: the system's refusals apart, a model or text that cannot be used.
-fn model_class(error: &arete_model::Error) -> Option<u8> {
-    use arete_records::cli::code;
-    match error {
-        arete_model::Error::Io(_) => Some(code::IO),
-        arete_model::Error::Torch(_) => None,
-        arete_model::Error::Hub { .. } => Some(code::UNAVAILABLE),
-        _ => Some(code::BAD_DATA),
+/// What an error of this crate, or of those below it, is for the caller.
+pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    match cause.downcast_ref::<Error>() {
+        Some(error) => error.class(),
+        None => arete_model::class_of(cause),
     }
 }

@@ -43,4 +43,4 @@ pub mod stage;
 mod trim;
 pub mod units;
 
-pub use error::Error;
+pub use error::{Error, class_of};

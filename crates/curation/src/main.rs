@@ -15,8 +15,8 @@ use arete_curation::{
     Error, bench, calibrate, conversations, demonstrations, export, lessons, merge, preferences,
     prompts,
 };
-use arete_records::cli::{self, StageArgs};
-use arete_records::{interrupt, recipe};
+use arete_stage::cli::{self, StageArgs};
+use arete_stage::{interrupt, recipe};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Curates data for RLAIF: prompts, demonstrations, conversations, judged preference pairs
@@ -158,7 +158,7 @@ struct DryRun {
 fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     cli::init_tracing();
-    cli::exit_code_of::<Error>(run(&matches))
+    arete_stage::exit::exit_code(run(&matches), arete_curation::class_of)
 }
 
 fn run(matches: &ArgMatches) -> anyhow::Result<()> {

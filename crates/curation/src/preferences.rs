@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_records::rows::{ConversationRow, JudgementRow, PreferenceRow};
-use arete_records::run::StageSpec;
-use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, cli, interrupt, parquet};
+use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, parquet};
+use arete_stage::interrupt;
+use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
@@ -68,7 +69,8 @@ pub fn run(
             let (missing, n_missing) = units.missing();
             let tribunal = Tribunal::open(config, inputs, !missing.is_empty())?;
             let judge = tribunal.judge(config)?;
-            let progress = cli::progress("judging", "prompts", prompts.len() as u64);
+            let progress =
+                arete_records::progress::start("judging", "prompts", prompts.len() as u64);
             progress.skip((prompts.len() - n_missing) as u64);
             units.run(|items| {
                 interrupt::check()?;

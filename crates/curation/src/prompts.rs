@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use arete_records::jsonl::NumberedObject;
 use arete_records::rows::PromptRow;
-use arete_records::run::StageSpec;
 use arete_records::{Message, Role, Split, dialogue, normalise, parquet, prompt_id, split_of};
+use arete_stage::run::StageSpec;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_model::runtime;
-use arete_records::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
-use arete_records::{atomic, parquet, timings};
+use arete_records::{atomic, parquet};
+use arete_stage::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
+use arete_stage::timings;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 

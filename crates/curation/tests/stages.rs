@@ -19,8 +19,8 @@ use arete_model::{Device, Kind, LoadOptions};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow,
 };
-use arete_records::run::RunJson;
 use arete_records::{Aspect, FinishReason, Message, Role, parquet};
+use arete_stage::run::RunJson;
 use clap::{Args, FromArgMatches};
 use common::{Answer, serve};
 use serde_json::{Value, json};

@@ -469,7 +469,7 @@ impl Checkpoint {
     ///
     /// [`Error::Io`].
     pub fn sha256(&self) -> Result<String, Error> {
-        Ok(arete_records::run::sha256_path(&self.path)?)
+        Ok(arete_records::hashes::sha256_path(&self.path)?)
     }
 
     /// The model's tokenizer.

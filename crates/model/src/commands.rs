@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use arete_records::cli;
 use serde_json::json;
 
 use crate::adapter_files::{self, LoadedAdapter};
@@ -239,7 +238,9 @@ fn run_quantize(arguments: &Quantize) -> anyhow::Result<()> {
 
 fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     let (model, adapter) = arguments.model.load()?;
-    let Some(loaded) = adapter else { bail!(cli::Usage("merge needs --adapter DIR".to_owned())) };
+    let Some(loaded) = adapter else {
+        bail!(arete_stage::exit::Usage("merge needs --adapter DIR".to_owned()))
+    };
     let source = Source::parse(&arguments.model.model)?;
     let packed = model.decoder.quantization().filter(|_| arguments.model.nf4);
     let dtype = match arguments.model.dtype {

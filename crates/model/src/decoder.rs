@@ -195,7 +195,7 @@ impl Decoder {
         let mut decoder = Self::without_layers(checkpoint, options)?;
         let loader = Loader { checkpoint, options, config: &decoder.config };
         let what = if options.nf4.is_some() { "loading, packing" } else { "loading" };
-        let progress = arete_records::cli::progress(what, "layers", n_layers as u64);
+        let progress = arete_records::progress::start(what, "layers", n_layers as u64);
         let mut layers = Vec::with_capacity(n_layers);
         let mut packed_in_checkpoint = false;
         for idx in 0..n_layers {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use arete_records::cli::{ExitClass, code};
+use arete_records::{Class, Classified};
 
 /// Why loading, running or writing a model failed.
 ///
@@ -18,6 +18,10 @@ pub enum Error {
     /// Writing or hashing files failed; the message names the path.
     #[error(transparent)]
     Records(#[from] arete_records::Error),
+
+    /// A run's `run.json` was refused.
+    #[error(transparent)]
+    Stage(#[from] arete_stage::Error),
 
     /// libtorch refused an operation (out of memory, no such device, …).
     #[error("libtorch: {0}")]
@@ -221,15 +225,24 @@ impl Error {
     }
 }
 
-impl ExitClass for Error {
-    fn exit_class(&self) -> Option<u8> {
+impl Classified for Error {
+    fn class(&self) -> Option<Class> {
         match self {
-            Self::Records(error) => error.exit_class(),
-            Self::Io(_) => Some(code::IO),
-            Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(code::FAILURE),
-            Self::Hub { .. } => Some(code::UNAVAILABLE),
-            Self::Invalid { .. } | Self::Source { .. } => Some(code::USAGE),
-            _ => Some(code::BAD_DATA),
+            Self::Records(error) => error.class(),
+            Self::Stage(error) => error.class(),
+            Self::Io(_) => Some(Class::System),
+            Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(Class::Other),
+            Self::Hub { .. } => Some(Class::Unavailable),
+            Self::Invalid { .. } | Self::Source { .. } => Some(Class::Setting),
+            _ => Some(Class::Data),
         }
+    }
+}
+
+/// What an error of this crate, or of those below it, is for the caller.
+pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    match cause.downcast_ref::<Error>() {
+        Some(error) => error.class(),
+        None => arete_records::class_of(cause),
     }
 }

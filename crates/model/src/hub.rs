@@ -632,7 +632,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Shows hf-hub's progress in megabytes.
 struct Bar {
-    progress: arete_records::cli::Progress,
+    progress: arete_records::progress::Progress,
     /// Bytes shown, and bytes done of the file under way.
     state: Mutex<(u64, u64)>,
 }
@@ -642,7 +642,7 @@ const MEGABYTE: u64 = 1_000_000;
 impl Bar {
     fn new(bytes: u64) -> Self {
         let total = bytes.div_ceil(MEGABYTE);
-        let progress = arete_records::cli::progress("downloading", "MB", total);
+        let progress = arete_records::progress::start("downloading", "MB", total);
         Self { progress, state: Mutex::new((0, 0)) }
     }
 }

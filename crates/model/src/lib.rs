@@ -37,7 +37,7 @@ pub use chain::{Chat, Rendered};
 pub use checkpoint::{Checkpoint, Source};
 pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadOptions, Pass, default_dtype};
-pub use error::Error;
+pub use error::{Error, class_of};
 pub use head::ScalarHead;
 pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;

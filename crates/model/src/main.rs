@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
-use arete_records::cli;
+use arete_stage::cli;
 use clap::Parser;
 
 fn main() -> ExitCode {
     let arguments = arete_model::commands::Arguments::parse();
     cli::init_tracing();
-    cli::exit_code_of::<arete_model::Error>(arete_model::commands::run(arguments))
+    arete_stage::exit::exit_code(arete_model::commands::run(arguments), arete_model::class_of)
 }

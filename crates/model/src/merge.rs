@@ -86,7 +86,7 @@ pub fn write_model(
     };
     let names: Vec<String> =
         checkpoint.names().into_iter().filter(|name| !drop_head(name)).collect();
-    let progress = arete_records::cli::progress("merging", "tensors", names.len() as u64);
+    let progress = arete_records::progress::start("merging", "tensors", names.len() as u64);
     for name in names {
         let mut weight = checkpoint.tensor(&name)?.to_kind(Kind::Float);
         if let Some((layer, target)) = linear_of(&name) {

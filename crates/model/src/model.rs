@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use arete_records::run::sha256_path;
+use arete_records::hashes::sha256_path;
 
 use crate::Error;
 use crate::chain::Chat;

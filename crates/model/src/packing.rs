@@ -47,7 +47,7 @@ pub fn write_packed(
 
     let mut writer = ShardWriter::new(staging.path());
     let names = checkpoint.names();
-    let progress = arete_records::cli::progress("quantising", "tensors", names.len() as u64);
+    let progress = arete_records::progress::start("quantising", "tensors", names.len() as u64);
     for name in names {
         if name == "lm_head.weight" && config.tie_word_embeddings {
             continue;

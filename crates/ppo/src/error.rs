@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use arete_records::cli::{ExitClass, code};
-use arete_records::interrupt::Interrupted;
-use arete_training::error::model_exit_class;
+use arete_records::{Class, Classified};
+use arete_stage::interrupt::Interrupted;
 
 /// Why PPO stopped.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +16,10 @@ pub enum Error {
     /// A file of the pipeline is unusable.
     #[error(transparent)]
     Records(#[from] arete_records::Error),
+
+    /// A recipe, a setting or an output directory was refused.
+    #[error(transparent)]
+    Stage(#[from] arete_stage::Error),
 
     /// The model could not be loaded, run or written.
     #[error(transparent)]
@@ -153,22 +156,23 @@ pub enum Error {
     },
 }
 
-impl ExitClass for Error {
-    fn exit_class(&self) -> Option<u8> {
+impl Classified for Error {
+    fn class(&self) -> Option<Class> {
         match self {
             Self::Io(_) => None,
-            Self::Records(error) => error.exit_class(),
-            Self::Model(error) => model_exit_class(error),
-            Self::Training(error) => error.exit_class(),
-            Self::Interrupted(interrupted) => u8::try_from(128 + interrupted.signal).ok(),
-            Self::Setting { .. } => Some(code::USAGE),
+            Self::Records(error) => error.class(),
+            Self::Stage(error) => error.class(),
+            Self::Model(error) => error.class(),
+            Self::Training(error) => error.class(),
+            Self::Interrupted(interrupted) => interrupted.class(),
+            Self::Setting { .. } => Some(Class::Setting),
             Self::Prompts { .. }
             | Self::PromptTooLong { .. }
             | Self::NotAReward { .. }
             | Self::NonFiniteScore { .. }
             | Self::ZeroVariance { .. }
-            | Self::NotANumber { .. } => Some(code::BAD_DATA),
-            Self::Torch(_) | Self::Shape { .. } | Self::Ratio { .. } => Some(code::FAILURE),
+            | Self::NotANumber { .. } => Some(Class::Data),
+            Self::Torch(_) | Self::Shape { .. } | Self::Ratio { .. } => Some(Class::Other),
         }
     }
 }
@@ -183,4 +187,12 @@ pub(crate) fn check_shape(
         return Ok(());
     }
     Err(Error::Shape { name, expected: expected.to_vec(), got: tensor.size() })
+}
+
+/// What an error of this crate, or of those below it, is for the caller.
+pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    match cause.downcast_ref::<Error>() {
+        Some(error) => error.class(),
+        None => arete_training::class_of(cause),
+    }
 }

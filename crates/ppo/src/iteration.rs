@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use arete_model::{Chat, Model, Tensor};
-use arete_records::{Aspect, FinishReason, interrupt, stats};
+use arete_records::{Aspect, FinishReason, stats};
+use arete_stage::interrupt;
 use tch::{Device, Kind};
 
 use crate::assess::{self, Assessment};

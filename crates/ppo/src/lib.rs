@@ -43,7 +43,7 @@ pub mod update;
 pub mod whiten;
 
 pub use config::Config;
-pub use error::Error;
+pub use error::{Error, class_of};
 pub use stage::{TrainInputs, train};
 
 #[cfg(test)]

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_ppo::{Config, Error, TrainInputs};
-use arete_records::cli::{self, StageArgs};
-use arete_records::{interrupt, recipe};
+use arete_ppo::{Config, TrainInputs};
+use arete_stage::cli::{self, StageArgs};
+use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// PPO: sample conversations, score them with three reward models, and make the better ones likelier.
@@ -45,7 +45,7 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    cli::exit_code_of::<Error>(run())
+    arete_stage::exit::exit_code(run(), arete_ppo::class_of)
 }
 
 fn run() -> anyhow::Result<()> {

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use arete_model::generate::{self, Request, Sampling, Stream, TurnEnd};
 use arete_model::{Adapter, Batch, Chat, Decoder, Model, Tensor, logprobs};
-use arete_records::{Aspect, FinishReason, Message, interrupt};
+use arete_records::{Aspect, FinishReason, Message};
+use arete_stage::interrupt;
 use arete_training::order;
 use tch::{Device, Kind};
 

@@ -6,13 +6,12 @@ use std::time::Instant;
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
-use arete_records::metrics::MetricsWriter;
 use arete_records::rows::RolloutRow;
-use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::{self, Resampling};
-use arete_records::{
-    Aspect, ScoreStats, Split, atomic, cli, interrupt, parquet, score_stats, timings,
-};
+use arete_records::{Aspect, ScoreStats, Split, atomic, parquet, score_stats};
+use arete_stage::metrics::MetricsWriter;
+use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
+use arete_stage::{interrupt, timings};
 use arete_training::{CheckpointStore, Schedule, Select, runtime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -316,7 +315,7 @@ impl<'a> Stage<'a> {
 
     fn iterate_and_probe(&mut self) -> Result<(), Error> {
         let total = self.config.iterations;
-        let progress = cli::progress("ppo", "iterations", total);
+        let progress = arete_records::progress::start("ppo", "iterations", total);
         progress.skip(self.state.iteration);
         loop {
             if self.is_due(self.config.probe_every)

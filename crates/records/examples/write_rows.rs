@@ -4,21 +4,15 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, Round,
     ScoreRow,
 };
 use arete_records::{Aspect, FinishReason, Message, Virtue, parquet, prompt_id, split_of};
 
-fn main() -> std::process::ExitCode {
-    arete_records::cli::init_tracing();
-    arete_records::cli::exit_code(run())
-}
-
-fn run() -> anyhow::Result<()> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dir = std::env::args_os().nth(1).map(PathBuf::from);
-    let dir = dir.context("usage: write_rows DIR")?;
+    let dir = dir.ok_or("usage: write_rows DIR")?;
     fs_err::create_dir_all(&dir)?;
 
     let prompt = vec![Message::user("May I read my sister's diary?")];
@@ -136,7 +130,6 @@ fn run() -> anyhow::Result<()> {
     )?;
 
     let read: Vec<PromptRow> = parquet::read(dir.join("prompts.parquet"))?;
-    anyhow::ensure!(read == prompts, "what was read differs from what was written");
-    tracing::info!(dir = %dir.display(), "wrote one file of every kind");
+    assert_eq!(read, prompts, "what was read differs from what was written");
     Ok(())
 }

@@ -1,28 +1,27 @@
-//! The contract between Arete's stages: what they exchange, and how they read, write and report it.
+//! The contract between Arete's stages: the words, rows and files they exchange, and their statistics.
 //!
-//! Stages meet in files. This crate owns the files: the [vocabulary](Aspect), one struct per
-//! [row](rows), [Parquet](parquet) in and out, [recipes](recipe), [run.json](run), and the
-//! arithmetic ([statistics](stats)) and reporting ([metrics], [cli]) they share. No tensors here.
+//! Stages meet in files. This crate owns them: the [vocabulary](Aspect), one struct per [row](rows),
+//! [Parquet](parquet) in and out (feature `parquet`, on by default), [atomic] writing, [content hashes](hashes), the
+//! [statistics](stats) that stages share, and how a failure [counts](Class). No tensors and no command lines here.
 
 pub mod atomic;
-pub mod cli;
+mod class;
+#[cfg(feature = "parquet")]
 pub mod dialogue;
 mod error;
-pub mod interrupt;
+pub mod hashes;
 pub mod jsonl;
 mod message;
-pub mod metrics;
+#[cfg(feature = "parquet")]
 pub mod parquet;
-pub mod recipe;
+pub mod progress;
 pub mod rows;
-pub mod run;
 pub mod score_stats;
 pub mod stats;
-mod tfevents;
-pub mod timings;
 mod vocabulary;
 
+pub use class::{At, Class, Classified, Refusal, class_of};
 pub use error::Error;
-pub use message::{Message, Role, normalise, prompt_id, split_of};
+pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
 pub use score_stats::ScoreStats;
 pub use vocabulary::{Aspect, FinishReason, Split, Virtue};

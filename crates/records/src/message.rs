@@ -96,7 +96,7 @@ fn canonical_digest(messages: &[Message]) -> [u8; 32] {
 }
 
 /// Lower-case hex digits of some bytes.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
         write!(text, "{byte:02x}").expect("writing to a String cannot fail");

@@ -21,5 +21,5 @@ pub mod score;
 mod stage;
 
 pub use config::Config;
-pub use error::Error;
+pub use error::{Error, class_of};
 pub use stage::{PreferenceSource, TrainInputs, train};

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_records::cli::{self, StageArgs};
-use arete_records::{Aspect, interrupt, recipe};
+use arete_records::Aspect;
 use arete_reward::bench::Bench;
 use arete_reward::score::ScoreConfig;
-use arete_reward::{Config, Error, PreferenceSource, TrainInputs};
+use arete_reward::{Config, PreferenceSource, TrainInputs};
+use arete_stage::cli::{self, StageArgs};
+use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 /// Reward models: learn which of two conversations is better, and score conversations.
@@ -91,7 +92,7 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    cli::exit_code_of::<Error>(run())
+    arete_stage::exit::exit_code(run(), arete_reward::class_of)
 }
 
 fn run() -> anyhow::Result<()> {

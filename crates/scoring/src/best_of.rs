@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
-use arete_records::run::{self, Completion, StageSpec, Start};
 use arete_records::stats::{self, Interval, Resampling};
-use arete_records::{Aspect, ScoreStats, Split, atomic, cli, interrupt, parquet, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, atomic, parquet, score_stats};
+use arete_stage::interrupt;
+use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
@@ -252,7 +253,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         seed: config.seed,
         n_samples: n,
     };
-    let progress = cli::progress("best of n", "prompts", prompts.len() as u64);
+    let progress = arete_records::progress::start("best of n", "prompts", prompts.len() as u64);
     let mut samples: Vec<Vec<[f64; 3]>> = Vec::new();
     let mut all_rows = Vec::new();
     for together in prompts.chunks(PROMPTS_TOGETHER) {

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 use arete_records::parquet;
 use arete_records::rows::ScoreRow;
-use arete_records::run::RunJson;
 use arete_records::stats::{self, Interval, Resampling};
+use arete_stage::run::RunJson;
 
 use crate::Error;
 use crate::score;
@@ -242,7 +242,7 @@ pub fn text(runs: &[ScoredRun], first: &str, last: &str, resampling: Resampling)
         out.push_str(line.trim_end());
         out.push('\n');
     }
-    arete_records::cli::printable(&out)
+    arete_stage::cli::printable(&out)
 }
 
 fn row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {

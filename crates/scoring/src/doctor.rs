@@ -6,8 +6,8 @@
 use std::fmt::Write as _;
 
 use arete_records::Aspect;
-use arete_records::cli::printable;
 use arete_records::stats::Resampling;
+use arete_stage::cli::printable;
 use serde::{Deserialize, Serialize};
 
 use crate::best_of::BestOf;

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use arete_records::cli::{ExitClass, code};
-use arete_records::interrupt::Interrupted;
+use arete_records::{Class, Classified};
+use arete_stage::interrupt::Interrupted;
 
 /// Why scoring, reporting or diagnosing failed.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +16,10 @@ pub enum Error {
     /// A file of the pipeline is unusable.
     #[error(transparent)]
     Records(#[from] arete_records::Error),
+
+    /// A recipe, a setting or an output directory was refused.
+    #[error(transparent)]
+    Stage(#[from] arete_stage::Error),
 
     /// A model could not be loaded or run.
     #[error(transparent)]
@@ -74,16 +78,25 @@ pub enum Error {
     },
 }
 
-impl ExitClass for Error {
-    fn exit_class(&self) -> Option<u8> {
+impl Classified for Error {
+    fn class(&self) -> Option<Class> {
         Some(match self {
             Self::Io(_) => return None,
-            Self::Records(error) => return error.exit_class(),
-            Self::Model(error) => return error.exit_class(),
-            Self::Interrupted(interrupted) => return u8::try_from(128 + interrupted.signal).ok(),
-            Self::File { .. } => code::BAD_DATA,
-            Self::Setting { .. } => code::USAGE,
-            Self::NonFinite { .. } | Self::Chart { .. } => code::FAILURE,
+            Self::Records(error) => return error.class(),
+            Self::Stage(error) => return error.class(),
+            Self::Model(error) => return error.class(),
+            Self::Interrupted(interrupted) => return interrupted.class(),
+            Self::File { .. } => Class::Data,
+            Self::Setting { .. } => Class::Setting,
+            Self::NonFinite { .. } | Self::Chart { .. } => Class::Other,
         })
+    }
+}
+
+/// What an error of this crate, or of those below it, is for the caller.
+pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    match cause.downcast_ref::<Error>() {
+        Some(error) => error.class(),
+        None => arete_model::class_of(cause),
     }
 }

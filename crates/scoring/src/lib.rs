@@ -28,7 +28,7 @@ pub mod summary;
 pub mod table;
 
 pub use config::ScoreConfig;
-pub use error::Error;
+pub use error::{Error, class_of};
 pub use report::{ReportInputs, report};
 pub use run_files::RunFiles;
 pub use score::{ScoreInputs, score};

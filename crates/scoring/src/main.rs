@@ -5,14 +5,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_records::cli::{self, Usage};
+use arete_records::Aspect;
 use arete_records::stats::Resampling;
-use arete_records::{Aspect, interrupt, recipe};
 use arete_scoring::best_of::{self, BestOfInputs};
 use arete_scoring::compare::{self, Arm, ScoredRun};
 use arete_scoring::{
     Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
 };
+use arete_stage::cli;
+use arete_stage::exit::Usage;
+use arete_stage::{interrupt, recipe};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// How a run's models compare, the page that shows it, and why a run went nowhere
@@ -233,7 +235,7 @@ fn arm(text: &str) -> anyhow::Result<Arm> {
 fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     cli::init_tracing();
-    cli::exit_code_of::<Error>(run(&matches))
+    arete_stage::exit::exit_code(run(&matches), arete_scoring::class_of)
 }
 
 fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {

@@ -9,9 +9,9 @@ use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
-use arete_records::run::RunJson;
 use arete_records::stats::{CalibrationBin, Interval};
 use arete_records::{Aspect, FinishReason, ScoreStats, Split};
+use arete_stage::run::RunJson;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};

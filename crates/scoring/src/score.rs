@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
-use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::{self, Resampling};
-use arete_records::{Aspect, ScoreStats, Split, atomic, cli, interrupt, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, atomic, score_stats};
+use arete_stage::interrupt;
+use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use serde_json::{Map, Value};
 
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
@@ -287,7 +288,8 @@ impl<'a> Work<'a> {
             None => None,
         };
         let vocabulary = vocabulary_sha256(&model.tokenizer);
-        let progress = cli::progress("replies", "prompts", self.prompts.len() as u64);
+        let progress =
+            arete_records::progress::start("replies", "prompts", self.prompts.len() as u64);
         progress.message(&policy.name);
         let n_missing: usize = missing.iter().map(|&unit| units.items(unit).len()).sum();
         progress.skip((self.prompts.len() - n_missing) as u64);
@@ -355,7 +357,8 @@ impl<'a> Work<'a> {
                 RewardModel::load(&self.plan.reward_dir(aspect), aspect.name(), model)?,
             ));
         }
-        let progress = cli::progress("scores", "prompts", self.prompts.len() as u64);
+        let progress =
+            arete_records::progress::start("scores", "prompts", self.prompts.len() as u64);
         progress.message(&policy.name);
         let n_missing: usize = missing.iter().map(|&unit| units.items(unit).len()).sum();
         progress.skip((self.prompts.len() - n_missing) as u64);
@@ -433,7 +436,7 @@ impl<'a> Work<'a> {
             Some(dir) => Some(load_adapter(dir, &policy.name, model)?.adapter),
             None => None,
         };
-        let progress = cli::progress("pairs", "pairs", labelled.len() as u64);
+        let progress = arete_records::progress::start("pairs", "pairs", labelled.len() as u64);
         progress.message(&policy.name);
         for &unit in &missing {
             interrupt::check()?;

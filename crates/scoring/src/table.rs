@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use arete_records::Aspect;
-use arete_records::cli::printable;
 use arete_records::stats::Interval;
+use arete_stage::cli::printable;
 
 use crate::summary::{Change, Difference, ModelSummary, Scale, Scope, Summary};
 

@@ -12,11 +12,11 @@ use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, 
 use arete_model::runtime::Dtype;
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, SegmentIdx, Source};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
-use arete_records::run::RunJson;
 use arete_records::{Aspect, FinishReason, Message, Split, parquet, prompt_id};
 use arete_scoring::rows::{CoherenceRow, PolicyPreferenceRow};
 use arete_scoring::summary::{Scale, Scope};
 use arete_scoring::{ScoreConfig, ScoreInputs, score};
+use arete_stage::run::RunJson;
 use clap::Parser;
 use tch::{Device, Kind};
 

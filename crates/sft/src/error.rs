@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use arete_records::cli::{ExitClass, code};
-use arete_training::error::model_exit_class;
+use arete_records::{Class, Classified};
 
 /// Why supervised fine-tuning failed.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +15,10 @@ pub enum Error {
     /// A file of the pipeline is unusable.
     #[error(transparent)]
     Records(#[from] arete_records::Error),
+
+    /// A recipe, a setting or an output directory was refused.
+    #[error(transparent)]
+    Stage(#[from] arete_stage::Error),
 
     /// The model could not be loaded, run or written.
     #[error(transparent)]
@@ -73,15 +76,24 @@ pub enum Error {
     },
 }
 
-impl ExitClass for Error {
-    fn exit_class(&self) -> Option<u8> {
+impl Classified for Error {
+    fn class(&self) -> Option<Class> {
         match self {
             Self::Io(_) => None,
-            Self::Records(error) => error.exit_class(),
-            Self::Model(error) => model_exit_class(error),
-            Self::Training(error) => error.exit_class(),
-            Self::Row { .. } | Self::Rendering { .. } | Self::Empty { .. } => Some(code::BAD_DATA),
-            Self::Setting { .. } => Some(code::USAGE),
+            Self::Records(error) => error.class(),
+            Self::Stage(error) => error.class(),
+            Self::Model(error) => error.class(),
+            Self::Training(error) => error.class(),
+            Self::Row { .. } | Self::Rendering { .. } | Self::Empty { .. } => Some(Class::Data),
+            Self::Setting { .. } => Some(Class::Setting),
         }
+    }
+}
+
+/// What an error of this crate, or of those below it, is for the caller.
+pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    match cause.downcast_ref::<Error>() {
+        Some(error) => error.class(),
+        None => arete_training::class_of(cause),
     }
 }

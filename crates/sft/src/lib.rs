@@ -18,6 +18,6 @@ pub mod objective;
 mod stage;
 
 pub use config::Config;
-pub use error::Error;
+pub use error::{Error, class_of};
 pub use objective::ACCURACY_ROWS;
 pub use stage::train;

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_records::cli::{self, StageArgs};
-use arete_records::{interrupt, recipe};
 use arete_sft::bench::Bench;
-use arete_sft::{Config, Error};
+use arete_sft::Config;
+use arete_stage::cli::{self, StageArgs};
+use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Teach a chat model to answer as demonstrations do.
@@ -42,7 +42,7 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    cli::exit_code_of::<Error>(run())
+    arete_stage::exit::exit_code(run(), arete_sft::class_of)
 }
 
 fn run() -> anyhow::Result<()> {

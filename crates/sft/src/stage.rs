@@ -5,7 +5,7 @@ use std::path::Path;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
 use arete_records::Split;
-use arete_records::run::{self, Completion, StageSpec, Start};
+use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
 use arete_training::{AdamW, runtime, train as train_loop};
 use serde_json::{Map, Value};
@@ -132,7 +132,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         let fields = [("peak_rss_bytes", bytes.into())];
-        arete_records::timings::log(output, "memory", 0.0, &fields)?;
+        arete_stage::timings::log(output, "memory", 0.0, &fields)?;
     }
     run.finish(Completion {
         device: runtime::device_name(device),

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use arete_records::atomic::AtomicDir;
-use arete_records::run::CHECKPOINT_PREFIX;
+use arete_stage::run::CHECKPOINT_PREFIX;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;

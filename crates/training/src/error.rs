@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use arete_records::cli::{ExitClass, code};
-use arete_records::interrupt::Interrupted;
+use arete_records::{Class, Classified};
+use arete_stage::interrupt::Interrupted;
 
 /// Why training stopped.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +16,10 @@ pub enum Error {
     /// A record file is unusable.
     #[error(transparent)]
     Records(#[from] arete_records::Error),
+
+    /// A recipe, a setting or an output directory was refused.
+    #[error(transparent)]
+    Stage(#[from] arete_stage::Error),
 
     /// The model refused.
     #[error(transparent)]
@@ -63,21 +67,25 @@ pub enum Error {
     },
 }
 
-impl ExitClass for Error {
-    fn exit_class(&self) -> Option<u8> {
+impl Classified for Error {
+    fn class(&self) -> Option<Class> {
         match self {
-            Self::Io(_) => Some(code::IO),
-            Self::Records(error) => error.exit_class(),
-            Self::Model(error) => model_exit_class(error),
-            Self::Interrupted(interrupted) => u8::try_from(128 + interrupted.signal).ok(),
-            Self::Torch(_) | Self::NonFinite { .. } => Some(code::FAILURE),
-            Self::Checkpoint { .. } => Some(code::BAD_DATA),
-            Self::Invalid { .. } => Some(code::USAGE),
+            Self::Io(_) => Some(Class::System),
+            Self::Records(error) => error.class(),
+            Self::Stage(error) => error.class(),
+            Self::Model(error) => error.class(),
+            Self::Interrupted(interrupted) => interrupted.class(),
+            Self::Torch(_) | Self::NonFinite { .. } => Some(Class::Other),
+            Self::Checkpoint { .. } => Some(Class::Data),
+            Self::Invalid { .. } => Some(Class::Setting),
         }
     }
 }
 
-/// The exit code of a program that fails with an error of the model crate.
-pub fn model_exit_class(error: &arete_model::Error) -> Option<u8> {
-    error.exit_class()
+/// What an error of this crate, or of those below it, is for the caller.
+pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
+    match cause.downcast_ref::<Error>() {
+        Some(error) => error.class(),
+        None => arete_model::class_of(cause),
+    }
 }

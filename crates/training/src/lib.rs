@@ -26,7 +26,7 @@ mod trainer;
 
 pub use checkpoint::{CheckpointStore, forget_harmless};
 pub use config::{ComputeArgs, LoopArgs, LoraArgs};
-pub use error::Error;
+pub use error::{Error, class_of};
 pub use optimiser::{AdamW, AdamWConfig, check_settings};
 pub use schedule::{Schedule, ScheduleKind};
 pub use trainer::{

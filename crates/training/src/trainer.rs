@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use arete_records::metrics::MetricsWriter;
-use arete_records::{cli, interrupt, timings};
+use arete_stage::metrics::MetricsWriter;
+use arete_stage::{interrupt, timings};
 use serde::{Deserialize, Serialize};
 
 use crate::order::Plan;
@@ -160,7 +160,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn run_to_end(&mut self) -> Result<(), Error> {
         let total = self.plan.total_steps();
-        let progress = cli::progress("training", "steps", total);
+        let progress = arete_records::progress::start("training", "steps", total);
         progress.skip(self.state.global_step);
         while self.state.global_step < total {
             if let Err(interrupted) = interrupt::check() {

@@ -3,8 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
-use arete_records::cli::ExitClass;
-use arete_records::interrupt;
+use arete_records::{Class, Classified};
+use arete_stage::interrupt;
 use arete_training::order::Plan;
 use arete_training::{
     AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Schedule,
@@ -53,7 +53,7 @@ fn a_signal_leaves_a_checkpoint_of_the_step_it_came_in() {
     };
     let mut objective = SignalsItself { weight, n_steps: 0 };
     let error = train(&mut objective, &mut optimiser, &plan, &config, dir.path(), "f").unwrap_err();
-    assert_eq!(error.exit_class(), Some(143));
+    assert_eq!(error.class(), Some(Class::Signal(15)));
     assert_eq!(objective.n_steps, 3);
     let store = CheckpointStore::new(dir.path(), "f", "f32", 1);
     let state = store.latest::<TrainerState>().unwrap().unwrap().state;

@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use arete_records::{Message, cli};
+use arete_records::Message;
+use arete_stage::cli;
 use serde_json::json;
 
 use super::lines::{self, Line};
@@ -153,12 +154,13 @@ fn run_lines(arguments: &Generate, path: &Path) -> anyhow::Result<()> {
         if ids.is_empty() {
             let (path, number) = (path.display(), line.0);
             let what = format!("{path}, line {number}: expected text of at least one token");
-            return Err(cli::BadInput(what).into());
+            return Err(arete_stage::exit::BadInput(what).into());
         }
         requests.push(arguments.sampling.request(ids, prompt as u64));
     }
     let options = arguments.sampling.options(stop_ids);
-    let progress = cli::progress("generating", "completions", requests.len() as u64);
+    let progress =
+        arete_records::progress::start("generating", "completions", requests.len() as u64);
     let print = |completion: &Completion| -> anyhow::Result<()> {
         let text = match &chat {
             Some(chat) => chat.reply_text(&completion.token_ids)?,

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
-use arete_records::{Message, cli};
+use arete_records::Message;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -39,7 +39,7 @@ pub(super) fn read(path: &Path) -> anyhow::Result<Vec<(usize, Line)>> {
 }
 
 fn bad(path: &Path, number: usize, what: &str) -> anyhow::Error {
-    cli::BadInput(format!("{}, line {number}: {what}", path.display())).into()
+    arete_stage::exit::BadInput(format!("{}, line {number}: {what}", path.display())).into()
 }
 
 /// A conversation or text as tokens, by `render`; an error names the line.

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use arete_records::cli;
 use serde_json::json;
 
 use super::{ModelArgs, lines};
@@ -33,7 +32,7 @@ pub(super) fn run(arguments: &Logprobs) -> anyhow::Result<()> {
         })?);
     }
     let _guard = tch::no_grad_guard();
-    let progress = cli::progress("logprobs", "lines", lines.len() as u64);
+    let progress = arete_records::progress::start("logprobs", "lines", lines.len() as u64);
     let mut rest = sequences.as_slice();
     while !rest.is_empty() {
         let mut n_tokens = 0;

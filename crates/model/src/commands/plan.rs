@@ -10,7 +10,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use arete_records::cli;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -275,7 +274,10 @@ impl Settings {
             {
                 let value = serde_json::to_value(value).context("a recipe's value")?;
                 let blame = |what: String| {
-                    cli::BadInput(format!("{}: [{name}] {key}: {what}", path.display()))
+                    arete_stage::exit::BadInput(format!(
+                        "{}: [{name}] {key}: {what}",
+                        path.display()
+                    ))
                 };
                 // No graph may be kept and no exemplar shown; nothing else can be none.
                 let may_be_none = ["keep_graph_tokens", "few_shot"].contains(&key.as_str());
@@ -759,8 +761,9 @@ fn shape(model: &str) -> anyhow::Result<(ModelConfig, u64)> {
     let path = Path::new(model);
     if path.extension().is_some_and(|extension| extension == "json") {
         let text = fs_err::read_to_string(path)?;
-        let map: Map<String, Value> = serde_json::from_str(&text)
-            .map_err(|error| cli::BadInput(format!("{model}: expected a config.json: {error}")))?;
+        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
+            arete_stage::exit::BadInput(format!("{model}: expected a config.json: {error}"))
+        })?;
         return Ok((ModelConfig::from_json(path, &map)?, 2));
     }
     if path.is_dir() && path.join("config.json").is_file() {
@@ -784,8 +787,9 @@ pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
         None => (toml::Table::new(), PathBuf::new()),
         Some(path) => {
             let text = fs_err::read_to_string(path)?;
-            let tables = toml::from_str(&text)
-                .map_err(|error| cli::BadInput(format!("{}: {error}", path.display())))?;
+            let tables = toml::from_str(&text).map_err(|error| {
+                arete_stage::exit::BadInput(format!("{}: {error}", path.display()))
+            })?;
             (tables, path.clone())
         }
     };
@@ -793,7 +797,9 @@ pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
     let device = match arguments.device.as_deref().or(named).unwrap_or("cpu") {
         name if name.starts_with("cuda") => Device::Cuda(0),
         "cpu" | "auto" => Device::Cpu,
-        other => anyhow::bail!(cli::Usage(format!("--device: expected cpu or cuda, got {other}"))),
+        other => anyhow::bail!(arete_stage::exit::Usage(format!(
+            "--device: expected cpu or cuda, got {other}"
+        ))),
     };
     let mut stages = Vec::new();
     for stage in Stage::ALL {

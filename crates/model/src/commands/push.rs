@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use arete_records::cli;
 use serde_json::json;
 
 use crate::card::{self, Details};
@@ -75,7 +74,7 @@ pub(super) fn run(arguments: &Push) -> anyhow::Result<()> {
     }
     if std::env::var_os("HF_TOKEN").is_none_or(|token| token.is_empty()) {
         let message = "set HF_TOKEN to a token that may write to the repository: uploads take it from nowhere else";
-        return Err(cli::Usage(message.to_owned()).into());
+        return Err(arete_stage::exit::Usage(message.to_owned()).into());
     }
     let hub = Hub::from_env()?;
     let kind = publication.artefact.repository();

@@ -166,5 +166,5 @@ pub(crate) fn rollout(output: &Path, iteration: u64) -> Vec<RolloutRow> {
 
 /// SHA-256 of the policy's weights.
 pub(crate) fn adapter_sum(output: &Path) -> String {
-    arete_records::run::sha256_file(output.join("adapter/adapter_model.safetensors")).unwrap()
+    arete_records::hashes::sha256_file(output.join("adapter/adapter_model.safetensors")).unwrap()
 }

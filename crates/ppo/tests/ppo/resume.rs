@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::common::{prepared, tiny_chat};
 use arete_model::random;
-use arete_records::run::{RunJson, sha256_file};
+use arete_records::hashes::sha256_file;
+use arete_stage::run::RunJson;
 
 /// Kills in `make test`; `make torture` asks for more.
 fn n_kills() -> usize {

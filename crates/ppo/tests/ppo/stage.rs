@@ -480,7 +480,7 @@ fn the_mean_score_rises_under_a_length_reward() {
     let scores = metric(&inputs.output, "z_mean");
     let last = arete_records::stats::mean(&scores[11..]);
     assert!(last > 0.8, "{scores:?}");
-    let run = arete_records::run::RunJson::read(&inputs.output).unwrap();
+    let run = arete_stage::run::RunJson::read(&inputs.output).unwrap();
     assert!(run.counts["probe_z_after"].as_f64() > run.counts["probe_z_before"].as_f64());
     assert!(inputs.output.join("merged/model.safetensors").exists());
     // Complete: a second call does nothing.

@@ -12,7 +12,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use arete_records::atomic;
-use arete_records::run::{self, Completion, StageSpec, Start};
+use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 

@@ -3,17 +3,17 @@
 use std::f64::consts::PI;
 use std::path::{Path, PathBuf};
 
-use arete_records::metrics::MetricsWriter;
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, Round,
     ScoreRow,
 };
-use arete_records::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_records::stats::Resampling;
 use arete_records::{Aspect, FinishReason, Message, Split, Virtue, parquet, prompt_id};
 use arete_scoring::best_of::BestOf;
 use arete_scoring::coherence::{Coherence, ReplyFacts};
 use arete_scoring::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
+use arete_stage::metrics::MetricsWriter;
+use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use serde_json::{Map, Value, json};
 
 /// A reply that tries to break out of the page.

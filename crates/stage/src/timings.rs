@@ -7,8 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::Error;
 
-/// Name of the file, exempt from every comparison of runs.
-pub const FILE: &str = "timings.jsonl";
+pub use arete_records::hashes::TIMINGS as FILE;
 
 /// Appends `{"what":…,"seconds":…,…fields}` to `timings.jsonl` in `dir`.
 ///

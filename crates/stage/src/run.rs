@@ -6,8 +6,6 @@
 //! same values and no `run.json` keeps the partial work. Checkpoints of other inputs, and the results
 //! of another stage, are refused rather than removed. No clock times anywhere.
 
-mod hashes;
-
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::io::{Read, Write};
@@ -18,17 +16,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-pub use hashes::{sha256_file, sha256_path};
+pub use arete_records::hashes::RUN_JSON;
+use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
+use arete_records::{atomic, hex};
 
-use crate::message::hex;
-use crate::{Error, atomic};
-use hashes::HashCache;
-
-/// Name of the file that marks a complete stage.
-pub const RUN_JSON: &str = "run.json";
-
-/// Name of the file that marks work in progress.
-const STAGE_JSON: &str = "stage.json";
+use crate::Error;
 
 /// What the names of checkpoint directories begin with.
 pub const CHECKPOINT_PREFIX: &str = "checkpoint-";
@@ -460,14 +452,6 @@ fn lock(output: &Path) -> Result<File, Error> {
     }
 }
 
-/// Files of the machinery rather than of the results: markers, locks, logs, wall times.
-fn is_bookkeeping(name: &str) -> bool {
-    name.starts_with('.')
-        || name.ends_with(".log")
-        || name.contains("tfevents")
-        || [RUN_JSON, STAGE_JSON, crate::timings::FILE].contains(&name)
-}
-
 /// Directories of other stages, which live their own life.
 fn is_stage_dir(dir: &Path) -> bool {
     [RUN_JSON, STAGE_JSON].iter().any(|name| dir.join(name).exists())
@@ -476,7 +460,7 @@ fn is_stage_dir(dir: &Path) -> bool {
 /// Every file under a directory but bookkeeping and what belongs to stages nested in it: paths
 /// relative to it with `/` between names, sorted.
 fn files_in(dir: &Path) -> Result<Vec<String>, Error> {
-    let mut files = hashes::walk(dir, &is_stage_dir)?;
+    let mut files = walk(dir, &is_stage_dir)?;
     files.retain(|file| !file.rsplit('/').next().is_some_and(is_bookkeeping));
     Ok(files)
 }
@@ -510,7 +494,7 @@ fn clear(output: &Path, origin: &Origin, foreign: &[String]) -> Result<(), Error
     }
     write_stage_json(output, origin, foreign, true)?;
     remove_if_any(&output.join(RUN_JSON))?;
-    let mut files = hashes::walk(output, &is_stage_dir)?;
+    let mut files = walk(output, &is_stage_dir)?;
     files.retain(|file| {
         let name = file.rsplit('/').next().unwrap_or(file);
         let stays = name.starts_with('.') || name.ends_with(".log") || file == STAGE_JSON;
@@ -555,7 +539,7 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let mut json =
         serde_json::to_vec_pretty(value).expect("maps with string keys always serialise");
     json.push(b'\n');
-    atomic::write(path, &json)
+    Ok(atomic::write(path, &json)?)
 }
 
 fn read_json_if_any<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
@@ -567,11 +551,10 @@ fn read_json_if_any<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = fs_err::read(path)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::Json {
-        path: path.to_owned(),
-        line: error.line(),
-        expected: "what an Arete stage writes".to_owned(),
-        got: error.to_string(),
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let (path, line) = (path.to_owned(), error.line());
+        let expected = "what an Arete stage writes".to_owned();
+        arete_records::Error::Json { path, line, expected, got: error.to_string() }.into()
     })
 }
 

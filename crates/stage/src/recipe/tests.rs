@@ -194,7 +194,7 @@ fn what_is_not_a_recipe_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let matches = Config::augment_args(Command::new("stage")).get_matches_from(["stage"]);
     let missing = resolve::<Config>(&matches, "sft", Some(&dir.path().join("no.toml")));
-    assert!(missing.unwrap_err().is_io());
+    assert!(matches!(missing.unwrap_err(), Error::Io(_)));
     let latin1 = dir.path().join("latin1.toml");
     fs_err::write(&latin1, b"[sft]\n# caf\xe9").unwrap();
     assert!(matches!(resolve::<Config>(&matches, "sft", Some(&latin1)), Err(Error::Recipe { .. })));

@@ -54,7 +54,7 @@ const MAX_RECIPE_BYTES: u64 = 1 << 20;
 /// #[derive(clap::Parser)]
 /// struct Cli {
 ///     #[command(flatten)]
-///     stage: arete_records::cli::StageArgs,
+///     stage: arete_stage::cli::StageArgs,
 ///     #[command(flatten)]
 ///     config: Config,
 /// }
@@ -63,7 +63,7 @@ const MAX_RECIPE_BYTES: u64 = 1 << 20;
 /// use clap::{CommandFactory, FromArgMatches};
 /// let matches = Cli::command().get_matches();
 /// let recipe = Cli::from_arg_matches(&matches)?.stage.recipe;
-/// let config: Config = arete_records::recipe::resolve(&matches, "sft", recipe.as_deref())?;
+/// let config: Config = arete_stage::recipe::resolve(&matches, "sft", recipe.as_deref())?;
 /// # Ok(()) }
 /// ```
 ///

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use arete_records::metrics::MetricsWriter;
 use arete_records::rows::PromptRow;
-use arete_records::run::{Completion, StageSpec, Start, begin};
-use arete_records::{Message, atomic, interrupt, parquet, prompt_id, split_of, timings};
+use arete_records::{Message, atomic, parquet, prompt_id, split_of};
+use arete_stage::metrics::MetricsWriter;
+use arete_stage::run::{Completion, StageSpec, Start, begin};
+use arete_stage::{interrupt, timings};
 
 const N_SHARDS: u64 = 24;
 

@@ -9,7 +9,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
-use crate::{Error, atomic, tfevents};
+use arete_records::atomic;
+
+use crate::{Error, tfevents};
 
 /// Name of the file with one JSON object a step.
 pub const FILE: &str = "metrics.jsonl";
@@ -132,7 +134,7 @@ fn kept_lines(path: &Path, last_step: u64, n_of_it: usize) -> Result<Vec<u8>, Er
         let step = serde_json::from_slice::<Value>(line)
             .ok()
             .and_then(|line| line.get("step").and_then(Value::as_u64))
-            .ok_or_else(|| Error::Json {
+            .ok_or_else(|| arete_records::Error::Json {
                 path: path.to_owned(),
                 line: index + 1,
                 expected: "an object with a number `step`".to_owned(),

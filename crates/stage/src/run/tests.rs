@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use arete_records::hashes::{sha256_file, sha256_path};
 
 struct Fixture {
     dir: tempfile::TempDir,
@@ -54,7 +55,7 @@ impl Fixture {
     }
 
     fn files(&self) -> Vec<String> {
-        hashes::walk(&self.output(), &|_| false).unwrap()
+        arete_records::hashes::walk(&self.output(), &|_| false).unwrap()
     }
 
     #[track_caller]
@@ -277,7 +278,11 @@ fn a_missing_input_is_named() {
     let fixture = Fixture::new();
     fs_err::remove_file(fixture.input()).unwrap();
     let error = fixture.begin(json!({}), 1).unwrap_err();
-    assert!(error.is_io() && error.to_string().contains("input.parquet"), "{error}");
+    assert!(
+        matches!(error, Error::Records(arete_records::Error::Io(_)))
+            && error.to_string().contains("input.parquet"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -365,5 +370,5 @@ fn remembered_hashes_are_used_and_never_stale() {
 fn a_link_that_points_upwards_ends_in_an_error() {
     let dir = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink(dir.path(), dir.path().join("loop")).unwrap();
-    assert!(matches!(sha256_path(dir.path()), Err(Error::TooDeep { .. })));
+    assert!(matches!(sha256_path(dir.path()), Err(arete_records::Error::TooDeep { .. })));
 }

@@ -12,6 +12,15 @@ use sha2::{Digest, Sha256};
 use crate::message::hex;
 use crate::{Error, atomic};
 
+/// Name of the file that marks a complete stage.
+pub const RUN_JSON: &str = "run.json";
+
+/// Name of the file that marks a stage's work in progress.
+pub const STAGE_JSON: &str = "stage.json";
+
+/// Name of the file of wall times, exempt from every comparison of runs.
+pub const TIMINGS: &str = "timings.jsonl";
+
 /// Deepest directory that is walked; guards against links that point upwards.
 const MAX_DEPTH: usize = 32;
 
@@ -62,7 +71,7 @@ fn sha256_tree(
     }
     let mut hasher = Sha256::new();
     for file in walk(path, &|_| false)? {
-        if !file.rsplit('/').next().is_some_and(super::is_bookkeeping) {
+        if !file.rsplit('/').next().is_some_and(is_bookkeeping) {
             let digest = sha256(&path.join(&file))?;
             hasher.update(format!("{digest}  {file}\n"));
         }
@@ -72,7 +81,11 @@ fn sha256_tree(
 
 /// Every file under a directory, links followed, hidden directories and those that `skip` names
 /// left out: paths relative to it with `/` between names, sorted.
-pub(super) fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>, Error> {
+///
+/// # Errors
+///
+/// [`Error::Io`] if a directory cannot be read, [`Error::TooDeep`] if a link points upwards.
+pub fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>, Error> {
     fn visit(
         dir: &Path,
         prefix: &str,
@@ -103,11 +116,19 @@ pub(super) fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<Strin
     Ok(files)
 }
 
+/// Files of the machinery rather than of the results: markers, locks, logs, wall times.
+pub fn is_bookkeeping(name: &str) -> bool {
+    name.starts_with('.')
+        || name.ends_with(".log")
+        || name.contains("tfevents")
+        || [RUN_JSON, STAGE_JSON, TIMINGS].contains(&name)
+}
+
 /// Hashes of files that have not changed since they were taken: `.hashes.json` beside the output
 /// directory, shared by the stages of a run. Losing it costs time only, so its own errors are
 /// passed over.
 #[derive(Debug)]
-pub(super) struct HashCache {
+pub struct HashCache {
     path: PathBuf,
     entries: BTreeMap<String, Entry>,
     changed: bool,
@@ -130,7 +151,8 @@ struct Stamp {
 }
 
 impl HashCache {
-    pub(super) fn load(output: &Path) -> Self {
+    /// The hashes remembered beside `output`; none if there are none, or they cannot be read.
+    pub fn load(output: &Path) -> Self {
         let path = match fs_err::canonicalize(output) {
             Ok(output) => atomic::parent(&output).join(".hashes.json"),
             Err(_) => atomic::parent(output).join(".hashes.json"),
@@ -146,11 +168,21 @@ impl HashCache {
             .unwrap_or_default()
     }
 
-    pub(super) fn sha256_path(&mut self, path: &Path) -> Result<String, Error> {
+    /// [`sha256_path`], remembered.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`sha256_path`].
+    pub fn sha256_path(&mut self, path: &Path) -> Result<String, Error> {
         sha256_tree(path, |file| self.sha256_file(file))
     }
 
-    pub(super) fn sha256_file(&mut self, path: &Path) -> Result<String, Error> {
+    /// [`sha256_file`], remembered.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the file cannot be read.
+    pub fn sha256_file(&mut self, path: &Path) -> Result<String, Error> {
         let key = fs_err::canonicalize(path)?.to_string_lossy().into_owned();
         let stamp = Stamp::of(path)?;
         if let Some(entry) = self.entries.get(&key)
@@ -167,7 +199,7 @@ impl HashCache {
     }
 
     /// Writes the hashes back, with those other stages took meanwhile, less those of files gone.
-    pub(super) fn save(&mut self) {
+    pub fn save(&mut self) {
         if !std::mem::take(&mut self.changed) {
             return;
         }

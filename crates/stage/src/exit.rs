@@ -1,0 +1,154 @@
+//! From a program's result to its exit code: every way to fail in one match.
+
+use std::error::Error as StdError;
+use std::fmt::Write as _;
+use std::io::Write;
+use std::process::ExitCode;
+
+use arete_records::{Class, Classified};
+
+use crate::cli::printable;
+use crate::interrupt::Interrupted;
+
+/// Bad input that a program found itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadInput(pub String);
+
+/// Flags that do not go together.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// The exit code of a class of failure, as `sysexits.h` numbers them where it has a number.
+pub fn code(class: Class) -> u8 {
+    match class {
+        Class::ClosedPipe => 0,
+        Class::Other => 1,
+        Class::Setting => 2,
+        Class::Data => 65,
+        Class::Unavailable => 69,
+        Class::Memory => 71,
+        Class::System => 74,
+        Class::Signal(signal) => u8::try_from(128 + signal).unwrap_or(1),
+    }
+}
+
+/// What an error is, asked of the libraries above this crate.
+pub type ClassOf = fn(&(dyn StdError + 'static)) -> Option<Class>;
+
+/// Turns a program's result into its exit code, printing `error: …` and its causes on stderr.
+///
+/// `class_of` knows the errors of the libraries that the program uses; those of this crate and of `records` are known.
+/// The outermost cause that is known decides. A reader of stdout that went away is no failure.
+pub fn exit_code(result: anyhow::Result<()>, class_of: ClassOf) -> ExitCode {
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    if error.chain().any(|cause| known(cause, class_of) == Some(Class::ClosedPipe)) {
+        return ExitCode::from(code(Class::ClosedPipe));
+    }
+    let class = error.chain().find_map(|cause| known(cause, class_of)).unwrap_or(Class::Other);
+    let mut text = format!("error: {error}");
+    for cause in error.chain().skip(1) {
+        write!(text, "\n  caused by: {cause}").expect("writing to a String cannot fail");
+    }
+    // If stderr is closed there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "{}", printable(&text));
+    ExitCode::from(code(class))
+}
+
+fn known(cause: &(dyn StdError + 'static), class_of: ClassOf) -> Option<Class> {
+    class_of(cause).or_else(|| self::class_of(cause))
+}
+
+/// What an error of this crate, of `records`, of clap or of the standard library is.
+pub fn class_of(cause: &(dyn StdError + 'static)) -> Option<Class> {
+    if let Some(interrupted) = cause.downcast_ref::<Interrupted>() {
+        return interrupted.class();
+    }
+    if let Some(error) = cause.downcast_ref::<crate::Error>() {
+        return error.class();
+    }
+    if cause.is::<BadInput>() {
+        return Some(Class::Data);
+    }
+    if cause.is::<Usage>() || cause.is::<clap::Error>() {
+        return Some(Class::Setting);
+    }
+    arete_records::class_of(cause)
+}
+
+impl Classified for Interrupted {
+    fn class(&self) -> Option<Class> {
+        Some(Class::Signal(self.signal))
+    }
+}
+
+impl Classified for crate::Error {
+    fn class(&self) -> Option<Class> {
+        match self {
+            Self::Io(error) => error.class(),
+            Self::Records(error) => error.class(),
+            // A directory that is taken is the system's state, not bad data.
+            Self::Locked { .. } => Some(Class::Other),
+            Self::Config { .. } | Self::ForeignOutput { .. } => Some(Class::Setting),
+            _ => Some(Class::Data),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+    use std::io;
+
+    #[track_caller]
+    fn gives(error: impl Into<anyhow::Error>, code: u8) {
+        let code = format!("{:?}", ExitCode::from(code));
+        assert_eq!(format!("{:?}", exit_code(Err(error.into()), class_of)), code);
+    }
+
+    #[test]
+    fn exit_codes_follow_the_cause() {
+        let done = format!("{:?}", exit_code(Ok(()), class_of));
+        assert_eq!(done, format!("{:?}", ExitCode::SUCCESS));
+        gives(anyhow::anyhow!("anything"), 1);
+        gives(Usage("--a needs --b".to_owned()), 2);
+        gives(BadInput("row 3 is empty".to_owned()), 65);
+        gives(io::Error::new(io::ErrorKind::StorageFull, "no space left"), 74);
+        gives(io::Error::new(io::ErrorKind::InvalidData, "not UTF-8"), 65);
+        gives(Interrupted { signal: 2 }, 130);
+        gives(Interrupted { signal: 15 }, 143);
+        gives(arete_records::Refusal::setting("a", "b", "c"), 2);
+        let parquet = || arete_records::Error::Parquet { path: "x".into(), reason: "y".to_owned() };
+        gives(parquet(), 65);
+        gives(crate::Error::Records(parquet()), 65);
+        gives(crate::Error::Io(io::Error::other("disk")), 74);
+        gives(crate::Error::ForeignOutput { path: "x".into(), found: "y".to_owned() }, 2);
+    }
+
+    #[test]
+    fn context_does_not_hide_the_cause() {
+        let result: Result<(), _> = Err(crate::Error::Io(io::Error::other("disk")));
+        let error = result.context("reading prompts").context("in the demo").unwrap_err();
+        gives(error, 74);
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_failure() {
+        gives(io::Error::from(io::ErrorKind::BrokenPipe), 0);
+        gives(crate::Error::Io(io::ErrorKind::BrokenPipe.into()), 0);
+    }
+
+    #[test]
+    fn libraries_above_class_their_own_errors() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("the GPU is full")]
+        struct Full;
+        let class_of: ClassOf = |cause| cause.is::<Full>().then_some(Class::Memory);
+        let code = exit_code(Err(Full.into()), class_of);
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(71)));
+    }
+}

@@ -1,0 +1,17 @@
+//! The frame around a stage: recipes, `run.json`, signals, progress, metrics, exit codes. No tensors here.
+//!
+//! Goes in: a command line, a recipe, an output directory. Comes out: the [resolved settings](recipe), the decision
+//! whether there is [work](run), and [one exit code](exit) for every way to fail.
+
+pub mod cli;
+mod error;
+pub mod exit;
+pub mod interrupt;
+pub mod metrics;
+mod progress;
+pub mod recipe;
+pub mod run;
+mod tfevents;
+pub mod timings;
+
+pub use error::Error;
