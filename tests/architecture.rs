@@ -8,12 +8,22 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("arete-records", &[]),
     ("arete-stage", &["arete-records"]),
     ("arete-model", &["arete-stage", "arete-records"]),
-    ("arete-training", &["arete-model", "arete-stage", "arete-records"]),
-    ("arete-curation", &["arete-model", "arete-stage", "arete-records"]),
-    ("arete-scoring", &["arete-model", "arete-stage", "arete-records"]),
-    ("arete-sft", &["arete-training", "arete-model", "arete-stage", "arete-records"]),
-    ("arete-reward", &["arete-training", "arete-model", "arete-stage", "arete-records"]),
-    ("arete-ppo", &["arete-training", "arete-model", "arete-stage", "arete-records"]),
+    ("arete-chain", &["arete-model", "arete-records"]),
+    ("arete-training", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
+    ("arete-curation", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
+    ("arete-scoring", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
+    (
+        "arete-sft",
+        &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+    ),
+    (
+        "arete-reward",
+        &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+    ),
+    (
+        "arete-ppo",
+        &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+    ),
 ];
 
 /// Direct workspace dependencies of every workspace package (normal and build, not dev).

@@ -21,9 +21,9 @@ use crate::conversations::key_of;
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::exemplars::{self, Exemplar, Use};
 use crate::stage::{self, Command, Estimate, Place, Work};
-use crate::trim::last_sentence;
 use crate::units::Units;
 use crate::{Error, exemplars::Replies};
+use arete_chain::trim::last_sentence;
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";

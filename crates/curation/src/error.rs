@@ -16,6 +16,10 @@ pub enum Error {
     #[error(transparent)]
     Records(#[from] arete_records::Error),
 
+    /// A setting, or a place in a file, was refused.
+    #[error(transparent)]
+    Refused(#[from] arete_records::Refusal),
+
     /// A recipe, a setting or an output directory was refused.
     #[error(transparent)]
     Stage(#[from] arete_stage::Error),
@@ -113,6 +117,7 @@ impl Classified for Error {
         match self {
             Self::Io(_) => Some(Class::System),
             Self::Records(error) => error.class(),
+            Self::Refused(refusal) => refusal.class(),
             Self::Stage(error) => error.class(),
             Self::Interrupted(signal) => signal.class(),
             Self::Setting { .. } => Some(Class::Setting),

@@ -40,7 +40,6 @@ pub mod merge;
 pub mod preferences;
 pub mod prompts;
 pub mod stage;
-mod trim;
 pub mod units;
 
 pub use error::{Error, class_of};

@@ -20,8 +20,8 @@ use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair, side_through};
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
-use crate::trim::last_sentence;
 use crate::units::Units;
+use arete_chain::trim::last_sentence;
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";

@@ -9,7 +9,7 @@ mod batch;
 pub mod bench;
 mod cache;
 pub mod card;
-pub mod chain;
+mod chat;
 pub mod checkpoint;
 pub mod commands;
 pub mod config;
@@ -33,7 +33,7 @@ pub mod tokenizer;
 
 pub use arete_records::{FinishReason, Message, Role};
 pub use batch::{Batch, BatchBuilder, SegmentIdx};
-pub use chain::{Chat, Rendered};
+pub use chat::{Chat, Rendered};
 pub use checkpoint::{Checkpoint, Source};
 pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadOptions, Pass, default_dtype};

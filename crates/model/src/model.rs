@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use arete_records::hashes::sha256_path;
 
 use crate::Error;
-use crate::chain::Chat;
+use crate::chat::Chat;
 use crate::checkpoint::{Checkpoint, Source};
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, LoadOptions};

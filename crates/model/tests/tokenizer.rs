@@ -71,7 +71,7 @@ fn the_chain_joins_on_the_real_vocabulary() {
     let Some(checkpoint) = smollm2() else { return };
     let tokenizer = checkpoint.tokenizer().unwrap();
     let template = tokenizer.template().unwrap();
-    let chat = arete_model::chain::Chat::new(&tokenizer, &template).unwrap();
+    let chat = arete_model::Chat::new(&tokenizer, &template).unwrap();
     assert_eq!(chat.end_of_turn_id(), 2);
     let (texts, _) = golden();
     let special = ["<|", "<empty", "<jupyter", "<repo", "<filename"];
@@ -88,7 +88,10 @@ fn the_chain_joins_on_the_real_vocabulary() {
             continue;
         }
         let question = Message::user(texts[1].as_str());
-        let messages = arete_model::chain::conversation(&[question], [reply; 3]);
+        let asked = |text: &str| [Message::user(text), Message::assistant(reply)];
+        let mut messages = vec![question, Message::assistant(reply)];
+        messages.extend(asked("Why?"));
+        messages.extend(asked("What is it good for?"));
         let whole = chat.render(&messages).unwrap();
         let mut ids = chat.render_prompt(&messages[..1]).unwrap();
         let mut own = vec![false; ids.len()];

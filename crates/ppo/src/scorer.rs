@@ -447,7 +447,7 @@ mod tests {
 
     fn chain(replies: [&str; 3], n_tokens: [usize; 3]) -> Conversation {
         let messages =
-            arete_model::chain::conversation(&[Message::system("s"), Message::user("q")], replies);
+            arete_chain::conversation(&[Message::system("s"), Message::user("q")], replies);
         let mut at = 4;
         let replies = n_tokens
             .map(|n| {

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::aspect_conversation;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
-use arete_model::chain::aspect_conversation;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, ScoreStats, Split, parquet, score_stats};
@@ -398,7 +398,7 @@ impl Base<'_> {
                 source: Box::new(source),
             };
             let conversation = Conversation {
-                messages: aspect_conversation(&row.messages, aspect).map_err(in_row)?.to_vec(),
+                messages: aspect_conversation(&row.messages, aspect)?.to_vec(),
                 truncated: row.finish_reason(aspect) == FinishReason::Length,
             };
             let context = self.model.config.max_position_embeddings;

@@ -17,6 +17,10 @@ pub enum Error {
     #[error(transparent)]
     Records(#[from] arete_records::Error),
 
+    /// A setting, or a place in a file, was refused.
+    #[error(transparent)]
+    Refused(#[from] arete_records::Refusal),
+
     /// A recipe, a setting or an output directory was refused.
     #[error(transparent)]
     Stage(#[from] arete_stage::Error),
@@ -83,6 +87,7 @@ impl Classified for Error {
         Some(match self {
             Self::Io(_) => return None,
             Self::Records(error) => return error.class(),
+            Self::Refused(refusal) => return refusal.class(),
             Self::Stage(error) => return error.class(),
             Self::Model(error) => return error.class(),
             Self::Interrupted(interrupted) => return interrupted.class(),

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use arete_chain::conversation;
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
-use arete_model::{Adapter, Chat, Model, chain};
+use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::{ConversationRow, PromptRow};
 use arete_records::{Aspect, FinishReason};
 
@@ -171,7 +172,7 @@ fn request(
 fn row(prompt: &PromptRow, sample: i32, replies: [Reply; 3], seed: u64) -> ConversationRow {
     let [action, motivation, consequence] = replies;
     let messages =
-        chain::conversation(&prompt.prompt, [&action.text, &motivation.text, &consequence.text]);
+        conversation(&prompt.prompt, [&action.text, &motivation.text, &consequence.text]);
     ConversationRow {
         prompt_id: prompt.prompt_id.clone(),
         split: prompt.split,

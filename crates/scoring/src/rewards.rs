@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use arete_model::chain::aspect_conversation;
+use arete_chain::aspect_conversation;
 use arete_model::{
     Adapter, Batch, Chat, Decoder, Model, Nf4Options, ScalarHead, SegmentIdx, Source,
     adapter_files, logprobs,

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use arete_chain::aspect_conversation;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
-use arete_model::chain::aspect_conversation;
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
 use arete_model::runtime::Dtype;
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, SegmentIdx, Source};

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_sft::bench::Bench;
 use arete_sft::Config;
+use arete_sft::bench::Bench;
 use arete_stage::cli::{self, StageArgs};
 use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};

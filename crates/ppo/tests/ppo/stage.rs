@@ -107,7 +107,7 @@ fn score_alone(
             Aspect::Motivation => row.finish_reason_motivation,
             Aspect::Consequence => row.finish_reason_consequence,
         };
-        (arete_model::chain::aspect_conversation(&row.messages, aspect).unwrap(), finish)
+        (arete_chain::aspect_conversation(&row.messages, aspect).unwrap(), finish)
     } else {
         (row.messages.as_slice(), row.finish_reason_action)
     };

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use arete_model::chain::prompt_of;
+use arete_chain::prompt_of;
 use arete_records::Aspect;
 use arete_records::rows::{ConversationRow, ScoreRow};
 use arete_records::stats;

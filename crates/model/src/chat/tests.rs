@@ -271,75 +271,7 @@ fn bos_is_not_added_twice() {
     assert_eq!(ids[..2], [261, i64::from(b'u')]);
 }
 
-#[test]
-fn a_chain_comes_apart_where_it_was_put_together() {
-    let prompt =
-        [Message::system("s"), Message::user("q"), Message::assistant("a"), Message::user("p")];
-    let messages = conversation(&prompt, ["one", "two", "three"]);
-    let contents: Vec<&str> = messages[4..].iter().map(|m| m.content.as_str()).collect();
-    assert_eq!(
-        contents,
-        [
-            "one",
-            "What is the motivation behind the answer?",
-            "two",
-            "What is the utility of the action towards promoting your virtuous character?",
-            "three"
-        ]
-    );
-    assert_eq!(prompt_of(&messages).unwrap(), prompt);
-    for (aspect, n) in Aspect::ALL.into_iter().zip([5, 7, 9]) {
-        assert_eq!(aspect_conversation(&messages, aspect).unwrap(), &messages[..n]);
-        let (shared, rest) = split_preference(&messages, aspect).unwrap();
-        assert_eq!((shared, rest), (&prompt[..], &messages[4..n]));
-        // A conversation cut at an aspect has the aspects before it, and no later one.
-        let cut = &messages[..n];
-        assert_eq!(prompt_of(cut).unwrap(), prompt);
-        for later in &Aspect::ALL[aspect.index() + 1..] {
-            assert!(aspect_conversation(cut, *later).is_err());
-        }
-    }
-    for not_a_chain in [&messages[..4], &messages[..6], &messages[4..5], &[]] {
-        let error = prompt_of(not_a_chain).unwrap_err();
-        assert!(matches!(error, Error::Invalid { .. }), "{error}");
-    }
-}
-
-#[test]
-fn texts_are_cut_at_the_last_full_sentence() {
-    let cases = [
-        ("One. Two. Thr", Some("One. Two.")),
-        ("One. Two.", Some("One. Two.")),
-        ("He said \"Stop!\" and th", Some("He said \"Stop!\"")),
-        ("Really?! Yes (of course.) No", Some("Really?! Yes (of course.)")),
-        ("Steps:\n1. Say it.\n2. Mean", Some("Steps:\n1. Say it.")),
-        ("1. Ask. 2", Some("1. Ask.")),
-        ("Ask Dr. Smith, e.g. by", None),
-        ("It costs 3.50 and", None),
-        ("J. Smith agreed. So did", Some("J. Smith agreed.")),
-        ("So am I. And", Some("So am I.")),
-        ("In the year 1984. Then", Some("In the year 1984.")),
-        ("Well… perhaps", Some("Well…")),
-        ("善を行う。それは", Some("善を行う。")),
-        ("no sentence at all", None),
-        ("", None),
-        ("...", Some("...")),
-        ("End.\u{3000}Next", Some("End.")),
-    ];
-    for (text, expected) in cases {
-        assert_eq!(trim_to_sentence(text), expected, "{text:?}");
-    }
-}
-
 proptest::proptest! {
-    #[test]
-    fn trimming_keeps_a_prefix(text in "[a-z .!?1é\n\"。]{0,40}") {
-        if let Some(kept) = trim_to_sentence(&text) {
-            proptest::prop_assert!(text.starts_with(kept) && !kept.is_empty());
-            proptest::prop_assert_eq!(trim_to_sentence(kept), Some(kept));
-        }
-    }
-
     #[test]
     fn any_canonical_chain_joins(
         question in "[A-Za-z0-9 ,.!?\n<|>é]{0,30}",
@@ -347,11 +279,16 @@ proptest::proptest! {
     ) {
         let (tokenizer, template) = (small(), published("smollm2"));
         let chat = Chat::new(&tokenizer, &template).unwrap();
-        let messages = conversation(&[Message::user(question)], [&replies[0], &replies[1], &replies[2]]);
+        const FOLLOW_UPS: [Option<&str>; 3] = [None, Some("Why?"), Some("What for, in the end?")];
+        let mut messages = vec![Message::user(question)];
+        for (follow_up, reply) in FOLLOW_UPS.into_iter().zip(&replies) {
+            messages.extend(follow_up.map(Message::user));
+            messages.push(Message::assistant(reply));
+        }
         let whole = chat.render(&messages).unwrap();
         let mut ids = chat.render_prompt(&messages[..1]).unwrap();
-        for (aspect, reply) in Aspect::ALL.into_iter().zip(&replies) {
-            if let Some(question) = aspect.question() {
+        for (follow_up, reply) in FOLLOW_UPS.into_iter().zip(&replies) {
+            if let Some(question) = follow_up {
                 ids.extend(chat.next_turn(true, question).unwrap());
             }
             ids.extend(tokenizer.encode(reply, false).unwrap());

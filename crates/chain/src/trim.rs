@@ -5,7 +5,8 @@
 /// A sentence ends at `.`, `!`, `?` or `…`, closing quotes and brackets included, where white space
 /// or the end of the text follows; the number of a list item (`2.`) and a lone initial (`J.`) end
 /// none. A line break after a line of at least three words ends one too.
-pub(crate) fn last_sentence(text: &str) -> Option<&str> {
+#[must_use]
+pub fn last_sentence(text: &str) -> Option<&str> {
     let text = text.trim_end();
     let mut end = None;
     let mut at = 0;

@@ -1,5 +1,5 @@
-//! The chain of three turns, action, motivation and consequence, as tokens: what the model is
-//! prompted with, which tokens are its own, and what joins one sampled reply to the next turn.
+//! Conversations as tokens: what the model is prompted with, which tokens are its own, and what joins one
+//! sampled reply to the next turn.
 //!
 //! Where a reply begins and ends is learned from the template by rendering prefixes of the
 //! conversation, never by looking for token ids: a user may write `<|im_end|>` too.
@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use arete_records::{Aspect, Message, Role};
+use arete_records::{Message, Role};
 
 use crate::Error;
 use crate::template::ChatTemplate;
@@ -245,131 +245,6 @@ impl<'a> Chat<'a> {
     fn moved(&self, reason: &str) -> Error {
         Error::Template { path: self.template.path().to_path_buf(), reason: reason.to_owned() }
     }
-}
-
-/// The messages of a chain: the prompt, the answer, and each further question with its reply.
-#[must_use]
-pub fn conversation(prompt: &[Message], replies: [&str; 3]) -> Vec<Message> {
-    let mut messages = prompt.to_vec();
-    for (aspect, reply) in Aspect::ALL.into_iter().zip(replies) {
-        messages.extend(aspect.question().map(Message::user));
-        messages.push(Message::assistant(reply));
-    }
-    messages
-}
-
-/// The messages up to and including the reply of `aspect`.
-///
-/// `messages` end with a chain's reply, of any aspect from this one on.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] if the conversation has no reply of that aspect.
-pub fn aspect_conversation(messages: &[Message], aspect: Aspect) -> Result<&[Message], Error> {
-    Ok(&messages[..reply_ends(messages, aspect)?.1])
-}
-
-/// The messages before the answer: context and question, which all samples of a prompt share.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] if the messages are not a chain.
-pub fn prompt_of(messages: &[Message]) -> Result<&[Message], Error> {
-    Ok(&messages[..reply_ends(messages, Aspect::Action)?.0])
-}
-
-/// What a preference row holds of one sample: the prompt, and everything after it through the
-/// reply of `aspect`.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] if the conversation has no reply of that aspect.
-pub fn split_preference(
-    messages: &[Message],
-    aspect: Aspect,
-) -> Result<(&[Message], &[Message]), Error> {
-    let (n_prompt, end) = reply_ends(messages, aspect)?;
-    Ok(messages[..end].split_at(n_prompt))
-}
-
-/// The length of the prompt, and the end of the reply of `aspect`.
-fn reply_ends(messages: &[Message], aspect: Aspect) -> Result<(usize, usize), Error> {
-    let mut ends = [None; 3];
-    let mut end = messages.len();
-    for asked in [Aspect::Consequence, Aspect::Motivation] {
-        if let [.., question, reply] = &messages[..end]
-            && reply.role == Role::Assistant
-            && question.role == Role::User
-            && Some(question.content.trim()) == asked.question()
-        {
-            ends[asked.index()] = Some(end);
-            end -= 2;
-        }
-    }
-    if let [_, .., answer] = &messages[..end]
-        && answer.role == Role::Assistant
-        && (ends[1].is_some() || ends[2].is_none())
-    {
-        ends[0] = Some(end);
-        if let Some(reply) = ends[aspect.index()] {
-            return Ok((end - 1, reply));
-        }
-    }
-    let found: Vec<_> = messages.iter().map(|m| m.role.name()).collect();
-    Err(Error::Invalid {
-        name: "messages",
-        expected: format!("a prompt and the turns of a chain through its {aspect}"),
-        got: format!("[{}]", found.join(", ")),
-    })
-}
-
-/// The text through its last full sentence: what is kept of a reply that was cut off. None if it
-/// has no full sentence.
-///
-/// A sentence ends with `.`, `!`, `?` or `…`, closing quotes and brackets included, before white
-/// space or the end. The number of a list item, an initial and common abbreviations end none.
-#[must_use]
-pub fn trim_to_sentence(text: &str) -> Option<&str> {
-    let mut last = None;
-    let mut chars = text.char_indices().peekable();
-    while let Some((at, c)) = chars.next() {
-        if !is_terminal(c) || (c == '.' && abbreviates(&text[..at])) {
-            continue;
-        }
-        let mut end = at + c.len_utf8();
-        while let Some((at, c)) = chars.next_if(|&(_, c)| is_terminal(c) || is_closer(c)) {
-            end = at + c.len_utf8();
-        }
-        let spaced = chars.peek().is_none_or(|(_, c)| c.is_whitespace());
-        if spaced || matches!(c, '。' | '！' | '？') {
-            last = Some(end);
-        }
-    }
-    last.map(|end| &text[..end])
-}
-
-fn is_terminal(c: char) -> bool {
-    matches!(c, '.' | '!' | '?' | '…' | '。' | '！' | '？')
-}
-
-fn is_closer(c: char) -> bool {
-    matches!(c, '"' | '\'' | '”' | '’' | '»' | ')' | ']' | '*' | '」' | '』')
-}
-
-/// Whether a full stop after `before` belongs to its last word and ends no sentence.
-fn abbreviates(before: &str) -> bool {
-    const ABBREVIATIONS: [&str; 13] =
-        ["mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "cf", "no", "fig", "approx"];
-    let start = before.rfind(char::is_whitespace).map_or(0, |at| at + 1);
-    let start = if before.is_char_boundary(start) { start } else { return false };
-    let word = before[start..].trim_start_matches(['(', '"', '\'', '*', '“']);
-    let starts_line = before[..start].trim_end_matches([' ', '\t']);
-    let starts_line = starts_line.is_empty() || starts_line.ends_with('\n');
-    let numbers_item = starts_line && !word.is_empty() && word.chars().all(|c| c.is_ascii_digit());
-    let mut letters = word.chars();
-    let initial =
-        matches!((letters.next(), letters.next()), (Some(c), None) if c.is_uppercase() && c != 'I');
-    numbers_item || initial || ABBREVIATIONS.contains(&word.to_lowercase().as_str())
 }
 
 #[cfg(test)]
