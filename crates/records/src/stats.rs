@@ -1,8 +1,13 @@
 //! Statistics of scores and verdicts, in f64.
 
+mod crossed;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
+use statrs::distribution::{ContinuousCDF, Normal};
+
+pub use crossed::{CrossedMean, PairedReplies, at_equal_length, crossed_difference, crossed_mean};
 
 /// Draws of a bootstrap when nothing else is said.
 pub const DRAWS: usize = 10_000;
@@ -313,62 +318,14 @@ pub fn minimum_detectable_effect(standard_error: f64, alpha: f64, power: f64) ->
     (normal_quantile(1.0 - alpha / 2.0) + normal_quantile(power)) * standard_error
 }
 
-/// Quantile of the standard normal distribution, relative error below 1.2e-9.
+/// Quantile of the standard normal distribution.
 ///
 /// # Panics
 ///
 /// If `p` is not strictly between 0 and 1.
-///
-/// # Source
-///
-/// P. J. Acklam's rational approximation (2003).
 pub fn normal_quantile(p: f64) -> f64 {
-    const A: [f64; 6] = [
-        -3.969_683_028_665_376e1,
-        2.209_460_984_245_205e2,
-        -2.759_285_104_469_687e2,
-        1.383_577_518_672_69e2,
-        -3.066_479_806_614_716e1,
-        2.506_628_277_459_239,
-    ];
-    const B: [f64; 6] = [
-        -5.447_609_879_822_406e1,
-        1.615_858_368_580_409e2,
-        -1.556_989_798_598_866e2,
-        6.680_131_188_771_972e1,
-        -1.328_068_155_288_572e1,
-        1.0,
-    ];
-    const C: [f64; 6] = [
-        -7.784_894_002_430_293e-3,
-        -3.223_964_580_411_365e-1,
-        -2.400_758_277_161_838,
-        -2.549_732_539_343_734,
-        4.374_664_141_464_968,
-        2.938_163_982_698_783,
-    ];
-    const D: [f64; 5] = [
-        7.784_695_709_041_462e-3,
-        3.224_671_290_700_398e-1,
-        2.445_134_137_142_996,
-        3.754_408_661_907_416,
-        1.0,
-    ];
-    const TAIL: f64 = 0.024_25;
     assert!(p > 0.0 && p < 1.0, "a probability strictly between 0 and 1");
-    let polynomial = |c: &[f64], x: f64| c.iter().fold(0.0, |sum, c| sum * x + c);
-    let lower_tail = |p: f64| {
-        let q = (-2.0 * p.ln()).sqrt();
-        polynomial(&C, q) / polynomial(&D, q)
-    };
-    if p < TAIL {
-        lower_tail(p)
-    } else if p > 1.0 - TAIL {
-        -lower_tail(1.0 - p)
-    } else {
-        let q = p - 0.5;
-        q * polynomial(&A, q * q) / polynomial(&B, q * q)
-    }
+    Normal::standard().inverse_cdf(p)
 }
 
 /// Fleiss' kappa: agreement of several raters beyond chance. `counts[i][j]` = raters who put
