@@ -170,7 +170,7 @@ fn beside(path: &Path, kind: &str) -> Result<PathBuf, Error> {
 }
 
 /// The directory a path lies in (`.` for a bare name).
-pub(crate) fn parent(path: &Path) -> &Path {
+pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -140,15 +140,16 @@ struct StageJson {
     #[serde(flatten)]
     origin: Origin,
     fingerprint: String,
-    /// Set while the results of an earlier run are being removed.
-    clearing: bool,
+    /// Where the results of an earlier run are being set aside, while they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    aside: Option<String>,
     /// Files in the directory that are not the stage's.
     foreign: Vec<String>,
 }
 
 /// Locks the output directory, hashes the inputs, and says whether there is work to do.
 ///
-/// Results of other settings or inputs are removed first, and the log says what changed; partial
+/// Results of other settings or inputs are moved to `OUTPUT.old-N` first, and the log says what changed; partial
 /// work of the same settings and inputs stays.
 ///
 /// # Errors
@@ -156,7 +157,7 @@ struct StageJson {
 /// [`Error::Locked`] if another process works in the directory; [`Error::ForeignOutput`] if it
 /// holds files but no stage made them; [`Error::OtherStage`] if another stage did;
 /// [`Error::StaleCheckpoints`] if an unfinished run left checkpoints and an input has changed since;
-/// [`Error::Io`]; [`Error::Json`] if `run.json` is damaged. Nothing is removed in any of these cases.
+/// [`Error::Io`]; [`Error::Records`] if `run.json` is another program's. Nothing is removed, in any case.
 pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     let output = spec.output;
     fs_err::create_dir_all(output)?;
@@ -165,8 +166,8 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     let origin = Origin::of(&spec, &mut cache)?;
     let fingerprint = origin.fingerprint();
 
-    let complete: Option<RunJson> = read_json_if_any(&output.join(RUN_JSON))?;
-    let partial: Option<StageJson> = read_json_if_any(&output.join(STAGE_JSON))?;
+    let (complete, run_damaged) = read_own::<RunJson>(&output.join(RUN_JSON))?;
+    let (partial, stage_damaged) = read_own::<StageJson>(&output.join(STAGE_JSON))?;
     let owner = complete.as_ref().map(|run| &run.stage);
     if let Some(owner) = owner.or_else(|| partial.as_ref().map(|partial| &partial.origin.stage))
         && owner != spec.stage
@@ -177,11 +178,12 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     if complete.is_some() || partial.is_some() {
         atomic::sweep(output)?;
     }
-    let clearing = partial.as_ref().is_some_and(|partial| partial.clearing);
+    let aside = partial.as_ref().and_then(|partial| partial.aside.clone());
     let mut resumed = false;
     let mut foreign = Vec::new();
     match (complete, partial) {
-        (Some(complete), _) if !clearing => {
+        _ if run_damaged || stage_damaged => set_aside(output, &origin, &[], aside)?,
+        (Some(complete), _) if aside.is_none() => {
             if complete.fingerprint == fingerprint {
                 match first_changed_output(output, &complete, &mut cache)? {
                     None => {
@@ -198,20 +200,20 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
             }
             foreign = files_in(output)?;
             foreign.retain(|file| !complete.outputs.contains_key(file));
-            clear(output, &origin, &foreign)?;
+            set_aside(output, &origin, &foreign, None)?;
         }
-        (_, Some(partial)) if !clearing && partial.fingerprint == fingerprint => {
+        (_, Some(partial)) if aside.is_none() && partial.fingerprint == fingerprint => {
             tracing::info!(stage = spec.stage, "continuing where an earlier run stopped");
             resumed = true;
             foreign = partial.foreign;
         }
         (_, Some(partial)) => {
-            if !clearing {
+            if aside.is_none() {
                 refuse_stale_checkpoints(output, &partial.origin, &origin)?;
             }
             partial.origin.log_changes(&origin);
             foreign = partial.foreign;
-            clear(output, &origin, &foreign)?;
+            set_aside(output, &origin, &foreign, aside)?;
         }
         (_, None) => {
             if let Some(found) = files_in(output)?.into_iter().next() {
@@ -219,7 +221,7 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
             }
         }
     }
-    write_stage_json(output, &origin, &foreign, false)?;
+    write_stage_json(output, &origin, &foreign, None)?;
     cache.save();
     let output = output.to_owned();
     Ok(Start::Run(StageRun { output, origin, fingerprint, resumed, foreign, cache, _lock: lock }))
@@ -486,24 +488,66 @@ fn first_changed_output(
     Ok(None)
 }
 
-/// Removes what an earlier run of the stage left: every file but the foreign ones, logs, and what
-/// is hidden. A kill half-way is noticed by the mark in `stage.json`.
-fn clear(output: &Path, origin: &Origin, foreign: &[String]) -> Result<(), Error> {
+/// Moves what an earlier run of the stage left to `OUTPUT.old-N`, so that nothing is lost: every file but the foreign ones,
+/// logs, and what is hidden. Links are left alone and not followed: no stage makes any. A kill half-way is noticed by
+/// the mark in `stage.json`, and the rest goes to the same place.
+fn set_aside(
+    output: &Path,
+    origin: &Origin,
+    foreign: &[String],
+    aside: Option<String>,
+) -> Result<(), Error> {
     for file in foreign {
         tracing::warn!(file, "left alone: not made by this stage");
     }
-    write_stage_json(output, origin, foreign, true)?;
-    remove_if_any(&output.join(RUN_JSON))?;
-    let mut files = walk(output, &is_stage_dir)?;
-    files.retain(|file| {
-        let name = file.rsplit('/').next().unwrap_or(file);
-        let stays = name.starts_with('.') || name.ends_with(".log") || file == STAGE_JSON;
-        !stays && !foreign.contains(file)
-    });
-    for file in files {
-        fs_err::remove_file(output.join(file))?;
+    let mut files = Vec::new();
+    own_files(output, "", &mut files)?;
+    files.retain(|file| !foreign.contains(file) && file != STAGE_JSON);
+    let aside = match aside {
+        Some(aside) => aside,
+        None => first_free(output)?,
+    };
+    write_stage_json(output, origin, foreign, Some(&aside))?;
+    let place = atomic::parent(&fs_err::canonicalize(output)?).join(&aside);
+    // First of all the mark of a complete stage; what is aside is complete, too, once all of it is there.
+    files.sort_by_key(|file| file != RUN_JSON);
+    for file in &files {
+        let target = place.join(file);
+        fs_err::create_dir_all(atomic::parent(&target))?;
+        fs_err::rename(output.join(file), target)?;
+    }
+    if !files.is_empty() {
+        tracing::info!(place = %place.display(), "what was there was set aside");
     }
     remove_empty_dirs(output)
+}
+
+/// The first `NAME.old-N` beside a directory that is not taken.
+fn first_free(output: &Path) -> Result<String, Error> {
+    let output = fs_err::canonicalize(output)?;
+    let name = output.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let free = (1u32..).map(|n| format!("{name}.old-{n}"));
+    let mut free = free.filter(|name| !atomic::parent(&output).join(name).exists());
+    Ok(free.next().expect("there are more numbers than directories"))
+}
+
+/// Regular files under `dir` that a stage may have made, relative to it; hidden files, logs and nested stages are not among them.
+fn own_files(dir: &Path, prefix: &str, files: &mut Vec<String>) -> Result<(), Error> {
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let (relative, kind) = (format!("{prefix}{name}"), entry.file_type()?);
+        if kind.is_symlink() {
+            tracing::warn!(link = relative, "left alone: a link, which no stage makes");
+        } else if kind.is_dir() {
+            if !name.starts_with('.') && !is_stage_dir(&entry.path()) {
+                own_files(&entry.path(), &format!("{relative}/"), files)?;
+            }
+        } else if !name.starts_with('.') && !name.ends_with(".log") {
+            files.push(relative);
+        }
+    }
+    Ok(())
 }
 
 fn remove_empty_dirs(dir: &Path) -> Result<(), Error> {
@@ -524,12 +568,12 @@ fn write_stage_json(
     output: &Path,
     origin: &Origin,
     foreign: &[String],
-    clearing: bool,
+    aside: Option<&str>,
 ) -> Result<(), Error> {
     let stage = StageJson {
         origin: origin.clone(),
         fingerprint: origin.fingerprint(),
-        clearing,
+        aside: aside.map(str::to_owned),
         foreign: foreign.to_vec(),
     };
     write_json(&output.join(STAGE_JSON), &stage)
@@ -542,11 +586,27 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     Ok(atomic::write(path, &json)?)
 }
 
-fn read_json_if_any<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+/// Reads a mark of ours; none if there is none. True if it is damaged beyond reading: then the stage begins anew.
+fn read_own<T: DeserializeOwned>(path: &Path) -> Result<(Option<T>, bool), Error> {
     match read_json(path) {
-        Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        other => other.map(Some),
+        Ok(mark) => Ok((Some(mark), false)),
+        Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok((None, false)),
+        Err(Error::Records(error @ arete_records::Error::Json { .. })) => {
+            if !was_ours(path)? {
+                return Err(error.into());
+            }
+            tracing::warn!(%error, "damaged: what is there is set aside, the stage begins anew");
+            Ok((None, true))
+        }
+        Err(error) => Err(error),
     }
+}
+
+/// Whether a file that cannot be read as a mark was one: no JSON any more, or JSON with some of its keys.
+fn was_ours(path: &Path) -> Result<bool, Error> {
+    const KEYS: [&str; 4] = ["stage", "fingerprint", "inputs", "versions"];
+    let found = serde_json::from_slice::<Value>(&fs_err::read(path)?);
+    Ok(found.map_or(true, |value| KEYS.iter().filter(|key| value.get(*key).is_some()).count() >= 2))
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {

@@ -140,14 +140,54 @@ fn a_kill_while_clearing_is_noticed() {
     for run_json_gone in [false, true] {
         fs_err::remove_dir_all(fixture.output()).unwrap();
         fixture.complete(json!({"rank": 16}));
-        write_stage_json(&fixture.output(), &partial.origin, &[], true).unwrap();
+        write_stage_json(&fixture.output(), &partial.origin, &[], Some("out.old-7")).unwrap();
         if run_json_gone {
             fs_err::remove_file(fixture.output().join(RUN_JSON)).unwrap();
         }
         let run = fixture.run(json!({"rank": 8}));
         assert!(!run.is_resumed());
         assert_eq!(fixture.files(), [".lock", "stage.json"]);
+        // What the kill left went to the place that was named before it.
+        let aside = fixture.dir.path().join("out.old-7");
+        assert!(aside.join("merged/model.safetensors").exists());
+        fs_err::remove_dir_all(aside).unwrap();
     }
+}
+
+#[test]
+fn what_would_be_discarded_is_set_aside() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"rank": 16}));
+    let weights = fs_err::read(fixture.output().join("merged/model.safetensors")).unwrap();
+    let run = fixture.run(json!({"rank": 8}));
+    fs_err::write(run.output().join("shard-0.parquet"), b"rows").unwrap();
+    drop(run); // killed
+    drop(fixture.run(json!({"rank": 4})));
+    let aside = |n: u32| fixture.dir.path().join(format!("out.old-{n}"));
+    assert_eq!(fs_err::read(aside(1).join("merged/model.safetensors")).unwrap(), weights);
+    assert_eq!(RunJson::read(aside(1)).unwrap().config, json!({"rank": 16}));
+    assert_eq!(fs_err::read(aside(2).join("shard-0.parquet")).unwrap(), b"rows");
+    // Nothing was there any more: nothing is set aside.
+    drop(fixture.run(json!({"rank": 2})));
+    assert!(!aside(3).exists());
+}
+
+#[test]
+fn links_are_neither_followed_nor_moved() {
+    let fixture = Fixture::new();
+    let thesis = fixture.dir.path().join("thesis");
+    fs_err::create_dir(&thesis).unwrap();
+    fs_err::write(thesis.join("chapter.txt"), b"years of work").unwrap();
+    let run = fixture.run(json!({"rank": 16}));
+    std::os::unix::fs::symlink(&thesis, run.output().join("notes")).unwrap();
+    std::os::unix::fs::symlink(thesis.join("chapter.txt"), run.output().join("one")).unwrap();
+    fs_err::write(run.output().join("shard-0.parquet"), b"rows").unwrap();
+    drop(run); // killed
+    drop(fixture.run(json!({"rank": 8})));
+    assert_eq!(fs_err::read(thesis.join("chapter.txt")).unwrap(), b"years of work");
+    let output = fixture.output();
+    assert!(output.join("notes").is_symlink() && output.join("one").is_symlink());
+    assert!(!output.join("shard-0.parquet").exists());
 }
 
 #[test]
@@ -265,12 +305,33 @@ fn a_second_process_is_turned_away_with_the_pid_of_the_first() {
 }
 
 #[test]
-fn a_damaged_run_json_is_named() {
+fn a_damaged_mark_begins_anew_and_loses_nothing() {
+    for (n, mark, damage) in [
+        (1, "run.json", &b"{\n\"stage\": 3"[..]),
+        (2, "run.json", br#"{"stage": "sft", "fingerprint": "aa", "inputz": {}}"#),
+        (3, "stage.json", b""),
+    ] {
+        let fixture = Fixture::new();
+        fixture.complete(json!({}));
+        fs_err::write(fixture.output().join(mark), damage).unwrap();
+        let run = fixture.run(json!({}));
+        assert!(!run.is_resumed(), "{n}");
+        let aside = fixture.dir.path().join("out.old-1");
+        assert!(aside.join("merged/model.safetensors").exists(), "{n}");
+        drop(run);
+        fixture.complete(json!({}));
+        fixture.is_up_to_date(json!({}));
+    }
+}
+
+#[test]
+fn a_run_json_of_another_program_is_named_and_untouched() {
     let fixture = Fixture::new();
-    fixture.complete(json!({}));
-    fs_err::write(fixture.output().join("run.json"), b"{\n\"stage\": 3").unwrap();
+    fs_err::create_dir(fixture.output()).unwrap();
+    fs_err::write(fixture.output().join("run.json"), b"{\"project\": \"thesis\"}").unwrap();
     let error = fixture.begin(json!({}), 1).unwrap_err().to_string();
-    assert!(error.contains("run.json:2: expected what an Arete stage writes"), "{error}");
+    assert!(error.contains("run.json:1: expected what an Arete stage writes"), "{error}");
+    assert_eq!(fixture.files(), [".lock", "run.json"]);
 }
 
 #[test]
