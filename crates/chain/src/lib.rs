@@ -3,7 +3,10 @@
 //! One way each to build a [conversation], to end a [cut reply](trim), to sample a chain, to read a reward model, to read
 //! labelled pairs. Stages call these; they never write their own.
 
+pub mod batches;
 pub mod conversation;
+pub mod reward_model;
 pub mod trim;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};
+pub use reward_model::{RewardModel, Transcript};

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use arete_chain::reward_model::Base;
 use arete_model::{Chat, Model, Tensor};
 use arete_records::{Aspect, FinishReason, stats};
 use arete_stage::interrupt;
@@ -12,7 +13,7 @@ use crate::gae::estimate_advantages;
 use crate::journal::Journal;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
-use crate::scorer::{Ensemble, Scoring};
+use crate::scorer::Ensemble;
 use crate::update::{
     FirstPass, Learning, Lessons, Models, Optimisers, Rates, Targets, UpdateReport, update,
 };
@@ -103,9 +104,9 @@ impl Iteration<'_> {
         })?;
         let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
         let scores = timed(&mut phases, "scoring", || {
-            let scoring = Scoring { decoder: &self.model.decoder, chat: self.chat, budget };
+            let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
             let prompt_id = |c: &Conversation| prompts[c.prompt].prompt_id.clone();
-            let scores = self.ensemble.scores(scoring, &conversations, iteration, prompt_id)?;
+            let scores = self.ensemble.scores(base, &conversations, iteration, prompt_id)?;
             let n_read = scores.n_tokens;
             Ok((scores, n_read))
         })?;

@@ -32,7 +32,6 @@ mod iteration;
 pub mod journal;
 pub mod kl;
 pub mod loss;
-mod packing;
 pub mod probe;
 pub mod prompts;
 pub mod reward;

@@ -3,6 +3,7 @@
 //! The prompts and the random streams are the same at every probe, so probes can be compared pair by pair. With a
 //! yardstick the probe is the alarm for over-optimisation ([`crate::alarm`]): the ensemble rises, the yardstick falls.
 
+use arete_chain::reward_model::Base;
 use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::RolloutRow;
 use arete_records::{Aspect, stats};
@@ -13,7 +14,7 @@ use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
-use crate::scorer::{Ensemble, Scoring, Yardstick};
+use crate::scorer::{Ensemble, Yardstick};
 
 /// What is probed, and with what.
 #[derive(Debug)]
@@ -82,9 +83,9 @@ impl Probe<'_> {
             None,
         )?;
         let budget = config.micro_batch_tokens;
-        let scoring = Scoring { decoder, chat: self.chat, budget };
+        let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
         let prompt_id = |c: &Conversation| self.prompts[c.prompt].prompt_id.clone();
-        let scores = self.ensemble.scores(scoring, &conversations, iteration, prompt_id)?;
+        let scores = self.ensemble.scores(base, &conversations, iteration, prompt_id)?;
         // The KL of what is sampled here; greedy answers have none, and are measured as if they had been sampled.
         let sampled = self.sampler.temperature > 0.0;
         let temperature = if sampled { self.sampler.temperature } else { config.temperature };
@@ -109,7 +110,7 @@ impl Probe<'_> {
         let z_means = assessment.scores.z_means();
         let mut baseline = Baseline { z: narrow(&z_means), yardstick: Vec::new() };
         if let Some(yardstick) = self.yardstick {
-            let scores = yardstick.scores(scoring, &conversations, iteration, prompt_id)?;
+            let scores = yardstick.scores(base, &conversations, iteration, prompt_id)?;
             metrics.push(("probe/yardstick".to_owned(), stats::mean(&scores)));
             baseline.yardstick = narrow(&scores);
         }

@@ -2,17 +2,16 @@
 
 use std::ops::Range;
 
+use arete_chain::batches::{self, Packed};
 use arete_model::generate::{self, Request, Sampling, Stream, TurnEnd};
 use arete_model::{Adapter, Batch, Chat, Decoder, Model, Tensor, logprobs};
 use arete_records::{Aspect, FinishReason, Message};
 use arete_stage::interrupt;
-use arete_training::order;
 use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::RolloutKind;
 use crate::journal::Journal;
-use crate::packing::Packed;
 use crate::prompts::Prompt;
 
 /// What a sequence of random numbers is for; keeps rollouts, probes and statistics apart.
@@ -267,7 +266,7 @@ impl Pack {
     ) -> Result<Vec<Self>, Error> {
         let n_tokens: Vec<usize> =
             order.iter().map(|&idx| conversations[idx].token_ids.len()).collect();
-        let runs = order::micro_batches(&n_tokens, budget)?;
+        let runs = batches::micro_batches(&n_tokens, budget)?;
         Ok(runs.into_iter().map(|run| Self::new(conversations, order[run].to_vec())).collect())
     }
 

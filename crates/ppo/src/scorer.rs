@@ -2,25 +2,18 @@
 
 use std::path::Path;
 
-use arete_model::{
-    Adapter, Chat, Decoder, LoadOptions, Model, ScalarHead, Source, Tensor, adapter_files,
-};
-use arete_records::{Aspect, FinishReason, ScoreStats, score_stats, stats};
-use arete_training::order;
-use tch::{Device, Kind};
+use arete_chain::reward_model::{Base, MIN_STD, RewardModel, Transcript, read_stats, standardise};
+use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source, Tensor};
+use arete_records::{Aspect, ScoreStats, stats};
 
 use crate::Error;
 use crate::config::{ProgrammedReward, RolloutKind};
-use crate::packing::Packed;
 use crate::rollout::Conversation;
-
-/// A spread below this is none: scores are f32 numbers of order 1.
-const MIN_STD: f64 = 1e-6;
 
 /// What gives a score.
 #[derive(Debug)]
 enum Judge {
-    Model { adapter: Adapter, head: ScalarHead },
+    Model(RewardModel),
     Rule(ProgrammedReward),
 }
 
@@ -66,17 +59,6 @@ impl Scores {
     }
 }
 
-/// How scores are computed.
-#[derive(Clone, Copy, Debug)]
-pub struct Scoring<'a> {
-    /// The base.
-    pub decoder: &'a Decoder,
-    /// Its chat template.
-    pub chat: &'a Chat<'a>,
-    /// Most tokens in one forward pass.
-    pub budget: usize,
-}
-
 impl Ensemble {
     /// Loads the reward models of a directory: `<aspect>/adapter`, `<aspect>/score_stats.json`.
     ///
@@ -89,9 +71,9 @@ impl Ensemble {
             .into_iter()
             .map(|aspect| {
                 let dir = dir.join(aspect.name());
-                let (adapter, head) = load_reward(&dir.join("adapter"), aspect.name(), model)?;
+                let reward = RewardModel::over(&dir.join("adapter"), aspect.name(), model)?;
                 let stats = read_stats(&dir, Some(&model.base_sha256))?;
-                Ok(Member { aspect, judge: Judge::Model { adapter, head }, stats })
+                Ok(Member { aspect, judge: Judge::Model(reward), stats })
             })
             .collect::<Result<_, Error>>()?;
         Ok(Self { members, kind })
@@ -104,7 +86,7 @@ impl Ensemble {
             .zip(models)
             .map(|(aspect, (adapter, head))| Member {
                 aspect,
-                judge: Judge::Model { adapter, head },
+                judge: Judge::Model(RewardModel::of(Some(adapter), head)),
                 stats: Some(ScoreStats {
                     mean: 0.0,
                     std: 1.0,
@@ -143,22 +125,19 @@ impl Ensemble {
     /// [`Error::Model`] if the template refuses a conversation or memory runs out.
     pub fn raw_scores(
         &self,
-        scoring: Scoring<'_>,
+        base: Base<'_>,
         conversations: &[Conversation],
     ) -> Result<(Vec<Vec<f64>>, usize), Error> {
         let mut out = vec![Vec::with_capacity(self.members.len()); conversations.len()];
         let mut n_tokens = 0;
-        let mut sequences: Option<(usize, Vec<Vec<i64>>)> = None;
         for member in &self.members {
             let turn = self.turn_of(member);
             let scores = match &member.judge {
-                Judge::Model { adapter, head } => {
-                    if sequences.as_ref().is_none_or(|(rendered, _)| *rendered != turn) {
-                        sequences = Some((turn, render(scoring.chat, conversations, turn)?));
-                    }
-                    let (_, sequences) = sequences.as_ref().expect("rendered above");
-                    n_tokens += sequences.iter().map(Vec::len).sum::<usize>();
-                    sequence_scores(scoring, Some(adapter), head, sequences)?
+                Judge::Model(reward) => {
+                    let (scores, n_read) =
+                        reward.scores(base, &transcripts(conversations, turn))?;
+                    n_tokens += n_read;
+                    scores
                 }
                 Judge::Rule(rule) => conversations.iter().map(|c| rule.score(c, turn)).collect(),
             };
@@ -178,12 +157,12 @@ impl Ensemble {
     /// If a member has no statistics yet.
     pub fn scores(
         &self,
-        scoring: Scoring<'_>,
+        base: Base<'_>,
         conversations: &[Conversation],
         iteration: u64,
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Scores, Error> {
-        let (raw, n_tokens) = self.raw_scores(scoring, conversations)?;
+        let (raw, n_tokens) = self.raw_scores(base, conversations)?;
         for (idx, member) in self.members.iter().enumerate() {
             let scores = column(&raw, idx);
             let what = format!("score of the {} reward model", member.aspect);
@@ -191,7 +170,7 @@ impl Ensemble {
         }
         let standardise = |(member, &score): (&Member, &f64)| {
             let stats = member.stats.as_ref().expect("statistics are known before scores are");
-            (score - stats.mean) / stats.std
+            standardise(score, stats)
         };
         let z =
             raw.iter().map(|row| self.members.iter().zip(row).map(standardise).collect()).collect();
@@ -202,7 +181,7 @@ impl Ensemble {
     pub(crate) fn learned_columns(&self, raw: &[Vec<f64>]) -> Vec<(Aspect, Vec<f64>)> {
         let members = self.members.iter().enumerate();
         members
-            .filter(|(_, member)| matches!(member.judge, Judge::Model { .. }))
+            .filter(|(_, member)| matches!(member.judge, Judge::Model(_)))
             .map(|(idx, member)| (member.aspect, column(raw, idx)))
             .collect()
     }
@@ -271,8 +250,7 @@ impl ProgrammedReward {
 pub struct Yardstick {
     /// Its own model, where it is merged; else it sits on the policy's base.
     model: Option<Model>,
-    adapter: Option<Adapter>,
-    head: ScalarHead,
+    reward: RewardModel,
     stats: Option<ScoreStats>,
 }
 
@@ -284,26 +262,20 @@ impl Yardstick {
     /// [`Error::NotAReward`] if neither can be used.
     pub fn load(dir: &Path, model: &Model, options: &LoadOptions) -> Result<Self, Error> {
         let (adapter_dir, merged) = (dir.join("adapter"), dir.join("merged"));
-        let reason = match load_reward(&adapter_dir, "yardstick", model) {
-            Ok((adapter, head)) => {
+        let reason = match RewardModel::over(&adapter_dir, "yardstick", model) {
+            Ok(reward) => {
                 let stats = read_stats(dir, Some(&model.base_sha256))?;
-                return Ok(Self { model: None, adapter: Some(adapter), head, stats });
+                return Ok(Self { model: None, reward, stats });
             }
             Err(reason) => reason,
         };
         if merged.is_dir() {
             tracing::info!(%reason, "yardstick: its merged model, on a base of its own");
             let options = LoadOptions { nf4: None, ..*options };
-            let mut own = Model::load(&Source::Directory(merged.clone()), &options)?;
-            let head = own.head.take().ok_or_else(|| Error::NotAReward {
-                path: merged,
-                expected: "a …ForSequenceClassification model",
-                got: "one without a score head".to_owned(),
-            })?;
-            let stats = read_stats(dir, None)?;
-            return Ok(Self { model: Some(own), adapter: None, head, stats });
+            let (own, reward) = RewardModel::load(&Source::Directory(merged), None, &options)?;
+            return Ok(Self { model: Some(own), reward, stats: read_stats(dir, None)? });
         }
-        Err(reason)
+        Err(reason.into())
     }
 
     /// Scores of conversations through their answer, standardised if the yardstick has statistics.
@@ -313,28 +285,22 @@ impl Yardstick {
     /// As [`Ensemble::scores`].
     pub fn scores(
         &self,
-        scoring: Scoring<'_>,
+        base: Base<'_>,
         conversations: &[Conversation],
         iteration: u64,
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Vec<f64>, Error> {
-        let (adapter, head) = (self.adapter.as_ref(), &self.head);
-        let raw = match &self.model {
-            None => {
-                let sequences = render(scoring.chat, conversations, 0)?;
-                sequence_scores(scoring, adapter, head, &sequences)?
-            }
-            Some(own) => {
-                let chat = own.chat()?;
-                let sequences = render(&chat, conversations, 0)?;
-                let scoring =
-                    Scoring { decoder: &own.decoder, chat: &chat, budget: scoring.budget };
-                sequence_scores(scoring, adapter, head, &sequences)?
+        let transcripts = transcripts(conversations, 0);
+        let (raw, _) = match &self.model {
+            None => self.reward.scores(base, &transcripts)?,
+            Some(model) => {
+                let base = Base { model, chat: &model.chat()?, ..base };
+                self.reward.scores(base, &transcripts)?
             }
         };
         check_finite(&raw, conversations, "score of the yardstick", iteration, &prompt_id)?;
-        let (mean, std) = self.stats.as_ref().map_or((0.0, 1.0), |stats| (stats.mean, stats.std));
-        Ok(raw.into_iter().map(|score| (score - mean) / std).collect())
+        let z = |score| self.stats.as_ref().map_or(score, |stats| standardise(score, stats));
+        Ok(raw.into_iter().map(z).collect())
     }
 }
 
@@ -362,80 +328,19 @@ fn check_finite(
     }
 }
 
-fn load_reward(dir: &Path, name: &str, model: &Model) -> Result<(Adapter, ScalarHead), Error> {
-    let loaded = adapter_files::load(dir, name, &model.config, model.decoder.device())?;
-    loaded.meta.check_base(model)?;
-    if loaded.meta.base_sha256.is_empty() {
-        tracing::warn!(
-            path = %dir.display(),
-            trained_on = loaded.meta.base_model,
-            "the adapter does not say what its base's weights were: nothing checks that they are this model's"
-        );
-    }
-    let head = loaded.head.ok_or_else(|| Error::NotAReward {
-        path: dir.to_owned(),
-        expected: "an adapter with a score head (modules_to_save)",
-        got: "an adapter without".to_owned(),
-    })?;
-    Ok((loaded.adapter, head))
-}
-
-fn read_stats(dir: &Path, base_sha256: Option<&str>) -> Result<Option<ScoreStats>, Error> {
-    let Some(stats) = ScoreStats::read(dir)? else { return Ok(None) };
-    let wrong = |expected, got: String| Error::NotAReward {
-        path: dir.join(score_stats::FILE),
-        expected,
-        got,
+/// Conversations through the reply of a turn.
+fn transcripts(conversations: &[Conversation], turn: usize) -> Vec<Transcript<'_>> {
+    let through = |conversation: &Conversation| {
+        let replies = conversation.replies[..=turn].iter();
+        replies.map(|reply| reply.finish_reason).collect()
     };
-    if stats.std < MIN_STD {
-        return Err(wrong("a standard deviation above 0", format!("std {}", stats.std)));
-    }
-    if base_sha256.is_some_and(|base| stats.base_sha256 != base) {
-        return Err(wrong("statistics of this base", format!("base_sha256 {}", stats.base_sha256)));
-    }
-    Ok(Some(stats))
-}
-
-/// Conversations through the reply of a turn as the reward models were trained on them: the whole chat template, but no
-/// end of turn after a last reply that the token limit cut.
-fn render(
-    chat: &Chat<'_>,
-    conversations: &[Conversation],
-    turn: usize,
-) -> Result<Vec<Vec<i64>>, Error> {
     conversations
         .iter()
-        .map(|conversation| {
-            let messages = conversation.messages_through(turn);
-            let rendered = match conversation.replies[turn].finish_reason {
-                FinishReason::Stop => chat.render(messages)?,
-                FinishReason::Length => chat.render_truncated(messages)?,
-            };
-            Ok(rendered.token_ids)
+        .map(|conversation| Transcript {
+            messages: conversation.messages_through(turn),
+            finish_reasons: through(conversation),
         })
         .collect()
-}
-
-/// The score of each token sequence, read at its last token.
-fn sequence_scores(
-    scoring: Scoring<'_>,
-    adapter: Option<&Adapter>,
-    head: &ScalarHead,
-    sequences: &[Vec<i64>],
-) -> Result<Vec<f64>, Error> {
-    let _guard = tch::no_grad_guard();
-    let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
-    let mut out = Vec::with_capacity(sequences.len());
-    for run in order::micro_batches(&lengths, scoring.budget)? {
-        let part = &sequences[run];
-        let packed = Packed::new(part, usize::MAX);
-        let last: Vec<i64> = (0..part.len()).map(|idx| packed.last_row(idx) as i64).collect();
-        let hidden = scoring.decoder.forward(&packed.batch, adapter)?;
-        let last = Tensor::from_slice(&last).to_device(hidden.device());
-        let scores = head.forward(&hidden.index_select(0, &last)); // [n]
-        out.extend(Vec::<f64>::try_from(scores.to_kind(Kind::Double).to_device(Device::Cpu))?);
-    }
-    Ok(out)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::reward_model::Base;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
 use arete_records::rows::RolloutRow;
@@ -23,7 +24,7 @@ use crate::journal::{self, Journal};
 use crate::probe::Probe;
 use crate::prompts::{Prompt, Prompts, draw};
 use crate::rollout::{Purpose, Sampler};
-use crate::scorer::{Ensemble, Scoring, Yardstick};
+use crate::scorer::{Ensemble, Yardstick};
 use crate::update::{LossScale, Models, Optimisers, Rates};
 use crate::{Config, Error};
 
@@ -391,12 +392,12 @@ impl<'a> Stage<'a> {
         let purpose = Purpose::Statistics;
         let conversations =
             self.sampler.sample(self.model, &self.chat, None, &prompts, purpose, 0, None)?;
-        let scoring = Scoring {
-            decoder: &self.model.decoder,
+        let base = Base {
+            model: self.model,
             chat: &self.chat,
-            budget: self.config.micro_batch_tokens,
+            micro_batch_tokens: self.config.micro_batch_tokens,
         };
-        let (raw, _) = self.ensemble.raw_scores(scoring, &conversations)?;
+        let (raw, _) = self.ensemble.raw_scores(base, &conversations)?;
         self.ensemble.calibrate(&raw, split.name(), &self.model.base_sha256)?;
         let stats: BTreeMap<Aspect, &ScoreStats> = self
             .ensemble

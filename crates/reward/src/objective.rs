@@ -1,7 +1,8 @@
 //! The Bradley–Terry loss over a data set of pairs.
 
+use arete_chain::batches;
 use arete_model::{Adapter, Decoder, ScalarHead};
-use arete_training::{Error, Evaluation, Objective, StepReport, order};
+use arete_training::{Error, Evaluation, Objective, StepReport};
 use tch::{Kind, Tensor};
 
 use crate::data::Pair;
@@ -36,7 +37,7 @@ impl Objective for BradleyTerry<'_> {
         let pairs: Vec<&Pair> = examples.iter().map(|&idx| &self.train[idx]).collect();
         let lengths: Vec<usize> = pairs.iter().map(|pair| pair.n_tokens()).collect();
         let (mut scores, mut losses) = (Vec::new(), Vec::new());
-        for range in order::micro_batches(&lengths, self.micro_batch_tokens)? {
+        for range in batches::micro_batches(&lengths, self.micro_batch_tokens)? {
             let part = &pairs[range];
             let packed = PackedPairs::new(part);
             let pass = self.decoder.pass(&packed.batch, self.adapter, self.recompute)?;

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use arete_chain::RewardModel;
 use arete_model::Source;
 use arete_records::{Role, atomic, dialogue};
 use arete_training::runtime::{self, Dtype};
@@ -12,7 +13,6 @@ use serde_json::{Map, Value};
 use crate::Error;
 use crate::config::OverLength;
 use crate::data::{self, Conversation};
-use crate::model::RewardModel;
 
 /// Settings of scoring.
 #[derive(Clone, Debug, clap::Args, Serialize, Deserialize)]
@@ -67,9 +67,9 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     let device = runtime::device(&config.device)?;
     let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
     let source = Source::parse(&config.model)?;
-    let reward = RewardModel::load(&source, config.adapter.as_deref(), &options)?;
-    let chat = reward.model.chat()?;
-    let most = reward.model.config.max_position_embeddings;
+    let (model, reward) = RewardModel::load(&source, config.adapter.as_deref(), &options)?;
+    let chat = model.chat()?;
+    let most = model.config.max_position_embeddings;
     let max_length = if config.max_length == 0 { most } else { config.max_length.min(most) };
 
     let mut sequences = Vec::new();
@@ -92,7 +92,7 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
         }
         places.push(own);
     }
-    let scores = reward.scores(&sequences, config.micro_batch_tokens)?;
+    let scores = reward.sequence_scores(&model, &sequences, config.micro_batch_tokens)?;
     let mut out = Vec::new();
     for (row, places) in rows.iter().zip(places) {
         let names: &[&str] = if places.len() == 1 { &[""] } else { &["_chosen", "_rejected"] };

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use arete_chain::aspect_conversation;
+use arete_chain::reward_model::sequence_scores;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
@@ -16,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::config::OverLength;
 use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
 use crate::evaluation::{self, write_json};
-use crate::model::{pair_scores, sequence_scores};
+use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::{Config, Error};
 

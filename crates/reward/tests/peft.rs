@@ -4,8 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::RewardModel;
 use arete_model::{Device, Kind, LoadOptions, Source, Tensor};
-use arete_reward::model::RewardModel;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens").join(name)
@@ -16,12 +16,12 @@ fn largest_difference(source: &str, adapter: Option<&str>, theirs: &str, budget:
     let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
     let source = Source::Directory(golden(source));
     let adapter = adapter.map(golden);
-    let reward = RewardModel::load(&source, adapter.as_deref(), &options).unwrap();
+    let (model, reward) = RewardModel::load(&source, adapter.as_deref(), &options).unwrap();
     let tensors = Tensor::read_safetensors(golden(theirs).join("golden.safetensors")).unwrap();
     let tensor = |name: &str| &tensors.iter().find(|(found, _)| found == name).unwrap().1;
     let ids = |i: usize| Vec::<i64>::try_from(tensor(&format!("ids.{i}")).view([-1])).unwrap();
     let sequences: Vec<Vec<i64>> = (0..3).map(ids).collect();
-    let ours = reward.scores(&sequences, budget).unwrap();
+    let ours = reward.sequence_scores(&model, &sequences, budget).unwrap();
     let theirs = Vec::<f64>::try_from(tensor("scores").to_kind(Kind::Double).view([-1])).unwrap();
     assert_eq!(theirs.len(), 3);
     ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)

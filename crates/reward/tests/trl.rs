@@ -5,10 +5,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use arete_chain::reward_model::sequence_scores;
 use arete_model::{Device, Kind, LoadOptions, Model, Source, Tensor, adapter_files};
 use arete_reward::config::{Label, OverLength};
 use arete_reward::data::{self, Pair, Rendering};
-use arete_reward::model::{pair_scores, sequence_scores};
+use arete_reward::model::pair_scores;
 use arete_reward::objective::BradleyTerry;
 use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
 use serde_json::Value;

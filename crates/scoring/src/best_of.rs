@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
 use arete_records::stats::{self, Interval, Resampling};
-use arete_records::{Aspect, ScoreStats, Split, atomic, parquet, score_stats};
+use arete_records::{Aspect, Split, atomic, parquet, score_stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use crate::Error;
 use crate::config::{ScoreConfig, setting};
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{RewardModel, YardstickPlace, adapter_dir};
+use crate::rewards::{YardstickPlace, aspect_scores};
 use crate::run_files::rollout_reply;
 
 /// Prompts sampled together: with 16 samples each, a full batch.
@@ -235,17 +236,18 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut shelf = Shelf::new(options);
     let model = shelf.get(&base)?;
     let chat = model.chat()?;
+    let micro_batch_tokens = config.micro_batch_tokens;
+    let reader = Base { model, chat: &chat, micro_batch_tokens };
     let mut reward_models = Vec::new();
     for aspect in Aspect::ALL {
         let dir = inputs.rewards.join(aspect.name());
-        let stats =
-            ScoreStats::read(&dir)?.filter(|stats| stats.std > 0.0).ok_or_else(|| Error::File {
-                path: dir.join(score_stats::FILE),
-                field: "std".to_owned(),
-                expected: "statistics to standardise with".to_owned(),
-                found: "none".to_owned(),
-            })?;
-        reward_models.push((aspect, RewardModel::load(&dir, aspect.name(), model)?, stats));
+        let stats = read_stats(&dir, Some(&model.base_sha256))?.ok_or_else(|| Error::File {
+            path: dir.join(score_stats::FILE),
+            field: "std".to_owned(),
+            expected: "statistics to standardise with".to_owned(),
+            found: "none".to_owned(),
+        })?;
+        reward_models.push((aspect, RewardModel::over(&dir, aspect.name(), model)?, stats));
     }
     let drawing = Drawing {
         sampling: config.sampling(),
@@ -262,10 +264,9 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         let rows: Vec<ConversationRow> = chains.into_iter().map(|chain| chain.row).collect();
         let mut z = vec![[0.0; 3]; rows.len()];
         for (aspect, reward, stats) in &reward_models {
-            let budget = config.micro_batch_tokens;
-            let scores = reward.conversation_scores(model, &chat, &rows, *aspect, budget)?;
+            let scores = aspect_scores(reward, reader, &rows, &[*aspect])?;
             for (z, score) in z.iter_mut().zip(scores) {
-                z[aspect.index()] = (score - stats.mean) / stats.std;
+                z[aspect.index()] = standardise(score[0], stats);
             }
         }
         samples.extend(z.chunks(n).map(<[[f64; 3]]>::to_vec));
@@ -309,14 +310,9 @@ fn yardstick_scores(
     let model = shelf.get_packed(&place.source, place.nf4)?;
     let chat = model.chat()?;
     let reward = place.reward_model(model)?;
-    let mut out = vec![0.0; rows.len()];
-    for aspect in Aspect::ALL {
-        let scores = reward.conversation_scores(model, &chat, rows, aspect, budget)?;
-        for (out, score) in out.iter_mut().zip(scores) {
-            *out += score / Aspect::ALL.len() as f64;
-        }
-    }
-    Ok(out)
+    let base = Base { model, chat: &chat, micro_batch_tokens: budget };
+    let scores = aspect_scores(&reward, base, rows, &Aspect::ALL)?;
+    Ok(scores.iter().map(|scores| scores.iter().map(|score| score / 3.0).sum()).collect())
 }
 
 fn read(path: &Path) -> Result<BestOf, Error> {

@@ -1,114 +1,44 @@
 //! Reward models at work, and what the base finds probable.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use arete_chain::aspect_conversation;
+use arete_chain::batches::micro_batches;
+use arete_chain::reward_model::{Base, RewardModel, Transcript, adapter_dir};
 use arete_model::{
-    Adapter, Batch, Chat, Decoder, Model, Nf4Options, ScalarHead, SegmentIdx, Source,
-    adapter_files, logprobs,
+    Adapter, Batch, Chat, Decoder, Model, Nf4Options, SegmentIdx, Source, adapter_files, logprobs,
 };
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
-use crate::policies::{base_of_adapter, load_adapter};
+use crate::policies::base_of_adapter;
 use crate::rows::TokensRow;
 
-/// The adapter's directory inside a reward model's directory (or that directory itself).
-pub(crate) fn adapter_dir(dir: &Path) -> PathBuf {
-    let inner = dir.join("adapter");
-    if inner.is_dir() { inner } else { dir.to_owned() }
-}
-
-/// A scalar head with the adapter it reads through (none if merged into the model).
-#[derive(Debug)]
-pub struct RewardModel {
-    adapter: Option<Adapter>,
-    head: ScalarHead,
-}
-
-impl RewardModel {
-    /// Reads the reward model in `dir` (with `adapter/` in it, or an adapter itself) over `model`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Model`] if a file is unusable or belongs to another base, [`Error::File`] if there is no head.
-    pub fn load(dir: &Path, name: &str, model: &Model) -> Result<Self, Error> {
-        let dir = adapter_dir(dir);
-        let loaded = load_adapter(&dir, name, model)?;
-        let head = loaded.head.ok_or_else(|| Error::File {
-            path: dir,
-            field: "score head".to_owned(),
-            expected: "an adapter that saved its head (modules_to_save)".to_owned(),
-            found: "none".to_owned(),
-        })?;
-        Ok(Self { adapter: Some(loaded.adapter), head })
-    }
-
-    /// The head of a merged reward model.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::File`] if `model` has none.
-    pub fn merged(model: &Model, path: &Path) -> Result<Self, Error> {
-        let head = model.head.as_ref().ok_or_else(|| Error::File {
-            path: path.to_owned(),
-            field: "score.weight".to_owned(),
-            expected: "a …ForSequenceClassification model".to_owned(),
-            found: "none".to_owned(),
-        })?;
-        let head = ScalarHead { weight: head.weight.shallow_clone() };
-        Ok(Self { adapter: None, head })
-    }
-
-    /// The scores of conversations through the reply of `aspect`; `chat` is `model`'s.
-    ///
-    /// # Errors
-    ///
-    /// As [`reward_input`] and [`RewardModel::scores`].
-    pub(crate) fn conversation_scores(
-        &self,
-        model: &Model,
-        chat: &Chat<'_>,
-        rows: &[ConversationRow],
-        aspect: Aspect,
-        micro_batch_tokens: usize,
-    ) -> Result<Vec<f64>, Error> {
-        let limit = model.config.max_position_embeddings;
-        let sequences: Vec<Vec<i64>> = rows
-            .iter()
-            .map(|row| reward_input(chat, row, aspect, limit))
-            .collect::<Result<_, _>>()?;
-        self.scores(&model.decoder, &sequences, micro_batch_tokens)
-    }
-
-    /// The score of every sequence, read at its last token.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Model`] if a sequence is longer than the model's positions.
-    pub fn scores(
-        &self,
-        decoder: &Decoder,
-        sequences: &[Vec<i64>],
-        micro_batch_tokens: usize,
-    ) -> Result<Vec<f64>, Error> {
-        let _guard = tch::no_grad_guard();
-        let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
-        let mut out = Vec::with_capacity(sequences.len());
-        for range in micro_batches(&lengths, micro_batch_tokens) {
-            let part = &sequences[range];
-            let batch = Batch::from_sequences(part);
-            let rows: Vec<i64> =
-                (0..part.len()).map(|idx| batch.last_row(SegmentIdx(idx)) as i64).collect();
-            let hidden = decoder.forward(&batch, self.adapter.as_ref())?; // [N, D]
-            let rows = Tensor::from_slice(&rows).to_device(hidden.device());
-            out.extend(numbers(&self.head.forward(&hidden.index_select(0, &rows)))?);
+/// The scores of conversations through the reply of each aspect, an entry a conversation.
+///
+/// # Errors
+///
+/// [`Error::Refused`] if a row is no chain; [`Error::Model`] if a conversation cannot be read.
+pub fn aspect_scores(
+    reward: &RewardModel,
+    base: Base<'_>,
+    rows: &[ConversationRow],
+    aspects: &[Aspect],
+) -> Result<Vec<Vec<f64>>, Error> {
+    let mut transcripts = Vec::with_capacity(rows.len() * aspects.len());
+    for row in rows {
+        for &aspect in aspects {
+            let through = &Aspect::ALL[..=aspect.index()];
+            transcripts.push(Transcript {
+                messages: aspect_conversation(&row.messages, aspect)?,
+                finish_reasons: through.iter().map(|&turn| row.finish_reason(turn)).collect(),
+            });
         }
-        Ok(out)
     }
+    let (scores, _) = reward.scores(base, &transcripts)?;
+    Ok(scores.chunks(aspects.len()).map(<[f64]>::to_vec).collect())
 }
 
 /// Where a reward model with a base of its own lies: merged, or an adapter and what it belongs to.
@@ -158,59 +88,22 @@ impl YardstickPlace {
     ///
     /// # Errors
     ///
-    /// As [`RewardModel::load`] and [`RewardModel::merged`].
+    /// As [`RewardModel::over`] and [`RewardModel::merged`].
     pub(crate) fn reward_model(&self, model: &Model) -> Result<RewardModel, Error> {
-        match &self.adapter {
-            Some(dir) => RewardModel::load(dir, "yardstick", model),
+        Ok(match &self.adapter {
+            Some(dir) => RewardModel::over(dir, "yardstick", model)?,
             None => RewardModel::merged(
                 model,
                 self.source.local_path().unwrap_or(Path::new("yardstick")),
-            ),
-        }
+            )?,
+        })
     }
-}
-
-/// Consecutive groups of at most `budget` tokens; a longer sequence is a group of its own.
-pub(crate) fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Range<usize>> {
-    let mut out = Vec::new();
-    let (mut start, mut n_tokens) = (0, 0);
-    for (idx, length) in lengths.iter().enumerate() {
-        if idx > start && n_tokens + length > budget {
-            out.push(start..idx);
-            (start, n_tokens) = (idx, 0);
-        }
-        n_tokens += length;
-    }
-    if start < lengths.len() {
-        out.push(start..lengths.len());
-    }
-    out
 }
 
 /// Numbers of a tensor `[n]`, in f64.
 fn numbers(values: &Tensor) -> Result<Vec<f64>, Error> {
     let values = values.to_kind(Kind::Double).to_device(Device::Cpu);
     Ok(Vec::<f64>::try_from(values).map_err(arete_model::Error::from)?)
-}
-
-/// What a reward model reads of a conversation for one aspect: everything through that aspect's reply, without an end of
-/// turn if the reply was cut off. Longer than `limit` tokens, the beginning goes.
-///
-/// # Errors
-///
-/// What the template or the tokenizer refuse.
-pub fn reward_input(
-    chat: &Chat<'_>,
-    row: &ConversationRow,
-    aspect: Aspect,
-    limit: usize,
-) -> Result<Vec<i64>, Error> {
-    let messages = aspect_conversation(&row.messages, aspect)?;
-    let mut token_ids = render(chat, messages, row.finish_reason(aspect))?.token_ids;
-    if token_ids.len() > limit {
-        token_ids.drain(..token_ids.len() - limit);
-    }
-    Ok(token_ids)
 }
 
 fn render(
@@ -321,7 +214,7 @@ pub(crate) fn reply_logprobs(
     let _guard = tch::no_grad_guard();
     let lengths: Vec<usize> = sequences.iter().map(|marked| marked.token_ids.len()).collect();
     let mut out = Vec::with_capacity(sequences.len());
-    for range in micro_batches(&lengths, micro_batch_tokens) {
+    for range in micro_batches(&lengths, micro_batch_tokens)? {
         let part = &sequences[range];
         let token_ids: Vec<&[i64]> =
             part.iter().map(|marked| marked.token_ids.as_slice()).collect();
@@ -347,16 +240,4 @@ pub(crate) fn reply_logprobs(
         }
     }
     Ok(out)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn micro_batches_keep_the_order_and_the_budget() {
-        assert_eq!(micro_batches(&[4, 4, 4, 9, 1, 1], 8), [0..2, 2..3, 3..4, 4..6]);
-        assert_eq!(micro_batches(&[20], 8), std::slice::from_ref(&(0..1)));
-        assert!(micro_batches(&[], 8).is_empty());
-    }
 }

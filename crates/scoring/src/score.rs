@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
@@ -21,7 +22,7 @@ use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, SampledChain, sample_chains};
-use crate::rewards::{self, RewardModel, YardstickPlace, adapter_dir};
+use crate::rewards::{self, YardstickPlace, aspect_scores};
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
 use crate::{Error, table};
@@ -350,11 +351,12 @@ impl<'a> Work<'a> {
         let vocabulary = vocabulary_sha256(&model.tokenizer);
         let limit = model.config.max_position_embeddings;
         let chat = model.chat()?;
+        let reader = Base { model, chat: &chat, micro_batch_tokens: budget };
         let mut reward_models = Vec::new();
         for aspect in Aspect::ALL {
             reward_models.push((
                 aspect,
-                RewardModel::load(&self.plan.reward_dir(aspect), aspect.name(), model)?,
+                RewardModel::over(&self.plan.reward_dir(aspect), aspect.name(), model)?,
             ));
         }
         let progress =
@@ -375,13 +377,13 @@ impl<'a> Work<'a> {
             let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, budget)?;
             let mut rows = Vec::new();
             for (aspect, reward) in &reward_models {
-                let scores = reward.conversation_scores(model, &chat, replies, *aspect, budget)?;
+                let scores = aspect_scores(reward, reader, replies, &[*aspect])?;
                 for ((row, score), logprobs) in replies.iter().zip(scores).zip(&logprobs) {
                     let own = logprobs[aspect.index()];
                     rows.push(MeasureRow {
                         prompt_id: row.prompt_id.clone(),
                         aspect: *aspect,
-                        score: finite(score, aspect.name(), policy, row)?,
+                        score: finite(score[0], aspect.name(), policy, row)?,
                         base_logprob: own.sum as f32,
                         n_base_tokens: i32::try_from(own.n_tokens).unwrap_or(i32::MAX),
                         retokenised,
@@ -406,13 +408,14 @@ impl<'a> Work<'a> {
         let model = self.shelf.get_packed(&yardstick.source, yardstick.nf4)?;
         let chat = model.chat()?;
         let reward = yardstick.reward_model(model)?;
+        let base = Base { model, chat: &chat, micro_batch_tokens: budget };
         for (&unit, replies) in missing.iter().zip(&replies) {
             interrupt::check()?;
             let mut rows = Vec::new();
-            for aspect in Aspect::ALL {
-                let scores = reward.conversation_scores(model, &chat, replies, aspect, budget)?;
-                for (row, score) in replies.iter().zip(scores) {
-                    let score = finite(score, "yardstick", policy, row)?;
+            let scores = aspect_scores(&reward, base, replies, &Aspect::ALL)?;
+            for (idx, aspect) in Aspect::ALL.into_iter().enumerate() {
+                for (row, scores) in replies.iter().zip(&scores) {
+                    let score = finite(scores[idx], "yardstick", policy, row)?;
                     rows.push(YardstickRow { prompt_id: row.prompt_id.clone(), aspect, score });
                 }
             }

@@ -1,7 +1,8 @@
 //! Cross-entropy of the tokens to imitate.
 
+use arete_chain::batches;
 use arete_model::{Adapter, Batch, Decoder, logprobs};
-use arete_training::{Error, Evaluation, Objective, StepReport, order};
+use arete_training::{Error, Evaluation, Objective, StepReport};
 use tch::{Kind, Tensor};
 
 use crate::data::Example;
@@ -71,7 +72,7 @@ fn micro_batches(examples: &[&Example], budget: usize) -> Result<Vec<MicroBatch>
         let rows = target.enumerate().filter_map(|(row, &target)| target.then_some(row)).collect();
         MicroBatch { batch: Batch::from_sequences(&sequences), rows }
     };
-    Ok(order::micro_batches(&lengths, budget)?.into_iter().map(pack).collect())
+    Ok(batches::micro_batches(&lengths, budget)?.into_iter().map(pack).collect())
 }
 
 impl Objective for CrossEntropy<'_> {

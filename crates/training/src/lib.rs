@@ -6,7 +6,7 @@
 //! Method and its deviations from the usual trainers:
 //! - Batches are packed: token sequences lie one after the other without padding (`arete_model::batch`), so the linear
 //!   layers run on real tokens only, and sorting by length, which serves to save padding, has nothing to save.
-//!   Micro-batches are cut by a token budget instead ([`order::micro_batches`]).
+//!   Micro-batches are cut by a token budget instead (`arete_chain::batches`).
 //! - A step's loss is one mean over the whole step (all its target tokens, all its pairs); micro-batches add their
 //!   share of that mean, so where they are cut changes nothing but rounding.
 //! - The order of the data is a pure function of seed and step; nothing else is random (no dropout). A run that was

@@ -1,7 +1,4 @@
-//! Which examples a step sees, and how they are cut into forward passes. Nothing here holds state: the order is a
-//! function of seed and step.
-
-use std::ops::Range;
+//! Which examples a step sees. Nothing here holds state: the order is a function of seed and step.
 
 use rand_chacha::rand_core::Rng;
 
@@ -27,34 +24,6 @@ pub fn permutation(seed: u64, purpose: &str, n: usize) -> Vec<usize> {
         order.swap(last, usize::try_from(draw).expect("at most `last`"));
     }
     order
-}
-
-/// Cuts items into consecutive runs of at most `budget` tokens; an item above the budget is a run of its own.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] if the budget is 0.
-pub fn micro_batches(n_tokens: &[usize], budget: usize) -> Result<Vec<Range<usize>>, Error> {
-    if budget == 0 {
-        return Err(Error::Invalid {
-            name: "micro_batch_tokens",
-            expected: "at least 1".to_owned(),
-            got: "0".to_owned(),
-        });
-    }
-    let mut runs = Vec::new();
-    let (mut start, mut total) = (0, 0);
-    for (item, &n) in n_tokens.iter().enumerate() {
-        if item > start && total + n > budget {
-            runs.push(start..item);
-            (start, total) = (item, 0);
-        }
-        total += n;
-    }
-    if start < n_tokens.len() {
-        runs.push(start..n_tokens.len());
-    }
-    Ok(runs)
 }
 
 /// The steps of a run over a data set.
@@ -147,23 +116,7 @@ mod tests {
         assert_ne!(Plan { seed: 6, ..plan }.examples(0), plan.examples(0));
     }
 
-    #[test]
-    fn micro_batches_keep_to_the_budget() {
-        assert_eq!(micro_batches(&[3, 4, 5, 20, 1], 8).unwrap(), vec![0..2, 2..3, 3..4, 4..5]);
-        assert_eq!(micro_batches(&[], 8).unwrap(), Vec::<Range<usize>>::new());
-        assert!(micro_batches(&[1], 0).is_err());
-    }
-
     proptest! {
-        #[test]
-        fn micro_batches_cover_everything_once(lengths in prop::collection::vec(1usize..50, 0..40), budget in 1usize..100) {
-            let runs = micro_batches(&lengths, budget).unwrap();
-            prop_assert_eq!(runs.iter().cloned().flatten().collect::<Vec<_>>(), (0..lengths.len()).collect::<Vec<_>>());
-            for run in runs {
-                prop_assert!(run.len() == 1 || lengths[run].iter().sum::<usize>() <= budget);
-            }
-        }
-
         #[test]
         fn a_permutation_loses_nothing(seed in any::<u64>(), n in 0usize..100) {
             let mut order = permutation(seed, "test", n);

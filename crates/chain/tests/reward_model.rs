@@ -1,0 +1,142 @@
+//! The one reader of reward models: what PPO, scoring and the reward stage each had of their own.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
+use std::path::{Path, PathBuf};
+
+use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
+use arete_chain::{RewardModel, Transcript, aspect_conversation, conversation};
+use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::{
+    Adapter, Batch, Device, FinishReason, Kind, LoadOptions, LoraConfig, Message, Model,
+    ScalarHead, SegmentIdx, Source, Target, Tensor,
+};
+use arete_records::{Aspect, ScoreStats, score_stats};
+
+const STOP: FinishReason = FinishReason::Stop;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
+}
+
+fn tiny_chat() -> Model {
+    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    Model::load(&Source::Directory(fixture()), &options).unwrap()
+}
+
+fn parts(model: &Model) -> (Adapter, ScalarHead) {
+    let lora = LoraConfig { rank: 4, alpha: 8.0, targets: Target::ALL.to_vec() };
+    let adapter = Adapter::new("reward", &model.config, &lora, 3, Device::Cpu).unwrap();
+    let _guard = arete_model::no_grad_guard();
+    for (idx, (name, mut tensor)) in adapter.parameters().into_iter().enumerate() {
+        if name.contains("lora_B") {
+            let values = arete_model::random::normal(3, &format!("b{idx}"), tensor.numel(), 0.05);
+            tensor.copy_(&Tensor::from_slice(&values).view_as(&tensor));
+        }
+    }
+    (adapter, ScalarHead::normal(model.config.hidden_size, 3, Device::Cpu))
+}
+
+fn save(dir: &Path, model: &Model, head: bool) {
+    let meta = AdapterMeta::of(model, "tiny-chat", Task::SequenceClassification);
+    let (adapter, own) = parts(model);
+    adapter_files::save(&dir.join("adapter"), &adapter, head.then_some(&own), &meta).unwrap();
+}
+
+fn chain(i: usize) -> Vec<Message> {
+    let prompt = [Message::system("Be good."), Message::user("How do I help a friend?")];
+    conversation(&prompt, [&format!("Ask {i} times."), "I care.", "It makes me kind."])
+}
+
+fn transcript(messages: &[Message], aspect: Aspect) -> Transcript<'_> {
+    let messages = aspect_conversation(messages, aspect).unwrap();
+    Transcript { messages, finish_reasons: vec![STOP; aspect.index() + 1] }
+}
+
+/// The reader of PPO shared a common beginning, that of scoring nothing, and neither the aspects of a chain.
+#[test]
+fn what_is_scored_together_changes_no_score() {
+    let model = tiny_chat();
+    let chat = model.chat().unwrap();
+    let (adapter, head) = parts(&model);
+    let reward = RewardModel::of(Some(adapter), head);
+    let chains: Vec<Vec<Message>> = (0..3).map(chain).collect();
+    let transcripts: Vec<Transcript<'_>> = chains
+        .iter()
+        .flat_map(|chain| Aspect::ALL.map(|aspect| transcript(chain, aspect)))
+        .collect();
+    let score = |micro_batch_tokens| {
+        let base = Base { model: &model, chat: &chat, micro_batch_tokens };
+        reward.scores(base, &transcripts).unwrap()
+    };
+    let (together, n_tokens) = score(4096);
+    // By hand: each sequence alone, its last row through the head.
+    let (adapter, head) = parts(&model);
+    let _guard = arete_model::no_grad_guard();
+    let mut n_alone = 0;
+    for (transcript, &score) in transcripts.iter().zip(&together) {
+        let token_ids = chat.render(transcript.messages).unwrap().token_ids;
+        n_alone += token_ids.len();
+        let batch = Batch::from_sequences(&[&token_ids]);
+        let hidden = model.decoder.forward(&batch, Some(&adapter)).unwrap();
+        let row = batch.last_row(SegmentIdx(0)) as i64;
+        let alone = head.forward(&hidden.narrow(0, row, 1)).double_value(&[0]);
+        assert!((alone - score).abs() < 1e-6, "{alone} {score}");
+    }
+    assert_eq!(n_tokens, n_alone);
+    for budget in [1, 150] {
+        let (apart, n_apart) = score(budget);
+        assert_eq!(n_apart, n_tokens);
+        assert!(apart.iter().zip(&together).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+}
+
+/// PPO would have failed, scoring lost the beginning, and the score statistics left such conversations out.
+#[test]
+fn beyond_the_models_positions_the_beginning_goes() {
+    let model = tiny_chat();
+    let chat = model.chat().unwrap();
+    let (adapter, head) = parts(&model);
+    let reward = RewardModel::of(Some(adapter), head);
+    let base = Base { model: &model, chat: &chat, micro_batch_tokens: 4096 };
+    let long = [Message::user("word ".repeat(3000)), Message::assistant("Yes.")];
+    let whole = chat.render(&long).unwrap().token_ids;
+    let most = model.config.max_position_embeddings;
+    assert!(whole.len() > most, "{}", whole.len());
+    let read = Transcript { messages: &long, finish_reasons: vec![STOP] };
+    assert_eq!(reward.token_ids(base, &read).unwrap(), whole[whole.len() - most..]);
+    assert!(reward.scores(base, &[read]).unwrap().0[0].is_finite());
+}
+
+/// PPO checked base and head of a reward model and of its statistics, scoring and best-of only some of these.
+#[test]
+fn what_is_no_reward_model_of_this_base_is_refused() {
+    let model = tiny_chat();
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |dir: &Path| RewardModel::over(dir, "reward", &model).unwrap_err().to_string();
+    save(dir.path(), &model, false);
+    assert!(refused(dir.path()).contains("expected an adapter with a score head"));
+    save(dir.path(), &model, true);
+    RewardModel::over(dir.path(), "reward", &model).unwrap();
+    RewardModel::over(&dir.path().join("adapter"), "reward", &model).unwrap();
+    let meta = dir.path().join("adapter/arete_adapter.json");
+    let text = fs_err::read_to_string(&meta).unwrap().replace(&model.base_sha256, &"0".repeat(64));
+    fs_err::write(&meta, text).unwrap();
+    assert!(refused(dir.path()).contains("adapter's base"), "{}", refused(dir.path()));
+    let no_head = RewardModel::merged(&model, &fixture()).unwrap_err().to_string();
+    assert!(no_head.contains("ForSequenceClassification"), "{no_head}");
+
+    assert_eq!(read_stats(dir.path(), None).unwrap(), None);
+    let stats = |std: f64| {
+        let text = format!(
+            r#"{{"mean": 1.0, "std": {std}, "n": 9, "split": "validation", "base_sha256": "b"}}"#
+        );
+        fs_err::write(dir.path().join(score_stats::FILE), text).unwrap();
+        (read_stats(dir.path(), Some("b")), read_stats(dir.path(), Some("c")))
+    };
+    let (good, other_base) = stats(2.0);
+    let good: ScoreStats = good.unwrap().unwrap();
+    assert_eq!(standardise(5.0, &good), 2.0);
+    assert!(other_base.unwrap_err().to_string().contains("statistics of this base"));
+    assert!(stats(MIN_STD / 2.0).0.is_err());
+}
