@@ -4,6 +4,7 @@
 //! labelled pairs. Stages call these; they never write their own.
 
 pub mod conversation;
+pub mod sample;
 pub mod trim;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};

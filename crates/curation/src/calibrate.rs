@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::sample::key_of;
 use arete_records::rows::JudgementRow;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
 use arete_records::{Aspect, Message, Role, Virtue, atomic, dialogue, prompt_id, split_of};
@@ -16,7 +17,6 @@ use sha2::{Digest, Sha256};
 
 use crate::config::{self, CalibrateConfig, Method};
 use crate::constitution::Constitution;
-use crate::conversations::key_of;
 use crate::engine::Engine;
 use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, vote};

@@ -9,6 +9,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::sample::key_of;
+use arete_chain::trim::last_sentence;
 use arete_records::rows::{DemonstrationRow, PromptRow, Round};
 use arete_records::{Aspect, FinishReason, Message, Role};
 use arete_stage::interrupt;
@@ -17,13 +19,11 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
 use crate::constitution::{Constitution, Principle, draw};
-use crate::conversations::key_of;
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::exemplars::{self, Exemplar, Use};
 use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::units::Units;
 use crate::{Error, exemplars::Replies};
-use arete_chain::trim::last_sentence;
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";
