@@ -4,6 +4,9 @@
 //! labelled pairs. Stages call these; they never write their own.
 
 pub mod conversation;
+pub mod dialogue;
+pub mod exemplars;
+pub mod pairs;
 pub mod sample;
 pub mod trim;
 

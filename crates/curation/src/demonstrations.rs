@@ -17,13 +17,14 @@ use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
+use crate::Error;
 use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
 use crate::constitution::{Constitution, Principle, draw};
 use crate::engine::{Chain, Drawing, Engine, Reply};
-use crate::exemplars::{self, Exemplar, Use};
 use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::units::Units;
-use crate::{Error, exemplars::Replies};
+use arete_chain::exemplars::Replies;
+use arete_chain::exemplars::{self, Exemplar, Use};
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";

@@ -18,11 +18,11 @@ use crate::config::{self, Method, PreferencesConfig, Ties, Truncated};
 use crate::constitution::Constitution;
 use crate::conversations;
 use crate::engine::Engine;
-use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair, side_through};
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::units::Units;
+use arete_chain::exemplars::{self, Use};
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";

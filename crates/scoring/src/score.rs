@@ -441,7 +441,7 @@ impl<'a> Work<'a> {
             let pairs = &labelled[units.items(unit)];
             let mut marked = Vec::new();
             for side in pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]) {
-                marked.push(rewards::marked_last(&chat, side, limit)?);
+                marked.push(rewards::marked_last(&chat, &side.messages, limit)?);
             }
             let logprobs =
                 rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, budget)?;
