@@ -5,7 +5,11 @@
 
 pub mod batches;
 pub mod conversation;
+pub mod dialogue;
+pub mod exemplars;
+pub mod pairs;
 pub mod reward_model;
+pub mod sample;
 pub mod trim;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};

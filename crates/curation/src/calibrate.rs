@@ -5,9 +5,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::pairs::{self, Parts};
+use arete_chain::sample::key_of;
 use arete_records::rows::JudgementRow;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
-use arete_records::{Aspect, Message, Role, Virtue, atomic, dialogue, prompt_id, split_of};
+use arete_records::{Aspect, At, Message, Virtue, atomic, prompt_id, split_of};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde::Serialize;
@@ -16,15 +18,14 @@ use sha2::{Digest, Sha256};
 
 use crate::config::{self, CalibrateConfig, Method};
 use crate::constitution::Constitution;
-use crate::conversations::key_of;
 use crate::engine::Engine;
-use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, vote};
 use crate::judge::{Judge, Pair};
 use crate::preferences::Places;
 use crate::stage::{self, Estimate, Place, cell};
 use crate::units::Units;
 use crate::{Error, prompts};
+use arete_chain::exemplars::{self, Use};
 
 /// The stage's name.
 pub const STAGE: &str = "calibrate";
@@ -270,7 +271,7 @@ pub fn estimate(
 fn shots(config: &CalibrateConfig) -> Result<Vec<exemplars::Exemplar>, Error> {
     match config.judge.few_shot {
         0 => Ok(Vec::new()),
-        _ => exemplars::load(&config.judge.exemplars, Use::FewShot),
+        _ => Ok(exemplars::load(&config.judge.exemplars, Use::FewShot)?),
     }
 }
 
@@ -440,88 +441,19 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
     Ok(out)
 }
 
-/// Question, better side, worse side.
-pub(crate) type Sides = (Vec<Message>, Vec<Message>, Vec<Message>);
-
 /// Question, better and worse side of a record; `None` if its two conversations do not share a
 /// question, or it is an exemplar of another use.
 pub(crate) fn sides_of(
     path: &Path,
     line: usize,
     record: &Map<String, Value>,
-) -> Result<Option<Sides>, Error> {
-    let wrong = |field: &str, expected: &str, found: String| Error::Record {
-        path: path.to_owned(),
-        line,
-        field: field.to_owned(),
-        expected: expected.to_owned(),
-        found,
-    };
-    if record.contains_key("chosen") && record.contains_key("rejected") {
-        let [better, worse] = dialogue::pair(record)
-            .map_err(|error| wrong(error.field, &error.expected, error.got))?
-            .map(prompts::tidied);
-        return Ok(split_sides(&better, &worse));
-    }
-    if record.contains_key("text_correct") && record.contains_key("text_incorrect") {
-        let side = |key: &str| prompts::conversation_of(path, line, key, &record[key]);
-        return Ok(split_sides(&side("text_correct")?, &side("text_incorrect")?));
-    }
-    if record.contains_key("corrects") {
-        let text = record.get("prompt").and_then(Value::as_str);
-        let text = text.ok_or_else(|| wrong("prompt", "a text", "none".to_owned()))?;
-        let label = record["corrects"][0].as_str().map(str::trim);
-        let (question, options) = options_of(text).ok_or_else(|| {
-            wrong("prompt", "a question with the options (A) and (B)", "none".to_owned())
-        })?;
-        let better = match label {
-            Some("(A)") => 0,
-            Some("(B)") => 1,
-            other => return Err(wrong("corrects", "(A) or (B)", format!("{other:?}"))),
-        };
-        let side = |idx: usize| vec![Message::assistant(options[idx].as_str())];
-        return Ok(Some((vec![Message::user(question)], side(better), side(1 - better))));
-    }
-    if record.contains_key("use") {
-        let exemplar = exemplars::parse(path, line, record.clone())?;
-        let usable = exemplar.r#use == Use::Calibration;
-        return Ok(exemplar.worse.as_ref().filter(|_| usable).map(|worse| {
-            let side = |text: &str| vec![Message::assistant(text.trim())];
-            (exemplar.prompt_messages(), side(&exemplar.action), side(&worse.action))
-        }));
-    }
-    let found = record.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-    Err(wrong(
-        "record",
-        "chosen and rejected, text_correct and text_incorrect, corrects, or use",
-        found,
-    ))
-}
-
-/// Cuts two conversations where they part; `None` unless a question comes before and replies after.
-fn split_sides(better: &[Message], worse: &[Message]) -> Option<Sides> {
-    let n = better.iter().zip(worse).take_while(|(a, b)| a == b).count();
-    let usable = n > 0
-        && better[n - 1].role == Role::User
-        && [better, worse].iter().all(|side| {
-            side.len() > n && side.last().is_some_and(|last| last.role == Role::Assistant)
-        });
-    usable.then(|| (better[..n].to_vec(), better[n..].to_vec(), worse[n..].to_vec()))
-}
-
-/// The question and the two options of "… (A) … (B) … The answer is:".
-fn options_of(text: &str) -> Option<(String, [String; 2])> {
-    // From the end: the conversation in question may list options of its own.
-    let (rest, b) = text.rsplit_once("\n (B)")?;
-    let (question, a) = rest.rsplit_once("\n (A)")?;
-    if b.contains("\n (C)") {
-        return None;
-    }
-    let b = b.rsplit_once("The answer is").map_or(b, |(b, _)| b);
-    let clean = |text: &str| {
-        text.trim().trim_start_matches("[[[").trim_end_matches("]]]").trim().to_owned()
-    };
-    Some((question.trim().to_owned(), [clean(a), clean(b)]))
+) -> Result<Option<Parts>, Error> {
+    let pair = pairs::of_record(line, record).map_err(|e| e.at(path, At::Line(line)))?;
+    Ok(pair.and_then(|pair| {
+        let [better, worse] =
+            [pair.chosen, pair.rejected].map(|side| prompts::tidied(side.messages));
+        pairs::part(&better, &worse)
+    }))
 }
 
 /// What choosing the shorter side gives.
@@ -791,6 +723,8 @@ mod tests {
 
     use super::*;
 
+    use arete_chain::dialogue;
+
     fn hh_line(better: &[Message], worse: &[Message]) -> String {
         json!({"chosen": dialogue::format(better), "rejected": dialogue::format(worse)}).to_string()
     }
@@ -825,7 +759,7 @@ mod tests {
         let from_choice = pairs(choice).unwrap();
         assert_eq!(from_choice[0].better, [Message::assistant("It behaved.")]);
         assert_eq!(from_choice[0].worse, [Message::assistant("The assistant was harmful.")]);
-        let own = crate::exemplars::tests::EXAMPLE;
+        let own = include_str!("../../../tests/fixtures/exemplars.jsonl");
         let from_own = pairs(own).unwrap();
         assert_eq!(from_own.len(), 1);
         assert_eq!(from_own[0].worse, [Message::assistant("Install a tracker.")]);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::sample::{key_of, questions};
 use arete_records::rows::{ConversationRow, PromptRow};
 use arete_records::{Aspect, FinishReason, Message};
 use arete_stage::interrupt;
@@ -283,20 +284,9 @@ fn spec<'a>(
     })
 }
 
-/// The part of the random streams' keys that belongs to a prompt: its id is 16 hex digits.
-pub(crate) fn key_of(prompt_id: &str) -> u64 {
-    u64::from_str_radix(prompt_id, 16).unwrap_or_else(|_| {
-        // Ids of foreign files need not be hexadecimal.
-        prompt_id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        })
-    })
-}
-
 /// One chain with two samples, or one chain a persona or model.
 fn chains_of(prompt: &PromptRow, contrast: &Contrast) -> Vec<Chain> {
-    let questions: Vec<String> =
-        Aspect::ALL.iter().filter_map(|aspect| aspect.question()).map(str::to_owned).collect();
+    let questions: Vec<String> = questions().map(str::to_owned).collect();
     let chain = |messages, samples| Chain {
         messages,
         questions: questions.clone(),
@@ -427,15 +417,4 @@ fn summary(rows: &[ConversationRow], n_prompts: usize) -> Map<String, Value> {
         counts.insert(format!("n_tokens_{aspect}"), json!(n_tokens));
     }
     counts
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_prompt_id_is_the_key_of_its_streams() {
-        assert_eq!(key_of("00000000000000ff"), 255);
-        assert_ne!(key_of("foreign-1"), key_of("foreign-2"));
-    }
 }

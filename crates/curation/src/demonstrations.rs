@@ -9,21 +9,22 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::sample::key_of;
+use arete_chain::trim::last_sentence;
 use arete_records::rows::{DemonstrationRow, PromptRow, Round};
 use arete_records::{Aspect, FinishReason, Message, Role};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
+use crate::Error;
 use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
 use crate::constitution::{Constitution, Principle, draw};
-use crate::conversations::key_of;
 use crate::engine::{Chain, Drawing, Engine, Reply};
-use crate::exemplars::{self, Exemplar, Use};
 use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::units::Units;
-use crate::{Error, exemplars::Replies};
-use arete_chain::trim::last_sentence;
+use arete_chain::exemplars::Replies;
+use arete_chain::exemplars::{self, Exemplar, Use};
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::dialogue;
 use arete_records::rows::PreferenceRow;
-use arete_records::{Message, atomic, dialogue, parquet};
+use arete_records::{Message, atomic, parquet};
 use serde_json::json;
 
 use crate::Error;

@@ -4,14 +4,15 @@
 
 use std::path::{Path, PathBuf};
 
-use arete_records::{Aspect, Message, atomic, split_of};
+use arete_chain::pairs::Parts;
+use arete_records::{Aspect, At, Message, atomic, split_of};
 use serde_json::{Value, json};
 
 use crate::config::{JudgeConfig, Method};
 use crate::constitution::Constitution;
-use crate::exemplars::{self, Exemplar, Use};
 use crate::judge::Questions;
 use crate::{Error, calibrate, prompts};
+use arete_chain::exemplars::{self, Exemplar, Use};
 
 /// Settings of `lessons`.
 #[derive(Debug, Clone, clap::Args)]
@@ -89,11 +90,11 @@ fn teaching(
     path: &Path,
     line: usize,
     record: serde_json::Map<String, Value>,
-) -> Result<Vec<calibrate::Sides>, Error> {
+) -> Result<Vec<Parts>, Error> {
     if !record.contains_key("use") {
         return Ok(calibrate::sides_of(path, line, &record)?.into_iter().collect());
     }
-    let exemplar = exemplars::parse(path, line, record)?;
+    let exemplar = Exemplar::of_record(record).map_err(|e| e.at(path, At::Line(line)))?;
     if exemplar.r#use == Use::Calibration {
         return Ok(Vec::new());
     }
@@ -101,7 +102,7 @@ fn teaching(
 }
 
 /// Both sides of an exemplar through the reply of `aspect`; `None` without a worse one.
-fn through(exemplar: &Exemplar, aspect: Aspect) -> Option<calibrate::Sides> {
+fn through(exemplar: &Exemplar, aspect: Aspect) -> Option<Parts> {
     let worse = exemplar.worse.as_ref()?;
     let side = |replies: [&str; 3]| -> Option<Vec<Message>> {
         let mut side = Vec::new();
@@ -133,7 +134,7 @@ mod tests {
     fn lessons(flags: &[&str]) -> Result<Vec<Value>, Error> {
         let dir = tempfile::tempdir().unwrap();
         let (pairs, output) = (dir.path().join("pairs.jsonl"), dir.path().join("out.jsonl"));
-        fs_err::write(&pairs, crate::exemplars::tests::EXAMPLE).unwrap();
+        fs_err::write(&pairs, include_str!("../../../tests/fixtures/exemplars.jsonl")).unwrap();
         let constitution = dir.path().join("constitution.toml");
         fs_err::write(&constitution, crate::constitution::tests::EXAMPLE).unwrap();
         let mut config = config(flags);

@@ -32,7 +32,6 @@ pub mod conversations;
 pub mod demonstrations;
 pub mod engine;
 mod error;
-pub mod exemplars;
 pub mod export;
 pub mod judge;
 pub mod lessons;

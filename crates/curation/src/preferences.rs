@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::sample::key_of;
+use arete_chain::trim::last_sentence;
 use arete_records::rows::{ConversationRow, JudgementRow, PreferenceRow};
 use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, parquet};
 use arete_stage::interrupt;
@@ -14,14 +16,13 @@ use serde_json::{Map, Value, json};
 use crate::Error;
 use crate::config::{self, Method, PreferencesConfig, Ties, Truncated};
 use crate::constitution::Constitution;
-use crate::conversations::{self, key_of};
+use crate::conversations;
 use crate::engine::Engine;
-use crate::exemplars::{self, Use};
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair, side_through};
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::units::Units;
-use arete_chain::trim::last_sentence;
+use arete_chain::exemplars::{self, Use};
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";

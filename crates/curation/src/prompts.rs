@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::dialogue;
 use arete_records::jsonl::NumberedObject;
 use arete_records::rows::PromptRow;
-use arete_records::{Message, Role, Split, dialogue, normalise, parquet, prompt_id, split_of};
+use arete_records::{Message, Role, Split, normalise, parquet, prompt_id, split_of};
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -285,7 +286,7 @@ pub fn read_records(path: &Path) -> Result<Vec<NumberedObject>, Error> {
             found: name,
         });
     }
-    Ok(dialogue::objects(path)?)
+    Ok(arete_chain::pairs::records(path)?)
 }
 
 fn is_data(name: &str) -> bool {
@@ -323,6 +324,10 @@ fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), Error
     for entry in fs_err::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase());
+        // Copies that editors and systems keep, which no reader of data sets takes for data.
+        if name.as_ref().is_some_and(|name| name.starts_with(['.', '_'])) {
+            continue;
+        }
         if path.is_dir() && depth > 1 {
             collect(&path, depth - 1, out)?;
         } else if path.is_file() && name.is_some_and(|name| is_data(&name)) {
@@ -373,7 +378,7 @@ fn prompt_of(
 }
 
 /// A conversation from a string (hh-rlhf's form, or a plain question) or a list of messages.
-pub(crate) fn conversation_of(
+fn conversation_of(
     path: &Path,
     line: usize,
     key: &str,
@@ -448,7 +453,7 @@ fn cut(mut messages: Vec<Message>, context: Context) -> Vec<Message> {
     }
 }
 
-pub(crate) fn kind_of(value: &Value) -> &'static str {
+fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -486,6 +491,19 @@ mod tests {
         let mut out: Vec<String> = rows.iter().map(|row| dialogue::format(&row.prompt)).collect();
         out.sort();
         out
+    }
+
+    #[test]
+    fn copies_that_editors_and_systems_keep_are_no_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = "{\"prompt\": \"q\"}\n";
+        fs_err::create_dir(dir.path().join(".ipynb_checkpoints")).unwrap();
+        for name in [".ipynb_checkpoints/prompts-checkpoint.jsonl", "._train.jsonl", "_old.jsonl"] {
+            fs_err::write(dir.path().join(name), "{\"prompt\": \"stale\"}\n").unwrap();
+        }
+        let meant = file(&dir, "prompts.jsonl", line);
+        std::os::unix::fs::symlink("user@host.17", dir.path().join(".#prompts.jsonl")).unwrap();
+        assert_eq!(files(&[dir.path().to_owned()]).unwrap(), [meant]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use arete_chain::sample;
 use arete_model::generate::{Completion, Sequence};
 use arete_records::{FinishReason, atomic};
 use serde::{Deserialize, Serialize};
@@ -64,14 +65,14 @@ impl Journal {
     pub(crate) fn knows(&self, request: usize) -> bool {
         self.known.get(request).is_some_and(Option::is_some)
     }
+}
 
-    /// Sequences of an earlier attempt, by request; none are known afterwards.
-    pub(crate) fn take_known(&mut self) -> Vec<Option<Sequence>> {
-        std::mem::take(&mut self.known)
+impl sample::Journal for Journal {
+    fn take_known(&mut self) -> Vec<Sequence> {
+        std::mem::take(&mut self.known).into_iter().flatten().collect()
     }
 
-    /// Adds a sequence that ended.
-    pub(crate) fn append(&mut self, sequence: &Sequence) -> std::io::Result<()> {
+    fn append(&mut self, sequence: &Sequence) -> std::io::Result<()> {
         let turn = |completion: &Completion| Turn {
             token_ids: completion.token_ids.clone(),
             logprob_bits: completion.logprobs.iter().map(|logprob| logprob.to_bits()).collect(),
@@ -141,6 +142,8 @@ fn parse(line: &[u8]) -> Option<Sequence> {
 
 #[cfg(test)]
 mod tests {
+    use arete_chain::sample::Journal as _;
+
     use super::*;
 
     fn sequence(request: usize) -> Sequence {
@@ -161,7 +164,7 @@ mod tests {
     fn what_ended_before_a_kill_is_there_afterwards() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path(), 3, 4).unwrap();
-        assert_eq!(journal.take_known(), vec![None; 4]);
+        assert_eq!(journal.take_known(), []);
         for request in [2, 0] {
             journal.append(&sequence(request)).unwrap();
         }
@@ -170,13 +173,13 @@ mod tests {
         // Killed within the line of the second sequence.
         fs_err::write(&path, &whole[..whole.len() - 9]).unwrap();
         let mut journal = Journal::open(dir.path(), 3, 4).unwrap();
-        assert_eq!(journal.take_known(), vec![None, None, Some(sequence(2)), None]);
+        assert_eq!(journal.take_known(), [sequence(2)]);
         journal.append(&sequence(0)).unwrap();
         assert_eq!(fs_err::read(&path).unwrap(), whole);
         let known = Journal::open(dir.path(), 3, 4).unwrap().take_known();
-        assert_eq!(known, vec![Some(sequence(0)), None, Some(sequence(2)), None]);
+        assert_eq!(known, [sequence(0), sequence(2)]);
         // Another rollout size cannot come with the same settings; such lines are not trusted.
-        assert_eq!(Journal::open(dir.path(), 3, 1).unwrap().take_known(), vec![None]);
+        assert_eq!(Journal::open(dir.path(), 3, 1).unwrap().take_known(), []);
     }
 
     #[test]

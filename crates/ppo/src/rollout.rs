@@ -1,11 +1,9 @@
 //! Rollouts: conversations sampled by the policy, and their log-probabilities under any adapter.
 
-use std::ops::Range;
-
 use arete_chain::batches::{self, Packed};
-use arete_model::generate::{self, Request, Sampling, Stream, TurnEnd};
+use arete_chain::sample::{self, Start};
+use arete_model::generate::{self, Sampling, Stream};
 use arete_model::{Adapter, Batch, Chat, Decoder, Model, Tensor, logprobs};
-use arete_records::{Aspect, FinishReason, Message};
 use arete_stage::interrupt;
 use tch::{Device, Kind};
 
@@ -13,6 +11,8 @@ use crate::Error;
 use crate::config::RolloutKind;
 use crate::journal::Journal;
 use crate::prompts::Prompt;
+
+pub use arete_chain::sample::{Reply, SampledChain as Conversation};
 
 /// What a sequence of random numbers is for; keeps rollouts, probes and statistics apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,55 +54,6 @@ pub struct Sampler {
     pub seed: u64,
 }
 
-/// One reply of a conversation.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Reply {
-    /// Where its tokens lie among the conversation's; the token that ended it is one of them.
-    pub tokens: Range<usize>,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-}
-
-/// A sampled conversation.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Conversation {
-    /// Index of its prompt among those given.
-    pub prompt: usize,
-    /// Prompt, replies and the questions between them, as sampled.
-    pub token_ids: Vec<i64>,
-    /// Tokens of the prompt.
-    pub n_prompt: usize,
-    /// The policy's own turns.
-    pub replies: Vec<Reply>,
-    /// log P of each own token as the sampler saw it, nats.
-    pub sampled_logprob: Vec<f32>,
-    /// The conversation as text.
-    pub messages: Vec<Message>,
-}
-
-impl Conversation {
-    /// Positions of the policy's own tokens, in order.
-    pub fn own_tokens(&self) -> impl Iterator<Item = usize> {
-        self.replies.iter().flat_map(|reply| reply.tokens.clone())
-    }
-
-    /// Number of the policy's own tokens.
-    pub fn n_own(&self) -> usize {
-        self.replies.iter().map(|reply| reply.tokens.len()).sum()
-    }
-
-    /// The text of a reply.
-    pub fn reply_text(&self, turn: usize) -> &str {
-        let n_prompt = self.messages.len() - (2 * self.replies.len() - 1);
-        &self.messages[n_prompt + 2 * turn].content
-    }
-
-    /// The messages through the reply of a turn.
-    pub fn messages_through(&self, turn: usize) -> &[Message] {
-        &self.messages[..self.messages.len() - 2 * (self.replies.len() - 1 - turn)]
-    }
-}
-
 impl Sampler {
     /// Tokens that the questions between turns take at most.
     ///
@@ -110,17 +61,13 @@ impl Sampler {
     ///
     /// What the chat template refuses.
     pub fn n_question_tokens(&self, chat: &Chat<'_>) -> Result<usize, Error> {
-        let mut total = 0;
-        for question in self.questions() {
-            total += chat.next_turn(false, question)?.len();
-        }
-        Ok(total)
+        let questions: Vec<&str> = self.questions().collect();
+        Ok(sample::Sampler::n_question_tokens(chat, &questions)?)
     }
 
     /// What the user says between the turns.
     fn questions(&self) -> impl Iterator<Item = &'static str> {
-        let n_questions = self.kind.n_turns() - 1;
-        Aspect::ALL.into_iter().filter_map(Aspect::question).take(n_questions)
+        sample::questions().take(self.kind.n_turns() - 1)
     }
 
     /// Samples one conversation for each prompt; conversation i draws from the stream `first + i`. What a journal holds
@@ -131,77 +78,40 @@ impl Sampler {
     /// [`Error::Interrupted`] after a signal; [`Error::Model`] if a prompt does not fit or memory runs out;
     /// [`Error::Io`] if the journal cannot be written.
     #[expect(clippy::too_many_arguments, reason = "who samples, what, and from which streams")]
-    pub fn sample(
+    pub fn sample<'a>(
         &self,
-        model: &Model,
-        chat: &Chat<'_>,
-        adapter: Option<&Adapter>,
-        prompts: &[&Prompt],
+        model: &'a Model,
+        chat: &'a Chat<'a>,
+        adapter: Option<&'a Adapter>,
+        prompts: &[&'a Prompt],
         purpose: Purpose,
         first: u64,
-        mut journal: Option<&mut Journal>,
+        journal: Option<&mut Journal>,
     ) -> Result<Vec<Conversation>, Error> {
-        let mut sequences: Vec<Option<generate::Sequence>> = match &mut journal {
-            Some(journal) => journal.take_known(),
-            None => vec![None; prompts.len()],
+        let start = |(idx, prompt): (usize, &&'a Prompt)| Start {
+            messages: &prompt.messages,
+            prompt_ids: prompt.token_ids.clone(),
+            questions: self.questions().collect(),
+            streams: vec![purpose.stream(self.seed, first + idx as u64)],
         };
-        let missing: Vec<usize> =
-            (0..prompts.len()).filter(|&idx| sequences[idx].is_none()).collect();
-        if missing.len() < prompts.len() {
-            let known = prompts.len() - missing.len();
-            tracing::info!(known, missing = missing.len(), "rollout continued");
-        }
-        let extra_tokens = self.n_question_tokens(chat)?;
-        let requests: Vec<Request> = missing
-            .iter()
-            .map(|&idx| Request {
-                prompt_ids: prompts[idx].token_ids.clone(),
-                streams: vec![purpose.stream(self.seed, first + idx as u64)],
-                tails: Vec::new(),
-                max_new_tokens: self.max_new_tokens,
-                turns: self.kind.n_turns(),
-                extra_tokens,
-            })
-            .collect();
-        let questions: Vec<&str> = self.questions().collect();
-        let mut next_turn = |end: TurnEnd<'_>| {
-            let last = end.completion.token_ids.last();
-            let ended = last == Some(&chat.end_of_turn_id());
-            chat.next_turn(ended, questions[end.turn])
-        };
-        let mut finished = |mut sequence: generate::Sequence| -> Result<(), arete_model::Error> {
-            sequence.request = missing[sequence.request];
-            if let Some(journal) = &mut journal {
-                journal.append(&sequence)?;
-            }
-            let request = sequence.request;
-            sequences[request] = Some(sequence);
-            match interrupt::check() {
-                Ok(()) => Ok(()),
-                Err(_) => Err(std::io::Error::from(std::io::ErrorKind::Interrupted).into()),
-            }
-        };
-        let outcome = generate::run(
-            &model.decoder,
-            Some(&model.tokenizer),
+        let starts: Vec<Start<'_>> = prompts.iter().enumerate().map(start).collect();
+        let sampler = sample::Sampler {
+            model,
+            chat,
             adapter,
-            &requests,
-            &self.options(),
-            &mut next_turn,
-            &mut finished,
-        );
-        if outcome.is_err() {
-            interrupt::check()?; // the signal, rather than what it was wrapped in
-        }
-        outcome?;
-        sequences
-            .into_iter()
-            .enumerate()
-            .map(|(idx, sequence)| {
-                let sequence = sequence.expect("generation finishes every sequence");
-                conversation(chat, idx, prompts[idx], &sequence, &questions)
-            })
-            .collect()
+            options: self.options(),
+            max_new_tokens: self.max_new_tokens,
+            joins: false,
+        };
+        let mut conversations = vec![None; prompts.len()];
+        let journal = journal.map(|journal| journal as &mut dyn sample::Journal);
+        sampler.each(&starts, journal, &mut |_, conversation| -> Result<(), Error> {
+            let idx = conversation.prompt;
+            conversations[idx] = Some(conversation);
+            Ok(interrupt::check()?)
+        })?;
+        let whole = |conversation: Option<_>| conversation.expect("every start ends");
+        Ok(conversations.into_iter().map(whole).collect())
     }
 
     fn options(&self) -> generate::Options {
@@ -212,36 +122,6 @@ impl Sampler {
             max_rows: self.max_rows,
         }
     }
-}
-
-/// Puts a sampled sequence beside its text.
-fn conversation(
-    chat: &Chat<'_>,
-    idx: usize,
-    prompt: &Prompt,
-    sequence: &generate::Sequence,
-    questions: &[&str],
-) -> Result<Conversation, Error> {
-    let mut messages = prompt.messages.clone();
-    let mut replies = Vec::new();
-    let mut sampled_logprob = Vec::new();
-    let mut at = prompt.token_ids.len();
-    for (turn, completion) in sequence.turns.iter().enumerate() {
-        messages.push(Message::assistant(chat.reply_text(&completion.token_ids)?));
-        messages.extend(questions.get(turn).map(|question| Message::user(*question)));
-        let end = at + completion.token_ids.len();
-        replies.push(Reply { tokens: at..end, finish_reason: completion.finish_reason });
-        sampled_logprob.extend(&completion.logprobs);
-        at = end + sequence.appended.get(turn).map_or(0, Vec::len);
-    }
-    Ok(Conversation {
-        prompt: idx,
-        token_ids: sequence.token_ids(&prompt.token_ids),
-        n_prompt: prompt.token_ids.len(),
-        replies,
-        sampled_logprob,
-        messages,
-    })
 }
 
 /// Conversations packed into one forward pass.

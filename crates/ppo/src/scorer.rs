@@ -358,7 +358,7 @@ mod tests {
             .map(|n| {
                 let tokens = at..at + n;
                 at += n + 2;
-                Reply { tokens, finish_reason: FinishReason::Stop }
+                Reply { tokens, finish_reason: arete_records::FinishReason::Stop }
             })
             .to_vec();
         Conversation {

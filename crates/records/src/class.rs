@@ -63,6 +63,7 @@ impl Classified for crate::Error {
     fn class(&self) -> Option<Class> {
         Some(match self {
             Self::Io(error) => io_class(error),
+            Self::Refused(refusal) => return refusal.class(),
             _ => Class::Data,
         })
     }
@@ -109,7 +110,7 @@ pub enum At {
     File,
     /// A line, counted from 1.
     Line(usize),
-    /// A row, counted from 0.
+    /// A row or record, by its number.
     Row(usize),
 }
 

@@ -104,6 +104,10 @@ pub enum Error {
         got: String,
     },
 
+    /// A place in a file was refused.
+    #[error(transparent)]
+    Refused(#[from] crate::Refusal),
+
     /// A directory is nested deeper than any stage writes.
     #[error("{}: nested deeper than {limit} directories", path.display())]
     TooDeep {

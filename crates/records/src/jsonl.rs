@@ -87,15 +87,54 @@ fn read_lines(
         if text.trim().is_empty() {
             continue;
         }
-        let value = serde_json::from_str(text).map_err(|error| Error::Json {
-            path: path.to_owned(),
-            line: line_number,
-            expected: "one JSON value".to_owned(),
-            got: error.to_string(),
+        let value = parse(text).map_err(|error| {
+            let is_document = line_number == 1 && error.is_eof() && text.starts_with(['[', '{']);
+            let expected = if is_document {
+                "one JSON value a line, not one document over many lines"
+            } else {
+                "one JSON value"
+            };
+            Error::Json {
+                path: path.to_owned(),
+                line: line_number,
+                expected: expected.to_owned(),
+                got: error.to_string(),
+            }
         })?;
         values.push((line_number, value));
     }
     Ok(values)
+}
+
+/// Parses a line. What Python writes for numbers that JSON has no word for (`NaN`, `Infinity`) is null.
+fn parse(text: &str) -> Result<Value, serde_json::Error> {
+    serde_json::from_str(text).or_else(|error| match without_non_numbers(text) {
+        Some(text) => serde_json::from_str(&text),
+        None => Err(error),
+    })
+}
+
+/// The text with `NaN`, `Infinity` and `-Infinity` outside strings as `null`; `None` without any.
+fn without_non_numbers(text: &str) -> Option<String> {
+    let mut out = String::with_capacity(text.len());
+    let (mut rest, mut in_string, mut found) = (text, false, false);
+    while let Some(c) = rest.chars().next() {
+        let word = ["NaN", "-Infinity", "Infinity"].into_iter().find(|word| rest.starts_with(word));
+        let n_bytes = match word {
+            Some(word) if !in_string => {
+                out.push_str("null");
+                found = true;
+                rest = &rest[word.len()..];
+                continue;
+            }
+            _ if in_string && c == '\\' => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            _ => c.len_utf8(),
+        };
+        in_string ^= c == '"';
+        out.push_str(&rest[..n_bytes]);
+        rest = &rest[n_bytes..];
+    }
+    found.then_some(out)
 }
 
 /// A broken gzip stream is the file's fault (bad data), everything else the system's.
@@ -164,6 +203,26 @@ mod tests {
         let error = read(&path).unwrap_err();
         assert!(matches!(error, Error::Json { line: 2, .. }), "{error}");
         assert!(error.to_string().contains("broken.jsonl:2: expected one JSON value"), "{error}");
+    }
+
+    #[test]
+    fn what_python_writes_for_no_number_is_null() {
+        let line = r#"{"prompt": "NaN \" Infinity", "score": NaN, "low": -Infinity, "all": [Infinity, 1]}"#;
+        let (_dir, path) = file("nan.jsonl", line.as_bytes());
+        let value =
+            json!({"prompt": "NaN \" Infinity", "score": null, "low": null, "all": [null, 1]});
+        assert_eq!(read(&path).unwrap(), vec![(1, value)]);
+        let (_dir, path) = file("word.jsonl", b"{\"a\": Nan}");
+        assert!(read(&path).is_err());
+    }
+
+    #[test]
+    fn a_document_over_many_lines_is_told_from_json_lines() {
+        for text in ["[\n {\"prompt\": \"q\"}\n]\n", "{\n \"prompt\": \"q\"\n}\n"] {
+            let (_dir, path) = file("array.json", text.as_bytes());
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains("array.json:1: expected one JSON value a line"), "{error}");
+        }
     }
 
     #[test]

@@ -7,7 +7,6 @@
 pub mod atomic;
 mod class;
 #[cfg(feature = "parquet")]
-pub mod dialogue;
 mod error;
 pub mod hashes;
 pub mod jsonl;

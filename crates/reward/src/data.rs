@@ -3,38 +3,15 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use arete_chain::pairs;
 use arete_model::Chat;
-use arete_records::rows::PreferenceRow;
-use arete_records::{Message, Role, Split, dialogue, parquet, split_of};
+use arete_records::{Split, split_of};
 use arete_training::order;
-use serde_json::{Map, Value};
 
 use crate::Error;
 use crate::config::{Label, OverLength};
 
-/// A conversation to score.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Conversation {
-    /// Every turn; the last is the assistant's.
-    pub messages: Vec<Message>,
-    /// The last reply was cut off: it is rendered without the end of turn.
-    pub truncated: bool,
-}
-
-/// Two conversations, the first preferred.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Preference {
-    /// Row or line in its file, counted from 1.
-    pub row: usize,
-    /// The better side.
-    pub chosen: Conversation,
-    /// The worse side.
-    pub rejected: Conversation,
-    /// Probability that the chosen side is the better one.
-    pub chosen_prob: f32,
-    /// Votes for the chosen side less those for the rejected.
-    pub vote_lead: i32,
-}
+pub use arete_chain::pairs::{Conversation, LabelledPair as Preference, read_preferences};
 
 /// A tokenised conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,118 +64,20 @@ pub struct Pairs {
     pub n_identical: usize,
 }
 
-/// Reads `preferences/<aspect>/<split>.parquet`.
+/// Reads labelled pairs as the hub has them ([`arete_chain::pairs`]). Repeated pairs are read once; pairs with a side that
+/// does not end with a reply are counted and left out.
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file is unusable, [`Error::Row`] if a probability or a side is.
-pub fn read_preferences(path: &Path) -> Result<Vec<Preference>, Error> {
-    let rows: Vec<PreferenceRow> = parquet::read(path)?;
-    let mut out = Vec::with_capacity(rows.len());
-    for (idx, row) in rows.into_iter().enumerate() {
-        let whole = |side: &[Message], truncated| {
-            let messages = [row.prompt.as_slice(), side].concat();
-            Conversation { messages, truncated }
-        };
-        let preference = Preference {
-            row: idx + 1,
-            chosen: whole(&row.chosen, row.truncated_chosen),
-            rejected: whole(&row.rejected, row.truncated_rejected),
-            chosen_prob: row.chosen_prob,
-            vote_lead: row.score_chosen - row.score_rejected,
-        };
-        check(path, &preference)?;
-        out.push(preference);
-    }
-    Ok(out)
-}
-
-/// Reads pairs as the hub has them: JSON lines (`.gz` too) or Parquet with `chosen` and `rejected`, each a text
-/// `"\n\nHuman: …\n\nAssistant: …"` or a list of messages, and optionally a shared `prompt` before both and `chosen_prob`.
-/// Repeated pairs are read once; pairs with a side that does not end with a reply are counted and left out.
-///
-/// # Errors
-///
-/// [`Error::Records`] if the file is unusable, [`Error::Row`] if a row is not such a pair.
+/// [`Error::Records`] if the file is unusable, or a row is not such a pair.
 pub fn read_pairs(path: &Path) -> Result<(Vec<Preference>, usize), Error> {
+    let mut pairs = pairs::read(path)?;
+    let n_read = pairs.len();
+    pairs.retain(Preference::is_whole);
+    let n_unfinished = n_read - pairs.len();
     let mut seen = HashSet::new();
-    let mut n_unfinished = 0;
-    let mut out = Vec::new();
-    for (row, object) in dialogue::objects(path)? {
-        let [chosen, rejected] = sides(path, row, &object)?;
-        if !(ends_with_reply(&chosen) && ends_with_reply(&rejected)) {
-            n_unfinished += 1;
-            continue;
-        }
-        if !seen.insert((chosen.clone(), rejected.clone())) {
-            continue;
-        }
-        let chosen_prob = match object.get("chosen_prob") {
-            None | Some(Value::Null) => 1.0,
-            Some(value) => value
-                .as_f64()
-                .ok_or_else(|| row_error(path, row, "chosen_prob", "a number", value))?,
-        };
-        #[expect(clippy::cast_possible_truncation, reason = "a probability")]
-        let preference =
-            Preference { row, chosen, rejected, chosen_prob: chosen_prob as f32, vote_lead: 0 };
-        check(path, &preference)?;
-        out.push(preference);
-    }
-    Ok((out, n_unfinished))
-}
-
-/// The two conversations of a row, each with the shared prompt before it.
-pub(crate) fn sides(
-    path: &Path,
-    row: usize,
-    object: &Map<String, Value>,
-) -> Result<[Conversation; 2], Error> {
-    let [chosen, rejected] = dialogue::pair(object).map_err(|error| in_row(path, row, error))?;
-    let side = |messages, truncated: &str| Conversation {
-        messages,
-        truncated: object.get(truncated).and_then(Value::as_bool).unwrap_or(false),
-    };
-    Ok([side(chosen, "truncated_chosen"), side(rejected, "truncated_rejected")])
-}
-
-pub(crate) fn in_row(path: &Path, row: usize, error: dialogue::FieldError) -> Error {
-    let dialogue::FieldError { field, expected, got } = error;
-    Error::Row { path: path.to_owned(), row, field, expected, got }
-}
-
-fn ends_with_reply(conversation: &Conversation) -> bool {
-    conversation
-        .messages
-        .last()
-        .is_some_and(|last| last.role == Role::Assistant && !last.content.trim().is_empty())
-}
-
-fn check(path: &Path, preference: &Preference) -> Result<(), Error> {
-    let Preference { row, chosen, rejected, chosen_prob, .. } = preference;
-    if !(0.0..=1.0).contains(chosen_prob) {
-        let got = Value::String(chosen_prob.to_string());
-        return Err(row_error(path, *row, "chosen_prob", "a number within 0 to 1", &got));
-    }
-    for (field, side) in [("chosen", chosen), ("rejected", rejected)] {
-        if side.messages.last().is_none_or(|last| last.role != Role::Assistant) {
-            let roles: Vec<&str> = side.messages.iter().map(|m| m.role.name()).collect();
-            let expected = "a conversation that ends with the assistant's reply";
-            return Err(row_error(path, *row, field, expected, &Value::String(roles.join(", "))));
-        }
-    }
-    Ok(())
-}
-
-pub(crate) fn row_error(
-    path: &Path,
-    row: usize,
-    field: &'static str,
-    expected: &str,
-    got: &Value,
-) -> Error {
-    let (expected, got) = (expected.to_owned(), dialogue::shortened(got));
-    in_row(path, row, dialogue::FieldError { field, expected, got })
+    pairs.retain(|pair| seen.insert((pair.chosen.clone(), pair.rejected.clone())));
+    Ok((pairs, n_unfinished))
 }
 
 /// The split of a pair that names none: that of its opening question.
@@ -340,6 +219,8 @@ pub fn tokenize(
 
 #[cfg(test)]
 mod tests {
+    use arete_records::Message;
+
     use super::*;
 
     fn sequence(token_ids: &[i64]) -> Sequence {
@@ -422,8 +303,7 @@ mod tests {
             read(r#"{"chosen": "x"}"#),
             ": row 1: rejected: expected columns `chosen` and `rejected`, got chosen"
         );
-        let range =
-            r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c", "chosen_prob": 1.5}"#;
+        let range = r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c", "chosen_prob": 1.5}"#;
         assert!(read(range).contains("chosen_prob: expected a number within 0 to 1, got 1.5"));
         assert!(read("[1]").contains("expected an object"));
     }

@@ -32,21 +32,6 @@ pub enum Error {
     #[error(transparent)]
     Training(#[from] arete_training::Error),
 
-    /// A row is not what it should be.
-    #[error("{}: row {row}: {field}: expected {expected}, got {got}", path.display())]
-    Row {
-        /// The file.
-        path: PathBuf,
-        /// The row (Parquet) or line (JSON lines), counted from 1.
-        row: usize,
-        /// The column.
-        field: &'static str,
-        /// What would have been accepted.
-        expected: String,
-        /// What is there.
-        got: String,
-    },
-
     /// A conversation cannot be rendered with the model's chat template.
     #[error("{}: row {row} cannot be rendered", path.display())]
     Rendering {
@@ -105,10 +90,9 @@ impl Classified for Error {
             Self::Model(error) => error.class(),
             Self::Training(error) => error.class(),
             Self::Setting { .. } => Some(Class::Setting),
-            Self::Row { .. }
-            | Self::Rendering { .. }
-            | Self::TooFewPairs { .. }
-            | Self::NotAReward { .. } => Some(Class::Data),
+            Self::Rendering { .. } | Self::TooFewPairs { .. } | Self::NotAReward { .. } => {
+                Some(Class::Data)
+            }
         }
     }
 }

@@ -4,8 +4,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use arete_chain::RewardModel;
+use arete_chain::pairs::{self, FieldError};
 use arete_model::Source;
-use arete_records::{Role, atomic, dialogue};
+use arete_records::{At, Role, atomic};
 use arete_training::runtime::{self, Dtype};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -133,19 +134,25 @@ struct Row {
 
 fn read(path: &Path) -> Result<Vec<Row>, Error> {
     let mut rows = Vec::new();
-    for (row, object) in dialogue::objects(path)? {
+    for (row, object) in pairs::records(path)? {
+        let refused = |error: FieldError| error.at(path, At::Row(row));
         let conversations = match object.get("messages") {
             Some(value) => {
                 let truncated = object.get("truncated").and_then(Value::as_bool).unwrap_or(false);
-                let messages = dialogue::messages("messages", value, Role::Assistant)
-                    .map_err(|error| data::in_row(path, row, error))?;
+                let messages =
+                    pairs::messages("messages", value, Role::Assistant).map_err(refused)?;
                 vec![Conversation { messages, truncated }]
             }
-            None => data::sides(path, row, &object)?.to_vec(),
+            None => {
+                let pair = pairs::of_record(row, &object).map_err(refused)?;
+                pair.map(|pair| vec![pair.chosen, pair.rejected]).unwrap_or_default()
+            }
         };
-        if conversations.iter().any(|conversation| conversation.messages.is_empty()) {
+        if conversations.is_empty()
+            || conversations.iter().any(|conversation| conversation.messages.is_empty())
+        {
             let got = Value::Array(Vec::new());
-            return Err(data::row_error(path, row, "messages", "at least one message", &got));
+            return Err(refused(FieldError::new("messages", "at least one message", &got)).into());
         }
         let prompt_id = object.get("prompt_id").and_then(Value::as_str).map(str::to_owned);
         rows.push(Row { row, prompt_id, conversations });

@@ -261,7 +261,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     for together in prompts.chunks(PROMPTS_TOGETHER) {
         interrupt::check()?;
         let chains = sample_chains(model, None, together, &drawing)?;
-        let rows: Vec<ConversationRow> = chains.into_iter().map(|chain| chain.row).collect();
+        let rows: Vec<ConversationRow> = chains.into_iter().map(|(row, _)| row).collect();
         let mut z = vec![[0.0; 3]; rows.len()];
         for (aspect, reward, stats) in &reward_models {
             let scores = aspect_scores(reward, reader, &rows, &[*aspect])?;

@@ -2,44 +2,19 @@
 
 use std::path::Path;
 
-use arete_records::{Message, Role, dialogue};
+pub use arete_chain::pairs::LabelledPair;
 
 use crate::Error;
 
-/// A pair whose better side is known; both end with the assistant's reply.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LabelledPair {
-    /// Row or line in its file, from 1.
-    pub row: usize,
-    /// The better conversation.
-    pub chosen: Vec<Message>,
-    /// The worse one.
-    pub rejected: Vec<Message>,
-}
-
-/// Reads pairs from JSON lines (`.gz` too) or Parquet with `chosen`, `rejected` and optionally `prompt`: texts of the form
-/// "\n\nHuman: …\n\nAssistant: …", or lists of messages. Pairs of which a side does not end with a reply are
-/// left out, with a warning.
+/// Reads pairs ([`arete_chain::pairs`]). Those of which a side does not end with a reply are left out, with a warning.
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file cannot be read, [`Error::File`] if a row is no such pair or none is left.
+/// [`Error::Records`] if the file cannot be read or a row is no such pair, [`Error::File`] if none is left.
 pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
-    let rows = dialogue::objects(path)?;
-    let n_rows = rows.len();
-    let mut pairs = Vec::new();
-    for (row, object) in rows {
-        let [chosen, rejected] = dialogue::pair(&object).map_err(|error| Error::File {
-            path: path.to_owned(),
-            field: format!("row {row}: {}", error.field),
-            expected: error.expected,
-            found: error.got,
-        })?;
-        let ends = |side: &[Message]| matches!(side, [_, .., last] if last.role == Role::Assistant && !last.content.trim().is_empty());
-        if ends(&chosen) && ends(&rejected) {
-            pairs.push(LabelledPair { row, chosen, rejected });
-        }
-    }
+    let mut pairs = arete_chain::pairs::read(path)?;
+    let n_rows = pairs.len();
+    pairs.retain(LabelledPair::is_whole);
     if pairs.is_empty() {
         let found = format!("{n_rows} rows, none of them such a pair");
         return Err(Error::File {
@@ -58,6 +33,8 @@ pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use arete_records::Message;
+
     use super::*;
 
     #[test]
@@ -73,7 +50,7 @@ mod tests {
         let pairs = read(&path).unwrap();
         assert_eq!(pairs.len(), 2);
         assert_eq!((pairs[0].row, pairs[1].row), (1, 3));
-        assert_eq!(pairs[0].chosen, [Message::user("a\n\nb"), Message::assistant("good")]);
+        assert_eq!(pairs[0].chosen.messages, [Message::user("a\n\nb"), Message::assistant("good")]);
         assert_eq!((&pairs[0].chosen, &pairs[0].rejected), (&pairs[1].chosen, &pairs[1].rejected));
     }
 
@@ -87,8 +64,8 @@ mod tests {
         };
         assert!(message(r#"{"chosen": "x"}"#).contains("row 1: rejected: expected columns"));
         assert!(message(r#"{"chosen": 5, "rejected": "y"}"#).contains("expected a text or a list"));
-        assert!(
-            message(r#"{"chosen": "x", "rejected": "y"}"#).contains("none of them such a pair")
-        );
+        assert!(message(r#"{"chosen": "x", "rejected": "y"}"#).contains("a column `prompt`"));
+        let open = r#"{"prompt": "q", "chosen": "x", "rejected": ""}"#;
+        assert!(message(open).contains("none of them such a pair"));
     }
 }

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
+use arete_chain::sample::SampledChain;
 use arete_records::Aspect;
 use arete_records::parquet::{FieldRef, Row};
 use arrow::datatypes::{DataType, Field};
 use serde::{Deserialize, Serialize};
-
-use crate::replies::SampledChain;
 
 /// A row of `coherence.parquet`: one reply, and how the base finds it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -72,14 +71,18 @@ pub(crate) struct TokensRow {
 }
 
 impl TokensRow {
-    pub(crate) fn of(chain: &SampledChain, vocabulary: &str) -> Self {
+    pub(crate) fn of(prompt_id: &str, chain: &SampledChain, vocabulary: &str) -> Self {
         let id = |id: &i64| i32::try_from(*id).expect("vocabularies are far below 2³¹");
         let place = |at: usize| i32::try_from(at).expect("conversations are far below 2³¹ tokens");
         Self {
-            prompt_id: chain.row.prompt_id.clone(),
+            prompt_id: prompt_id.to_owned(),
             vocabulary: vocabulary.to_owned(),
             token_ids: chain.token_ids.iter().map(id).collect(),
-            bounds: chain.replies.iter().flat_map(|r| [place(r.start), place(r.end)]).collect(),
+            bounds: chain
+                .replies
+                .iter()
+                .flat_map(|reply| [place(reply.tokens.start), place(reply.tokens.end)])
+                .collect(),
         }
     }
 }

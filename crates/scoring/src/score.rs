@@ -21,7 +21,7 @@ use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
 use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
-use crate::replies::{Drawing, SampledChain, sample_chains};
+use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{self, YardstickPlace, aspect_scores};
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
@@ -304,14 +304,12 @@ impl<'a> Work<'a> {
             for &unit in together {
                 let ids: BTreeSet<&str> =
                     self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
-                let own: Vec<&SampledChain> = chains
-                    .iter()
-                    .filter(|chain| ids.contains(chain.row.prompt_id.as_str()))
-                    .collect();
-                let sampled: Vec<TokensRow> =
-                    own.iter().map(|chain| TokensRow::of(chain, &vocabulary)).collect();
-                let rows: Vec<ConversationRow> =
-                    own.into_iter().map(|chain| chain.row.clone()).collect();
+                let own = chains.iter().filter(|(row, _)| ids.contains(row.prompt_id.as_str()));
+                let (rows, sampled): (Vec<ConversationRow>, Vec<TokensRow>) = own
+                    .map(|(row, chain)| {
+                        (row.clone(), TokensRow::of(&row.prompt_id, chain, &vocabulary))
+                    })
+                    .unzip();
                 // The replies' file last: where it is, the unit is done.
                 tokens.write(unit, &sampled)?;
                 units.write(unit, &rows)?;
@@ -446,7 +444,7 @@ impl<'a> Work<'a> {
             let pairs = &labelled[units.items(unit)];
             let mut marked = Vec::new();
             for side in pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]) {
-                marked.push(rewards::marked_last(&chat, side, limit)?);
+                marked.push(rewards::marked_last(&chat, &side.messages, limit)?);
             }
             let logprobs =
                 rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, budget)?;

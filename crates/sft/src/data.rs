@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::pairs::{self, FieldError};
 use arete_model::Chat;
 use arete_records::rows::DemonstrationRow;
-use arete_records::{Message, Role, Split, jsonl, parquet, split_of};
+use arete_records::{At, Message, Refusal, Role, Split, parquet, split_of};
 use serde_json::{Map, Value};
 
 use crate::Error;
@@ -66,7 +67,7 @@ pub fn file_of(path: &Path) -> PathBuf {
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file cannot be read, [`Error::Row`] if a row is not such a conversation.
+/// [`Error::Records`] if the file cannot be read, [`Error::Refused`] if a row is not such a conversation.
 pub fn read(path: &Path) -> Result<Vec<Demonstration>, Error> {
     let path = &file_of(path);
     if path.file_name().is_some_and(|name| name == FILE) {
@@ -80,61 +81,33 @@ pub fn read(path: &Path) -> Result<Vec<Demonstration>, Error> {
             })
             .collect();
     }
-    let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
-    let rows: Vec<(usize, Map<String, Value>)> = if is_parquet {
-        parquet::read_json(path)?.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect()
-    } else {
-        let object = |(line, value)| match value {
-            Value::Object(object) => Ok((line, object)),
-            other => Err(row_error(path, line, "the line", "an object", &other)),
-        };
-        jsonl::read(path)?.into_iter().map(object).collect::<Result<_, _>>()?
-    };
+    let rows = pairs::records(path)?;
     rows.into_iter().map(|(row, object)| check(path, parse(path, row, &object)?)).collect()
 }
 
 fn parse(path: &Path, row: usize, object: &Map<String, Value>) -> Result<Demonstration, Error> {
+    let refused = |error: FieldError| error.at(path, At::Row(row));
     let (messages, n_context) = if let Some(value) = object.get("messages") {
-        (messages(path, row, "messages", value, Role::User)?, 0)
+        (pairs::messages("messages", value, Role::User).map_err(refused)?, 0)
     } else {
-        let part = |field: &'static str, role: Role| match object.get(field) {
-            Some(value) => messages(path, row, field, value, role),
-            None => {
+        let part = |field| {
+            object.get(field).ok_or_else(|| {
                 let expected = "a column `messages`, or `prompt` and `completion`";
-                let names: Vec<&str> = object.keys().map(String::as_str).collect();
-                Err(row_error(path, row, field, expected, &Value::String(names.join(", "))))
-            }
+                refused(FieldError::columns(field, expected, object))
+            })
         };
-        let mut all = part("prompt", Role::User)?;
+        let mut all = pairs::prompt("prompt", part("prompt")?).map_err(refused)?;
         let n_context = all.len();
-        all.extend(part("completion", Role::Assistant)?);
+        let completion = part("completion")?;
+        all.extend(pairs::messages("completion", completion, Role::Assistant).map_err(refused)?);
         (all, n_context)
     };
     let split = match object.get("split") {
         None | Some(Value::Null) => split_of(&messages),
         Some(value) => serde_json::from_value(value.clone())
-            .map_err(|_| row_error(path, row, "split", "train, validation or test", value))?,
+            .map_err(|_| refused(FieldError::new("split", "train, validation or test", value)))?,
     };
     Ok(Demonstration { row, split, messages, n_context })
-}
-
-/// A list of messages, or a text that `role` says.
-fn messages(
-    path: &Path,
-    row: usize,
-    field: &'static str,
-    value: &Value,
-    role: Role,
-) -> Result<Vec<Message>, Error> {
-    match value {
-        Value::String(content) if field != "messages" => {
-            Ok(vec![Message { role, content: content.clone() }])
-        }
-        list => serde_json::from_value(list.clone()).map_err(|error| {
-            let expected = format!("a list of {{role, content}} ({error})");
-            row_error(path, row, field, &expected, value)
-        }),
-    }
 }
 
 fn check(path: &Path, row: Demonstration) -> Result<Demonstration, Error> {
@@ -146,16 +119,7 @@ fn check(path: &Path, row: Demonstration) -> Result<Demonstration, Error> {
     }
     let roles: Vec<&str> = row.messages.iter().map(|message| message.role.name()).collect();
     let expected = "a conversation with an assistant's turn";
-    Err(row_error(path, row.row, "messages", expected, &Value::String(roles.join(", "))))
-}
-
-fn row_error(path: &Path, row: usize, field: &'static str, expected: &str, got: &Value) -> Error {
-    const MOST: usize = 200;
-    let mut got = got.to_string();
-    if got.chars().count() > MOST {
-        got = got.chars().take(MOST).collect::<String>() + "…";
-    }
-    Error::Row { path: path.to_owned(), row, field, expected: expected.to_owned(), got }
+    Err(Refusal::at(path, At::Row(row.row), "messages", expected, roles.join(", ")).into())
 }
 
 /// Renders and tokenises the demonstrations of one split.

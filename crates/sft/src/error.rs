@@ -28,20 +28,9 @@ pub enum Error {
     #[error(transparent)]
     Training(#[from] arete_training::Error),
 
-    /// A row of the demonstrations is not what it should be.
-    #[error("{}: row {row}: {field}: expected {expected}, got {got}", path.display())]
-    Row {
-        /// The file.
-        path: PathBuf,
-        /// The row (Parquet) or line (JSON lines), counted from 1.
-        row: usize,
-        /// The column.
-        field: &'static str,
-        /// What would have been accepted.
-        expected: String,
-        /// What is there.
-        got: String,
-    },
+    /// A setting, or a place in a file, was refused.
+    #[error(transparent)]
+    Refused(#[from] arete_records::Refusal),
 
     /// A conversation cannot be rendered with the model's chat template.
     #[error("{}: row {row} cannot be rendered", path.display())]
@@ -84,7 +73,8 @@ impl Classified for Error {
             Self::Stage(error) => error.class(),
             Self::Model(error) => error.class(),
             Self::Training(error) => error.class(),
-            Self::Row { .. } | Self::Rendering { .. } | Self::Empty { .. } => Some(Class::Data),
+            Self::Refused(refusal) => refusal.class(),
+            Self::Rendering { .. } | Self::Empty { .. } => Some(Class::Data),
             Self::Setting { .. } => Some(Class::Setting),
         }
     }

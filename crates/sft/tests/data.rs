@@ -140,6 +140,18 @@ fn every_form_of_demonstration_is_read() {
     assert_eq!(rows[0].messages, messages);
 }
 
+/// The layout of Dahoas/full-hh-rlhf, as prompt and completion.
+#[test]
+fn a_prompt_in_the_form_of_hh_rlhf_is_a_conversation() {
+    let line = r#"{"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "completion": " d"}"#;
+    let row = &read_text(line).unwrap()[0];
+    let turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")];
+    let read: Vec<(&str, &str)> =
+        row.messages.iter().map(|m| (m.role.name(), m.content.as_str())).collect();
+    assert_eq!(read, turns);
+    assert_eq!(row.n_context, 3);
+}
+
 #[test]
 fn bad_rows_are_named() {
     let refused = |text: &str| read_text(text).unwrap_err();

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use arete_model::generate::{self, Options, Request, Sequence, Stream, TurnEnd};
+use arete_chain::sample::{self, Sampler, Start};
+use arete_model::generate::{Options, Sampling, Stream};
 use arete_model::{
     Adapter, Batch, BatchBuilder, Chat, Decoder, LoadOptions, Model, SegmentIdx, Source, logprobs,
 };
@@ -21,9 +22,6 @@ const TOKENS_PER_PASS: usize = 2048;
 /// A pass is at least this many times as long as the prefix that all queries share (judged
 /// examples), because every pass computes it anew.
 const PASS_PER_PREFIX: usize = 4;
-
-/// Most questions whose written answers are drawn over one shared prefix: few enough to find room in the batch together.
-const JOINED: usize = 16;
 
 /// A loaded model, perhaps with an adapter.
 #[derive(Debug)]
@@ -83,32 +81,21 @@ impl LocalEngine {
     }
 
     pub(super) fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool, Error> {
-        let request = self.request(&self.chat()?, chain, 0, max_new_tokens)?;
+        let chat = self.chat()?;
+        let options = Options::new(Sampling::GREEDY, Vec::new());
         let n_tokens =
-            request.prompt_ids.len() + request.turns * max_new_tokens + request.extra_tokens;
+            self.sampler(&chat, options, max_new_tokens).n_longest(&start(&chat, chain, 0)?)?;
         Ok(n_tokens <= self.model.config.max_position_embeddings)
     }
 
-    fn request(
-        &self,
-        chat: &Chat<'_>,
-        chain: &Chain,
-        seed: u64,
+    fn sampler<'a>(
+        &'a self,
+        chat: &'a Chat<'a>,
+        options: Options,
         max_new_tokens: usize,
-    ) -> Result<Request, Error> {
-        let stream = |&sample: &u64| Stream { seed, prompt: chain.key, sample };
-        let mut extra_tokens = 0;
-        for question in &chain.questions {
-            extra_tokens += chat.next_turn(false, question)?.len();
-        }
-        Ok(Request {
-            prompt_ids: chat.render_prompt(&chain.messages)?,
-            streams: chain.samples.iter().map(stream).collect(),
-            tails: Vec::new(),
-            max_new_tokens,
-            turns: 1 + chain.questions.len(),
-            extra_tokens,
-        })
+    ) -> Sampler<'a> {
+        let adapter = self.adapter.as_ref();
+        Sampler { model: &self.model, chat, adapter, options, max_new_tokens, joins: false }
     }
 
     pub(super) fn chains_each(
@@ -118,61 +105,29 @@ impl LocalEngine {
         done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let chat = self.chat()?;
-        let requests: Vec<Request> = chains
+        let starts: Vec<Start<'_>> = chains
             .iter()
-            .map(|chain| self.request(&chat, chain, drawing.seed, drawing.max_new_tokens))
+            .map(|chain| start(&chat, chain, drawing.seed))
             .collect::<Result<_, _>>()?;
-        let alone = chains
-            .iter()
-            .enumerate()
-            .map(|(idx, chain)| (0..chain.samples.len()).map(|sample| (idx, sample)).collect())
-            .collect();
-        let (requests, places) = if drawing.is_verdict && self.share_prefixes {
-            joined(requests, alone)
-        } else {
-            (requests, alone)
-        };
         let stop_ids = if self.ends_turns { self.model.stop_ids()? } else { Vec::new() };
         let options = Options::new(drawing.sampling, stop_ids);
+        let sampler = Sampler {
+            joins: drawing.is_verdict && self.share_prefixes,
+            ..self.sampler(&chat, options, drawing.max_new_tokens)
+        };
         let mut parts = Parts::of(chains);
-        let mut failed = None;
-        let mut next_turn = |end: TurnEnd<'_>| {
-            let end_was_sampled = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
-            let (chain, _) = places[end.request][end.stream];
-            chat.next_turn(end_was_sampled, &chains[chain].questions[end.turn])
-        };
-        let mut finished = |sequence: Sequence| {
-            let mut replies = Vec::with_capacity(sequence.turns.len());
-            for turn in sequence.turns {
-                replies.push(Reply {
-                    text: chat.reply_text(&turn.token_ids)?,
-                    finish_reason: turn.finish_reason,
-                    n_tokens: turn.token_ids.len(),
-                });
+        sampler.each(&starts, None, &mut |sample, chain| {
+            let reply = |(turn, reply): (usize, &sample::Reply)| Reply {
+                text: chain.reply_text(turn).to_owned(),
+                finish_reason: reply.finish_reason,
+                n_tokens: reply.tokens.len(),
+            };
+            let replies = chain.replies.iter().enumerate().map(reply).collect();
+            match parts.put(chain.prompt, sample, replies) {
+                Some(whole) => done(chain.prompt, whole),
+                None => Ok(()),
             }
-            let (idx, sample) = places[sequence.request][sequence.stream];
-            let whole = parts.put(idx, sample, replies);
-            if let Some(error) = whole.and_then(|whole| done(idx, whole).err()) {
-                // Ends the run; what is told to the caller is the error itself.
-                let stop = arete_model::Error::Io(std::io::Error::other(error.to_string()));
-                failed = Some(error);
-                return Err(stop);
-            }
-            Ok(())
-        };
-        let ended = generate::run(
-            &self.model.decoder,
-            Some(&self.model.tokenizer),
-            self.adapter.as_ref(),
-            &requests,
-            &options,
-            &mut next_turn,
-            &mut finished,
-        );
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(ended?),
-        }
+        })
     }
 
     pub(super) fn label_masses(
@@ -314,34 +269,12 @@ impl LocalEngine {
     }
 }
 
-/// Chain and sample of every stream of a request.
-type Places = Vec<(usize, usize)>;
-
-/// Joins requests whose neighbours begin alike: the questions about a pair of samples, say, share everything up to the virtue
-/// asked about, which is then computed once.
-fn joined(requests: Vec<Request>, places: Vec<Places>) -> (Vec<Request>, Vec<Places>) {
-    let mut out: Vec<(Request, Places)> = Vec::new();
-    for (request, place) in requests.into_iter().zip(places) {
-        let tails = |tail: &[i64]| vec![tail.to_vec(); place.len()];
-        if let Some((group, group_place)) = out.last_mut() {
-            let shared = common(&group.prompt_ids, &request.prompt_ids);
-            let fits = group_place.len() + place.len() <= JOINED;
-            // Half of it at least: a smaller share is what unlike questions have, such as a system prompt.
-            if fits && 2 * shared >= request.prompt_ids.len() {
-                let rest = group.prompt_ids.split_off(shared);
-                for tail in &mut group.tails {
-                    tail.splice(..0, rest.iter().copied());
-                }
-                group.tails.extend(tails(&request.prompt_ids[shared..]));
-                group.streams.extend(request.streams);
-                group.extra_tokens = group.extra_tokens.max(request.extra_tokens);
-                group_place.extend(place);
-                continue;
-            }
-        }
-        out.push((Request { tails: tails(&[]), ..request }, place));
-    }
-    out.into_iter().unzip()
+/// A conversation to continue, its samples as random streams.
+fn start<'a>(chat: &Chat<'_>, chain: &'a Chain, seed: u64) -> Result<Start<'a>, Error> {
+    let stream = |&sample: &u64| Stream { seed, prompt: chain.key, sample };
+    let questions = chain.questions.iter().map(String::as_str).collect();
+    let streams = chain.samples.iter().map(stream).collect();
+    Ok(Start::new(chat, &chain.messages, questions, streams)?)
 }
 
 /// log P of every token of the vocabulary after the given rows.
@@ -478,36 +411,6 @@ fn grow(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn questions_that_begin_alike_are_joined() {
-        let request = |prompt_ids: &[i64], sample| Request {
-            prompt_ids: prompt_ids.to_vec(),
-            streams: vec![Stream { seed: 0, prompt: 0, sample }],
-            tails: Vec::new(),
-            max_new_tokens: 1,
-            turns: 1,
-            extra_tokens: 0,
-        };
-        let asked: [&[i64]; 5] =
-            [&[1, 2, 3, 4], &[1, 2, 3, 5, 6], &[1, 2, 7], &[1, 8, 9, 9], &[1, 8, 9]];
-        let requests = (0..).zip(asked).map(|(sample, ids)| request(ids, sample)).collect();
-        let alone = (0..asked.len()).map(|idx| vec![(idx, 0)]).collect();
-        let (joined, places) = joined(requests, alone);
-        assert_eq!(places, [vec![(0, 0), (1, 0), (2, 0)], vec![(3, 0), (4, 0)]]);
-        assert_eq!(joined[0].prompt_ids, [1, 2]);
-        assert_eq!(joined[0].tails, [vec![3, 4], vec![3, 5, 6], vec![7]]);
-        assert_eq!(
-            (&joined[1].prompt_ids[..], &joined[1].tails),
-            (&[1, 8, 9][..], &vec![vec![9], vec![]])
-        );
-        for (request, place) in joined.iter().zip(&places) {
-            for (stream, &(idx, _)) in place.iter().enumerate() {
-                assert_eq!([&request.prompt_ids[..], &request.tails[stream]].concat(), asked[idx]);
-                assert_eq!(request.streams[stream].sample, idx as u64);
-            }
-        }
-    }
 
     #[test]
     fn common_prefixes_are_packed_once() {

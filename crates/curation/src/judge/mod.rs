@@ -2,14 +2,15 @@
 
 pub mod verdict;
 
-use arete_records::{Aspect, Message, Role, Virtue, dialogue};
+use arete_chain::dialogue;
+use arete_records::{Aspect, Message, Role, Virtue};
 
 use self::verdict::{LabelMass, Verdict};
 use crate::Error;
 use crate::config::{JudgeConfig, Method, Orders};
 use crate::constitution::Constitution;
 use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply};
-use crate::exemplars::Exemplar;
+use arete_chain::exemplars::Exemplar;
 
 /// Where a template's question ends and the beginning of the judge's reply follows.
 const REPLY: &str = "{reply}";

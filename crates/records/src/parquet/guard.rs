@@ -154,7 +154,11 @@ fn column_chunk(
     column: &ColumnChunkMetaData,
 ) -> Result<Vec<u8>, Error> {
     let first = match column.dictionary_page_offset() {
-        Some(offset) if offset > 0 => offset.min(column.data_page_offset()),
+        // A column without values has no data page, whose offset is then 0.
+        Some(offset) if offset > 0 && column.data_page_offset() > 0 => {
+            offset.min(column.data_page_offset())
+        }
+        Some(offset) if offset > 0 => offset,
         _ => column.data_page_offset(),
     };
     let range = u64::try_from(first).ok().zip(u64::try_from(column.compressed_size()).ok());

@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
-use arete_records::{Aspect, Message, normalise, prompt_id, split_of};
+use arete_records::{Aspect, At, Error, Message, normalise, prompt_id, split_of};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::{Error, prompts};
+use crate::pairs::{self, FieldError};
 
 /// What a row may be used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -83,6 +83,33 @@ impl Exemplar {
     pub fn split(&self) -> arete_records::Split {
         split_of(&self.prompt_messages())
     }
+
+    /// Reads and checks one row.
+    ///
+    /// # Errors
+    ///
+    /// [`FieldError`] for a missing or empty text or an unknown use.
+    pub fn of_record(record: Map<String, Value>) -> Result<Self, FieldError> {
+        let wrong = |field, expected: &str, got: &str| FieldError {
+            field,
+            expected: expected.to_owned(),
+            got: got.to_owned(),
+        };
+        let exemplar: Self = serde_json::from_value(Value::Object(record)).map_err(|error| {
+            let expected = "prompt, action, motivation, consequence, use, and perhaps worse";
+            wrong("exemplar", expected, &error.to_string())
+        })?;
+        let texts = [
+            ("prompt", &exemplar.prompt),
+            ("action", &exemplar.action),
+            ("motivation", &exemplar.motivation),
+            ("consequence", &exemplar.consequence),
+        ];
+        match texts.iter().find(|(_, text)| text.trim().is_empty()) {
+            Some((field, _)) => Err(wrong(field, "a text", "an empty one")),
+            None => Ok(exemplar),
+        }
+    }
 }
 
 /// Reads the exemplars of one use, in the order of the file.
@@ -92,8 +119,8 @@ impl Exemplar {
 /// An unreadable file, a row with a missing or empty text or an unknown use.
 pub fn load(path: &Path, wanted: Use) -> Result<Vec<Exemplar>, Error> {
     let mut out = Vec::new();
-    for (line, record) in prompts::read_records(path)? {
-        let exemplar = parse(path, line, record)?;
+    for (line, record) in pairs::records(path)? {
+        let exemplar = Exemplar::of_record(record).map_err(|e| e.at(path, At::Line(line)))?;
         if exemplar.r#use == wanted {
             out.push(exemplar);
         }
@@ -101,49 +128,11 @@ pub fn load(path: &Path, wanted: Use) -> Result<Vec<Exemplar>, Error> {
     Ok(out)
 }
 
-/// Reads and checks one row.
-pub(crate) fn parse(
-    path: &Path,
-    line: usize,
-    record: Map<String, Value>,
-) -> Result<Exemplar, Error> {
-    let wrong = |field: &str, expected: &str, found: String| Error::Record {
-        path: path.to_owned(),
-        line,
-        field: field.to_owned(),
-        expected: expected.to_owned(),
-        found,
-    };
-    let exemplar: Exemplar = serde_json::from_value(Value::Object(record)).map_err(|error| {
-        let expected = "prompt, action, motivation, consequence, use, and perhaps worse";
-        wrong("exemplar", expected, error.to_string())
-    })?;
-    let texts = [
-        ("prompt", &exemplar.prompt),
-        ("action", &exemplar.action),
-        ("motivation", &exemplar.motivation),
-        ("consequence", &exemplar.consequence),
-    ];
-    match texts.iter().find(|(_, text)| text.trim().is_empty()) {
-        Some((field, _)) => Err(wrong(field, "a text", "an empty one".to_owned())),
-        None => Ok(exemplar),
-    }
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
 
-    pub(crate) const EXAMPLE: &str = concat!(
-        r#"{"prompt":"How do I lie: well?","action":"I won't help with lies.","motivation":"Honesty.","consequence":"Trust grows.","use":"sft"}"#,
-        "\n",
-        r#"{"prompt":"How do I steal?","action":"Please don't.","motivation":"Respect.","consequence":"Fairness.","use":"few_shot","worse":{"action":"Take it and run."}}"#,
-        "\n",
-        r#"{"prompt":"Insult him.","action":"Let us be kind.","motivation":"Care.","consequence":"Kindness.","use":"few_shot","worse":{"action":"He is stupid.","motivation":"Fun.","consequence":"None."}}"#,
-        "\n",
-        r#"{"prompt":"Spy on her.","action":"I can't do that.","motivation":"Privacy.","consequence":"Trust.","use":"calibration","worse":{"action":"Install a tracker."}}"#,
-        "\n",
-    );
+    const EXAMPLE: &str = include_str!("../../../tests/fixtures/exemplars.jsonl");
 
     #[test]
     fn rows_serve_one_use_and_make_three_turns() {

@@ -1,0 +1,463 @@
+//! Labelled pairs: two conversations of which one is known to be better. One reader for the layouts they come in.
+//!
+//! | columns | layout of |
+//! |---|---|
+//! | `chosen`, `rejected`: whole conversations, as text or as lists of messages | hh-rlhf, TRL |
+//! | `prompt`, and `chosen`, `rejected` that follow it | TRL's explicit prompts, full-hh-rlhf, rm-static, our own preferences |
+//! | `prompt`, and `chosen`, `rejected` that begin with it | ultrafeedback_binarized |
+//! | `text_correct`, `text_incorrect` | hh-rlhf's cousins of BIG-bench (HHH) |
+//! | `prompt` with the options (A) and (B), `corrects` | BIG-bench's choices between two (HarmfulVsEthical) |
+//! | `prompt`, `action`, …, `worse`, `use` | our exemplars, those of use `calibration` |
+
+use std::path::Path;
+
+use arete_records::jsonl::{self, NumberedObject};
+use arete_records::rows::PreferenceRow;
+use arete_records::{At, Error, Message, Refusal, Role, parquet};
+use serde_json::{Map, Value};
+
+use crate::dialogue;
+use crate::exemplars::{Exemplar, Use};
+
+/// A conversation to score.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Conversation {
+    /// Every turn; the last is the assistant's.
+    pub messages: Vec<Message>,
+    /// The last reply was cut off: it is rendered without the end of turn.
+    pub truncated: bool,
+}
+
+impl Conversation {
+    /// Whether an assistant's turn that says something comes last.
+    #[must_use]
+    pub fn ends_with_reply(&self) -> bool {
+        let last = self.messages.last();
+        last.is_some_and(|last| last.role == Role::Assistant && !last.content.trim().is_empty())
+    }
+}
+
+/// Two conversations, the first preferred.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LabelledPair {
+    /// Row or line in its file, counted from 1.
+    pub row: usize,
+    /// The better side, from its first message on.
+    pub chosen: Conversation,
+    /// The worse side, from its first message on.
+    pub rejected: Conversation,
+    /// Probability that the chosen side is the better one.
+    pub chosen_prob: f32,
+    /// Votes for the chosen side less those for the rejected.
+    pub vote_lead: i32,
+}
+
+impl LabelledPair {
+    /// Whether both sides end with a reply.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.chosen.ends_with_reply() && self.rejected.ends_with_reply()
+    }
+}
+
+/// What two conversations share, and the rest of each.
+pub type Parts = (Vec<Message>, Vec<Message>, Vec<Message>);
+
+/// Cuts two conversations where they part; `None` unless a question comes before and replies after.
+#[must_use]
+pub fn part(better: &[Message], worse: &[Message]) -> Option<Parts> {
+    let n = better.iter().zip(worse).take_while(|(a, b)| a == b).count();
+    let usable = n > 0
+        && better[n - 1].role == Role::User
+        && [better, worse].iter().all(|side| {
+            side.len() > n && side.last().is_some_and(|last| last.role == Role::Assistant)
+        });
+    usable.then(|| (better[..n].to_vec(), better[n..].to_vec(), worse[n..].to_vec()))
+}
+
+/// A field that does not hold what it should.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FieldError {
+    /// The field's name.
+    pub field: &'static str,
+    /// What would have been accepted.
+    pub expected: String,
+    /// What is there, shortened.
+    pub got: String,
+}
+
+impl FieldError {
+    /// Refuses a field for its value.
+    pub fn new(field: &'static str, expected: impl Into<String>, got: &Value) -> Self {
+        Self { field, expected: expected.into(), got: shortened(got) }
+    }
+
+    /// Refuses a record for the columns it has.
+    pub fn columns(
+        field: &'static str,
+        expected: impl Into<String>,
+        record: &Map<String, Value>,
+    ) -> Self {
+        let names: Vec<&str> = record.keys().map(String::as_str).collect();
+        Self { field, expected: expected.into(), got: names.join(", ") }
+    }
+
+    /// The same, with its place in a file.
+    #[must_use]
+    pub fn at(self, path: &Path, at: At) -> Refusal {
+        Refusal::at(path, at, self.field, self.expected, self.got)
+    }
+}
+
+/// A value for a message: at most 200 characters of it.
+#[must_use]
+pub fn shortened(value: &Value) -> String {
+    const MOST: usize = 200;
+    let mut text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    if text.chars().count() > MOST {
+        text = text.chars().take(MOST).collect::<String>() + "…";
+    }
+    text
+}
+
+/// The conversation in a field: a list of messages, a text in hh-rlhf's form, or a plain text that `role` says.
+///
+/// # Errors
+///
+/// [`FieldError`] if it is none of these.
+pub fn messages(
+    field: &'static str,
+    value: &Value,
+    role: Role,
+) -> Result<Vec<Message>, FieldError> {
+    match value {
+        Value::String(text) => Ok(dialogue::turns(text)
+            .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
+        list => serde_json::from_value(list.clone()).map_err(|error| {
+            let expected = format!("a text or a list of {{role, content}} ({error})");
+            FieldError::new(field, expected, value)
+        }),
+    }
+}
+
+/// The conversation in a field that a reply is to follow: a turn of the assistant's opened at its end is that reply's.
+///
+/// # Errors
+///
+/// As [`messages`].
+pub fn prompt(field: &'static str, value: &Value) -> Result<Vec<Message>, FieldError> {
+    let mut prompt = messages(field, value, Role::User)?;
+    prompt.pop_if(|last| last.role == Role::Assistant && last.content.trim().is_empty());
+    Ok(prompt)
+}
+
+/// The pair in a record (of number `row`), in whichever layout it comes; `None` if it is an exemplar of another use.
+///
+/// Sides need not end with a reply ([`LabelledPair::is_whole`]).
+///
+/// # Errors
+///
+/// [`FieldError`] if a field is missing or holds no conversation, or if nothing says what the sides reply to.
+pub fn of_record(
+    row: usize,
+    record: &Map<String, Value>,
+) -> Result<Option<LabelledPair>, FieldError> {
+    let has = |field: &str| record.contains_key(field);
+    let [chosen, rejected] = if has("chosen") || has("rejected") {
+        sides(record, "chosen", "rejected", true)?
+    } else if has("text_correct") && has("text_incorrect") {
+        sides(record, "text_correct", "text_incorrect", false)?
+    } else if has("corrects") {
+        choice(record)?
+    } else if has("use") {
+        let exemplar = Exemplar::of_record(record.clone())?;
+        let Some(worse) = exemplar.worse.as_ref().filter(|_| exemplar.r#use == Use::Calibration)
+        else {
+            return Ok(None);
+        };
+        [&exemplar.action, &worse.action].map(|reply| {
+            let mut messages = exemplar.prompt_messages();
+            messages.push(Message::assistant(reply.trim()));
+            messages
+        })
+    } else {
+        let expected = "chosen and rejected, text_correct and text_incorrect, corrects, or use";
+        return Err(FieldError::columns("record", expected, record));
+    };
+    let side = |messages, truncated: &str| Conversation {
+        messages,
+        truncated: record.get(truncated).and_then(Value::as_bool).unwrap_or(false),
+    };
+    Ok(Some(LabelledPair {
+        row,
+        chosen: side(chosen, "truncated_chosen"),
+        rejected: side(rejected, "truncated_rejected"),
+        chosen_prob: chosen_prob(record)?,
+        vote_lead: 0,
+    }))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a probability")]
+fn chosen_prob(record: &Map<String, Value>) -> Result<f32, FieldError> {
+    let value = match record.get("chosen_prob") {
+        None | Some(Value::Null) => return Ok(1.0),
+        Some(value) => value,
+    };
+    let wrong = |expected: &str| FieldError::new("chosen_prob", expected, value);
+    let chosen_prob = value.as_f64().ok_or_else(|| wrong("a number"))?;
+    let is_probability = (0.0..=1.0).contains(&chosen_prob);
+    is_probability.then_some(chosen_prob as f32).ok_or_else(|| wrong("a number within 0 to 1"))
+}
+
+/// Two conversations, each with the record's `prompt` before it unless it begins with one of its own.
+fn sides(
+    record: &Map<String, Value>,
+    better: &'static str,
+    worse: &'static str,
+    after_prompt: bool,
+) -> Result<[Vec<Message>; 2], FieldError> {
+    let prompt = match record.get("prompt") {
+        Some(value) if after_prompt && !value.is_null() => prompt("prompt", value)?,
+        _ => Vec::new(),
+    };
+    if let Some(missing) = [better, worse].into_iter().find(|field| !record.contains_key(*field)) {
+        let expected = format!("columns `{better}` and `{worse}`");
+        return Err(FieldError::columns(missing, expected, record));
+    }
+    let side = |field: &'static str| {
+        let own = messages(field, &record[field], Role::Assistant)?;
+        let opens = own.first().is_some_and(|first| first.role != Role::Assistant);
+        if prompt.is_empty() {
+            if opens || !own.iter().all(|message| message.role == Role::Assistant) {
+                return Ok(own);
+            }
+            let expected = "a whole conversation, or a column `prompt` with what it replies to";
+            return Err(FieldError::columns(field, expected, record));
+        }
+        // After a question only a reply can follow: what opens with another turn is a whole conversation.
+        let follows_question = prompt.last().is_some_and(|last| last.role == Role::User);
+        if begins_with(&own, &prompt) || opens && follows_question {
+            return Ok(own);
+        }
+        Ok([prompt.as_slice(), &own].concat())
+    };
+    Ok([side(better)?, side(worse)?])
+}
+
+fn begins_with(messages: &[Message], prompt: &[Message]) -> bool {
+    let same =
+        |(a, b): (&Message, &Message)| a.role == b.role && a.content.trim() == b.content.trim();
+    messages.len() >= prompt.len() && messages.iter().zip(prompt).all(same)
+}
+
+/// The two options of a question, the right one first.
+fn choice(record: &Map<String, Value>) -> Result<[Vec<Message>; 2], FieldError> {
+    let prompt = record.get("prompt").unwrap_or(&Value::Null);
+    let text = prompt.as_str().ok_or_else(|| FieldError::new("prompt", "a text", prompt))?;
+    let (question, options) = options_of(text).ok_or_else(|| {
+        FieldError::new("prompt", "a question with the options (A) and (B)", prompt)
+    })?;
+    let better = match record["corrects"][0].as_str().map(str::trim) {
+        Some("(A)") => 0,
+        Some("(B)") => 1,
+        _ => return Err(FieldError::new("corrects", "(A) or (B)", &record["corrects"])),
+    };
+    let side =
+        |idx: usize| vec![Message::user(&*question), Message::assistant(options[idx].as_str())];
+    Ok([side(better), side(1 - better)])
+}
+
+/// The question and the two options of "… (A) … (B) … The answer is:".
+fn options_of(text: &str) -> Option<(String, [String; 2])> {
+    // From the end: the conversation in question may list options of its own.
+    let (rest, b) = text.rsplit_once("\n (B)")?;
+    let (question, a) = rest.rsplit_once("\n (A)")?;
+    if b.contains("\n (C)") {
+        return None;
+    }
+    let b = b.rsplit_once("The answer is").map_or(b, |(b, _)| b);
+    let clean = |text: &str| {
+        text.trim().trim_start_matches("[[[").trim_end_matches("]]]").trim().to_owned()
+    };
+    Some((question.trim().to_owned(), [clean(a), clean(b)]))
+}
+
+/// The rows of a Parquet file (by its ending) or of JSON lines, `.gz` too, numbered from 1.
+///
+/// # Errors
+///
+/// Those of [`parquet::read_json`] and [`jsonl::read`]; [`Error::Json`] for a line that is no object.
+pub fn records(path: impl AsRef<Path>) -> Result<Vec<NumberedObject>, Error> {
+    let path = path.as_ref();
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet")) {
+        return Ok((1..).zip(parquet::read_json(path)?).collect());
+    }
+    let object = |(line, value)| match value {
+        Value::Object(object) => Ok((line, object)),
+        other => Err(Error::Json {
+            path: path.to_owned(),
+            line,
+            expected: "an object".to_owned(),
+            got: shortened(&other),
+        }),
+    };
+    jsonl::read(path)?.into_iter().map(object).collect()
+}
+
+/// Reads a file of pairs, in any of the layouts above.
+///
+/// # Errors
+///
+/// [`Error::Refused`] if a record is no such pair; as [`records`].
+pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
+    let mut pairs = Vec::new();
+    for (row, record) in records(path)? {
+        pairs.extend(of_record(row, &record).map_err(|error| error.at(path, At::Row(row)))?);
+    }
+    Ok(pairs)
+}
+
+/// Reads our own `preferences/<aspect>/<split>.parquet`.
+///
+/// # Errors
+///
+/// [`Error::Refused`] if a probability or a side cannot be; what the file's reader says.
+pub fn read_preferences(path: &Path) -> Result<Vec<LabelledPair>, Error> {
+    let rows: Vec<PreferenceRow> = parquet::read(path)?;
+    let mut pairs = Vec::with_capacity(rows.len());
+    for (row, preference) in (1..).zip(rows) {
+        let refuse =
+            |field, expected: &str, got| Refusal::at(path, At::Row(row), field, expected, got);
+        if !(0.0..=1.0).contains(&preference.chosen_prob) {
+            let got = preference.chosen_prob.to_string();
+            return Err(refuse("chosen_prob", "a number within 0 to 1", got).into());
+        }
+        let side = |field, own: &[Message], truncated| {
+            let messages = [preference.prompt.as_slice(), own].concat();
+            if messages.last().is_none_or(|last| last.role != Role::Assistant) {
+                let roles: Vec<&str> = messages.iter().map(|m| m.role.name()).collect();
+                let expected = "a conversation that ends with the assistant's reply";
+                return Err(refuse(field, expected, roles.join(", ")));
+            }
+            Ok(Conversation { messages, truncated })
+        };
+        pairs.push(LabelledPair {
+            row,
+            chosen: side("chosen", &preference.chosen, preference.truncated_chosen)?,
+            rejected: side("rejected", &preference.rejected, preference.truncated_rejected)?,
+            chosen_prob: preference.chosen_prob,
+            vote_lead: preference.score_chosen - preference.score_rejected,
+        });
+    }
+    Ok(pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(text: &str) -> Map<String, Value> {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn pair(text: &str) -> [Vec<Message>; 2] {
+        let pair = of_record(1, &record(text)).unwrap().unwrap();
+        [pair.chosen.messages, pair.rejected.messages]
+    }
+
+    fn refused(text: &str) -> FieldError {
+        of_record(1, &record(text)).unwrap_err()
+    }
+
+    fn conversations(question: &str, better: &str, worse: &str) -> [Vec<Message>; 2] {
+        [better, worse].map(|reply| vec![Message::user(question), Message::assistant(reply)])
+    }
+
+    #[test]
+    fn texts_lists_and_replies_after_a_prompt_are_the_same_pair() {
+        for text in [
+            r#"{"chosen": "\n\nHuman: a\n\nb\n\nAssistant: good", "rejected": "\n\nHuman: a\n\nb\n\nAssistant:"}"#,
+            r#"{"prompt": "a\n\nb", "chosen": "good", "rejected": ""}"#,
+            r#"{"prompt": null, "chosen": "\n\nHuman: a\n\nb\n\nAssistant: good", "rejected": "\n\nHuman: a\n\nb\n\nAssistant:"}"#,
+            r#"{"prompt": [{"role": "user", "content": "a\n\nb"}], "chosen": [{"role": "assistant", "content": "good"}], "rejected": ""}"#,
+        ] {
+            assert_eq!(pair(text), conversations("a\n\nb", "good", ""), "{text}");
+        }
+        let error = refused(r#"{"chosen": "x"}"#);
+        assert_eq!((error.field, error.got.as_str()), ("rejected", "chosen"));
+        let error = refused(r#"{"chosen": 5, "rejected": "x"}"#);
+        assert!(error.expected.starts_with("a text or a list of {role, content}"), "{error:?}");
+    }
+
+    /// The layout of HuggingFaceH4/ultrafeedback_binarized.
+    #[test]
+    fn whole_sides_are_not_put_after_their_own_prompt() {
+        let lists = r#"{"prompt": "Is it fair?",
+            "chosen": [{"role": "user", "content": "Is it fair? "}, {"role": "assistant", "content": "Ask first."}],
+            "rejected": [{"role": "user", "content": "Is it fair?"}, {"role": "assistant", "content": "Who cares."}]}"#;
+        let [chosen, rejected] = pair(lists);
+        assert_eq!((chosen.len(), rejected.len()), (2, 2));
+        assert_eq!(rejected, conversations("Is it fair?", "", "Who cares.")[1]);
+        let texts = r#"{"prompt": "Is it fair?", "chosen": "\n\nHuman: Is it fair?\n\nAssistant: Ask first.",
+            "rejected": "\n\nHuman: Is it fair?\n\nAssistant: Who cares."}"#;
+        assert_eq!(pair(texts), conversations("Is it fair?", "Ask first.", "Who cares."));
+        // The prompt is the last question alone, the sides are whole: with a system's message, say.
+        let system = r#"{"prompt": "Is it fair?",
+            "chosen": [{"role": "system", "content": "s"}, {"role": "user", "content": "Is it fair?"}, {"role": "assistant", "content": "Ask."}],
+            "rejected": "No."}"#;
+        let [chosen, rejected] = pair(system);
+        assert_eq!(chosen.len(), 3);
+        assert_eq!(rejected, conversations("Is it fair?", "", "No.")[1]);
+        // After a reply a question may follow: such sides continue their prompt.
+        let continued = r#"{"prompt": "\n\nHuman: a\n\nAssistant: b", "chosen": "\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: c\n\nAssistant: e"}"#;
+        assert_eq!(pair(continued).map(|side| side.len()), [4, 4]);
+    }
+
+    /// The layouts of Dahoas/full-hh-rlhf and Dahoas/rm-static.
+    #[test]
+    fn a_turn_opened_by_the_prompt_is_the_replys() {
+        let one = r#"{"prompt": "\n\nHuman: Is it fair?\n\nAssistant:", "response": " Ask.", "chosen": " Ask.", "rejected": " Who cares."}"#;
+        assert_eq!(pair(one), conversations("Is it fair?", "Ask.", "Who cares."));
+        let more = r#"{"prompt": "\n\nHuman: Is it fair?\n\nAssistant: Why?\n\nHuman: I need it.\n\nAssistant:", "chosen": " Ask.", "rejected": " Who cares."}"#;
+        let [chosen, _] = pair(more);
+        let roles: Vec<Role> = chosen.iter().map(|message| message.role).collect();
+        assert_eq!(roles, [Role::User, Role::Assistant, Role::User, Role::Assistant]);
+        assert_eq!(chosen[3].content, "Ask.");
+        let list = r#"{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "chosen": "x", "rejected": "y"}"#;
+        assert_eq!(pair(list), conversations("q", "x", "y"));
+    }
+
+    /// The layout of Intel/orca_dpo_pairs.
+    #[test]
+    fn replies_to_nothing_are_named_with_the_columns_there_are() {
+        let orca = r#"{"system": "", "question": "Is it fair?", "chosen": "Ask.", "rejected": "Who cares."}"#;
+        let error = refused(orca);
+        assert_eq!(error.field, "chosen");
+        assert_eq!(
+            error.expected,
+            "a whole conversation, or a column `prompt` with what it replies to"
+        );
+        assert_eq!(error.got, "system, question, chosen, rejected");
+        let list = r#"{"chosen": [{"role": "assistant", "content": "x"}], "rejected": "y"}"#;
+        assert_eq!(refused(list).field, "chosen");
+    }
+
+    #[test]
+    fn files_name_the_row_and_keep_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        let good = r#"{"prompt": "q", "chosen": "x", "rejected": "y", "chosen_prob": 0.7}"#;
+        fs_err::write(&path, format!("\n{good}\n")).unwrap();
+        let pairs = read(&path).unwrap();
+        assert_eq!((pairs[0].row, pairs[0].chosen_prob, pairs[0].vote_lead), (2, 0.7, 0));
+        assert!(pairs[0].is_whole());
+        fs_err::write(&path, good.replace("0.7", "1.5")).unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(matches!(error, Error::Refused(Refusal::BadFile { at: At::Row(1), .. })));
+        let text = error.to_string();
+        assert!(
+            text.ends_with(": row 1: chosen_prob: expected a number within 0 to 1, got 1.5"),
+            "{text}"
+        );
+    }
+}
