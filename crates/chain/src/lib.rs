@@ -5,8 +5,10 @@
 
 pub mod batches;
 pub mod conversation;
+pub mod reading;
 pub mod reward_model;
 pub mod trim;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};
-pub use reward_model::{RewardModel, Transcript};
+pub use reading::{CutReply, Reading, Transcript};
+pub use reward_model::RewardModel;
