@@ -8,9 +8,11 @@ pub mod conversation;
 pub mod dialogue;
 pub mod exemplars;
 pub mod pairs;
+pub mod reading;
 pub mod reward_model;
 pub mod sample;
 pub mod trim;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};
-pub use reward_model::{RewardModel, Transcript};
+pub use reading::{CutReply, Reading, Transcript};
+pub use reward_model::RewardModel;

@@ -13,9 +13,10 @@ use std::path::Path;
 
 use arete_records::jsonl::{self, NumberedObject};
 use arete_records::rows::PreferenceRow;
-use arete_records::{At, Error, Message, Refusal, Role, parquet};
+use arete_records::{At, Error, FinishReason, Message, Refusal, Role, parquet};
 use serde_json::{Map, Value};
 
+use crate::Transcript;
 use crate::dialogue;
 use crate::exemplars::{Exemplar, Use};
 
@@ -29,6 +30,12 @@ pub struct Conversation {
 }
 
 impl Conversation {
+    /// What a reward model is shown of it.
+    pub fn transcript(&self) -> Transcript<'_> {
+        let reason = if self.truncated { FinishReason::Length } else { FinishReason::Stop };
+        Transcript { messages: &self.messages, finish_reasons: vec![reason] }
+    }
+
     /// Whether an assistant's turn that says something comes last.
     #[must_use]
     pub fn ends_with_reply(&self) -> bool {

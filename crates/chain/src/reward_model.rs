@@ -9,9 +9,10 @@ use arete_model::{
     Adapter, Chat, Decoder, Device, Error, Kind, LoadOptions, Model, ScalarHead, Source, Tensor,
     adapter_files,
 };
-use arete_records::{FinishReason, Message, ScoreStats, score_stats};
+use arete_records::{ScoreStats, score_stats};
 
 use crate::batches::{Forest, micro_batches};
+use crate::reading::{Reading, Transcript};
 
 /// A spread below this is none: scores are f32 numbers of order 1.
 pub const MIN_STD: f64 = 1e-6;
@@ -27,20 +28,12 @@ pub struct Base<'a> {
     pub micro_batch_tokens: usize,
 }
 
-/// A conversation to score: everything through the reply that is scored.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Transcript<'a> {
-    /// Its messages; the last is the reply.
-    pub messages: &'a [Message],
-    /// Why its last replies ended, the scored one's reason last. Those before ended by themselves.
-    pub finish_reasons: Vec<FinishReason>,
-}
-
 /// What scores conversations.
 #[derive(Debug)]
 pub struct RewardModel {
     adapter: Option<Adapter>,
     head: ScalarHead,
+    reading: Reading,
 }
 
 impl RewardModel {
@@ -48,7 +41,7 @@ impl RewardModel {
     ///
     /// # Errors
     ///
-    /// What is wrong with its files; [`Error::Invalid`] if it was trained on another base, [`Error::Field`] if it has no head.
+    /// What is wrong with its files; [`Error::Invalid`] if it was trained on another base, [`Error::Field`] if it has no head, and as [`Reading::of`].
     pub fn over(dir: &Path, name: &str, base: &Model) -> Result<Self, Error> {
         let dir = adapter_dir(dir);
         let loaded = adapter_files::load(&dir, name, &base.config, base.decoder.device())?;
@@ -62,19 +55,20 @@ impl RewardModel {
         }
         let expected = "an adapter with a score head (modules_to_save)";
         let head = loaded.head.ok_or_else(|| not_a_reward(&dir, "head", expected, "none"))?;
-        Ok(Self { adapter: Some(loaded.adapter), head })
+        Ok(Self::of(Some(loaded.adapter), head, Reading::of(&dir, base)?))
     }
 
     /// The merged reward model that `model` is; `path` is where it came from.
     ///
     /// # Errors
     ///
-    /// [`Error::Field`] if it has no head.
+    /// [`Error::Field`] if it has no head, and as [`Reading::of`].
     pub fn merged(model: &Model, path: &Path) -> Result<Self, Error> {
         let expected = "a …ForSequenceClassification model (or --adapter)";
         let head = model.head.as_ref();
         let head = head.ok_or_else(|| not_a_reward(path, "score.weight", expected, "none"))?;
-        Ok(Self::of(None, ScalarHead { weight: head.weight.shallow_clone() }))
+        let head = ScalarHead { weight: head.weight.shallow_clone() };
+        Ok(Self::of(None, head, Reading::of(path, model)?))
     }
 
     /// A reward model with the model that it reads with: `source` merged, or as the base of the adapter in `adapter_dir`.
@@ -90,15 +84,18 @@ impl RewardModel {
         let model = Model::load(source, options)?;
         let reward = match adapter_dir {
             Some(dir) => Self::over(dir, "reward", &model)?,
-            None => Self::merged(&model, Path::new(&source.to_string()))?,
+            None => {
+                let path = source.local_path().map(Path::to_owned);
+                Self::merged(&model, &path.unwrap_or_else(|| source.to_string().into()))?
+            }
         };
         Ok((model, reward))
     }
 
     /// One in memory.
     #[must_use]
-    pub fn of(adapter: Option<Adapter>, head: ScalarHead) -> Self {
-        Self { adapter, head }
+    pub fn of(adapter: Option<Adapter>, head: ScalarHead, reading: Reading) -> Self {
+        Self { adapter, head, reading }
     }
 
     /// What it reads of a conversation.
@@ -111,15 +108,7 @@ impl RewardModel {
         base: Base<'_>,
         transcript: &Transcript<'_>,
     ) -> Result<Vec<i64>, Error> {
-        let Transcript { messages, finish_reasons } = transcript;
-        let mut token_ids = match finish_reasons.last() {
-            Some(FinishReason::Length) => base.chat.render_truncated(messages)?,
-            Some(FinishReason::Stop) | None => base.chat.render(messages)?,
-        }
-        .token_ids;
-        let excess = token_ids.len().saturating_sub(base.model.config.max_position_embeddings);
-        token_ids.drain(..excess);
-        Ok(token_ids)
+        self.reading.token_ids(base.chat, transcript, base.model.config.max_position_embeddings)
     }
 
     /// The score of each conversation, and the tokens read in all. What else is scored beside it changes nothing but

@@ -4,8 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
-use arete_chain::{RewardModel, Transcript, aspect_conversation, conversation};
+use arete_chain::{CutReply, Reading, RewardModel, Transcript, aspect_conversation, conversation};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{
     Adapter, Batch, Device, FinishReason, Kind, LoadOptions, LoraConfig, Message, Model,
@@ -41,6 +42,7 @@ fn save(dir: &Path, model: &Model, head: bool) {
     let meta = AdapterMeta::of(model, "tiny-chat", Task::SequenceClassification);
     let (adapter, own) = parts(model);
     adapter_files::save(&dir.join("adapter"), &adapter, head.then_some(&own), &meta).unwrap();
+    Reading::whole(model, CutReply::Trim).write(dir).unwrap();
 }
 
 fn chain(i: usize) -> Vec<Message> {
@@ -59,7 +61,7 @@ fn what_is_scored_together_changes_no_score() {
     let model = tiny_chat();
     let chat = model.chat().unwrap();
     let (adapter, head) = parts(&model);
-    let reward = RewardModel::of(Some(adapter), head);
+    let reward = RewardModel::of(Some(adapter), head, Reading::whole(&model, CutReply::Trim));
     let chains: Vec<Vec<Message>> = (0..3).map(chain).collect();
     let transcripts: Vec<Transcript<'_>> = chains
         .iter()
@@ -97,7 +99,7 @@ fn beyond_the_models_positions_the_beginning_goes() {
     let model = tiny_chat();
     let chat = model.chat().unwrap();
     let (adapter, head) = parts(&model);
-    let reward = RewardModel::of(Some(adapter), head);
+    let reward = RewardModel::of(Some(adapter), head, Reading::whole(&model, CutReply::Trim));
     let base = Base { model: &model, chat: &chat, micro_batch_tokens: 4096 };
     let long = [Message::user("word ".repeat(3000)), Message::assistant("Yes.")];
     let whole = chat.render(&long).unwrap().token_ids;
@@ -139,4 +141,99 @@ fn what_is_no_reward_model_of_this_base_is_refused() {
     assert_eq!(standardise(5.0, &good), 2.0);
     assert!(other_base.unwrap_err().to_string().contains("statistics of this base"));
     assert!(stats(MIN_STD / 2.0).0.is_err());
+}
+
+const LENGTH: FinishReason = FinishReason::Length;
+
+/// The fault: trained on closed replies, reward models read those that the token limit cut without an end of turn, and
+/// gave the same text another score.
+#[test]
+fn identical_text_gets_one_score_whether_it_was_cut_or_ended() {
+    let model = tiny_chat();
+    let chat = model.chat().unwrap();
+    let base = Base { model: &model, chat: &chat, micro_batch_tokens: 4096 };
+    let of = |cut_reply| {
+        let (adapter, head) = parts(&model);
+        RewardModel::of(Some(adapter), head, Reading::whole(&model, cut_reply))
+    };
+    let whole = chain(4); // every reply ends with a full stop
+    let replies = ["Ask 4 times. Then you", "I care. My", "It makes me kind. And"];
+    let cut = conversation(&whole[..2], replies);
+    let score = |reward: &RewardModel, messages: &[Message], reasons: [FinishReason; 3]| {
+        let read = |aspect: Aspect| Transcript {
+            messages: aspect_conversation(messages, aspect).unwrap(),
+            finish_reasons: reasons[..=aspect.index()].to_vec(),
+        };
+        reward.scores(base, &Aspect::ALL.map(read)).unwrap().0
+    };
+    let trim = of(CutReply::Trim);
+    let ended = score(&trim, &whole, [STOP; 3]);
+    assert_eq!(score(&trim, &whole, [LENGTH; 3]), ended);
+    assert_eq!(score(&trim, &cut, [LENGTH; 3]), ended);
+    // What ended by itself is not touched, full sentence or not; without a full sentence it is closed as it is.
+    assert_ne!(score(&trim, &cut, [STOP; 3]), ended);
+    let fragment = conversation(&whole[..2], ["no sentence", "none", "nor here"]);
+    assert_eq!(score(&trim, &fragment, [LENGTH; 3]), score(&trim, &fragment, [STOP; 3]));
+    let close = of(CutReply::Close);
+    assert_eq!(score(&close, &cut, [LENGTH; 3]), score(&close, &cut, [STOP; 3]));
+    // Only what was trained on open ends reads them open.
+    let open = of(CutReply::Open);
+    assert_ne!(score(&open, &whole, [LENGTH; 3]), score(&open, &whole, [STOP; 3]));
+}
+
+/// Trained on at most so many tokens, a reward model reads no more, and on the same side.
+#[test]
+fn no_more_is_read_than_was_trained_on() {
+    let model = tiny_chat();
+    let chat = model.chat().unwrap();
+    let messages = chain(1);
+    let whole = chat.render(&messages).unwrap().token_ids;
+    let read = |max_length, cut_side| {
+        let rule = Reading { max_length, cut_side, ..Reading::whole(&model, CutReply::Trim) };
+        let transcript = Transcript { messages: &messages, finish_reasons: vec![STOP] };
+        rule.token_ids(&chat, &transcript, 2048).unwrap()
+    };
+    assert_eq!(read(Some(10), Side::Right), whole[..10]);
+    assert_eq!(read(Some(10), Side::Left), whole[whole.len() - 10..]);
+    assert_eq!(read(None, Side::Right), whole);
+}
+
+#[test]
+fn the_rule_is_found_where_the_model_lies_and_ours_without_one_is_refused() {
+    let model = tiny_chat();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    save(dir.path(), &model, true);
+    let rule = Reading::whole(&model, CutReply::Trim);
+    for place in [dir.path(), &at("adapter")] {
+        assert_eq!(Reading::read(place).unwrap().as_ref(), Some(&rule));
+    }
+    // Another chat template than the one it was trained with.
+    let other = Reading { template_sha256: "0".repeat(64), ..rule.clone() };
+    other.write(dir.path()).unwrap();
+    let error = RewardModel::over(dir.path(), "reward", &model).unwrap_err().to_string();
+    assert!(error.contains("the chat template it was trained with"), "{error}");
+    // One that this version does not know.
+    fs_err::write(at(reading::FILE), r#"{"cut_reply": "guess"}"#).unwrap();
+    let error = Reading::read(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("a reading rule that this version knows"), "{error}");
+
+    fs_err::remove_file(at(reading::FILE)).unwrap();
+    let old = RewardModel::over(dir.path(), "reward", &model).unwrap_err().to_string();
+    assert!(old.contains("made by an older version") && old.contains("train it again"), "{old}");
+    // Of another program: closed, whole.
+    fs_err::remove_file(at("adapter/arete_adapter.json")).unwrap();
+    assert_eq!(Reading::read(dir.path()).unwrap(), None);
+    assert_eq!(Reading::of(dir.path(), &model).unwrap().cut_reply, CutReply::Close);
+    RewardModel::over(dir.path(), "reward", &model).unwrap();
+    // Merged models carry it in their configuration.
+    let merged = at("elsewhere/merged");
+    fs_err::create_dir_all(&merged).unwrap();
+    let config = |text: String| fs_err::write(merged.join("config.json"), text).unwrap();
+    config(format!(r#"{{"{}": {}}}"#, reading::KEY, serde_json::to_string(&rule).unwrap()));
+    assert_eq!(Reading::read(&merged).unwrap(), Some(rule));
+    config(r#"{"score_mean": 0.5, "score_std": 1.0}"#.to_owned());
+    assert!(Reading::read(&merged).unwrap_err().to_string().contains("older version"));
+    config(r#"{"architectures": ["LlamaForSequenceClassification"]}"#.to_owned());
+    assert_eq!(Reading::read(&merged).unwrap(), None);
 }

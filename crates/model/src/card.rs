@@ -19,6 +19,7 @@ const ADAPTER_CONFIG: &str = "adapter_config.json";
 const ADAPTER_META: &str = "arete_adapter.json";
 const MODEL_CONFIG: &str = "config.json";
 const SCORE_STATS: &str = "score_stats.json";
+const READING: &str = "reading.json";
 const MAX_JSON_BYTES: u64 = 4 << 20;
 /// Files of a model directory beside its weights.
 const MODEL_FILES: [&str; 7] = [
@@ -142,6 +143,9 @@ pub fn prepare(dir: &Path, details: &Details) -> Result<Publication, Error> {
             if reward && let Some(stats) = &facts.score_stats {
                 files.push(json_file(SCORE_STATS, stats.clone()));
             }
+            if reward && let Some(rule) = &facts.reading {
+                files.push(json_file(READING, rule.clone()));
+            }
             base = Some(id);
         }
         Artefact::Model { .. } => {
@@ -241,6 +245,7 @@ struct Facts {
     run: Option<RunJson>,
     evaluation: Option<Map<String, Value>>,
     score_stats: Option<Map<String, Value>>,
+    reading: Option<Map<String, Value>>,
     /// The last value of every logged metric.
     metrics: BTreeMap<String, Value>,
 }
@@ -269,6 +274,7 @@ impl Facts {
             run: Some(RunJson::read(home)?),
             evaluation: object("evaluation.json")?,
             score_stats: object(SCORE_STATS)?,
+            reading: object(READING)?,
             metrics,
         })
     }

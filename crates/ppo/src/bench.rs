@@ -4,6 +4,7 @@
 //! Three reward models with random adapters and heads cost what trained ones do. No token ends a reply, so that every run
 //! does the same work.
 
+use arete_chain::{CutReply, Reading};
 use arete_model::bench::{Table, products_per_s};
 use arete_model::{Adapter, Chat, Model, ScalarHead, Source};
 use arete_records::Message;
@@ -131,7 +132,9 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
         let adapter = Adapter::new("reward", shape, &config.lora.config(), seed, device)?;
         Ok((adapter, ScalarHead::normal(shape.hidden_size, seed, device)))
     };
-    let ensemble = Ensemble::of_models([reward(1)?, reward(2)?, reward(3)?], config.rollout);
+    let reading = Reading::whole(model, CutReply::Trim);
+    let models = [reward(1)?, reward(2)?, reward(3)?];
+    let ensemble = Ensemble::of_models(models, &reading, config.rollout);
     let models = Models::new(&model.decoder, config)?;
     let mut optimisers = Optimisers::new(&models, config)?;
     let work = Iteration {

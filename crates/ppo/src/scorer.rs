@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use arete_chain::reward_model::{Base, MIN_STD, RewardModel, Transcript, read_stats, standardise};
+use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
+use arete_chain::{Reading, RewardModel, Transcript};
 use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source, Tensor};
 use arete_records::{Aspect, ScoreStats, stats};
 
@@ -80,13 +81,17 @@ impl Ensemble {
     }
 
     /// The three aspects' reward models as they are given, their scores taken as standardised already.
-    pub fn of_models(models: [(Adapter, ScalarHead); 3], kind: RolloutKind) -> Self {
+    pub fn of_models(
+        models: [(Adapter, ScalarHead); 3],
+        reading: &Reading,
+        kind: RolloutKind,
+    ) -> Self {
         let members = Aspect::ALL
             .into_iter()
             .zip(models)
             .map(|(aspect, (adapter, head))| Member {
                 aspect,
-                judge: Judge::Model(RewardModel::of(Some(adapter), head)),
+                judge: Judge::Model(RewardModel::of(Some(adapter), head, reading.clone())),
                 stats: Some(ScoreStats {
                     mean: 0.0,
                     std: 1.0,

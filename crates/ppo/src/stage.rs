@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::reading;
 use arete_chain::reward_model::Base;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
@@ -104,10 +105,11 @@ fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start,
             let dir = dir.join(aspect.name());
             push(format!("reward_{aspect}"), dir.join("adapter"));
             push(format!("reward_{aspect}_stats"), dir.join(score_stats::FILE));
+            push(format!("reward_{aspect}_reading"), dir.join(reading::FILE));
         }
     }
     if let Some(dir) = &inputs.yardstick {
-        for part in ["adapter", "merged", score_stats::FILE] {
+        for part in ["adapter", "merged", score_stats::FILE, reading::FILE] {
             push(format!("yardstick_{part}"), dir.join(part));
         }
     }

@@ -62,6 +62,8 @@ pub struct Pairs {
     pub n_dropped: usize,
     /// Pairs left out because their sides are the same tokens (after cutting).
     pub n_identical: usize,
+    /// Pairs with a side that was left open, without the end of its last turn.
+    pub n_open: usize,
 }
 
 /// Reads labelled pairs as the hub has them ([`arete_chain::pairs`]). Repeated pairs are read once; pairs with a side that
@@ -108,27 +110,7 @@ pub struct Rendering {
     pub margin_per_vote: f64,
 }
 
-/// Tokenises a conversation: the whole template, without an end of turn if the reply was cut off; then cuts it. None if
-/// it is to be dropped; whether it was cut.
-///
-/// # Errors
-///
-/// What the template or the tokenizer say.
-pub fn tokenize_conversation(
-    conversation: &Conversation,
-    chat: &Chat<'_>,
-    max_length: usize,
-    over_length: OverLength,
-) -> Result<Option<(Sequence, bool)>, arete_model::Error> {
-    let mut sequence = tokenize_whole(conversation, chat)?;
-    let is_cut = sequence.token_ids.len() > max_length;
-    if is_cut && over_length == OverLength::Drop {
-        return Ok(None);
-    }
-    cut(&mut sequence.token_ids, max_length, over_length);
-    Ok(Some((sequence, is_cut)))
-}
-
+/// The whole template, without an end of turn if the reply was cut off.
 fn tokenize_whole(
     conversation: &Conversation,
     chat: &Chat<'_>,
@@ -206,6 +188,7 @@ pub fn tokenize(
             continue;
         }
         out.n_cut += usize::from(is_long);
+        out.n_open += usize::from(preference.chosen.truncated || preference.rejected.truncated);
         let chosen_prob = match label {
             Label::Soft => preference.chosen_prob,
             Label::Hard => 1.0,

@@ -3,8 +3,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use arete_chain::RewardModel;
 use arete_chain::pairs::{self, FieldError};
+use arete_chain::reward_model::{Base, RewardModel};
 use arete_model::Source;
 use arete_records::{At, Role, atomic};
 use arete_training::runtime::{self, Dtype};
@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::Error;
-use crate::config::OverLength;
-use crate::data::{self, Conversation};
+use crate::data::Conversation;
 
 /// Settings of scoring.
 #[derive(Clone, Debug, clap::Args, Serialize, Deserialize)]
@@ -30,12 +29,6 @@ pub struct ScoreConfig {
     /// JSON lines with the scores, one for every row; `-` for stdout
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
-    /// Most tokens of a conversation; 0 = as many as the model takes
-    #[arg(long, default_value_t = 0)]
-    pub max_length: usize,
-    /// What happens to longer ones (`drop` gives them null)
-    #[arg(long, value_enum, default_value_t = OverLength::TruncateLeft)]
-    pub over_length: OverLength,
     /// Most tokens in one forward pass; changes scores only by rounding
     #[arg(long, default_value_t = 4096)]
     pub micro_batch_tokens: usize,
@@ -70,50 +63,40 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     let source = Source::parse(&config.model)?;
     let (model, reward) = RewardModel::load(&source, config.adapter.as_deref(), &options)?;
     let chat = model.chat()?;
-    let most = model.config.max_position_embeddings;
-    let max_length = if config.max_length == 0 { most } else { config.max_length.min(most) };
+    let base = Base { model: &model, chat: &chat, micro_batch_tokens: config.micro_batch_tokens };
 
     let mut sequences = Vec::new();
-    // For every conversation of every row, its place in `sequences`, unless it was dropped.
-    let mut places = Vec::with_capacity(rows.len());
     for row in &rows {
-        let mut own = Vec::new();
         for conversation in &row.conversations {
-            let tokens =
-                data::tokenize_conversation(conversation, &chat, max_length, config.over_length)
-                    .map_err(|source| Error::Rendering {
-                        path: config.input.clone(),
-                        row: row.row,
-                        source: Box::new(source),
-                    })?;
-            own.push(tokens.map(|(sequence, _)| {
-                sequences.push(sequence.token_ids);
-                sequences.len() - 1
-            }));
+            let token_ids =
+                reward.token_ids(base, &conversation.transcript()).map_err(|source| {
+                    let (path, row, source) = (config.input.clone(), row.row, Box::new(source));
+                    Error::Rendering { path, row, source }
+                })?;
+            sequences.push(token_ids);
         }
-        places.push(own);
     }
     let scores = reward.sequence_scores(&model, &sequences, config.micro_batch_tokens)?;
     let mut out = Vec::new();
-    for (row, places) in rows.iter().zip(places) {
-        let names: &[&str] = if places.len() == 1 { &[""] } else { &["_chosen", "_rejected"] };
+    let mut read = sequences.iter().map(Vec::len).zip(scores);
+    for row in &rows {
+        let own: Vec<(usize, f64)> = read.by_ref().take(row.conversations.len()).collect();
+        let names: &[&str] = if own.len() == 1 { &[""] } else { &["_chosen", "_rejected"] };
         let mut line = Map::new();
         line.insert("row".to_owned(), row.row.into());
         if let Some(id) = &row.prompt_id {
             line.insert("prompt_id".to_owned(), id.as_str().into());
         }
-        if let Some(&at) = places.iter().flatten().find(|&&at| !scores[at].is_finite()) {
-            let (row, path, score) = (row.row, config.input.display(), scores[at]);
+        if let Some((_, score)) = own.iter().find(|(_, score)| !score.is_finite()) {
+            let (row, path) = (row.row, config.input.display());
             let what = format!("score of row {row} of {path} ({score})");
             return Err(arete_model::Error::NonFinite { what }.into());
         }
-        for (name, place) in names.iter().zip(&places) {
-            let score = place.map_or(Value::Null, |at| scores[at].into());
-            line.insert(format!("score{name}"), score);
+        for (name, (_, score)) in names.iter().zip(&own) {
+            line.insert(format!("score{name}"), (*score).into());
         }
-        for (name, place) in names.iter().zip(&places) {
-            let n_tokens = place.map_or(Value::Null, |at| sequences[at].len().into());
-            line.insert(format!("n_tokens{name}"), n_tokens);
+        for (name, (n_tokens, _)) in names.iter().zip(&own) {
+            line.insert(format!("n_tokens{name}"), (*n_tokens).into());
         }
         writeln!(out, "{}", Value::Object(line)).expect("writing to memory cannot fail");
     }

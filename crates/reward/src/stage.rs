@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use arete_chain::aspect_conversation;
+use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
+use arete_chain::{CutReply, Reading, Transcript, aspect_conversation};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, FinishReason, ScoreStats, Split, parquet, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::order::Plan;
@@ -15,7 +16,7 @@ use arete_training::{AdamW, Outcome, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
-use crate::data::{self, Conversation, Pair, Pairs, Preference, Rendering};
+use crate::data::{self, Pair, Pairs, Preference, Rendering};
 use crate::evaluation::{self, write_json};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
@@ -148,6 +149,8 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         let name = aspect.map_or("yardstick".to_owned(), |aspect| aspect.name().to_owned());
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
         arete_training::forget_harmless(&mut recorded, &[]);
+        // Not a setting: reward models of versions that recorded no reading rule are trained again.
+        recorded["reading"] = "as trained".into();
         recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
@@ -220,7 +223,9 @@ impl Base<'_> {
             Some(scores) => scores,
             None => self.validation_scores(&data, &adapter, &head)?,
         };
-        let stats = self.score_stats(&job, &data, &scores, &chat, &adapter, &head)?;
+        let reading = self.reading(&data);
+        reading.write(&output)?;
+        let stats = self.score_stats(&job, &data, &scores, &chat, &reading, &adapter, &head)?;
         write_json(&output.join(score_stats::FILE), &stats)?;
         if !scores.is_empty() {
             let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
@@ -239,7 +244,8 @@ impl Base<'_> {
         adapter_files::save(&output.join("adapter"), &adapter, Some(&head), &meta)?;
         let mut counts = counts(&data, &outcome);
         if config.merge {
-            let difference = self.merge(&data, &adapter, &head, &stats, &output.join("merged"))?;
+            let difference =
+                self.merge(&data, &adapter, &head, &stats, &reading, &output.join("merged"))?;
             counts.insert("max_score_difference_merged".to_owned(), difference.into());
         }
         if let Some(bytes) = runtime::peak_rss_bytes() {
@@ -340,6 +346,21 @@ impl Base<'_> {
         Ok((outcome, objective.evaluated.filter(|_| is_last)))
     }
 
+    /// How the reward model is to be read: as it was trained. Open ends are among the pairs only where the preferences stage
+    /// left them (`truncated = "keep"`); with `trim` they are closed at a full sentence, with `drop` there are none.
+    fn reading(&self, data: &Data) -> Reading {
+        let is_open = data.train.n_open > 0;
+        let cut_reply = if is_open { CutReply::Open } else { CutReply::Trim };
+        Reading {
+            max_length: Some(self.config.max_length),
+            cut_side: match self.config.over_length {
+                OverLength::TruncateLeft | OverLength::Drop => Side::Left,
+                OverLength::TruncateRight => Side::Right,
+            },
+            ..Reading::whole(&self.model, cut_reply)
+        }
+    }
+
     /// Scores of the validation pairs, chosen and rejected.
     fn validation_scores(
         &self,
@@ -359,11 +380,12 @@ impl Base<'_> {
         data: &Data,
         scores: &[[f64; 2]],
         chat: &Chat<'_>,
+        reading: &Reading,
         adapter: &Adapter,
         head: &ScalarHead,
     ) -> Result<ScoreStats, Error> {
         let sequences = match (&job.conversations, job.aspect) {
-            (Some(path), Some(aspect)) => self.conversations(path, aspect, chat)?,
+            (Some(path), Some(aspect)) => self.conversations(path, aspect, chat, reading)?,
             _ => Vec::new(),
         };
         if sequences.is_empty() && !scores.is_empty() {
@@ -381,13 +403,13 @@ impl Base<'_> {
         Ok(ScoreStats::of(&scores, split, &self.model.base_sha256))
     }
 
-    /// Both samples of the validation prompts, through the aspect's reply. Whole, however short the pairs were cut for
-    /// training: PPO and scoring read whole conversations, and standardise with what is measured here.
+    /// Both samples of the validation prompts, through the aspect's reply, read as PPO and scoring read them.
     fn conversations(
         &self,
         path: &Path,
         aspect: Aspect,
         chat: &Chat<'_>,
+        reading: &Reading,
     ) -> Result<Vec<Vec<i64>>, Error> {
         let rows: Vec<ConversationRow> = parquet::read(path)?;
         let mut out = Vec::new();
@@ -398,15 +420,13 @@ impl Base<'_> {
                 row: idx + 1,
                 source: Box::new(source),
             };
-            let conversation = Conversation {
-                messages: aspect_conversation(&row.messages, aspect)?.to_vec(),
-                truncated: row.finish_reason(aspect) == FinishReason::Length,
+            let through = &Aspect::ALL[..=aspect.index()];
+            let transcript = Transcript {
+                messages: aspect_conversation(&row.messages, aspect)?,
+                finish_reasons: through.iter().map(|&turn| row.finish_reason(turn)).collect(),
             };
             let context = self.model.config.max_position_embeddings;
-            let tokens =
-                data::tokenize_conversation(&conversation, chat, context, OverLength::Drop)
-                    .map_err(in_row)?;
-            out.extend(tokens.map(|(sequence, _)| sequence.token_ids));
+            out.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
         }
         Ok(out)
     }
@@ -418,11 +438,14 @@ impl Base<'_> {
         adapter: &Adapter,
         head: &ScalarHead,
         stats: &ScoreStats,
+        reading: &Reading,
         output: &Path,
     ) -> Result<f64, Error> {
         let mut extra = Map::new();
         extra.insert("score_mean".to_owned(), stats.mean.into());
         extra.insert("score_std".to_owned(), stats.std.into());
+        let rule = serde_json::to_value(reading).expect("words and numbers serialise");
+        extra.insert(reading::KEY.to_owned(), rule);
         extra.insert("pad_token_id".to_owned(), self.pad_token_id().into());
         // In the compute dtype even where the source has 16 bits, and into the packed base if the adapter was trained over that:
         // the merged model is to score as the adapter does.

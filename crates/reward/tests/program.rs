@@ -183,6 +183,11 @@ fn preferences_become_a_reward_model_that_scores() {
     assert_eq!(config["architectures"], serde_json::json!(["LlamaForSequenceClassification"]));
     assert!((number(&config, "score_mean") - number(&stats, "mean")).abs() < 1e-12);
     assert_ne!(config["pad_token_id"], config["eos_token_id"]);
+    // How it is to be read: some of these pairs have open ends, as `truncated = "keep"` leaves them.
+    let reading = json(&action.join("reading.json"));
+    assert_eq!(config["arete_reading"], reading);
+    assert_eq!((&reading["cut_reply"], &reading["max_length"]), (&"open".into(), &512.into()));
+    assert_eq!((&reading["head"], &reading["cut_side"]), (&"last_token".into(), &"left".into()));
 
     // Rows of pairs are scored side by side.
     let file = preferences.join("action/validation.parquet");
@@ -386,6 +391,8 @@ fn pairs_in_text_form_train_a_yardstick() {
     assert_eq!(n_train + n_held_out, 60.0);
     assert!((5.0..20.0).contains(&n_held_out), "a fifth is held out: {n_held_out}");
     assert_eq!(evaluation["split"], "held-out");
+    let reading = json(&dir.path().join("yardstick/reading.json"));
+    assert_eq!(reading["cut_reply"], "trim");
     assert_eq!(number(&evaluation["accuracy"], "estimate"), 1.0);
     let (run, _) = train("all", &["--all-pairs", "--max-steps", "1"]);
     assert_eq!(number(&run["counts"], "train"), 60.0);

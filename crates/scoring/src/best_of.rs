@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
@@ -199,6 +200,10 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     for aspect in Aspect::ALL {
         let dir = inputs.rewards.join(aspect.name());
         files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+        let rule = dir.join(reading::FILE);
+        if rule.is_file() {
+            files.push((format!("reading {aspect}"), rule));
+        }
         files.push((format!("score_stats {aspect}"), dir.join(score_stats::FILE)));
     }
     let yardstick =

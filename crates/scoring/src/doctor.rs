@@ -184,6 +184,11 @@ fn reward_accuracy(run: &RunFiles) -> Finding {
         .iter()
         .filter_map(|(aspect, reward)| Some((*aspect, reward.evaluation.as_ref()?)))
         .collect();
+    // A fault of the making comes first: figures of such a model mean nothing.
+    if let Some(why) = run.rewards.values().find_map(|reward| reward.unreadable.as_ref()) {
+        let advice = "train the reward models again (`make reward`), then PPO and scoring";
+        return finding(step, Grade::Bad, why.clone(), advice);
+    }
     if evaluations.is_empty() {
         return unknown(step, "no evaluation", "run the stage `reward` with validation pairs");
     }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use arete_chain::aspect_conversation;
 use arete_chain::batches::micro_batches;
-use arete_chain::reward_model::{Base, RewardModel, Transcript, adapter_dir};
+use arete_chain::reward_model::{Base, adapter_dir};
+use arete_chain::{RewardModel, Transcript, reading};
 use arete_model::{
     Adapter, Batch, Chat, Decoder, Model, Nf4Options, SegmentIdx, Source, adapter_files, logprobs,
 };
@@ -79,9 +80,15 @@ impl YardstickPlace {
 
     /// Its files, for hashing, by name.
     pub(crate) fn files(&self) -> impl Iterator<Item = (String, PathBuf)> {
-        [("yardstick base", self.source.local_path()), ("yardstick", self.adapter.as_deref())]
-            .into_iter()
-            .filter_map(|(name, path)| Some((name.to_owned(), path?.to_owned())))
+        let rule = self.adapter.as_deref().map(|dir| dir.join("..").join(reading::FILE));
+        let rule = rule.filter(|path| path.is_file());
+        [
+            ("yardstick base", self.source.local_path().map(Path::to_owned)),
+            ("yardstick", self.adapter.clone()),
+            ("yardstick reading", rule),
+        ]
+        .into_iter()
+        .filter_map(|(name, path)| Some((name.to_owned(), path?)))
     }
 
     /// The reward model over `model`, which is the loaded [`YardstickPlace::source`].

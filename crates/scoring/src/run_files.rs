@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use arete_chain::Reading;
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
@@ -105,6 +106,8 @@ pub struct Reward {
     pub evaluation: Option<Evaluation>,
     /// Where its scores lie.
     pub stats: Option<ScoreStats>,
+    /// Why it cannot be read: it was made by a version that recorded no reading rule.
+    pub unreadable: Option<String>,
 }
 
 /// The contents of the judge's `calibration.json`, as far as the page shows it.
@@ -247,9 +250,11 @@ impl RunFiles {
             let metrics = metrics(&dir)?;
             let evaluation = json(&dir.join("evaluation.json"))?;
             let stats = ScoreStats::read(&dir)?;
-            if metrics.is_some() || evaluation.is_some() || stats.is_some() {
+            let unreadable = Reading::read(&dir).err().map(|error| error.to_string());
+            let has_any = metrics.is_some() || evaluation.is_some() || stats.is_some();
+            if has_any || unreadable.is_some() {
                 let metrics = metrics.unwrap_or_default();
-                rewards.insert(aspect, Reward { metrics, evaluation, stats });
+                rewards.insert(aspect, Reward { metrics, evaluation, stats, unreadable });
             }
         }
         let name = fs_err::canonicalize(run)?;

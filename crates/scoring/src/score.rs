@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet::{self, Row};
@@ -159,6 +160,10 @@ impl<'a> Plan<'a> {
         for aspect in Aspect::ALL {
             let dir = self.reward_dir(aspect);
             files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+            let rule = dir.join(reading::FILE);
+            if rule.is_file() {
+                files.push((format!("reading {aspect}"), rule));
+            }
             let stats = dir.join(score_stats::FILE);
             if stats.is_file() {
                 files.push((format!("score_stats {aspect}"), stats));

@@ -76,6 +76,7 @@ impl Run {
                 AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::SequenceClassification);
             let dir = run.at("reward").join(aspect.name());
             adapter_files::save(&dir.join("adapter"), &adapter, Some(&head), &meta).unwrap();
+            arete_chain::Reading::whole(&model, arete_chain::CutReply::Trim).write(&dir).unwrap();
             let stats = format!(
                 r#"{{"mean": 0.25, "std": 2.0, "n": 8, "split": "validation", "base_sha256": "{}"}}"#,
                 model.base_sha256
@@ -163,10 +164,16 @@ fn models_are_scored_and_compared() {
         let loaded = adapter_files::load(&dir, "x", &model.config, Device::Cpu).unwrap();
         let reply = replies.iter().find(|reply| reply.prompt_id == row.prompt_id).unwrap();
         let messages = aspect_conversation(&reply.messages, row.aspect).unwrap();
-        let rendered = match reply.finish_reason(row.aspect) {
-            FinishReason::Stop => chat.render(messages).unwrap(),
-            FinishReason::Length => chat.render_truncated(messages).unwrap(),
-        };
+        // Every cut reply ends at its last full sentence, if it has one, and is closed.
+        let mut messages = messages.to_vec();
+        for (turn, message) in Aspect::ALL.into_iter().zip(messages.iter_mut().skip(1).step_by(2)) {
+            if reply.finish_reason(turn) == FinishReason::Length
+                && let Some(kept) = arete_chain::trim::last_sentence(&message.content)
+            {
+                message.content = kept.to_owned();
+            }
+        }
+        let rendered = chat.render(&messages).unwrap();
         let batch = Batch::from_sequences(&[&rendered.token_ids]);
         let hidden = model.decoder.forward(&batch, Some(&loaded.adapter)).unwrap();
         let last = hidden.get(batch.last_row(SegmentIdx(0)) as i64).unsqueeze(0);
@@ -501,6 +508,14 @@ fn a_run_directory_is_all_the_program_needs() {
     assert_eq!(run_binary(&["score"]).0, 2);
     assert_eq!(run_binary(&["score", "--run", dir, "--draws", "0"]).0, 2);
     assert_eq!(run_binary(&["report", "--run", run.at("nowhere").to_str().unwrap()]).0, 65);
+    // Of an older version: scoring refuses to read it, doctor says why.
+    fs_err::remove_file(run.at("reward/action/reading.json")).unwrap();
+    let (code, _, stderr) = run_binary(&["score", "--run", dir, "--max-new-tokens", "9"]);
+    assert_eq!(code, 65, "{stderr}");
+    assert!(stderr.contains("made by an older version"), "{stderr}");
+    let (code, stdout, _) = run_binary(&["doctor", "--run", dir]);
+    assert_eq!(code, 0);
+    assert!(stdout.contains("train the reward models again"), "{stdout}");
     fs_err::write(run.at("reward/action/adapter/adapter_config.json"), "{").unwrap();
     assert_eq!(run_binary(&["score", "--run", dir, "--max-new-tokens", "9"]).0, 65);
 }

@@ -128,6 +128,7 @@ pub(crate) fn save_reward(dir: &Path, model: &Model, adapter: &Adapter, head: Op
     let meta = AdapterMeta::of(model, "tiny-chat", Task::SequenceClassification);
     fs_err::create_dir_all(dir).unwrap();
     adapter_files::save(&dir.join("adapter"), adapter, head, &meta).unwrap();
+    arete_chain::Reading::whole(model, arete_chain::CutReply::Trim).write(dir).unwrap();
 }
 
 /// Three random reward models.

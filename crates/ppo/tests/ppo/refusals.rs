@@ -6,17 +6,21 @@ use crate::common::{
     config, random_reward, save_reward, tiny_chat, tiny_model, write_prompts, write_rewards,
 };
 use arete_model::{ScalarHead, Tensor};
-use arete_ppo::{Config, TrainInputs, train};
+use arete_ppo::{Config, Error, TrainInputs, train};
 use arete_records::{Aspect, Message, Split, parquet, prompt_id, rows::PromptRow};
 
 fn refusal(config: &Config, dir: &Path) -> String {
+    refused(config, dir).to_string()
+}
+
+fn refused(config: &Config, dir: &Path) -> Error {
     let inputs = TrainInputs {
         prompts: dir.join("prompts"),
         rewards: Some(dir.join("reward")),
         yardstick: None,
         output: dir.join("out"),
     };
-    train(config, &inputs).unwrap_err().to_string()
+    train(config, &inputs).unwrap_err()
 }
 
 #[test]
@@ -64,6 +68,17 @@ fn reward_models_of_another_tokenizer_are_refused() {
             && message.contains("got a model with sha256 "),
         "{message}"
     );
+}
+
+#[test]
+fn a_reward_model_without_a_reading_rule_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(dir.path());
+    write_rewards(dir.path(), &tiny_model());
+    fs_err::remove_file(dir.path().join("reward/motivation/reading.json")).unwrap();
+    let error = refused(&config(&[]), dir.path());
+    assert!(error.to_string().contains("made by an older version"), "{error}");
+    assert_eq!(arete_ppo::class_of(&error), Some(arete_records::Class::Data)); // exit code 65
 }
 
 #[test]

@@ -101,20 +101,22 @@ fn score_alone(
 ) -> f64 {
     let _guard = tch::no_grad_guard();
     let chat = model.chat().unwrap();
-    let (messages, finish) = if is_chain {
-        let finish = match aspect {
-            Aspect::Action => row.finish_reason_action,
-            Aspect::Motivation => row.finish_reason_motivation,
-            Aspect::Consequence => row.finish_reason_consequence,
-        };
-        (arete_chain::aspect_conversation(&row.messages, aspect).unwrap(), finish)
-    } else {
-        (row.messages.as_slice(), row.finish_reason_action)
+    let messages = match is_chain {
+        true => arete_chain::aspect_conversation(&row.messages, aspect).unwrap(),
+        false => row.messages.as_slice(),
     };
-    let rendered = match finish.unwrap() {
-        FinishReason::Stop => chat.render(messages).unwrap(),
-        FinishReason::Length => chat.render_truncated(messages).unwrap(),
-    };
+    // Every cut reply ends at its last full sentence, if it has one, and is closed.
+    let mut messages = messages.to_vec();
+    let finish =
+        [row.finish_reason_action, row.finish_reason_motivation, row.finish_reason_consequence];
+    let n_prompt = row.messages.len() - (2 * finish.iter().flatten().count() - 1);
+    let replies = messages[n_prompt..].iter_mut().step_by(2);
+    for (reply, _) in replies.zip(finish).filter(|(_, why)| *why == Some(FinishReason::Length)) {
+        if let Some(kept) = arete_chain::trim::last_sentence(&reply.content) {
+            reply.content = kept.to_owned();
+        }
+    }
+    let rendered = chat.render(&messages).unwrap();
     let batch = Batch::from_sequences(&[&rendered.token_ids]);
     let hidden = model.decoder.forward(&batch, Some(&reward.adapter)).unwrap();
     let last = hidden.narrow(0, batch.last_row(SegmentIdx(0)) as i64, 1);
