@@ -9,5 +9,6 @@ pub mod exemplars;
 pub mod pairs;
 pub mod sample;
 pub mod trim;
+pub mod verdicts;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};
