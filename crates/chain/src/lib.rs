@@ -12,6 +12,7 @@ pub mod reading;
 pub mod reward_model;
 pub mod sample;
 pub mod trim;
+pub mod verdicts;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};
 pub use reading::{CutReply, Reading, Transcript};

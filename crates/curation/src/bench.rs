@@ -16,7 +16,7 @@ use crate::engine::{Chain, Drawing, Engine, Labels, LocalEngine, Query};
 use crate::judge::verdict::LabelMass;
 use crate::judge::{Judge, Pair};
 use crate::prompts::{self, Context, Selection};
-use crate::units::UNIT;
+use arete_stage::units::UNIT;
 
 /// New tokens a turn, as in the peers' measurements.
 const NEW_TOKENS: usize = 32;

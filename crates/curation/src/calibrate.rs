@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use arete_chain::pairs::{self, Parts};
 use arete_chain::sample::key_of;
+use arete_chain::verdicts::Verdicts;
 use arete_records::rows::JudgementRow;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
 use arete_records::{Aspect, At, Message, Virtue, atomic, prompt_id, split_of};
@@ -21,11 +22,10 @@ use crate::constitution::Constitution;
 use crate::engine::Engine;
 use crate::judge::verdict::{Tally, vote};
 use crate::judge::{Judge, Pair};
-use crate::preferences::Places;
 use crate::stage::{self, Estimate, Place, cell};
-use crate::units::Units;
 use crate::{Error, prompts};
 use arete_chain::exemplars::{self, Use};
+use arete_stage::units::Units;
 
 /// The stage's name.
 pub const STAGE: &str = "calibrate";
@@ -197,11 +197,11 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     table.extend(baseline(&pairs));
     for (method, few_shot) in variants {
         let name = format!("verdicts-{}-{few_shot}", method.name());
-        let units = Units { output, name: &name, n_items: pairs.len(), shard: None };
+        let units = Units { output, name, n_items: pairs.len(), shard: None };
         progress.skip((pairs.len() - units.missing().1) as u64);
         let judge_config = config::JudgeConfig { few_shot, ..config.judge.clone() };
         let judge = Judge::new(&engine, &judge_config, &constitution, &shots, method)?;
-        units.run(|items| {
+        units.run::<_, Error>(|items| {
             interrupt::check()?;
             let n_items = items.len() as u64;
             let rows = judged(&judge, &pairs[items], method, config.tie_margin)?;
@@ -249,7 +249,7 @@ pub fn estimate(
     let (mut n_to_do, mut seconds) = (0, 0.0);
     for (method, few_shot) in variants(config) {
         let name = format!("verdicts-{}-{few_shot}", method.name());
-        let n = Units { output, name: &name, n_items: pairs.len(), shard: None }.missing().1;
+        let n = Units { output, name, n_items: pairs.len(), shard: None }.missing().1;
         n_to_do += n;
         if n > 0 && matches!(engine, Engine::Local(_)) {
             let judge_config = config::JudgeConfig { few_shot, ..config.judge.clone() };
@@ -540,8 +540,7 @@ fn line(
     pairs: &[(&Labelled, Vec<&JudgementRow>)],
 ) -> Line {
     let mut halves: [Vec<bool>; 2] = [Vec::new(), Vec::new()];
-    let mut places = Places::default();
-    let (mut n_verdicts, mut n_abstained) = (0, 0);
+    let mut verdicts = Verdicts::default();
     let (mut probabilities, mut lengths) = (Vec::new(), Vec::new());
     for (pair, rows) in pairs {
         let tally = Tally::of(rows.iter().copied());
@@ -549,9 +548,7 @@ fn line(
             halves[pair.half()].push(winner == pair.better_sample());
         }
         for row in rows {
-            places.add(row.p_ab.map(f64::from), row.p_ba.map(f64::from));
-            n_verdicts += 1;
-            n_abstained += usize::from(row.p_sample0.is_none());
+            verdicts.add(row);
         }
         if let Some(p) = tally.p_sample0 {
             let [zero, one] = pair.n_chars();
@@ -571,9 +568,9 @@ fn line(
         by: by.to_owned(),
         agreement,
         tie_percent: stage::percent(pairs.len() - agreement.n as usize, pairs.len()),
-        abstained_percent: stage::percent(n_abstained, n_verdicts),
-        first_position_percent: stage::percent(places.n_first, places.n_seen),
-        swap_consistency_percent: stage::percent(places.n_consistent, places.n_both),
+        abstained_percent: stage::percent(verdicts.abstained, verdicts.n),
+        first_position_percent: stage::percent(verdicts.first, verdicts.seen),
+        swap_consistency_percent: stage::percent(verdicts.consistent, verdicts.both),
         length_correlation: correlation.is_finite().then_some(correlation),
         flip,
     }

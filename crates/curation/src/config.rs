@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::Error;
 use crate::engine::server::ServerConfig;
 use crate::prompts::Context;
-use crate::units::Shard;
+use arete_stage::units::Shard;
 
 /// Settings of `prompts`.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use crate::constitution::{Constitution, Personas};
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::judge::under_persona;
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
-use crate::units::Units;
+use arete_stage::units::Units;
 
 /// The stage's name.
 pub const STAGE: &str = "conversations";
@@ -162,7 +162,7 @@ pub fn run(
     let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
     work.check(&run)?;
     let shard = config.shard;
-    let units = Units { output, name: STAGE, n_items: prompts.len(), shard };
+    let units = Units { output, name: STAGE.to_owned(), n_items: prompts.len(), shard };
     match work {
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
@@ -207,7 +207,8 @@ pub fn estimate(
 ) -> Result<Estimate, Error> {
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
     let contrast = Contrast::of(config)?;
-    let units = Units { output, name: STAGE, n_items: prompts.len(), shard: config.shard };
+    let units =
+        Units { output, name: STAGE.to_owned(), n_items: prompts.len(), shard: config.shard };
     let (missing, n_missing) = units.missing();
     let engines = Engines::open(config, inputs)?;
     let chains = |items: &[PromptRow]| -> Vec<Chain> {

@@ -22,9 +22,9 @@ use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
 use crate::constitution::{Constitution, Principle, draw};
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::stage::{self, Command, Estimate, Place, Work};
-use crate::units::Units;
 use arete_chain::exemplars::Replies;
 use arete_chain::exemplars::{self, Exemplar, Use};
+use arete_stage::units::Units;
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";
@@ -63,7 +63,7 @@ pub fn run(
     let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
     work.check(&run)?;
     let shard = config.shard;
-    let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard };
+    let units = Units { output, name: STAGE.to_owned(), n_items: material.prompts.len(), shard };
     match work {
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
@@ -73,7 +73,7 @@ pub fn run(
                 let progress =
                     arete_records::progress::start(STAGE, "prompts", material.prompts.len() as u64);
                 progress.skip((material.prompts.len() - n_missing) as u64);
-                units.run(|items| {
+                units.run::<_, Error>(|items| {
                     interrupt::check()?;
                     let n_items = items.len() as u64;
                     let rows = revise(&engine, &material, &material.prompts[items], config)?;
@@ -123,7 +123,12 @@ pub fn estimate(
     output: &Path,
 ) -> Result<Estimate, Error> {
     let material = Material::read(config, inputs)?;
-    let units = Units { output, name: STAGE, n_items: material.prompts.len(), shard: config.shard };
+    let units = Units {
+        output,
+        name: STAGE.to_owned(),
+        n_items: material.prompts.len(),
+        shard: config.shard,
+    };
     let (missing, n_missing) = units.missing();
     let turns = 1 + 2 * config.rounds + if config.turns == Turns::Chain { 2 } else { 0 };
     let n_new = (n_missing * turns * config.sampling.max_new_tokens) as u64;

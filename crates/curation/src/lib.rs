@@ -21,7 +21,7 @@
 //! (`method = "pairwise-text"`, `orders = "one"` is the report's way); truncated replies are
 //! counted, and dropped or trimmed by recipe (`truncated = "keep"` is the report's way).
 //!
-//! Work proceeds in fixed [units] of 32 prompts, each written as a file of its own: a killed
+//! Work proceeds in fixed [units](arete_stage::units) of 32 prompts, each written as a file of its own: a killed
 //! run continues, and parts of a job array join to the same bytes.
 
 pub mod bench;
@@ -39,6 +39,5 @@ pub mod merge;
 pub mod preferences;
 pub mod prompts;
 pub mod stage;
-pub mod units;
 
 pub use error::{Error, class_of};

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use arete_chain::sample::key_of;
 use arete_chain::trim::last_sentence;
+use arete_chain::verdicts::Verdicts;
 use arete_records::rows::{ConversationRow, JudgementRow, PreferenceRow};
 use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, parquet};
 use arete_stage::interrupt;
@@ -21,8 +22,8 @@ use crate::engine::Engine;
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair, side_through};
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
-use crate::units::Units;
 use arete_chain::exemplars::{self, Use};
+use arete_stage::units::Units;
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";
@@ -63,7 +64,7 @@ pub fn run(
         candidates.check(aspect, candidates.n_left(aspect), config)?;
     }
     let shard = config.shard;
-    let units = Units { output, name: JUDGEMENTS, n_items: prompts.len(), shard };
+    let units = Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard };
     match work {
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
@@ -73,7 +74,7 @@ pub fn run(
             let progress =
                 arete_records::progress::start("judging", "prompts", prompts.len() as u64);
             progress.skip((prompts.len() - n_missing) as u64);
-            units.run(|items| {
+            units.run::<_, Error>(|items| {
                 interrupt::check()?;
                 let n_items = items.len() as u64;
                 let chosen: Vec<&Candidate> =
@@ -129,7 +130,8 @@ pub fn estimate(
 ) -> Result<Estimate, Error> {
     let prompts = samples_of(&inputs.conversations)?;
     let candidates = Candidates::of(&prompts, config.truncated);
-    let units = Units { output, name: JUDGEMENTS, n_items: prompts.len(), shard: config.shard };
+    let units =
+        Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard: config.shard };
     let (missing, n_missing) = units.missing();
     let to_do: Vec<&Candidate> = candidates
         .all
@@ -584,8 +586,7 @@ fn summary(
     let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
     let n_judged = own.len() / Virtue::ALL.len();
     let n_cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
-    let places = Places::of(own.iter().copied());
-    let n_abstained = own.iter().filter(|row| row.p_sample0.is_none()).count();
+    let verdicts = Verdicts::of(own.iter().copied());
     let mut votes = Map::new();
     for virtue in Virtue::ALL {
         let of = |wanted: Option<i32>| {
@@ -603,9 +604,9 @@ fn summary(
         "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
         "dropped_identical": dropped.identical, "truncated_replies": n_cut,
         "truncated_percent": percent(n_cut, 2 * prompts.len()),
-        "first_position_percent": percent(places.n_first, places.n_seen),
-        "swap_consistency_percent": percent(places.n_consistent, places.n_both),
-        "abstained": n_abstained, "abstained_percent": percent(n_abstained, own.len()),
+        "first_position_percent": percent(verdicts.first, verdicts.seen),
+        "swap_consistency_percent": percent(verdicts.consistent, verdicts.both),
+        "abstained": verdicts.abstained, "abstained_percent": percent(verdicts.abstained, own.len()),
         "votes": votes,
     })
 }
@@ -641,38 +642,6 @@ fn summary_table(counts: &Map<String, Value>) -> String {
         }));
     }
     stage::table(&heads, &rows)
-}
-
-/// How verdicts depend on the place a sample is shown in.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Places {
-    /// Verdicts of one order, and those of them for the sample shown first.
-    pub(crate) n_seen: usize,
-    pub(crate) n_first: usize,
-    /// Verdicts of both orders, and those of them for the same sample.
-    pub(crate) n_both: usize,
-    pub(crate) n_consistent: usize,
-}
-
-impl Places {
-    fn of<'a>(rows: impl Iterator<Item = &'a JudgementRow>) -> Self {
-        let mut places = Self::default();
-        for row in rows {
-            places.add(row.p_ab.map(f64::from), row.p_ba.map(f64::from));
-        }
-        places
-    }
-
-    pub(crate) fn add(&mut self, p_ab: Option<f64>, p_ba: Option<f64>) {
-        for p in [p_ab, p_ba].into_iter().flatten() {
-            self.n_seen += 1;
-            self.n_first += usize::from(p > 0.5);
-        }
-        if let (Some(p_ab), Some(p_ba)) = (p_ab, p_ba) {
-            self.n_both += 1;
-            self.n_consistent += usize::from((p_ab > 0.5) == (p_ba < 0.5));
-        }
-    }
 }
 
 #[cfg(test)]
@@ -790,15 +759,6 @@ mod tests {
         samples.samples[0].persona = Some("vicious".to_owned());
         samples.samples[1].persona = Some("virtuous".to_owned());
         assert_eq!(by_construction(&samples).unwrap().p_sample0, Some(0.0));
-    }
-
-    #[test]
-    fn places_count_first_position_and_consistency() {
-        let mut places = Places::default();
-        places.add(Some(0.9), Some(0.8)); // first both times: inconsistent
-        places.add(Some(0.9), Some(0.2)); // sample 0 both times
-        places.add(Some(0.4), None);
-        assert_eq!(places, Places { n_seen: 5, n_first: 3, n_both: 2, n_consistent: 1 });
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::Error;
 use crate::config::ComputeConfig;
 use crate::engine::server::ServerConfig;
 use crate::engine::{Engine, LocalEngine, ServerEngine};
-use crate::units::{SHARDS, Shard};
+use arete_stage::units::{SHARDS, Shard};
 
 /// How a stage's units come about.
 #[derive(Debug, Clone)]

@@ -15,7 +15,6 @@ pub mod compare;
 pub mod config;
 pub mod doctor;
 mod error;
-mod judge;
 pub mod pairs;
 pub mod policies;
 pub mod replies;
@@ -27,6 +26,7 @@ pub mod score;
 pub mod summary;
 pub mod table;
 
+use arete_chain::verdicts as judge;
 pub use config::ScoreConfig;
 pub use error::{Error, class_of};
 pub use report::{ReportInputs, report};

@@ -4,18 +4,18 @@
 //! continues with what is missing, and the joined files are the same.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_model::{Adapter, Source, runtime};
-use arete_records::parquet::{self, Row};
+use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
 use arete_records::stats::{self, Resampling};
 use arete_records::{Aspect, ScoreStats, Split, atomic, score_stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
+use arete_stage::units::{SHARDS, Units};
 use serde_json::{Map, Value};
 
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
@@ -28,15 +28,11 @@ use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, Yard
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
 use crate::{Error, table};
 
-/// Prompts (or pairs) in a unit.
-pub const UNIT: usize = 32;
 /// Units sampled together: completions do not depend on their neighbours, full batches are faster.
 const UNITS_TOGETHER: usize = 2;
 /// Mass inside the intervals.
 const LEVEL: f64 = 0.95;
 
-/// The stage's directory of finished units.
-const SHARDS: &str = "shards";
 /// The directory with one file of replies a model.
 pub const REPLIES: &str = "replies";
 /// The scores' file.
@@ -277,7 +273,7 @@ impl<'a> Work<'a> {
 
     fn reply(&mut self, policy: &Policy) -> Result<(), Error> {
         let (units, tokens) = (self.units("replies", policy), self.units("tokens", policy));
-        let missing = units.missing();
+        let missing = units.missing().0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -327,7 +323,7 @@ impl<'a> Work<'a> {
     /// One kind of work on the prompts, for one policy.
     fn units(&self, kind: &str, policy: &Policy) -> Units<'a> {
         let name = format!("{kind}-{}", policy.name);
-        Units { output: self.output, name, n_items: self.prompts.len() }
+        Units { output: self.output, name, n_items: self.prompts.len(), shard: None }
     }
 
     /// The replies of a policy to the prompts of some units.
@@ -336,13 +332,13 @@ impl<'a> Work<'a> {
         policy: &Policy,
         units: &[usize],
     ) -> Result<Vec<Vec<ConversationRow>>, Error> {
-        units.iter().map(|&unit| self.units("replies", policy).read(unit)).collect()
+        units.iter().map(|&unit| Ok(self.units("replies", policy).read(unit)?)).collect()
     }
 
     /// Scores by the three reward models, and log-probabilities under the base.
     fn measure(&mut self, policy: &Policy) -> Result<(), Error> {
         let (units, tokens) = (self.units("scores", policy), self.units("tokens", policy));
-        let missing = units.missing();
+        let missing = units.missing().0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -402,7 +398,7 @@ impl<'a> Work<'a> {
     fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<(), Error> {
         let Some(yardstick) = &self.plan.yardstick else { return Ok(()) };
         let units = self.units("yardstick", policy);
-        let missing = units.missing();
+        let missing = units.missing().0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -430,7 +426,7 @@ impl<'a> Work<'a> {
     /// How probable a policy finds either side of the labelled pairs.
     fn judge_pairs(&mut self, policy: &Policy, labelled: &[LabelledPair]) -> Result<(), Error> {
         let units = Units { n_items: labelled.len(), ..self.units("pairs", policy) };
-        let missing = units.missing();
+        let missing = units.missing().0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -716,46 +712,4 @@ fn finite(score: f64, aspect: &str, policy: &Policy, row: &ConversationRow) -> R
         prompt_id: row.prompt_id.clone(),
         score,
     })
-}
-
-/// Units of one kind of work, each with a file once it is done.
-struct Units<'a> {
-    output: &'a Path,
-    name: String,
-    n_items: usize,
-}
-
-impl Units<'_> {
-    fn count(&self) -> usize {
-        self.n_items.div_ceil(UNIT)
-    }
-
-    fn items(&self, unit: usize) -> Range<usize> {
-        unit * UNIT..((unit + 1) * UNIT).min(self.n_items)
-    }
-
-    fn path(&self, unit: usize) -> PathBuf {
-        self.output.join(SHARDS).join(format!("{}-{unit:06}.parquet", self.name))
-    }
-
-    fn missing(&self) -> Vec<usize> {
-        (0..self.count()).filter(|&unit| !self.path(unit).exists()).collect()
-    }
-
-    fn write<T: Row>(&self, unit: usize, rows: &[T]) -> Result<(), Error> {
-        fs_err::create_dir_all(self.output.join(SHARDS))?;
-        Ok(parquet::write(self.path(unit), rows)?)
-    }
-
-    fn read<T: Row>(&self, unit: usize) -> Result<Vec<T>, Error> {
-        Ok(parquet::read(self.path(unit))?)
-    }
-
-    fn read_all<T: Row>(&self) -> Result<Vec<T>, Error> {
-        let mut rows = Vec::new();
-        for unit in 0..self.count() {
-            rows.extend(self.read(unit)?);
-        }
-        Ok(rows)
-    }
 }

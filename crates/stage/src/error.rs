@@ -14,6 +14,15 @@ pub enum Error {
     #[error(transparent)]
     Records(#[from] arete_records::Error),
 
+    /// Files of units do not add up to a whole.
+    #[error("{}: {reason}", path.display())]
+    Shards {
+        /// The directory concerned.
+        path: PathBuf,
+        /// What is missing or contradictory.
+        reason: String,
+    },
+
     /// A recipe is not TOML.
     #[error("{}: not readable as a recipe: {reason}", path.display())]
     Recipe {

@@ -13,5 +13,6 @@ pub mod recipe;
 pub mod run;
 mod tfevents;
 pub mod timings;
+pub mod units;
 
 pub use error::Error;

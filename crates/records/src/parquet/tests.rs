@@ -270,6 +270,53 @@ fn file_of(columns: Vec<(&str, ArrayRef)>) -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
+/// What pandas, pyarrow and datasets may have packed a file with.
+#[test]
+fn files_packed_in_other_ways_are_read() {
+    use parquet::basic::GzipLevel;
+    for compression in [
+        Compression::UNCOMPRESSED,
+        Compression::SNAPPY,
+        Compression::GZIP(GzipLevel::default()),
+        Compression::LZ4,
+        Compression::LZ4_RAW,
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file.parquet");
+        let batch = RecordBatch::try_from_iter([("prompt", strings(&["q"; 100]))]).unwrap();
+        let properties = WriterProperties::builder().set_compression(compression).build();
+        let file = fs_err::File::create(&path).unwrap();
+        let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(properties)).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let rows = read_json(&path).unwrap_or_else(|error| panic!("{compression}: {error}"));
+        assert_eq!((rows.len(), &rows[99]["prompt"]), (100, &json!("q")), "{compression}");
+    }
+}
+
+/// As pyarrow writes a table of no rows: one group with an empty dictionary page and no data page.
+#[test]
+fn a_group_without_rows_has_none() {
+    use parquet::data_type::ByteArrayType;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file.parquet");
+    let schema = parse_message_type("message rows { optional binary prompt (STRING); }").unwrap();
+    let file = fs_err::File::create(&path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    column.typed::<ByteArrayType>().write_batch(&[], Some(&[]), None).unwrap();
+    column.close().unwrap();
+    group.close().unwrap();
+    let metadata = writer.close().unwrap();
+    let column = metadata.row_group(0).column(0);
+    assert_eq!((column.data_page_offset(), column.num_values()), (0, 0));
+    assert!(column.dictionary_page_offset().is_some_and(|offset| offset > 0));
+    assert_eq!(read_json(&path).unwrap(), []);
+}
+
 fn strings(values: &[&str]) -> ArrayRef {
     Arc::new(StringArray::from(values.to_vec()))
 }

@@ -100,7 +100,7 @@ fn page_version() -> String {
         include_str!("sections.rs"),
         include_str!("../best_of.rs"),
         include_str!("../doctor.rs"),
-        include_str!("../judge.rs"),
+        include_str!("../../../chain/src/verdicts.rs"),
         include_str!("../run_files.rs"),
         include_str!("../summary.rs"),
         include_str!("../table.rs"),

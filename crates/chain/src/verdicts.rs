@@ -1,4 +1,4 @@
-//! What verdicts say about the judge that gave them.
+//! What verdicts say about the judge that gave them: votes, and how they depend on the order of the samples.
 
 use std::collections::BTreeMap;
 
@@ -7,55 +7,69 @@ use arete_records::{Virtue, stats};
 
 /// How verdicts depend on virtue and place.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Verdicts {
+pub struct Verdicts {
     /// Verdicts asked for.
-    pub(crate) n: usize,
+    pub n: usize,
     /// For sample 0, for sample 1, for neither.
-    pub(crate) votes: [usize; 3],
+    pub votes: [usize; 3],
     /// Single verdicts, and those of them for what was shown first.
-    pub(crate) seen: usize,
-    pub(crate) first: usize,
+    pub seen: usize,
+    /// See `seen`.
+    pub first: usize,
     /// Verdicts in both orders, and those of them for the same sample.
-    pub(crate) both: usize,
-    pub(crate) consistent: usize,
-    pub(crate) abstained: usize,
+    pub both: usize,
+    /// See `both`.
+    pub consistent: usize,
+    /// Verdicts not given.
+    pub abstained: usize,
 }
 
 impl Verdicts {
-    pub(crate) fn of<'a>(rows: impl Iterator<Item = &'a JudgementRow>) -> Self {
+    /// Counts the verdicts of some rows.
+    pub fn of<'a>(rows: impl Iterator<Item = &'a JudgementRow>) -> Self {
         let mut out = Self::default();
         for row in rows {
-            out.n += 1;
-            let place = match row.vote {
-                Some(0) => 0,
-                Some(_) => 1,
-                None => 2,
-            };
-            out.votes[place] += 1;
-            out.abstained += usize::from(row.p_sample0.is_none());
-            for p in [row.p_ab, row.p_ba].into_iter().flatten() {
-                out.seen += 1;
-                out.first += usize::from(p > 0.5);
-            }
-            if let (Some(p_ab), Some(p_ba)) = (row.p_ab, row.p_ba) {
-                out.both += 1;
-                out.consistent += usize::from((p_ab > 0.5) == (p_ba < 0.5));
-            }
+            out.add(row);
         }
         out
     }
 
-    pub(crate) fn first_rate(&self) -> Option<f64> {
+    /// Counts one more.
+    pub fn add(&mut self, row: &JudgementRow) {
+        self.n += 1;
+        let place = match row.vote {
+            Some(0) => 0,
+            Some(_) => 1,
+            None => 2,
+        };
+        self.votes[place] += 1;
+        self.abstained += usize::from(row.p_sample0.is_none());
+        for p in [row.p_ab, row.p_ba].into_iter().flatten() {
+            self.seen += 1;
+            self.first += usize::from(p > 0.5);
+        }
+        if let (Some(p_ab), Some(p_ba)) = (row.p_ab, row.p_ba) {
+            self.both += 1;
+            self.consistent += usize::from((p_ab > 0.5) == (p_ba < 0.5));
+        }
+    }
+
+    /// Share of single verdicts for what was shown first.
+    #[must_use]
+    pub fn first_rate(&self) -> Option<f64> {
         (self.seen > 0).then(|| self.first as f64 / self.seen as f64)
     }
 
-    pub(crate) fn consistency(&self) -> Option<f64> {
+    /// Share of verdicts in both orders that are for the same sample.
+    #[must_use]
+    pub fn consistency(&self) -> Option<f64> {
         (self.both > 0).then(|| self.consistent as f64 / self.both as f64)
     }
 }
 
 /// Fleiss' kappa of the five virtues on the pairs that all of them voted on.
-pub(crate) fn kappa(rows: &[&JudgementRow]) -> Option<f64> {
+#[must_use]
+pub fn kappa(rows: &[&JudgementRow]) -> Option<f64> {
     let mut votes: BTreeMap<&str, [u64; 2]> = BTreeMap::new();
     for row in rows {
         if let Some(vote @ 0..=1) = row.vote {

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use arete_records::Refusal;
 use arete_records::parquet::{self, Row};
 use serde::{Deserialize, Serialize};
 
@@ -38,26 +39,22 @@ impl Shard {
 }
 
 impl FromStr for Shard {
-    type Err = Error;
+    type Err = Refusal;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self, Refusal> {
         let numbers = text.split_once('/').and_then(|(part, parts)| {
             Some(Self { part: part.parse().ok()?, parts: parts.parse().ok()? })
         });
-        numbers.filter(|shard| (1..=shard.parts).contains(&shard.part)).ok_or_else(|| {
-            Error::Setting {
-                name: "shard",
-                expected: "i/n with 1 <= i <= n".to_owned(),
-                got: text.to_owned(),
-            }
-        })
+        numbers
+            .filter(|shard| (1..=shard.parts).contains(&shard.part))
+            .ok_or_else(|| Refusal::setting("shard", "i/n with 1 <= i <= n", text))
     }
 }
 
 impl TryFrom<String> for Shard {
-    type Error = Error;
+    type Error = Refusal;
 
-    fn try_from(text: String) -> Result<Self, Error> {
+    fn try_from(text: String) -> Result<Self, Refusal> {
         text.parse()
     }
 }
@@ -80,7 +77,7 @@ pub struct Units<'a> {
     /// The stage's output directory.
     pub output: &'a Path,
     /// Name of the rows' files, without extension.
-    pub name: &'a str,
+    pub name: String,
     /// Prompts (or pairs) in all.
     pub n_items: usize,
     /// The part to do; `None` does all.
@@ -120,10 +117,10 @@ impl Units<'_> {
     /// # Errors
     ///
     /// Whatever `compute` returns, or a shard file that cannot be written.
-    pub fn run<T: Row>(
+    pub fn run<T: Row, E: From<Error>>(
         &self,
-        mut compute: impl FnMut(Range<usize>) -> Result<Vec<T>, Error>,
-    ) -> Result<(), Error> {
+        mut compute: impl FnMut(Range<usize>) -> Result<Vec<T>, E>,
+    ) -> Result<(), E> {
         for unit in self.missing().0 {
             let rows = compute(self.items(unit))?;
             self.write(unit, &rows)?;
@@ -139,6 +136,28 @@ impl Units<'_> {
     pub fn write<T: Row>(&self, unit: usize, rows: &[T]) -> Result<(), Error> {
         fs_err::create_dir_all(self.output.join(SHARDS))?;
         Ok(parquet::write(self.shard_path(unit), rows)?)
+    }
+
+    /// Reads the shard file of one unit.
+    ///
+    /// # Errors
+    ///
+    /// A shard file that cannot be read.
+    pub fn read<T: Row>(&self, unit: usize) -> Result<Vec<T>, Error> {
+        Ok(parquet::read(self.shard_path(unit))?)
+    }
+
+    /// Reads all shard files, in order.
+    ///
+    /// # Errors
+    ///
+    /// A shard file that cannot be read.
+    pub fn read_all<T: Row>(&self) -> Result<Vec<T>, Error> {
+        let mut rows = Vec::new();
+        for unit in 0..self.count() {
+            rows.extend(self.read(unit)?);
+        }
+        Ok(rows)
     }
 
     /// Joins all shard files into one and removes them; the rows.
@@ -261,7 +280,7 @@ mod tests {
 
     fn units<'a>(output: &'a Path, shard: Option<&str>) -> Units<'a> {
         let shard = shard.map(|shard| shard.parse().unwrap());
-        Units { output, name: "prompts", n_items: 70, shard }
+        Units { output, name: "prompts".to_owned(), n_items: 70, shard }
     }
 
     fn compute(items: Range<usize>) -> Result<Vec<PromptRow>, Error> {
@@ -281,7 +300,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let units = units(dir.path(), None);
         let mut seen = Vec::new();
-        let killed = units.run::<PromptRow>(|items| {
+        let killed = units.run::<PromptRow, Error>(|items| {
             if items.start == 32 {
                 return Err(Error::Io(std::io::Error::other("killed")));
             }
