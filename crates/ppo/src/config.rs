@@ -166,8 +166,9 @@ pub struct Config {
     /// Discount per token
     #[arg(long, default_value_t = 1.0)]
     pub gamma: f64,
-    /// Decay of generalised advantage estimation
-    #[arg(long, default_value_t = 0.95)]
+    /// Decay of generalised advantage estimation (OpenRLHF, verl: 1). Below 1, a critic that knows nothing yet and scores above 0
+    /// press towards short replies: the end of a turn gets more of the score than the tokens before it
+    #[arg(long, default_value_t = 1.0)]
     pub lambda: f64,
     /// Stop an iteration's updates once ½·mean((new − old log-probability)²) exceeds this; 0 = never
     #[arg(long, default_value_t = 0.1)]

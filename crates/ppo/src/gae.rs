@@ -107,6 +107,46 @@ mod tests {
         assert_eq!(values_of(&out.returns), [1.625, 0.0, 0.0, 1.5, 4.0, 0.0]);
     }
 
+    /// The fault: at λ = 0.95 and a critic of zero, a reward of 1 for every reply favoured the end of a turn over going on.
+    #[test]
+    fn a_constant_reward_does_not_press_towards_short_replies() {
+        #[derive(Debug, clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            config: crate::Config,
+        }
+        let Cli { config } = clap::Parser::parse_from(["ppo"]);
+        // Replies of 1 to 16 tokens, 1 at the end of each.
+        let (n, t) = (16, 16);
+        let cell = |f: fn(usize, usize) -> bool| -> Vec<Vec<f32>> {
+            let row = |b| (0..t).map(|i| f32::from(u8::from(f(b, i)))).collect();
+            (0..n).map(row).collect()
+        };
+        let tensor = |rows: &[Vec<f32>]| batch(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let (last, own) = (cell(|b, i| b == i), cell(|b, i| i <= b));
+        let valid = tensor(&own).gt(0.5);
+        let zeros = tensor(&last).zeros_like();
+        let advantage = |lambda| {
+            let of = estimate_advantages(&tensor(&last), &zeros, &valid, config.gamma, lambda);
+            values_of(&of.unwrap().advantage)
+        };
+        // How much better ending is than going on, in the mean over the tokens of each kind.
+        let pressure = |advantage: &[f64]| {
+            let mean = |wanted: bool| {
+                let picked: Vec<f64> = (0..n * t)
+                    .filter(|at| {
+                        own[at / t][at % t] > 0.5 && (last[at / t][at % t] > 0.5) == wanted
+                    })
+                    .map(|at| advantage[at])
+                    .collect();
+                picked.iter().sum::<f64>() / picked.len() as f64
+            };
+            mean(true) - mean(false)
+        };
+        assert!(pressure(&advantage(0.95)) > 0.2, "{}", pressure(&advantage(0.95)));
+        assert_eq!(pressure(&advantage(config.lambda)), 0.0);
+    }
+
     #[test]
     fn shapes_are_checked() {
         let (x, valid) = (batch(&[&[1.0, 2.0]]), bools(&[&[true, true]]));

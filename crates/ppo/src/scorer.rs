@@ -98,6 +98,8 @@ impl Ensemble {
                     n: 0,
                     split: String::new(),
                     base_sha256: String::new(),
+                    n_prompts: 0,
+                    source: String::new(),
                 }),
             })
             .collect();
@@ -213,7 +215,8 @@ impl Ensemble {
                     got: *got,
                 });
             }
-            let stats = ScoreStats::of(&scores, split, base_sha256);
+            let source = "replies of the reference".to_owned();
+            let stats = ScoreStats { source, ..ScoreStats::of(&scores, split, base_sha256) };
             if !(stats.std.is_finite() && stats.std >= MIN_STD) {
                 return Err(Error::ZeroVariance {
                     what: format!("scores of the {} reward model on the reference", member.aspect),
@@ -350,7 +353,7 @@ fn transcripts(conversations: &[Conversation], turn: usize) -> Vec<Transcript<'_
 
 #[cfg(test)]
 mod tests {
-    use arete_records::Message;
+    use arete_records::{FinishReason, Message};
 
     use super::*;
     use crate::rollout::Reply;

@@ -557,8 +557,11 @@ impl<'a> Stage<'a> {
     /// The iteration whose weights may be selected.
     fn best(&self) -> Option<u64> {
         match self.config.select {
-            Select::Best => self.state.best.map(|best| best.iteration),
-            Select::Last => None,
+            // Where every probe so far rang the alarm, the start is the best.
+            Select::Best if self.state.first_probe.is_some() => {
+                Some(self.state.best.map_or(0, |best| best.iteration))
+            }
+            Select::Best | Select::Last => None,
         }
     }
 
@@ -573,6 +576,11 @@ impl<'a> Stage<'a> {
         self.metrics.flush()?;
         self.store.keep_only(&[last, selected])?;
         tracing::info!(selected, "weights selected");
+        if selected == 0 && last > 0 {
+            tracing::warn!(
+                "every probe after an iteration rang the alarm for over-optimisation: the start is the result"
+            );
+        }
         if let (Some((first, _)), Some(best)) = (&self.state.first_probe, self.state.best)
             && best.score < *first
         {

@@ -22,6 +22,12 @@ pub struct ScoreStats {
     pub split: String,
     /// SHA-256 of the base that the reward model reads with.
     pub base_sha256: String,
+    /// Number of prompts behind the conversations; 0 if not recorded.
+    #[serde(default)]
+    pub n_prompts: usize,
+    /// Whose conversations they are, in words.
+    #[serde(default)]
+    pub source: String,
 }
 
 impl ScoreStats {
@@ -33,6 +39,8 @@ impl ScoreStats {
             n: scores.len(),
             split: split.to_owned(),
             base_sha256: base_sha256.to_owned(),
+            n_prompts: 0,
+            source: String::new(),
         }
     }
 

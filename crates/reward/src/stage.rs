@@ -1,5 +1,6 @@
 //! The stage: from files to files.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use arete_chain::reading::{self, Side};
@@ -28,6 +29,22 @@ const HEAD: &str = "base_model.model.score.weight";
 const CONVERSATIONS: &str = "conversations.parquet";
 /// Conversations whose scores are compared between the merged model and the adapter.
 const N_COMPARED: usize = 16;
+
+/// Score statistics that rest on fewer replies get a warning.
+const MIN_STATS: usize = 64;
+/// The virtuous persona of contrastive sampling.
+const VIRTUOUS: &str = "virtuous";
+/// Personas of samples that stand for the model PPO starts from: the tuned model, and for want of one without a persona
+/// prompt the virtuous persona.
+const OWN: [&str; 2] = ["tuned", VIRTUOUS];
+
+/// Conversations that score statistics are taken from.
+#[derive(Debug, Default)]
+struct Own {
+    sequences: Vec<Vec<i64>>,
+    n_prompts: usize,
+    source: &'static str,
+}
 
 /// Scores of the chosen and the rejected side, one entry a pair.
 type PairScores = Vec<[f64; 2]>;
@@ -225,7 +242,7 @@ impl Base<'_> {
         };
         let reading = self.reading(&data);
         reading.write(&output)?;
-        let stats = self.score_stats(&job, &data, &scores, &chat, &reading, &adapter, &head)?;
+        let stats = self.score_stats(&job, &data, &scores, &chat, (&adapter, &head, &reading))?;
         write_json(&output.join(score_stats::FILE), &stats)?;
         if !scores.is_empty() {
             let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
@@ -373,48 +390,68 @@ impl Base<'_> {
         Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
     }
 
-    /// Statistics of the scores of validation conversations; without those, of the validation pairs.
+    /// Statistics of the scores of what PPO starts from: validation conversations of this base. Without those, of the validation
+    /// pairs, which are of other models too.
     fn score_stats(
         &self,
         job: &Job,
         data: &Data,
-        scores: &[[f64; 2]],
+        pair_scores: &[[f64; 2]],
         chat: &Chat<'_>,
-        reading: &Reading,
-        adapter: &Adapter,
-        head: &ScalarHead,
+        reward: (&Adapter, &ScalarHead, &Reading),
     ) -> Result<ScoreStats, Error> {
-        let sequences = match (&job.conversations, job.aspect) {
-            (Some(path), Some(aspect)) => self.conversations(path, aspect, chat, reading)?,
-            _ => Vec::new(),
+        let (adapter, head, reading) = reward;
+        let score = |sequences: &[Vec<i64>]| {
+            let budget = self.config.steps.micro_batch_tokens;
+            sequence_scores(&self.model.decoder, Some(adapter), head, sequences, budget)
         };
-        if sequences.is_empty() && !scores.is_empty() {
-            let base_sha256 = &self.model.base_sha256;
-            return Ok(ScoreStats::of(&scores.concat(), data.validation_name, base_sha256));
+        let stats = |scores: &[f64], n_prompts, split: &str, source: &str| {
+            let of = ScoreStats::of(scores, split, &self.model.base_sha256);
+            ScoreStats { n_prompts, source: source.to_owned(), ..of }
+        };
+        if let (Some(path), Some(aspect)) = (&job.conversations, job.aspect) {
+            let own = self.conversations(path, aspect, chat, reading)?;
+            if !own.sequences.is_empty() {
+                let n = own.sequences.len();
+                if n < MIN_STATS {
+                    tracing::warn!(n, wanted = MIN_STATS, "score statistics rest on few replies");
+                }
+                let scores = score(&own.sequences)?;
+                return Ok(stats(&scores, own.n_prompts, data.validation_name, own.source));
+            }
         }
-        let (sequences, split) = if sequences.is_empty() {
-            tracing::warn!("no validation conversations: score statistics are of training pairs");
-            (both_sides(&data.train.pairs), Split::Train.name())
-        } else {
-            (sequences, data.validation_name)
-        };
-        let budget = self.config.steps.micro_batch_tokens;
-        let scores = sequence_scores(&self.model.decoder, Some(adapter), head, &sequences, budget)?;
-        Ok(ScoreStats::of(&scores, split, &self.model.base_sha256))
+        if !pair_scores.is_empty() {
+            let (split, n) = (data.validation_name, pair_scores.len());
+            return Ok(stats(
+                &pair_scores.concat(),
+                n,
+                split,
+                "both sides of the validation pairs",
+            ));
+        }
+        tracing::warn!("no validation conversations: score statistics are of training pairs");
+        let scores = score(&both_sides(&data.train.pairs))?;
+        let (split, n) = (Split::Train.name(), data.train.pairs.len());
+        Ok(stats(&scores, n, split, "both sides of the training pairs"))
     }
 
-    /// Both samples of the validation prompts, through the aspect's reply, read as PPO and scoring read them.
+    /// The base's own samples of the validation prompts, through the aspect's reply, read as PPO and scoring read them. With
+    /// personas, samples of another model or of the vicious persona are left out.
     fn conversations(
         &self,
         path: &Path,
         aspect: Aspect,
         chat: &Chat<'_>,
         reading: &Reading,
-    ) -> Result<Vec<Vec<i64>>, Error> {
+    ) -> Result<Own, Error> {
         let rows: Vec<ConversationRow> = parquet::read(path)?;
-        let mut out = Vec::new();
-        for (idx, row) in rows.iter().enumerate().filter(|(_, row)| row.split == Split::Validation)
-        {
+        let is_own = |row: &ConversationRow| {
+            let persona = row.persona.as_deref();
+            row.split == Split::Validation && persona.is_none_or(|name| OWN.contains(&name))
+        };
+        let mut own = Own { source: "the base's replies", ..Own::default() };
+        let mut prompts = BTreeSet::new();
+        for (idx, row) in rows.iter().enumerate().filter(|(_, row)| is_own(row)) {
             let in_row = |source| Error::Rendering {
                 path: path.to_owned(),
                 row: idx + 1,
@@ -426,9 +463,14 @@ impl Base<'_> {
                 finish_reasons: through.iter().map(|&turn| row.finish_reason(turn)).collect(),
             };
             let context = self.model.config.max_position_embeddings;
-            out.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
+            own.sequences.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
+            prompts.insert(&row.prompt_id);
+            if row.persona.as_deref() == Some(VIRTUOUS) {
+                own.source = "the base's replies as the virtuous persona";
+            }
         }
-        Ok(out)
+        own.n_prompts = prompts.len();
+        Ok(own)
     }
 
     /// Writes the merged model; the largest difference between its scores and the adapter's.

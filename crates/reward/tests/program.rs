@@ -131,7 +131,7 @@ fn preferences_become_a_reward_model_that_scores() {
             prompt_id,
             split,
             sample,
-            persona: None,
+            persona: Some(if sample == 0 { "tuned" } else { "original" }.to_owned()),
             messages: [prompt, reply].concat(),
             action,
             motivation: String::new(),
@@ -161,12 +161,16 @@ fn preferences_become_a_reward_model_that_scores() {
     assert_eq!((&evaluation["split"], &evaluation["n"]), (&"validation".into(), &10.into()));
     assert_eq!(number(&evaluation["accuracy"], "estimate"), 1.0);
     let stats = json(&action.join("score_stats.json"));
-    assert_eq!((&stats["split"], &stats["n"]), (&"validation".into(), &12.into()));
+    // Half of the samples are another model's: the statistics are of the one that PPO starts from.
+    assert_eq!((&stats["split"], &stats["n"]), (&"validation".into(), &6.into()));
+    assert_eq!((&stats["n_prompts"], &stats["source"]), (&6.into(), &"the base's replies".into()));
 
     // Scores of those conversations: adapter and merged model agree, and have the statistics written.
     let input = dir.path().join("input.jsonl");
-    let messages =
-        rows[..12].iter().map(|row| serde_json::json!({"messages": row.messages}).to_string());
+    let messages = rows[..12]
+        .iter()
+        .step_by(2)
+        .map(|row| serde_json::json!({"messages": row.messages}).to_string());
     fs_err::write(&input, messages.collect::<Vec<_>>().join("\n")).unwrap();
     let adapter = action.join("adapter");
     let unmerged = score(&model(), Some(&adapter), &input, &[]);

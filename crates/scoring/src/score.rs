@@ -587,12 +587,17 @@ impl<'a> Work<'a> {
         for aspect in Aspect::ALL {
             let standardisation = match ScoreStats::read(self.plan.reward_dir(aspect))? {
                 // One score for all is nothing to standardise with.
-                Some(ScoreStats { mean, std, n, split, .. }) if std > 0.0 => Standardisation {
-                    mean,
-                    std,
-                    n,
-                    from: format!("{split} conversations of the base"),
-                },
+                Some(ScoreStats { mean, std, n, split, source, .. }) if std > 0.0 => {
+                    Standardisation {
+                        mean,
+                        std,
+                        n,
+                        from: match source.as_str() {
+                            "" => format!("{split} conversations of the base"),
+                            source => format!("{source}, {split} prompts"),
+                        },
+                    }
+                }
                 _ => {
                     let name = &self.plan.policies[0].name;
                     tracing::warn!(

@@ -328,7 +328,7 @@ fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
     ] {
         crate::common::save_reward(&dir.path().join(name), &model, &adapter, Some(head));
     }
-    let config = config(&[
+    let mut config = config(&[
         "--rollout",
         "answer",
         "--learning-rate",
@@ -356,6 +356,23 @@ fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
         assert!(last("probe/z_gain") > 0.5, "{}", last("probe/z_gain"));
         assert_eq!(last("probe/yardstick_gain") < 0.0, alarm > 0.0);
         assert_eq!(last("probe/over_optimised"), alarm);
+    }
+    // The only probe after the start rings: what is selected is the start, not the last weights.
+    config.select = arete_training::Select::Best;
+    config.probe_every = 0;
+    let inputs = arete_ppo::TrainInputs {
+        yardstick: Some(dir.path().join("opposite")),
+        ..inputs(dir.path(), "out/start")
+    };
+    train(&config, &inputs).unwrap();
+    let run = fs_err::read_to_string(inputs.output.join("run.json")).unwrap();
+    let run: serde_json::Value = serde_json::from_str(&run).unwrap();
+    assert_eq!(run["counts"]["selected_iteration"], 0);
+    let policy =
+        adapter_files::load(&inputs.output.join("adapter"), "p", &model.config, Device::Cpu);
+    let is_b = |name: &str| name.contains("lora_B");
+    for (_, b) in policy.unwrap().adapter.parameters().iter().filter(|(name, _)| is_b(name)) {
+        assert_eq!(b.abs().max().double_value(&[]), 0.0);
     }
 }
 
