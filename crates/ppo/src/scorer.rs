@@ -353,7 +353,7 @@ fn transcripts(conversations: &[Conversation], turn: usize) -> Vec<Transcript<'_
 
 #[cfg(test)]
 mod tests {
-    use arete_records::{FinishReason, Message};
+    use arete_records::Message;
 
     use super::*;
     use crate::rollout::Reply;
