@@ -56,10 +56,10 @@ fn defaults<C: clap::Args + Serialize>() -> Value {
 fn settings_that_no_recipe_names_are_those_of_the_stages() {
     let plan = plan(&["--model", "tests/fixtures/tiny-chat"]);
     let stages = [
-        ("demonstrations", defaults::<arete_curation::config::DemonstrationsConfig>()),
+        ("demonstrations", defaults::<arete_curation::demonstrations::DemonstrationsConfig>()),
         ("sft", defaults::<arete_sft::Config>()),
-        ("conversations", defaults::<arete_curation::config::ConversationsConfig>()),
-        ("preferences", defaults::<arete_curation::config::PreferencesConfig>()),
+        ("conversations", defaults::<arete_curation::conversations::ConversationsConfig>()),
+        ("preferences", defaults::<arete_curation::preferences::PreferencesConfig>()),
         ("reward", defaults::<arete_reward::Config>()),
         ("ppo", defaults::<arete_ppo::Config>()),
         ("scoring", defaults::<arete_scoring::config::ScoreConfig>()),

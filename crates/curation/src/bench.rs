@@ -10,11 +10,12 @@ use arete_records::{Aspect, Message, Virtue};
 use clap::{Args, FromArgMatches};
 
 use crate::Error;
-use crate::config::{ComputeConfig, JudgeConfig, Method};
+use crate::config::ComputeConfig;
 use crate::constitution::Constitution;
 use crate::engine::{Chain, Drawing, Engine, Labels, LocalEngine, Query};
 use crate::judge::verdict::LabelMass;
 use crate::judge::{Judge, Pair};
+use crate::judge::{JudgeConfig, Method};
 use crate::prompts::{self, Context, Selection};
 use arete_stage::units::UNIT;
 

@@ -8,9 +8,9 @@ use arete_chain::pairs::Parts;
 use arete_records::{Aspect, At, Message, atomic, split_of};
 use serde_json::{Value, json};
 
-use crate::config::{JudgeConfig, Method};
 use crate::constitution::Constitution;
 use crate::judge::Questions;
+use crate::judge::{JudgeConfig, Method};
 use crate::{Error, calibrate, prompts};
 use arete_chain::exemplars::{self, Exemplar, Use};
 

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use arete_curation::bench::BenchConfig;
-use arete_curation::config::{
-    CalibrateConfig, ConversationsConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig,
-};
+use arete_curation::calibrate::CalibrateConfig;
+use arete_curation::conversations::ConversationsConfig;
+use arete_curation::demonstrations::DemonstrationsConfig;
 use arete_curation::lessons::LessonsConfig;
+use arete_curation::preferences::PreferencesConfig;
+use arete_curation::prompts::PromptsConfig;
 use arete_curation::stage::{Estimate, Work};
 use arete_curation::{
     Error, bench, calibrate, conversations, demonstrations, export, lessons, merge, preferences,

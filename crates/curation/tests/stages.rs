@@ -8,10 +8,11 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use arete_curation::config::{
-    ConversationsConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig,
-};
+use arete_curation::conversations::ConversationsConfig;
+use arete_curation::demonstrations::DemonstrationsConfig;
 use arete_curation::engine::{Chain, Drawing, Labels, LocalEngine, Query};
+use arete_curation::preferences::PreferencesConfig;
+use arete_curation::prompts::PromptsConfig;
 use arete_curation::stage::Work;
 use arete_curation::{conversations, demonstrations, engine, merge, preferences, prompts};
 use arete_model::generate::Sampling;

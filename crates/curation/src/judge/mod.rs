@@ -2,15 +2,18 @@
 
 pub mod verdict;
 
+mod config;
+
 use arete_chain::dialogue;
 use arete_records::{Aspect, Message, Role, Virtue};
 
 use self::verdict::{LabelMass, Verdict};
 use crate::Error;
-use crate::config::{JudgeConfig, Method, Orders};
 use crate::constitution::Constitution;
 use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply};
 use arete_chain::exemplars::Exemplar;
+
+pub use self::config::{JudgeConfig, Method, Orders, PAIRWISE_TEMPLATE, POINTWISE_TEMPLATE};
 
 /// Where a template's question ends and the beginning of the judge's reply follows.
 const REPLY: &str = "{reply}";
@@ -444,7 +447,7 @@ mod tests {
 
     #[test]
     fn the_default_templates_open_the_reply_and_hold_what_is_needed() {
-        let (question, opening) = crate::config::PAIRWISE_TEMPLATE.split_once(REPLY).unwrap();
+        let (question, opening) = PAIRWISE_TEMPLATE.split_once(REPLY).unwrap();
         assert_eq!(opening, "Assistant");
         assert!(
             ["{question}", "{a}", "{b}", "{virtue_question}"].iter().all(|p| question.contains(p))

@@ -1,6 +1,8 @@
 //! Reading prompts out of other people's files: hh-rlhf in its several forms, message lists, plain
 //! prompts; then normalising, deduplicating, spreading and splitting them.
 
+mod config;
+
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -14,8 +16,9 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::Error;
-use crate::config::{self, PromptsConfig};
 use crate::stage::{self, Estimate, Place};
+
+pub use self::config::PromptsConfig;
 
 /// How much of a conversation becomes the prompt.
 #[derive(
@@ -78,7 +81,7 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
     for (idx, path) in paths.iter().enumerate() {
         files.push((format!("input_{idx}"), path.clone()));
     }
-    let settings = config::recorded(config);
+    let settings = crate::config::recorded(config);
     let spec =
         StageSpec { stage: STAGE, output, config: settings, seed: config.seed, inputs: files };
     let Some(run) = stage::begin(spec)? else { return Ok(()) };

@@ -6,6 +6,8 @@
 //! Bai et al. 2022 (arXiv:2212.08073), section 3. Differs from it in the few-shot examples, which
 //! show exemplary answers instead of whole critiques: small models imitate the nearest text.
 
+mod config;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -18,13 +20,15 @@ use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
-use crate::config::{self, DemonstrationsConfig, Truncated, Turns};
+use crate::config::Truncated;
 use crate::constitution::{Constitution, Principle, draw};
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::stage::{self, Command, Estimate, Place, Work};
 use arete_chain::exemplars::Replies;
 use arete_chain::exemplars::{self, Exemplar, Use};
 use arete_stage::units::Units;
+
+pub use self::config::{DemonstrationSource, DemonstrationsConfig, Turns};
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";
@@ -262,7 +266,7 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
 ) -> Result<StageSpec<'a>, Error> {
-    let mut settings = config::recorded(config);
+    let mut settings = crate::config::recorded(config);
     let mut files = Vec::new();
     if config.source.needs_model() {
         if let Some(prompts) = &inputs.prompts {
@@ -270,7 +274,7 @@ fn spec<'a>(
         }
         if let Some(model) = &inputs.model {
             let remote = config.engine_url.is_some();
-            config::record_model("model", model, remote, &mut settings, &mut files)?;
+            crate::config::record_model("model", model, remote, &mut settings, &mut files)?;
         }
         files.push(("constitution".to_owned(), config.constitution.clone()));
     }

@@ -1,5 +1,7 @@
 //! Two samples of the three-turn chain for every prompt: answer, motivation, consequence.
 
+mod config;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -12,12 +14,13 @@ use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
-use crate::config::{self, ConversationsConfig, PersonaChoice};
 use crate::constitution::{Constitution, Personas};
 use crate::engine::{Chain, Drawing, Engine, Reply};
 use crate::judge::under_persona;
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use arete_stage::units::Units;
+
+pub use self::config::{ConversationsConfig, PersonaChoice};
 
 /// The stage's name.
 pub const STAGE: &str = "conversations";
@@ -266,15 +269,15 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
 ) -> Result<StageSpec<'a>, Error> {
-    let mut settings = config::recorded(config);
+    let mut settings = crate::config::recorded(config);
     let mut files = vec![("prompts".to_owned(), stage::file_of(&inputs.prompts, "prompts"))];
     if config.personas == PersonaChoice::Contrast {
         files.push(("constitution".to_owned(), config.constitution.clone()));
     }
     let remote = config.engine_url.is_some();
-    config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
+    crate::config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
     if let (PersonaChoice::Original, Some(original)) = (config.personas, &inputs.original) {
-        config::record_model("original", original, remote, &mut settings, &mut files)?;
+        crate::config::record_model("original", original, remote, &mut settings, &mut files)?;
     }
     Ok(StageSpec {
         stage: STAGE,

@@ -1,29 +1,34 @@
 //! Judged pairs: every virtue's verdict on the two samples of a prompt, for every aspect; votes to
 //! scores, scores to chosen and rejected.
 
-use std::collections::{BTreeMap, HashMap};
+mod candidates;
+mod config;
+
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use arete_chain::sample::key_of;
-use arete_chain::trim::last_sentence;
 use arete_chain::verdicts::Verdicts;
-use arete_records::rows::{ConversationRow, JudgementRow, PreferenceRow};
-use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, parquet};
+use arete_records::rows::{JudgementRow, PreferenceRow};
+use arete_records::{Aspect, Split, Virtue, parquet};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
-use crate::config::{self, Method, PreferencesConfig, Ties, Truncated};
+use crate::config::Truncated;
 use crate::constitution::Constitution;
 use crate::conversations;
 use crate::engine::Engine;
+use crate::judge::Method;
 use crate::judge::verdict::{Tally, Verdict, vote};
-use crate::judge::{Judge, Pair, side_through};
+use crate::judge::{Judge, Pair};
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use arete_chain::exemplars::{self, Use};
 use arete_stage::units::Units;
+
+use self::candidates::{Candidate, Candidates, Dropped, Samples, samples_of};
+pub use self::config::{PreferencesConfig, Ties};
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";
@@ -220,7 +225,7 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
 ) -> Result<StageSpec<'a>, Error> {
-    let mut settings = config::recorded(config);
+    let mut settings = crate::config::recorded(config);
     let conversations = stage::file_of(&inputs.conversations, conversations::STAGE);
     let mut files = vec![(conversations::STAGE.to_owned(), conversations)];
     if config.method != Method::Contrast {
@@ -234,196 +239,10 @@ fn spec<'a>(
         }
         if let Some(model) = &inputs.judge {
             let remote = judge.judge_url.is_some();
-            config::record_model("judge", model, remote, &mut settings, &mut files)?;
+            crate::config::record_model("judge", model, remote, &mut settings, &mut files)?;
         }
     }
     Ok(StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files })
-}
-
-/// The two samples of a prompt.
-struct Samples {
-    samples: [ConversationRow; 2],
-    /// Messages of the prompt itself.
-    n_prompt: usize,
-}
-
-impl Samples {
-    fn truncated(&self, aspect: Aspect) -> [bool; 2] {
-        [0, 1].map(|s| self.samples[s].finish_reason(aspect) == FinishReason::Length)
-    }
-}
-
-/// Reads the conversations by prompt, in the order of the file.
-fn samples_of(input: &Path) -> Result<Vec<Samples>, Error> {
-    let path = stage::file_of(input, conversations::STAGE);
-    let rows: Vec<ConversationRow> = stage::rows_of(input, conversations::STAGE)?;
-    let mut order = Vec::new();
-    let mut by_prompt: HashMap<String, [Option<ConversationRow>; 2]> = HashMap::new();
-    for (idx, row) in rows.into_iter().enumerate() {
-        let wrong = |field: &str, expected: &str, found: String| Error::Record {
-            path: path.clone(),
-            line: idx + 1,
-            field: field.to_owned(),
-            expected: expected.to_owned(),
-            found,
-        };
-        let sample = usize::try_from(row.sample).ok().filter(|&sample| sample < 2);
-        let sample = sample.ok_or_else(|| wrong("sample", "0 or 1", row.sample.to_string()))?;
-        let n_turns = 2 * Aspect::ALL.len() - 1;
-        if row.messages.len() <= n_turns {
-            return Err(wrong(
-                "messages",
-                "a prompt and five turns",
-                row.messages.len().to_string(),
-            ));
-        }
-        let slots = by_prompt.entry(row.prompt_id.clone()).or_insert_with(|| {
-            order.push(row.prompt_id.clone());
-            [None, None]
-        });
-        if slots[sample].is_some() {
-            let found = format!("sample {sample} of {} twice", row.prompt_id);
-            return Err(wrong("prompt_id", "each sample of a prompt once", found));
-        }
-        slots[sample] = Some(row);
-    }
-    let mut out = Vec::with_capacity(order.len());
-    for prompt_id in order {
-        let Some([Some(zero), Some(one)]) = by_prompt.remove(&prompt_id) else {
-            return Err(Error::File {
-                path,
-                field: format!("prompt {prompt_id}"),
-                expected: "samples 0 and 1".to_owned(),
-                found: "one of them".to_owned(),
-            });
-        };
-        let n_prompt = zero.messages.len() - (2 * Aspect::ALL.len() - 1);
-        if one.messages.len() != zero.messages.len()
-            || one.messages[..n_prompt] != zero.messages[..n_prompt]
-        {
-            return Err(Error::File {
-                path,
-                field: format!("prompt {prompt_id}"),
-                expected: "the same prompt in both samples".to_owned(),
-                found: "two".to_owned(),
-            });
-        }
-        out.push(Samples { samples: [zero, one], n_prompt });
-    }
-    Ok(out)
-}
-
-/// A pair that may be judged.
-struct Candidate {
-    /// Index of the prompt.
-    prompt: usize,
-    aspect: Aspect,
-    pair: Pair,
-}
-
-/// Why prompts have no pair of an aspect.
-#[derive(Debug, Clone, Copy, Default)]
-struct Dropped {
-    truncated: usize,
-    untrimmable: usize,
-    identical: usize,
-    ties: usize,
-}
-
-/// Every pair that may be judged, and what was left out beforehand.
-struct Candidates {
-    all: Vec<Candidate>,
-    dropped: BTreeMap<Aspect, Dropped>,
-    n_prompts: usize,
-    finish_rates: String,
-}
-
-impl Candidates {
-    fn of(prompts: &[Samples], truncated: Truncated) -> Self {
-        let mut all = Vec::new();
-        let mut dropped: BTreeMap<Aspect, Dropped> = BTreeMap::new();
-        for (prompt, samples) in prompts.iter().enumerate() {
-            for aspect in Aspect::ALL {
-                let dropped = dropped.entry(aspect).or_default();
-                if truncated == Truncated::Drop && samples.truncated(aspect).contains(&true) {
-                    dropped.truncated += 1;
-                    continue;
-                }
-                let sides = [0, 1].map(|s| side(samples, s, aspect, truncated));
-                let [Some(zero), Some(one)] = sides else {
-                    dropped.untrimmable += 1;
-                    continue;
-                };
-                if zero == one {
-                    dropped.identical += 1;
-                    continue;
-                }
-                let messages = &samples.samples[0].messages;
-                let pair = Pair {
-                    question: messages[..samples.n_prompt].to_vec(),
-                    sides: [zero, one],
-                    key: key_of(&samples.samples[0].prompt_id) ^ aspect.index() as u64,
-                };
-                all.push(Candidate { prompt, aspect, pair });
-            }
-        }
-        let n_replies = 2 * prompts.len();
-        let finish_rates = Aspect::ALL.map(|aspect| {
-            let cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
-            format!("{aspect} {} %", percent(n_replies - cut, n_replies))
-        });
-        let finish_rates = finish_rates.join(", ");
-        Self { all, dropped, n_prompts: prompts.len(), finish_rates }
-    }
-
-    fn n_left(&self, aspect: Aspect) -> usize {
-        self.all.iter().filter(|candidate| candidate.aspect == aspect).count()
-    }
-
-    /// Fails if an aspect has too few pairs for a reward model.
-    fn check(&self, aspect: Aspect, left: usize, config: &PreferencesConfig) -> Result<(), Error> {
-        if left >= config.min_pairs {
-            return Ok(());
-        }
-        let advice = match config.truncated {
-            Truncated::Drop => {
-                "raise max_new_tokens of the conversations, or use truncated = \"trim\" or \"keep\""
-            }
-            Truncated::Trim => {
-                "raise max_new_tokens of the conversations, or use truncated = \"keep\""
-            }
-            Truncated::Keep => "use more prompts, or ties = \"probability\"",
-        };
-        Err(Error::TooFewPairs {
-            aspect,
-            left,
-            total: self.n_prompts,
-            needed: config.min_pairs,
-            finish_rates: self.finish_rates.clone(),
-            advice: advice.to_owned(),
-        })
-    }
-}
-
-/// One sample's messages after the prompt through the reply of `aspect`; cut replies trimmed if
-/// asked (`None` if one of them has no full sentence).
-fn side(
-    samples: &Samples,
-    sample: usize,
-    aspect: Aspect,
-    truncated: Truncated,
-) -> Option<Vec<Message>> {
-    let row = &samples.samples[sample];
-    let mut side = side_through(&row.messages, samples.n_prompt, aspect);
-    if truncated == Truncated::Trim {
-        let replies = side.iter_mut().filter(|message| message.role == Role::Assistant);
-        for (turn, reply) in Aspect::ALL.into_iter().zip(replies) {
-            if row.finish_reason(turn) == FinishReason::Length {
-                reply.content = last_sentence(&reply.content)?.to_owned();
-            }
-        }
-    }
-    Some(side)
 }
 
 /// Every virtue's verdict on the candidates of a unit.
@@ -646,6 +465,9 @@ fn summary_table(counts: &Map<String, Value>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use arete_records::rows::ConversationRow;
+    use arete_records::{FinishReason, Message, Role};
+
     use super::*;
 
     fn row(sample: i32, texts: [&str; 3], cut: [bool; 3]) -> ConversationRow {

@@ -1,0 +1,243 @@
+//! How far a judge can be trusted: agreement of every method with labelled pairs, beside what
+//! choosing the shorter answer would give.
+
+mod config;
+mod pairs;
+mod table;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_chain::exemplars::{self, Use};
+use arete_records::rows::JudgementRow;
+use arete_records::{Aspect, Virtue, atomic, split_of};
+use arete_stage::interrupt;
+use arete_stage::run::StageSpec;
+use arete_stage::units::Units;
+use serde_json::{Map, json};
+
+use crate::Error;
+use crate::constitution::Constitution;
+use crate::engine::Engine;
+use crate::judge::verdict::vote;
+use crate::judge::{Judge, JudgeConfig, Method, Pair};
+use crate::stage::{self, Estimate, Place};
+
+pub use self::config::CalibrateConfig;
+pub use self::pairs::{Labelled, read};
+pub use self::table::{Agreement, Calibration, Line, Recommendation};
+
+pub(crate) use self::pairs::sides_of;
+use self::table::{baseline, lines, markdown, recommend, show};
+
+/// The stage's name.
+pub const STAGE: &str = "calibrate";
+
+/// What the stage reads besides its settings.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// Files of labelled pairs.
+    pub pairs: Vec<PathBuf>,
+    /// The model that judges.
+    pub model: String,
+}
+
+/// Runs the stage.
+///
+/// # Errors
+///
+/// Unreadable inputs, a judge that fails, a full disk, a signal.
+pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(), Error> {
+    let started = Instant::now();
+    check(config)?;
+    let pairs = read(inputs, config)?;
+    let place = Place::of(&config.judge.compute, config.judge.judge_url.as_deref())?;
+    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
+    let engine = open(config, inputs)?;
+    let constitution = Constitution::load(&config.judge.constitution)?;
+    let shots = shots(config)?;
+    let variants = variants(config);
+    let progress = arete_records::progress::start(
+        "calibrating",
+        "pairs",
+        (pairs.len() * variants.len()) as u64,
+    );
+    let mut table = Vec::new();
+    table.extend(baseline(&pairs));
+    for (method, few_shot) in variants {
+        let name = format!("verdicts-{}-{few_shot}", method.name());
+        let units = Units { output, name, n_items: pairs.len(), shard: None };
+        progress.skip((pairs.len() - units.missing().1) as u64);
+        let judge_config = JudgeConfig { few_shot, ..config.judge.clone() };
+        let judge = Judge::new(&engine, &judge_config, &constitution, &shots, method)?;
+        units.run::<_, Error>(|items| {
+            interrupt::check()?;
+            let n_items = items.len() as u64;
+            let rows = judged(&judge, &pairs[items], method, config.tie_margin)?;
+            progress.inc(n_items);
+            Ok(rows)
+        })?;
+        let rows: Vec<JudgementRow> = units.join()?;
+        table.extend(lines(&pairs, &rows, method, few_shot));
+    }
+    drop(progress);
+    let recommendation = recommend(&table);
+    show(&table, &recommendation);
+    let mut counts = BTreeMap::new();
+    for pair in &pairs {
+        *counts.entry(pair.set.clone()).or_insert(0) += 1;
+    }
+    let calibration = Calibration { pairs: counts, table, recommendation };
+    atomic::write(output.join("calibration.md"), markdown(&calibration).as_bytes())?;
+    let mut bytes = serde_json::to_vec_pretty(&calibration).expect("plain data always serialises");
+    bytes.push(b'\n');
+    atomic::write(output.join("calibration.json"), &bytes)?;
+    let mut counts = Map::new();
+    counts.insert("pairs".to_owned(), json!(calibration.pairs));
+    counts.insert("recommendation".to_owned(), json!(calibration.recommendation));
+    stage::finish(run, STAGE, place, counts, started)
+}
+
+/// What a run would do, and how long it would take.
+///
+/// # Errors
+///
+/// As [`run`]; nothing is written.
+pub fn estimate(
+    config: &CalibrateConfig,
+    inputs: &Inputs,
+    output: &Path,
+) -> Result<Estimate, Error> {
+    check(config)?;
+    let pairs = read(inputs, config)?;
+    let engine = open(config, inputs)?;
+    let constitution = Constitution::load(&config.judge.constitution)?;
+    let shots = shots(config)?;
+    // The first pairs are as long as any: they come in the order of a hash.
+    let probe: Vec<Pair> = pairs.iter().take(2).map(Labelled::pair).collect();
+    let (mut n_to_do, mut seconds) = (0, 0.0);
+    for (method, few_shot) in variants(config) {
+        let name = format!("verdicts-{}-{few_shot}", method.name());
+        let n = Units { output, name, n_items: pairs.len(), shard: None }.missing().1;
+        n_to_do += n;
+        if n > 0 && matches!(engine, Engine::Local(_)) {
+            let judge_config = JudgeConfig { few_shot, ..config.judge.clone() };
+            let judge = Judge::new(&engine, &judge_config, &constitution, &shots, method)?;
+            let started = Instant::now();
+            judge.verdicts(&probe)?;
+            seconds += started.elapsed().as_secs_f64() / probe.len() as f64 * n as f64;
+        }
+    }
+    let mut counts = Map::new();
+    counts.insert("pairs".to_owned(), json!(pairs.len()));
+    counts.insert("methods".to_owned(), json!(variants(config).len()));
+    counts.insert("pairs_to_judge".to_owned(), json!(n_to_do));
+    let seconds = matches!(engine, Engine::Local(_)).then(|| seconds.ceil());
+    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds })
+}
+
+/// The judged examples, if any are asked for.
+fn shots(config: &CalibrateConfig) -> Result<Vec<exemplars::Exemplar>, Error> {
+    match config.judge.few_shot {
+        0 => Ok(Vec::new()),
+        _ => Ok(exemplars::load(&config.judge.exemplars, Use::FewShot)?),
+    }
+}
+
+fn check(config: &CalibrateConfig) -> Result<(), Error> {
+    if config.methods.contains(&Method::Contrast) {
+        return Err(Error::Setting {
+            name: "methods",
+            expected: "methods that ask a judge: contrast labels its own samples, it is judged by \
+                       the accuracy of a reward model trained on them"
+                .to_owned(),
+            got: Method::Contrast.name().to_owned(),
+        });
+    }
+    if config.judge.judge_url.is_some() && config.methods.contains(&Method::Likelihood) {
+        return Err(Error::Setting {
+            name: "methods",
+            expected: "for a server, some of pairwise-logits, pairwise-text, pointwise-logits: it \
+                       says nothing of a given reply's likelihood"
+                .to_owned(),
+            got: Method::Likelihood.name().to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// Every method without examples, and with them if any are asked for.
+fn variants(config: &CalibrateConfig) -> Vec<(Method, usize)> {
+    let mut out = Vec::new();
+    for &method in &config.methods {
+        out.push((method, 0));
+        if config.judge.few_shot > 0 && method != Method::Likelihood {
+            out.push((method, config.judge.few_shot));
+        }
+    }
+    out
+}
+
+fn spec<'a>(
+    config: &CalibrateConfig,
+    inputs: &Inputs,
+    output: &'a Path,
+) -> Result<StageSpec<'a>, Error> {
+    let mut settings = crate::config::recorded(config);
+    let mut files: Vec<(String, PathBuf)> =
+        vec![("constitution".to_owned(), config.judge.constitution.clone())];
+    for (idx, path) in inputs.pairs.iter().enumerate() {
+        files.push((format!("pairs_{idx}"), path.clone()));
+    }
+    if config.judge.few_shot > 0 {
+        files.push(("exemplars".to_owned(), config.judge.exemplars.clone()));
+    }
+    if let Some(adapter) = &config.judge.judge_adapter {
+        files.push(("judge_adapter".to_owned(), adapter.clone()));
+    }
+    let remote = config.judge.judge_url.is_some();
+    crate::config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
+    Ok(StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files })
+}
+
+fn open(config: &CalibrateConfig, inputs: &Inputs) -> Result<Engine, Error> {
+    let judge = &config.judge;
+    stage::open_engine(
+        &inputs.model,
+        judge.judge_adapter.as_deref(),
+        judge.judge_url.as_deref(),
+        &judge.compute,
+        &judge.server,
+        config.methods.iter().any(|method| method.needs_logprobs()),
+    )
+}
+
+/// The verdicts on a unit of pairs, as rows (the pair's id in place of the prompt's).
+fn judged(
+    judge: &Judge<'_>,
+    pairs: &[Labelled],
+    method: Method,
+    tie_margin: f64,
+) -> Result<Vec<JudgementRow>, Error> {
+    let shown: Vec<Pair> = pairs.iter().map(Labelled::pair).collect();
+    let mut rows = Vec::new();
+    for (labelled, verdicts) in pairs.iter().zip(judge.verdicts(&shown)?) {
+        for (virtue, verdict) in Virtue::ALL.into_iter().zip(verdicts) {
+            let stored = |p: Option<f64>| p.map(|p| p as f32);
+            rows.push(JudgementRow {
+                prompt_id: labelled.id.clone(),
+                split: split_of(&labelled.question),
+                aspect: Aspect::Action,
+                virtue,
+                method: method.name().to_owned(),
+                judge: judge.name().to_owned(),
+                p_ab: stored(verdict.p_ab),
+                p_ba: stored(verdict.p_ba),
+                p_sample0: stored(verdict.p_sample0),
+                vote: vote(verdict.p_sample0, tie_margin),
+            });
+        }
+    }
+    Ok(rows)
+}

@@ -1,0 +1,53 @@
+//! What can be set about conversations.
+
+use std::path::PathBuf;
+
+use arete_stage::units::Shard;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ComputeConfig, SamplingConfig};
+use crate::engine::server::ServerConfig;
+
+/// Under which system prompts conversations are sampled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PersonaChoice {
+    /// None: both samples are drawn alike.
+    None,
+    /// Sample 0 under the constitution's virtuous persona, sample 1 under its vicious one (RLCD, Yang et al. 2023).
+    Contrast,
+    /// None, but sample 1 is drawn from --original, the model before SFT: for models too small to follow a persona (after
+    /// ALMoST, Kim et al. 2023, where the better model's reply is the preferred one).
+    Original,
+}
+
+/// Settings of `conversations`.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct ConversationsConfig {
+    /// Under which system prompts the two samples are drawn
+    #[arg(long, value_enum, default_value = "none")]
+    pub personas: PersonaChoice,
+    /// Constitution (TOML): principles, virtue questions, personas
+    #[arg(long, default_value = "data/constitution.toml", value_name = "FILE")]
+    pub constitution: PathBuf,
+    /// Address of an OpenAI-compatible server that generates instead of a local model
+    #[arg(long, value_name = "URL")]
+    #[serde(default)]
+    pub engine_url: Option<String>,
+    /// Part i of n of a job array
+    #[arg(long, value_name = "I/N")]
+    #[serde(default)]
+    pub shard: Option<Shard>,
+    /// How replies are sampled.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sampling: SamplingConfig,
+    /// Where the model computes.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub compute: ComputeConfig,
+    /// How a server is talked to.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub server: ServerConfig,
+}

@@ -1,0 +1,49 @@
+//! What can be set about preferences.
+
+use arete_stage::units::Shard;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Truncated;
+use crate::judge::{JudgeConfig, Method};
+
+/// What becomes of a pair with as many votes for one side as for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Ties {
+    /// It is left out.
+    Drop,
+    /// The higher mean probability decides.
+    Probability,
+}
+
+/// Settings of `preferences`.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct PreferencesConfig {
+    /// How a verdict is reached
+    #[arg(long, value_enum, default_value = "pairwise-logits")]
+    pub method: Method,
+    /// What becomes of pairs with a reply that the token limit cut
+    #[arg(long, value_enum, default_value = "drop")]
+    pub truncated: Truncated,
+    /// What becomes of pairs with equal votes
+    #[arg(long, value_enum, default_value = "drop")]
+    pub ties: Ties,
+    /// A virtue gives no vote if its probability is nearer to one half than this
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub tie_margin: f64,
+    /// Exchange the sides of every verdict, for a method that `calibrate` found to point the wrong way
+    #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true",
+          action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub flip: bool,
+    /// Fewest pairs an aspect may be left with
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub min_pairs: usize,
+    /// Part i of n of a job array
+    #[arg(long, value_name = "I/N")]
+    #[serde(default)]
+    pub shard: Option<Shard>,
+    /// How the judge is asked.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub judge: JudgeConfig,
+}
