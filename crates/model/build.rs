@@ -1,6 +1,7 @@
-//! Compiles the decoder's C++ operations against the libtorch that `LIBTORCH` names.
+//! Compiles the decoder's C++ operations against the libtorch that torch-sys found, else the one that `LIBTORCH` names.
 
-use std::path::PathBuf;
+use std::env;
+use std::path::{Path, PathBuf};
 
 const INSTRUCTION_SETS: &[(&str, &[&str])] = &[
     ("avx512", &["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"]),
@@ -11,14 +12,14 @@ const INSTRUCTION_SETS: &[(&str, &[&str])] = &[
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    let libtorch = PathBuf::from(
-        std::env::var("LIBTORCH").expect("LIBTORCH is set by .cargo/config.toml; run `make setup`"),
-    );
-    assert!(
-        libtorch.join("include/ATen/ATen.h").exists(),
-        "no libtorch at {}: run `make setup`",
-        libtorch.display()
-    );
+    println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
+    let Some((include, lib)) = libtorch() else {
+        println!(
+            "cargo::error=no headers of libtorch were found: set LIBTORCH to the folder of an unpacked libtorch 2.13, \
+             the one with include/ and lib/"
+        );
+        return;
+    };
     for (name, flags) in INSTRUCTION_SETS {
         let mut build = cc::Build::new();
         build
@@ -40,8 +41,8 @@ fn main() {
         .std("c++20")
         .opt_level(2)
         .file("csrc/ops.cpp")
-        .include(libtorch.join("include"))
-        .include(libtorch.join("include/torch/csrc/api/include"))
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
         .flag("-fopenmp")
         .flag("-Wno-unused-parameter")
         .flag("-Wno-psabi")
@@ -50,6 +51,21 @@ fn main() {
     for (name, _) in INSTRUCTION_SETS {
         println!("cargo:rustc-link-lib=static=arete_kernels_{name}");
     }
-    println!("cargo:rustc-link-search=native={}", libtorch.join("lib").display());
+    println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=dylib=gomp");
+    // Build scripts of packages that use this one read it as DEP_ARETE_MODEL_LIBTORCH_LIB.
+    println!("cargo:libtorch_lib={}", lib.display());
+    // This package's own programs find libtorch where it was linked, unless the caller's flags say where.
+    if !env::var("CARGO_ENCODED_RUSTFLAGS").is_ok_and(|flags| flags.contains("-rpath")) {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    }
+}
+
+/// The folders of libtorch's headers and libraries.
+fn libtorch() -> Option<(PathBuf, PathBuf)> {
+    let folder = |name: &str| env::var_os(name).map(PathBuf::from);
+    let lib = folder("DEP_TCH_LIBTORCH_LIB").or_else(|| Some(folder("LIBTORCH")?.join("lib")))?;
+    let root = folder("LIBTORCH_INCLUDE").or_else(|| lib.parent().map(Path::to_path_buf))?;
+    let include = root.join("include");
+    include.join("ATen/ATen.h").is_file().then_some((include, lib))
 }

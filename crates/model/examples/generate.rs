@@ -25,7 +25,7 @@ fn main() -> anyhow::Result<()> {
     };
     let options = Options::new(Sampling::at(0.7), model.stop_ids()?);
     let mut text = model.tokenizer.stream();
-    let mut show = |token| {
+    let mut show = |token| -> Result<(), arete_model::Error> {
         let mut out = std::io::stdout().lock();
         Ok(write!(out, "{}", text.push(token)?).and_then(|()| out.flush())?)
     };

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use super::lines::{self, Line};
 use super::{LoadedAdapter, ModelArgs};
-use crate::generate::{self, Completion, Options, Request, Sampling, Stream};
-use crate::{Adapter, Error, Model};
+use arete_model::generate::{self, Completion, Options, Request, Sampling, Stream};
+use arete_model::{Adapter, Error, Model};
 
 /// Settings of sampling.
 #[derive(Debug, clap::Args)]
@@ -59,7 +59,7 @@ impl SamplingArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Generate {
+pub(crate) struct Generate {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -73,14 +73,14 @@ pub(super) struct Generate {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Chat {
+pub(crate) struct Chat {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
 
-pub(super) fn run(arguments: &Generate) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Generate) -> anyhow::Result<()> {
     if let Some(path) = &arguments.jsonl {
         return run_lines(arguments, path);
     }
@@ -149,7 +149,8 @@ fn run_lines(arguments: &Generate, path: &Path) -> anyhow::Result<()> {
     };
     let mut requests = Vec::with_capacity(lines.len());
     for (prompt, line) in lines.iter().enumerate() {
-        let render = |chat: &crate::Chat<'_>, messages: &[Message]| chat.render_prompt(messages);
+        let render =
+            |chat: &arete_model::Chat<'_>, messages: &[Message]| chat.render_prompt(messages);
         let ids = lines::token_ids(path, line, &model, chat.as_ref(), render)?;
         if ids.is_empty() {
             let (path, number) = (path.display(), line.0);
@@ -202,7 +203,7 @@ fn run_lines(arguments: &Generate, path: &Path) -> anyhow::Result<()> {
 }
 
 /// A talk on stdin and stdout; an empty line or the end of the input ends it.
-pub(super) fn chat(arguments: &Chat) -> anyhow::Result<()> {
+pub(crate) fn chat(arguments: &Chat) -> anyhow::Result<()> {
     let (mut model, adapter) = arguments.model.load()?;
     model.decoder.set_packed_decoding(true);
     let chat = model.chat()?;
