@@ -25,13 +25,19 @@ fn main() -> anyhow::Result<()> {
     };
     let options = Options::new(Sampling::at(0.7), model.stop_ids()?);
     let mut text = model.tokenizer.stream();
-    let mut show = |token| -> Result<(), arete_model::Error> {
+    let mut show = |token| {
         let mut out = std::io::stdout().lock();
         Ok(write!(out, "{}", text.push(token)?).and_then(|()| out.flush())?)
     };
     let tokenizer = Some(&model.tokenizer);
-    let completion =
-        generate::stream(&model.decoder, tokenizer, None, &request, &options, &mut show)?;
+    let completion = generate::stream::<arete_model::Error>(
+        &model.decoder,
+        tokenizer,
+        None,
+        &request,
+        &options,
+        &mut show,
+    )?;
     let n = completion.token_ids.len();
     writeln!(std::io::stdout(), "\n({n} tokens, ended by {:?})", completion.finish_reason)?;
     Ok(())

@@ -194,7 +194,15 @@ fn streamed_tokens_are_those_of_the_batch() {
         Ok(())
     };
     let one = request(1, 10);
-    let found = generate::stream(&model.decoder, None, None, &one, &options, &mut sampled).unwrap();
+    let found = generate::stream::<arete_model::Error>(
+        &model.decoder,
+        None,
+        None,
+        &one,
+        &options,
+        &mut sampled,
+    )
+    .unwrap();
     assert_eq!((&found, &found.token_ids), (&expected, &seen));
     let two = request(2, 10);
     let refused = generate::stream::<arete_model::Error>(

@@ -57,7 +57,7 @@ fn decoding(decoder: &Decoder, new_tokens: usize) -> anyhow::Result<f64> {
     let options = Options::new(Sampling::at(0.7), Vec::new());
     let request = requests(1, 16, new_tokens.max(2)).remove(0);
     let mut times = Vec::with_capacity(request.max_new_tokens);
-    generate::stream(decoder, None, None, &request, &options, &mut |_| {
+    generate::stream::<arete_model::Error>(decoder, None, None, &request, &options, &mut |_| {
         times.push(Instant::now());
         Ok(())
     })?;

@@ -102,36 +102,27 @@ fn show(
     options: &Options,
 ) -> anyhow::Result<Completion> {
     let mut text = model.tokenizer.stream();
-    let mut failure = None;
     let put = |piece: &str| {
         let mut out = std::io::stdout().lock();
         write!(out, "{}", cli::printable(piece)).and_then(|()| out.flush())
     };
     let (mut started, mut blank) = (false, String::new());
-    let sampled = generate::stream(
+    let completion = generate::stream(
         &model.decoder,
         Some(&model.tokenizer),
         adapter,
         request,
         options,
-        &mut |token| {
+        &mut |token| -> anyhow::Result<()> {
             let piece = text.push(token)?;
             // White space at the ends of a reply is not part of it (`Chat::reply_text`).
             blank.push_str(if started { &piece } else { piece.trim_start() });
             started |= !blank.is_empty();
             let shown = blank.trim_end().len();
             let rest = blank.split_off(shown);
-            put(&std::mem::replace(&mut blank, rest)).map_err(|error| {
-                let stop = std::io::Error::from(error.kind());
-                failure = Some(error);
-                Error::Io(stop)
-            })
+            put(&std::mem::replace(&mut blank, rest)).context("writing to stdout")
         },
-    );
-    if let Some(error) = failure {
-        return Err(error).context("writing to stdout");
-    }
-    let completion = sampled?;
+    )?;
     put("\n").context("writing to stdout")?;
     Ok(completion)
 }
