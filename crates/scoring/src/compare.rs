@@ -19,7 +19,7 @@ use arete_stage::run::RunJson;
 use crate::Error;
 use crate::score;
 use crate::summary::{Change, Difference, Scale, Scope, Summary};
-use crate::table::{aligned, bounds, interval, number};
+use crate::table::{Text, bounds, dash, effect, interval, number, row};
 
 /// A run under the name of its arm.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -200,68 +200,59 @@ fn means_by_prompt<'a>(
 
 /// Both tables as aligned text.
 pub fn text(runs: &[ScoredRun], first: &str, last: &str, resampling: Resampling) -> String {
-    let mut rows = vec![
-        [
-            "arm",
-            "run",
-            "prompts",
-            "Score",
-            "standardised",
-            "better/same/worse",
-            "detectable from",
-            "yardstick",
-        ]
-        .map(str::to_owned)
-        .to_vec(),
-    ];
-    rows.extend(runs.iter().map(|run| row(run, first, last)));
-    let mut out = format!("{last} − {first} within each run; [95 % interval]\n\n");
-    let mut lines = aligned(&rows);
-    lines.push(String::new());
+    let mut text = Text::default();
+    text.line(format!("{last} − {first} within each run; [95 % interval]"));
+    text.line("");
+    let mut rows = vec![row([
+        "arm",
+        "run",
+        "prompts",
+        "Score",
+        "standardised",
+        "better/same/worse",
+        "detectable from",
+        "yardstick",
+    ])];
+    rows.extend(runs.iter().map(|run| run_row(run, first, last)));
+    text.table(1, &rows);
+    text.line("");
     let between = arm_differences(runs, last, resampling);
     if between.is_empty() {
-        lines.push(format!(
+        text.line(format!(
             "No two arms share a yardstick's scores of {last}: score them with the same --yardstick to compare them."
         ));
     } else {
-        lines.push(format!("The yardstick's mean score of {last} between arms; [95 % interval]"));
-        lines.push(String::new());
-        let mut rows =
-            vec![["arms", "yardstick", "prompts", "detectable from"].map(str::to_owned).to_vec()];
+        text.line(format!("The yardstick's mean score of {last} between arms; [95 % interval]"));
+        text.line("");
+        let mut rows = vec![row(["arms", "yardstick", "prompts", "detectable from"])];
         rows.extend(between.iter().map(|own| {
             vec![
                 format!("{} − {}", own.last, own.first),
                 interval(&own.mean.interval, true),
                 own.n_prompts.to_string(),
-                format!("±{:.3}", own.mean.minimum_detectable_effect),
+                effect(&own.mean),
             ]
         }));
-        lines.extend(aligned(&rows));
+        text.table(1, &rows);
     }
-    for line in lines {
-        out.push_str(line.trim_end());
-        out.push('\n');
-    }
-    arete_stage::cli::printable(&out)
+    text.finish()
 }
 
-fn row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {
+fn run_row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {
     let of = |scale| run.summary.difference(first, last, scale, Scope::All);
-    let cell = |found: Option<&Difference>, read: fn(&Difference) -> &Interval| {
-        found.map_or("–".to_owned(), |own| {
-            format!("{} {}", number(read(own).estimate, true), bounds(read(own)))
-        })
+    let change = |found: Option<&Difference>, read: fn(&Difference) -> &Interval| {
+        dash(found.map(|own| format!("{} {}", number(read(own).estimate, true), bounds(read(own)))))
     };
-    let (raw, own) = (of(Scale::Raw), of(Scale::Standardised));
+    let standardised = of(Scale::Standardised);
     vec![
         run.arm.name.clone(),
         name_of(&run.arm.run),
         run.summary.n_prompts.to_string(),
-        cell(raw, |own| &own.score.interval),
-        cell(own, |own| &own.score.interval),
-        own.map_or("–".to_owned(), |own| format!("{}/{}/{}", own.wins, own.ties, own.losses)),
-        own.map_or("–".to_owned(), |own| format!("±{:.3}", own.score.minimum_detectable_effect)),
-        cell(of(Scale::Yardstick), |own| &own.mean.interval),
+        change(of(Scale::Raw), |own| &own.score.interval),
+        change(standardised, |own| &own.score.interval),
+        dash(standardised.map(Difference::tally)),
+        dash(standardised.map(|own| effect(&own.score))),
+        change(of(Scale::Yardstick), |own| &own.mean.interval),
     ]
 }
 

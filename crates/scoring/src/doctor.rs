@@ -7,14 +7,13 @@ use std::fmt::Write as _;
 
 use arete_records::Aspect;
 use arete_records::stats::Resampling;
-use arete_stage::cli::printable;
 use serde::{Deserialize, Serialize};
 
 use crate::best_of::BestOf;
 use crate::judge::Verdicts;
 use crate::run_files::RunFiles;
 use crate::summary::Scale;
-use crate::table::{FEW_PROMPTS, interval, number, percent};
+use crate::table::{FEW_PROMPTS, Text, interval, number, percent};
 
 /// Truncation above which pairs suffer, and above which they are mostly noise.
 const TRUNCATED: [f64; 2] = [0.05, 0.25];
@@ -90,25 +89,30 @@ pub fn diagnose(run: &RunFiles) -> Vec<Finding> {
 
 /// The findings as text: one line each, what to change below.
 pub fn text(findings: &[Finding]) -> String {
-    let width = findings.iter().map(|finding| finding.step.chars().count()).max().unwrap_or(0);
-    let mut out = String::new();
+    let mut rows = Vec::new();
     for Finding { step, grade, found, advice } in findings {
-        out.push_str(&format!("{:<4}  {step:<width$}  {found}\n", grade.name()));
+        rows.push(vec![format!("{:<4}", grade.name()), step.clone(), found.clone()]);
         if !advice.is_empty() {
-            out.push_str(&format!("      {:<width$}  → {advice}\n", ""));
+            rows.push(vec![String::new(), String::new(), format!("→ {advice}")]);
         }
     }
-    if let Some(first) = findings.iter().find(|finding| finding.grade == Grade::Bad) {
-        out.push_str(&format!("\nBegin with: {}.\n", first.step));
-    } else if let Some(first) = findings.iter().find(|finding| finding.grade == Grade::Warn) {
-        out.push_str(&format!(
-            "\nNothing is broken; the weakest step is the first to warn: {}.\n",
+    let mut text = Text::default();
+    text.table(3, &rows);
+    let first = |grade| findings.iter().find(|finding| finding.grade == grade);
+    if let Some(first) = first(Grade::Bad) {
+        text.line("");
+        text.line(format!("Begin with: {}.", first.step));
+    } else if let Some(first) = first(Grade::Warn) {
+        text.line("");
+        text.line(format!(
+            "Nothing is broken; the weakest step is the first to warn: {}.",
             first.step
         ));
     } else if findings.iter().all(|finding| finding.grade == Grade::Ok) {
-        out.push_str("\nNothing to change.\n");
+        text.line("");
+        text.line("Nothing to change.");
     }
-    printable(&out)
+    text.finish()
 }
 
 /// Falls with the value: `limits` = where `Warn` and `Bad` begin.
@@ -294,13 +298,11 @@ fn score(run: &RunFiles) -> Finding {
     };
     let score = &difference.score;
     let found = format!(
-        "{} − {}: {} standardised, {}/{}/{} better/same/worse",
+        "{} − {}: {} standardised, {} better/same/worse",
         difference.last,
         difference.first,
         interval(&score.interval, true),
-        difference.wins,
-        difference.ties,
-        difference.losses
+        difference.tally()
     );
     if score.is_clear() && score.interval.estimate > 0.0 && !difference.mean.is_clear() {
         let advice = format!(

@@ -13,8 +13,8 @@ use arete_records::rows::{
 use arete_records::stats::{CalibrationBin, Interval};
 use arete_records::{Aspect, FinishReason, ScoreStats, Split};
 use arete_stage::run::RunJson;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::Error;
@@ -43,11 +43,12 @@ pub struct Metrics {
 
 impl Metrics {
     /// (step, value) of the first of these names that occurs.
-    pub fn curve(&self, names: &[&str]) -> Vec<(f64, f64)> {
-        let Some(name) = names.iter().find(|name| self.has(name)) else { return Vec::new() };
+    pub fn curve(&self, names: &[impl AsRef<str>]) -> Vec<(f64, f64)> {
+        let mut names = names.iter().map(AsRef::as_ref);
+        let Some(name) = names.find(|name| self.has(name)) else { return Vec::new() };
         self.lines
             .iter()
-            .filter_map(|line| Some((line.step as f64, *line.values.get(*name)?)))
+            .filter_map(|line| Some((line.step as f64, *line.values.get(name)?)))
             .collect()
     }
 
@@ -74,7 +75,7 @@ pub struct StageRecord {
 }
 
 /// The contents of a reward model's `evaluation.json`.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// What it was evaluated on.
     pub split: String,
@@ -111,7 +112,7 @@ pub struct Reward {
 }
 
 /// The contents of the judge's `calibration.json`, as far as the page shows it.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JudgeCalibration {
     /// One row a set of labelled pairs and method.
     pub table: Vec<JudgeMethod>,
@@ -120,7 +121,7 @@ pub struct JudgeCalibration {
 }
 
 /// How far a judging method agrees with labelled pairs.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JudgeMethod {
     /// The labelled pairs.
     pub set: String,
@@ -139,7 +140,7 @@ pub struct JudgeMethod {
 }
 
 /// A share of pairs, with Wilson's interval.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
     /// Pairs.
     pub n: u64,
@@ -149,7 +150,7 @@ pub struct Agreement {
 }
 
 /// What the calibration recommends.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recommendation {
     /// In words.
     pub reason: String,

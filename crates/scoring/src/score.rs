@@ -3,35 +3,33 @@
 //! One model is in memory at a time. Work proceeds in units of 32 prompts whose rows go to `shards/`; a killed run
 //! continues with what is missing, and the joined files are the same.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod results;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet;
-use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
-use arete_records::stats::{self, Resampling};
-use arete_records::{Aspect, ScoreStats, Split, atomic, score_stats};
+use arete_records::rows::{ConversationRow, PromptRow};
+use arete_records::{Aspect, Split, score_stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::units::{SHARDS, Units};
 use serde_json::{Map, Value};
 
-use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
 use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{self, YardstickPlace, aspect_scores};
-use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
-use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
+use crate::rows::{MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
+use crate::summary::Summary;
 use crate::{Error, table};
 
 /// Units sampled together: completions do not depend on their neighbours, full batches are faster.
 const UNITS_TOGETHER: usize = 2;
-/// Mass inside the intervals.
-const LEVEL: f64 = 0.95;
 
 /// The directory with one file of replies a model.
 pub const REPLIES: &str = "replies";
@@ -472,239 +470,6 @@ impl<'a> Work<'a> {
         }
         Ok(())
     }
-
-    /// Joins the units and says what they show.
-    fn join(&self, n_pairs: usize) -> Result<(), Error> {
-        let plan = self.plan;
-        let mut conversations = Vec::new();
-        for policy in &plan.policies {
-            conversations.push(self.units("replies", policy).read_all::<ConversationRow>()?);
-        }
-        let shared = shared_prompts(self.prompts, &conversations);
-        if shared.is_empty() {
-            return Err(setting(
-                "max_new_tokens",
-                "so few that a test prompt and its replies fit every model",
-                &plan.config.max_new_tokens.to_string(),
-            ));
-        }
-        let keeps = |prompt_id: &str| shared.contains(prompt_id);
-        let mut measures = Vec::new();
-        for policy in &plan.policies {
-            let mut rows = self.units("scores", policy).read_all::<MeasureRow>()?;
-            rows.retain(|row| keeps(&row.prompt_id));
-            measures.push(rows);
-        }
-        for rows in &mut conversations {
-            rows.retain(|row| keeps(&row.prompt_id));
-        }
-        let mut yardstick: Vec<HashMap<(String, Aspect), f32>> = Vec::new();
-        for policy in &plan.policies {
-            let rows = match plan.yardstick {
-                Some(_) => self.units("yardstick", policy).read_all::<YardstickRow>()?,
-                None => Vec::new(),
-            };
-            yardstick.push(
-                rows.into_iter().map(|row| ((row.prompt_id, row.aspect), row.score)).collect(),
-            );
-        }
-        let mut preferences: Vec<PolicyPreferenceRow> = Vec::new();
-        for policy in &plan.policies {
-            let units = Units { n_items: n_pairs, ..self.units("pairs", policy) };
-            preferences.extend(units.read_all::<PolicyPreferenceRow>()?);
-        }
-
-        let standardisation = self.standardisation(&measures)?;
-        let (mut scores, mut coherence) = (Vec::new(), Vec::new());
-        let mut retokenised = BTreeSet::new();
-        for (((policy, measures), conversations), yardstick) in
-            plan.policies.iter().zip(&measures).zip(&conversations).zip(&yardstick)
-        {
-            let by_prompt: HashMap<&str, &ConversationRow> =
-                conversations.iter().map(|row| (row.prompt_id.as_str(), row)).collect();
-            if measures.iter().any(|row| row.retokenised) {
-                retokenised.insert(policy.name.as_str());
-            }
-            for row in measures {
-                let conversation = by_prompt[row.prompt_id.as_str()];
-                let Standardisation { mean, std, .. } = standardisation[&row.aspect];
-                scores.push(ScoreRow {
-                    model: policy.name.clone(),
-                    prompt_id: row.prompt_id.clone(),
-                    aspect: row.aspect,
-                    score: row.score,
-                    z: ((f64::from(row.score) - mean) / std) as f32,
-                    yardstick: yardstick.get(&(row.prompt_id.clone(), row.aspect)).copied(),
-                    n_tokens: conversation.n_tokens(row.aspect),
-                    finish_reason: conversation.finish_reason(row.aspect),
-                });
-                let text = conversation.reply(row.aspect);
-                coherence.push(CoherenceRow {
-                    model: policy.name.clone(),
-                    prompt_id: row.prompt_id.clone(),
-                    aspect: row.aspect,
-                    base_logprob: row.base_logprob,
-                    n_base_tokens: row.n_base_tokens,
-                    repeated_4grams: repeated_4grams(text).map(|rate| rate as f32),
-                    empty: text.trim().is_empty(),
-                });
-            }
-        }
-        let mut summary = self.summarise(
-            &scores,
-            &coherence,
-            &conversations,
-            &preferences,
-            standardisation,
-            shared.len(),
-        );
-        for model in &mut summary.models {
-            model.retokenised = retokenised.contains(model.name.as_str());
-        }
-        fs_err::create_dir_all(self.output.join(REPLIES))?;
-        for (policy, rows) in plan.policies.iter().zip(&conversations) {
-            parquet::write(
-                self.output.join(REPLIES).join(format!("{}.parquet", policy.name)),
-                rows,
-            )?;
-        }
-        parquet::write(self.output.join(SCORES), &scores)?;
-        parquet::write(self.output.join(COHERENCE), &coherence)?;
-        if !preferences.is_empty() {
-            parquet::write(self.output.join(POLICY_PREFERENCES), &preferences)?;
-        }
-        let mut bytes = serde_json::to_vec_pretty(&summary).expect("numbers and words serialise");
-        bytes.push(b'\n');
-        Ok(atomic::write(self.output.join(SUMMARY), &bytes)?)
-    }
-
-    /// The reward models' own statistics; where there are none, those of the first model's replies.
-    fn standardisation(
-        &self,
-        measures: &[Vec<MeasureRow>],
-    ) -> Result<BTreeMap<Aspect, Standardisation>, Error> {
-        let mut out = BTreeMap::new();
-        for aspect in Aspect::ALL {
-            let standardisation = match ScoreStats::read(self.plan.reward_dir(aspect))? {
-                // One score for all is nothing to standardise with.
-                Some(ScoreStats { mean, std, n, split, source, .. }) if std > 0.0 => {
-                    Standardisation {
-                        mean,
-                        std,
-                        n,
-                        from: match source.as_str() {
-                            "" => format!("{split} conversations of the base"),
-                            source => format!("{source}, {split} prompts"),
-                        },
-                    }
-                }
-                _ => {
-                    let name = &self.plan.policies[0].name;
-                    tracing::warn!(
-                        aspect = aspect.name(),
-                        model = name,
-                        "no score statistics: standardised by this model's replies"
-                    );
-                    let scores: Vec<f64> = measures[0]
-                        .iter()
-                        .filter(|row| row.aspect == aspect)
-                        .map(|row| f64::from(row.score))
-                        .collect();
-                    let std = stats::std(&scores);
-                    Standardisation {
-                        mean: stats::mean(&scores),
-                        std: if std > 0.0 { std } else { 1.0 },
-                        n: scores.len(),
-                        from: format!("replies of {name}"),
-                    }
-                }
-            };
-            out.insert(aspect, standardisation);
-        }
-        Ok(out)
-    }
-
-    fn summarise(
-        &self,
-        scores: &[ScoreRow],
-        coherence: &[CoherenceRow],
-        conversations: &[Vec<ConversationRow>],
-        preferences: &[PolicyPreferenceRow],
-        standardisation: BTreeMap<Aspect, Standardisation>,
-        n_prompts: usize,
-    ) -> Summary {
-        let config = self.plan.config;
-        let resampling = Resampling { draws: config.draws, level: LEVEL, seed: config.seed };
-        let mut models = Vec::new();
-        for ((policy, (_, own_scores)), conversations) in
-            self.plan.policies.iter().zip(summary::scores(scores, resampling)).zip(conversations)
-        {
-            let by_prompt: HashMap<&str, &ConversationRow> =
-                conversations.iter().map(|row| (row.prompt_id.as_str(), row)).collect();
-            let own: Vec<(Aspect, ReplyFacts<'_>)> = coherence
-                .iter()
-                .filter(|row| row.model == policy.name)
-                .map(|row| {
-                    let conversation = by_prompt[row.prompt_id.as_str()];
-                    let facts = ReplyFacts {
-                        text: conversation.reply(row.aspect),
-                        n_tokens: conversation.n_tokens(row.aspect),
-                        finish_reason: conversation.finish_reason(row.aspect),
-                        base_logprob: f64::from(row.base_logprob),
-                        n_base_tokens: row.n_base_tokens,
-                    };
-                    (row.aspect, facts)
-                })
-                .collect();
-            let of = |wanted: Option<Aspect>| {
-                let facts: Vec<ReplyFacts<'_>> = own
-                    .iter()
-                    .filter(|(aspect, _)| wanted.is_none_or(|wanted| wanted == *aspect))
-                    .map(|(_, facts)| facts.clone())
-                    .collect();
-                Coherence::of(&facts)
-            };
-            let logprobs: Vec<(f64, f64)> = preferences
-                .iter()
-                .filter(|row| row.model == policy.name)
-                .map(|row| (f64::from(row.logprob_chosen), f64::from(row.logprob_rejected)))
-                .collect();
-            models.push(ModelSummary {
-                name: policy.name.clone(),
-                source: policy.given.clone(),
-                scores: own_scores,
-                coherence: of(None),
-                coherence_by_aspect: Aspect::ALL.map(|aspect| (aspect, of(Some(aspect)))).into(),
-                retokenised: false,
-                preference_accuracy: PreferenceAccuracy::of(&logprobs),
-            });
-        }
-        Summary {
-            n_prompts,
-            n_left_out: self.prompts.len() - n_prompts,
-            draws: config.draws,
-            level: LEVEL,
-            base: self.plan.inputs.base.clone(),
-            yardstick: self.plan.inputs.yardstick.as_ref().map(|path| path.display().to_string()),
-            standardisation,
-            models,
-            differences: summary::differences(scores, resampling),
-        }
-    }
-}
-
-/// Ids of the prompts that every model has replied to.
-fn shared_prompts<'a>(
-    prompts: &'a [PromptRow],
-    conversations: &[Vec<ConversationRow>],
-) -> BTreeSet<&'a str> {
-    let mut shared: BTreeSet<&str> =
-        prompts.iter().map(|prompt| prompt.prompt_id.as_str()).collect();
-    for rows in conversations {
-        let own: BTreeSet<&str> = rows.iter().map(|row| row.prompt_id.as_str()).collect();
-        shared.retain(|prompt_id| own.contains(prompt_id));
-    }
-    shared
 }
 
 fn finite(score: f64, aspect: &str, policy: &Policy, row: &ConversationRow) -> Result<f32, Error> {

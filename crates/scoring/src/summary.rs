@@ -69,7 +69,8 @@ impl Scope {
         self.aspect().map_or("all", Aspect::name)
     }
 
-    fn aspect(self) -> Option<Aspect> {
+    /// The aspect; none for all together.
+    pub(crate) fn aspect(self) -> Option<Aspect> {
         match self {
             Self::All => None,
             Self::Action => Some(Aspect::Action),
@@ -192,6 +193,13 @@ pub struct Difference {
     pub losses: u64,
     /// Two-sided sign test of wins against losses.
     pub sign_test: f64,
+}
+
+impl Difference {
+    /// `30/5/15`: prompts on which `last` is better, the same, worse.
+    pub(crate) fn tally(&self) -> String {
+        format!("{}/{}/{}", self.wins, self.ties, self.losses)
+    }
 }
 
 /// How scores are standardised.

@@ -17,38 +17,28 @@ pub(crate) const RETOKENISED: &str =
 
 /// The summary as a few aligned tables, ending with what it means.
 pub fn of(summary: &Summary) -> String {
-    let mut out = String::new();
-    let mut line = |text: String| {
-        out.push_str(text.trim_end());
-        out.push('\n');
-    };
-    line(format!(
-        "Score = mean − ½ · standard deviation of {} scores ({} test prompts × 3 aspects); [95 % interval]",
-        3 * summary.n_prompts,
-        summary.n_prompts
+    let mut text = Text::default();
+    let n = summary.n_prompts;
+    text.line(format!(
+        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × 3 aspects); [95 % interval]",
+        3 * n
     ));
-    line(String::new());
-    for row in aligned(&models(summary)) {
-        line(row);
-    }
+    text.line("");
+    text.table(1, &models(summary));
     if !summary.differences.is_empty() {
-        line(String::new());
-        for row in aligned(&differences(summary)) {
-            line(row);
-        }
+        text.line("");
+        text.table(1, &differences(summary));
     }
-    line(String::new());
-    for row in aligned(&coherence(summary)) {
-        line(row);
-    }
+    text.line("");
+    text.table(1, &coherence(summary));
     if summary.models.iter().any(|model| model.retokenised) {
-        line(RETOKENISED.to_owned());
+        text.line(RETOKENISED);
     }
     if let Some(verdict) = verdict(summary) {
-        line(String::new());
-        line(verdict);
+        text.line("");
+        text.line(verdict);
     }
-    printable(&out)
+    text.finish()
 }
 
 fn has_yardstick(summary: &Summary) -> bool {
@@ -56,18 +46,15 @@ fn has_yardstick(summary: &Summary) -> bool {
 }
 
 fn models(summary: &Summary) -> Vec<Vec<String>> {
-    let mut header = vec!["model".to_owned(), "Score".to_owned(), "standardised".to_owned()];
+    let mut header = row(["model", "Score", "standardised"]);
     header.extend(Aspect::ALL.map(|aspect| aspect.name().to_owned()));
     if has_yardstick(summary) {
         header.push("yardstick".to_owned());
     }
     let mut rows = vec![header];
     for model in &summary.models {
-        let score = |scale, scope| {
-            model
-                .score(scale, scope)
-                .map_or("–".to_owned(), |score| interval(&score.score, false))
-        };
+        let score =
+            |scale, scope| dash(model.score(scale, scope).map(|own| interval(&own.score, false)));
         let mut row = vec![
             model.name.clone(),
             score(Scale::Raw, Scope::All),
@@ -75,7 +62,7 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
         ];
         for scope in [Scope::Action, Scope::Motivation, Scope::Consequence] {
             let own = model.score(Scale::Standardised, scope);
-            row.push(own.map_or("–".to_owned(), |score| number(score.score.estimate, false)));
+            row.push(dash(own.map(|own| number(own.score.estimate, false))));
         }
         if has_yardstick(summary) {
             row.push(score(Scale::Yardstick, Scope::All));
@@ -88,23 +75,20 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
 fn differences(summary: &Summary) -> Vec<Vec<String>> {
     let header =
         ["difference", "Score", "standardised", "better/same/worse", "p", "detectable from"];
-    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    let mut rows = vec![row(header)];
     let raw = |d: &&Difference| d.scale == Scale::Raw && d.scope == Scope::All;
     for difference in summary.differences.iter().filter(raw) {
         let (first, last) = (&difference.first, &difference.last);
         let standardised = summary.difference(first, last, Scale::Standardised, Scope::All);
-        let change = |change: &Change| interval(&change.interval, true);
+        let cell = |show: fn(&Difference) -> String| dash(standardised.map(show));
+        let score = |own: &Difference| interval(&own.score.interval, true);
         rows.push(vec![
             format!("{last} − {first}"),
-            change(&difference.score),
-            standardised.map_or("–".to_owned(), |own| change(&own.score)),
-            standardised.map_or("–".to_owned(), |own| {
-                format!("{}/{}/{}", own.wins, own.ties, own.losses)
-            }),
-            standardised.map_or("–".to_owned(), |own| probability(own.sign_test)),
-            standardised.map_or("–".to_owned(), |own| {
-                format!("±{:.3}", own.score.minimum_detectable_effect)
-            }),
+            score(difference),
+            cell(score),
+            cell(Difference::tally),
+            cell(|own| probability(own.sign_test)),
+            cell(|own| effect(&own.score)),
         ]);
     }
     rows
@@ -112,32 +96,35 @@ fn differences(summary: &Summary) -> Vec<Vec<String>> {
 
 fn coherence(summary: &Summary) -> Vec<Vec<String>> {
     let with_pairs = summary.models.iter().any(|model| model.preference_accuracy.is_some());
-    let mut header: Vec<String> =
-        ["replies", "tokens", "cut off", "empty", "perplexity", "distinct-2", "repeated 4-grams"]
-            .map(str::to_owned)
-            .to_vec();
+    let mut header = row([
+        "replies",
+        "tokens",
+        "cut off",
+        "empty",
+        "perplexity",
+        "distinct-2",
+        "repeated 4-grams",
+    ]);
     if with_pairs {
         header.push("human pairs".to_owned());
     }
     let mut rows = vec![header];
     for model in &summary.models {
         let ModelSummary { name, coherence, preference_accuracy, .. } = model;
-        let optional = |value: Option<f64>, digits: usize| {
-            value.map_or("–".to_owned(), |value| format!("{value:.digits$}"))
-        };
         let mut row = vec![
             name.clone(),
             format!("{:.1}", coherence.mean_tokens),
             percent(coherence.truncated_rate),
             percent(coherence.empty_rate),
-            perplexity(model),
-            optional(coherence.distinct_2, 3),
-            coherence.repeated_4gram_rate.map_or("–".to_owned(), percent),
+            dash(perplexity(model)),
+            dash(coherence.distinct_2.map(|value| format!("{value:.3}"))),
+            dash(coherence.repeated_4gram_rate.map(percent)),
         ];
         if with_pairs {
-            row.push(preference_accuracy.as_ref().map_or("–".to_owned(), |own| {
-                format!("{} of {}", percent(own.accuracy.estimate), own.n)
-            }));
+            let pairs = preference_accuracy.as_ref();
+            row.push(dash(
+                pairs.map(|own| format!("{} of {}", percent(own.accuracy.estimate), own.n)),
+            ));
         }
         rows.push(row);
     }
@@ -145,9 +132,9 @@ fn coherence(summary: &Summary) -> Vec<Vec<String>> {
 }
 
 /// A model's perplexity under the base, starred where it is not that of the sampled tokens.
-pub(crate) fn perplexity(model: &ModelSummary) -> String {
+pub(crate) fn perplexity(model: &ModelSummary) -> Option<String> {
     let star = if model.retokenised { "*" } else { "" };
-    model.coherence.perplexity.map_or("–".to_owned(), |value| format!("{value:.1}{star}"))
+    model.coherence.perplexity.map(|value| format!("{value:.1}{star}"))
 }
 
 /// One sentence on what the run changed.
@@ -197,50 +184,83 @@ pub(crate) fn bounds(interval: &Interval) -> String {
 
 /// Three decimals, a true minus sign; a plus sign if asked.
 pub(crate) fn number(value: f64, signed: bool) -> String {
-    let text = format!("{:.3}", value.abs());
-    let is_zero = text.chars().all(|c| matches!(c, '0' | '.'));
-    let sign = match value {
-        _ if is_zero => "",
-        value if value < 0.0 => "−",
-        _ if signed => "+",
-        _ => "",
-    };
-    format!("{sign}{text}")
+    let text = true_minus(&format!("{value:.3}"));
+    match signed && !text.starts_with('−') && text != "0.000" {
+        true => format!("+{text}"),
+        false => text,
+    }
+}
+
+/// A number's text with a true minus sign, and none before zero.
+pub(crate) fn true_minus(text: &str) -> String {
+    match text.strip_prefix('-') {
+        Some(rest) if rest.contains(|c| matches!(c, '1'..='9')) => format!("−{rest}"),
+        Some(rest) => rest.to_owned(),
+        None => text.to_owned(),
+    }
+}
+
+/// `±0.281`: the smallest effect that would be found.
+pub(crate) fn effect(change: &Change) -> String {
+    format!("±{:.3}", change.minimum_detectable_effect)
+}
+
+/// What is not known is a dash.
+pub(crate) fn dash(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "–".to_owned())
 }
 
 pub(crate) fn percent(rate: f64) -> String {
     format!("{:.1} %", 100.0 * rate)
 }
 
+/// `66.0 % [57.5, 74.0]`.
+pub(crate) fn rate(rate: &Interval) -> String {
+    format!("{} [{:.1}, {:.1}]", percent(rate.estimate), 100.0 * rate.low, 100.0 * rate.high)
+}
+
 pub(crate) fn probability(p: f64) -> String {
     if p < 0.001 { "< 0.001".to_owned() } else { format!("{p:.3}") }
 }
 
-/// Rows with their columns aligned: the first to the left, the others to the right.
-pub(crate) fn aligned(rows: &[Vec<String>]) -> Vec<String> {
-    let n_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        rows.iter()
-            .filter_map(|row| row.get(column))
-            .map(|cell| cell.chars().count())
-            .max()
-            .unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..n_columns).map(width).collect();
-    rows.iter()
-        .map(|row| {
-            let mut line = String::new();
-            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                let padded = if column == 0 {
-                    format!("{cell:<width$}")
-                } else {
-                    format!("  {cell:>width$}")
-                };
-                write!(line, "{padded}").expect("writing to a String cannot fail");
-            }
-            line
-        })
-        .collect()
+/// A table's row of fixed words.
+pub(crate) fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).into()
+}
+
+/// Lines and tables for a terminal.
+#[derive(Default)]
+pub(crate) struct Text(String);
+
+impl Text {
+    /// A line; spaces at its end are left out.
+    pub(crate) fn line(&mut self, line: impl AsRef<str>) {
+        self.0.push_str(line.as_ref().trim_end());
+        self.0.push('\n');
+    }
+
+    /// Rows with their columns aligned: the first `n_words` to the left, the others to the right.
+    pub(crate) fn table(&mut self, n_words: usize, rows: &[Vec<String>]) {
+        let n_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| {
+            let cells = rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..n_columns).map(width).collect();
+        for row in rows {
+            let cells = row.iter().zip(&widths).enumerate();
+            let padded = cells.map(|(column, (cell, width))| match column < n_words {
+                true => format!("{cell:<width$}"),
+                false => format!("{cell:>width$}"),
+            });
+            self.line(padded.collect::<Vec<_>>().join("  "));
+        }
+    }
+
+    /// Everything, control characters escaped.
+    pub(crate) fn finish(self) -> String {
+        printable(&self.0)
+    }
 }
 
 #[cfg(test)]
@@ -249,9 +269,10 @@ mod tests {
 
     #[test]
     fn columns_are_aligned_by_characters() {
-        let rows =
-            [["a", "µ", "x"], ["long", "10", "−1"]].map(|row| row.map(str::to_owned).to_vec());
-        assert_eq!(aligned(&rows), ["a      µ   x", "long  10  −1"]);
+        let mut text = Text::default();
+        text.table(1, &[row(["a", "µ", "x"]), row(["long", "10", "−1"])]);
+        text.table(2, &[row(["a", "b", "c"]), row(["", "long", "10"])]);
+        assert_eq!(text.finish(), "a      µ   x\nlong  10  −1\na  b      c\n   long  10\n");
     }
 
     #[test]

@@ -9,6 +9,8 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use arete_records::stats::Interval;
+use arete_scoring::report::{Chart, Colour, Estimate, Series, Unit};
 use arete_scoring::{ReportInputs, RunFiles, doctor, report};
 use browser::Browser;
 use common::{HOSTILE, N_TEST, SyntheticRun};
@@ -234,6 +236,114 @@ fn a_real_browser_shows_draws_filters_and_sorts() {
     browser.click("#open");
     assert_eq!(browser.number(n_open) as usize, 3 * N_TEST);
     assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+/// Texts that leave their drawing, and pairs of texts of one drawing that lie over each other.
+const CLIPPED: &str = "[...document.querySelectorAll('svg')].flatMap(svg => {
+    const own = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);
+    const outside = texts.filter(([, t]) => t.left < own.left - 0.5 || t.right > own.right + 0.5
+        || t.top < own.top - 0.5 || t.bottom > own.bottom + 0.5).map(([text]) => text);
+    const over = texts.flatMap(([text, a], at) => texts.slice(at + 1).filter(([, b]) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4)
+        .map(([other]) => text + ' over ' + other));
+    return [...outside, ...over];
+})";
+
+#[test]
+fn no_name_in_a_chart_is_clipped() {
+    let Some(mut browser) = Browser::start() else { return };
+    let (dir, page) = page_of_a_run();
+    browser.open(&page);
+    let nothing: [&str; 0] = [];
+    assert_eq!(browser.evaluate(CLIPPED), serde_json::json!(nothing));
+    // Many models, with the widest letters there are.
+    let wide = "W".repeat(60);
+    for names in [
+        vec!["action", "motivation", "consequence", "perfect"],
+        vec!["lr-1e-4", "lr-3e-5", "lr-1e-5", "lr-3e-6", "lr-1e-6", "lr-3e-7", "lr-1e-7"],
+        vec!["recommended-seed-1", "MMMMMMMMMMMM", &wide, "重み付き報酬モデル", "ﷺ", "b"],
+        (0..24).map(|_| "recommended-lr-1e-5-no-warm-up-seed-1").collect(),
+    ] {
+        let colour = Colour(1);
+        let interval = Interval { estimate: 0.5, low: 0.4, high: 0.6 };
+        let series: Vec<Series> = names
+            .iter()
+            .map(|name| Series { name: (*name).to_owned(), colour, points: vec![(1.0, 2.0)] })
+            .collect();
+        let estimates: Vec<Estimate> = names
+            .iter()
+            .map(|name| Estimate { name: (*name).to_owned(), colour, interval, reference: None })
+            .collect();
+        let charts = [
+            Chart::lines("x", "t", "c", "step", Unit::Number, &series).unwrap().unwrap(),
+            Chart::estimates("x", "t", "c", Unit::Share, &estimates, None).unwrap().unwrap(),
+        ];
+        for chart in charts {
+            let path = dir.path().join("chart.html");
+            let font = "sans-serif; width: 360px";
+            let html = format!("<body style='font-family: {font}'>{}", chart.inline());
+            fs_err::write(&path, html).unwrap();
+            browser.open(&path);
+            assert_eq!(browser.evaluate(CLIPPED), serde_json::json!(nothing), "{names:?}");
+            let n_texts = browser.number("document.querySelectorAll('svg text').length");
+            assert!(n_texts as usize > names.len());
+        }
+    }
+}
+
+#[test]
+fn a_reader_who_points_at_a_curve_is_told_its_value() {
+    let Some(mut browser) = Browser::start() else { return };
+    let (_dir, page) = page_of_a_run();
+    browser.look(1200, 900, false);
+    browser.open(&page);
+    let pointed_at = browser.evaluate(
+        "(() => { const tip = document.querySelector('#chart-ppo-clip .tip:last-of-type'); \
+         tip.scrollIntoView({block: 'center', behavior: 'instant'}); const r = tip.getBoundingClientRect(); \
+         return document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2).querySelector('title').textContent; })()",
+    );
+    let text = pointed_at.as_str().unwrap();
+    assert!(text.starts_with("clipped, iteration 30: ") && text.ends_with(" %"), "{text}");
+}
+
+#[test]
+fn a_figure_stays_on_one_line() {
+    let Some(mut browser) = Browser::start() else { return };
+    let (_dir, page) = page_of_a_run();
+    browser.open(&page);
+    for width in [1280, 800, 390, 320] {
+        browser.look(width, 900, false);
+        let rows = "(() => { const own = document.querySelectorAll('.figures div:nth-child(3) dd')[0]; \
+                    own.textContent = '100 · 100 · 100 %'; const range = document.createRange(); \
+                    range.selectNodeContents(own); const text = range.getBoundingClientRect(); \
+                    const box = own.parentElement.getBoundingClientRect(); \
+                    return [range.getClientRects().length, text.left >= box.left && text.right <= box.right]; })()";
+        assert_eq!(browser.evaluate(rows), serde_json::json!([1, true]), "{width}");
+    }
+}
+
+#[test]
+fn a_table_that_goes_on_beyond_the_edge_shows_it() {
+    let Some(mut browser) = Browser::start() else { return };
+    let (_dir, page) = page_of_a_run();
+    for is_dark in [false, true] {
+        browser.look(390, 844, is_dark);
+        browser.open(&page);
+        // Three pixels below a caption, where no text is: at the left, in the middle, at the right.
+        let mut strips = |scrolled: &str| {
+            let places = browser.evaluate(&format!(
+                "(() => {{ scrollTo(0, 0); const box = document.querySelector('.scroll'); box.scrollLeft = {scrolled}; \
+                 const r = box.getBoundingClientRect(); const y = box.querySelector('caption').getBoundingClientRect().bottom - 5; \
+                 return [r.left + 2, r.left + r.width / 2, r.right - 8].map(x => [x, y + scrollY, 6, 3]); }})()",
+            ));
+            let places: Vec<[f64; 4]> = serde_json::from_value(places).unwrap();
+            places.into_iter().map(|place| browser.picture(place)).collect::<Vec<String>>()
+        };
+        let (start, end) = (strips("0"), strips("10000"));
+        assert!(start[0] == start[1] && start[1] != start[2], "dark: {is_dark}");
+        assert!(end[0] != end[1] && end[1] == end[2], "dark: {is_dark}");
+    }
 }
 
 #[test]

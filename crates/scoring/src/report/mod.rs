@@ -2,13 +2,17 @@
 //!
 //! The page needs no network: style, script and drawings are inside. Texts of models and users are escaped, and a content
 //! security policy lets no script run but the page's own.
+//!
+//! `templates/` holds what the page says and how it looks, `view.rs` the numbers in it, `curves.rs` which logged numbers are
+//! drawn, `charts.rs` the other charts, `drawing.rs` how a chart is drawn.
 
 mod charts;
-mod html;
+mod curves;
+mod drawing;
+mod page;
 mod samples;
-mod sections;
+mod view;
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use arete_records::atomic;
@@ -16,17 +20,13 @@ use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 
-pub use charts::{Chart, Colour, Estimate, Series};
+pub use drawing::{Chart, Colour, Estimate, Series, Unit};
 
 use crate::Error;
 use crate::run_files::{RunFiles, STAGE_DIRS};
-use html::{base64, escape};
-use sections::Section;
 
 /// The page's file.
 pub const PAGE: &str = "report.html";
-const STYLE: &str = include_str!("page.css");
-const SCRIPT: &str = include_str!("page.js");
 
 /// What the stage reads and how much it shows.
 #[derive(Clone, Debug)]
@@ -74,15 +74,16 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
         Start::Run(run) => run,
     };
     let recipe = inputs.recipe.as_ref().map(fs_err::read_to_string).transpose()?;
-    let sections = sections::all(&run_files, inputs.max_samples, recipe.as_deref())?;
-    let charts: Vec<&Chart> = sections.iter().flat_map(|section| &section.charts).collect();
+    let charts = charts::all(&run_files)?;
     fs_err::create_dir_all(inputs.output.join("charts"))?;
-    for chart in &charts {
+    let n_charts = charts.iter().map(|(_, own)| own.len()).sum::<usize>();
+    for chart in charts.iter().flat_map(|(_, own)| own) {
         let path = inputs.output.join("charts").join(format!("{}.svg", chart.name));
         atomic::write(path, chart.standalone().as_bytes())?;
     }
-    atomic::write(&page, render(&run_files, &sections).as_bytes())?;
-    let counts = Map::from_iter([("charts".to_owned(), charts.len().into())]);
+    let view = view::Page::of(&run_files, &charts, inputs.max_samples, recipe.as_deref());
+    atomic::write(&page, page::render(&view).as_bytes())?;
+    let counts = Map::from_iter([("charts".to_owned(), n_charts.into())]);
     let none = "none".to_owned();
     run.finish(Completion { device: none.clone(), dtype: none, counts })?;
     Ok(page)
@@ -90,14 +91,13 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
 
 /// Changes when the page does: the same run shown by other code is another page.
 fn page_version() -> String {
-    const CODE: [&str; 13] = [
-        STYLE,
-        SCRIPT,
+    const CODE: [&str; 12] = [
         include_str!("charts.rs"),
-        include_str!("html.rs"),
-        include_str!("mod.rs"),
+        include_str!("curves.rs"),
+        include_str!("drawing.rs"),
+        include_str!("page.rs"),
         include_str!("samples.rs"),
-        include_str!("sections.rs"),
+        include_str!("view.rs"),
         include_str!("../best_of.rs"),
         include_str!("../doctor.rs"),
         include_str!("../../../chain/src/verdicts.rs"),
@@ -105,57 +105,8 @@ fn page_version() -> String {
         include_str!("../summary.rs"),
         include_str!("../table.rs"),
     ];
-    base64(&Sha256::digest(CODE.concat()))
-}
-
-/// The whole page.
-fn render(run: &RunFiles, sections: &[Section]) -> String {
-    let name = escape(&run.name);
-    let script_hash = base64(&Sha256::digest(SCRIPT));
-    let mut out = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; \
-         script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n\
-         <title>{name} · Arete</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
-         <header class=\"top\"><p class=\"kicker\">Arete · run report</p><h1>{name}</h1>\n"
-    );
-    out.push_str(&sections::summary(run));
-    out.push_str("</header>\n<nav aria-label=\"Contents\"><ul>");
-    for section in sections {
-        let _ = write!(out, "<li><a href=\"#{}\">{}</a></li>", section.id, escape(section.title));
-    }
-    out.push_str("</ul></nav>\n<main>\n");
-    for section in sections {
-        let Section { id, title, lead, body, charts } = section;
-        let _ = write!(out, "<section id=\"{id}\">\n<h2>{}</h2>\n", escape(title));
-        if !lead.is_empty() {
-            let _ = writeln!(out, "<p class=\"lead\">{}</p>", escape(lead));
-        }
-        if !charts.is_empty() {
-            out.push_str("<div class=\"charts\">\n");
-            for chart in charts {
-                let _ = writeln!(
-                    out,
-                    "<figure id=\"chart-{}\"><h3>{}</h3>{}<figcaption>{}</figcaption></figure>",
-                    chart.name,
-                    escape(&chart.title),
-                    chart.inline().trim_end(),
-                    escape(&chart.caption)
-                );
-            }
-            out.push_str("</div>\n");
-        }
-        let _ = write!(out, "{body}\n</section>\n");
-    }
-    let _ = write!(
-        out,
-        "</main>\n<footer class=\"end\">Made by arete-scoring {}</footer>\n",
-        env!("CARGO_PKG_VERSION")
-    );
-    let _ = write!(out, "<script>{SCRIPT}</script>\n</body>\n</html>\n");
-    out
+    let templates = page::TEMPLATES.map(|(_, source)| source).concat();
+    page::base64(&Sha256::digest(CODE.concat() + page::STYLE + page::SCRIPT + &templates))
 }
 
 /// Where a run's page goes when nothing else is said.

@@ -139,6 +139,14 @@ impl Browser {
         ));
     }
 
+    /// A picture (PNG, base64) of a part of the page: x, y, width, height in pixels.
+    pub(crate) fn picture(&mut self, [x, y, width, height]: [f64; 4]) -> String {
+        let clip = json!({ "x": x, "y": y, "width": width, "height": height, "scale": 1 });
+        let answer = self
+            .call("Page.captureScreenshot", json!({ "clip": clip, "captureBeyondViewport": true }));
+        answer["data"].as_str().unwrap().to_owned()
+    }
+
     /// Errors and warnings of scripts, of the network and of the content security policy so far.
     pub(crate) fn complaints(&self) -> Vec<String> {
         self.complaints.clone()
