@@ -30,8 +30,14 @@ fn main() -> anyhow::Result<()> {
         Ok(write!(out, "{}", text.push(token)?).and_then(|()| out.flush())?)
     };
     let tokenizer = Some(&model.tokenizer);
-    let completion =
-        generate::stream(&model.decoder, tokenizer, None, &request, &options, &mut show)?;
+    let completion = generate::stream::<arete_model::Error>(
+        &model.decoder,
+        tokenizer,
+        None,
+        &request,
+        &options,
+        &mut show,
+    )?;
     let n = completion.token_ids.len();
     writeln!(std::io::stdout(), "\n({n} tokens, ended by {:?})", completion.finish_reason)?;
     Ok(())

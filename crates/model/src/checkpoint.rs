@@ -9,16 +9,20 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
+#[cfg(feature = "gguf")]
 use self::gguf::Gguf;
 use self::safetensors::SafetensorsFile;
 use crate::Error;
 use crate::config::{ModelConfig, read_json_object};
 use crate::nf4::Nf4Tensor;
 use crate::template::ChatTemplate;
-use crate::tokenizer::{GgufVocabulary, Tokenizer};
+#[cfg(feature = "gguf")]
+use crate::tokenizer::GgufVocabulary;
+use crate::tokenizer::Tokenizer;
 
 mod bitsandbytes;
 mod bytes;
+#[cfg(feature = "gguf")]
 pub mod gguf;
 pub mod safetensors;
 
@@ -28,6 +32,7 @@ const MAX_INDEX_BYTES: u64 = 25 << 20;
 /// A checkpoint that is not sharded.
 const SINGLE_FILE: &str = "model.safetensors";
 /// GGUF's table of divisors of the rotary frequencies (Llama 3.1 and later).
+#[cfg(feature = "gguf")]
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Endings of files that Python's pickle would open.
 const PICKLE_ENDINGS: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
@@ -57,9 +62,7 @@ impl Source {
     /// As [`Source::parse`]; [`Error::Hub`] if the download fails.
     pub fn fetch(given: &str) -> Result<Self, Error> {
         Ok(match Self::parse(given)? {
-            Self::Hub { id, revision } => {
-                Self::Directory(crate::hub::download_model(&id, revision.as_deref())?)
-            }
+            Self::Hub { id, revision } => Self::Directory(download(&id, revision.as_deref())?),
             local => local,
         })
     }
@@ -122,6 +125,18 @@ impl std::fmt::Display for Source {
     }
 }
 
+/// The directory of a hub model's snapshot, downloaded where it is not here yet.
+fn download(id: &str, revision: Option<&str>) -> Result<PathBuf, Error> {
+    #[cfg(feature = "hub")]
+    return crate::hub::download_model(id, revision);
+    #[cfg(not(feature = "hub"))]
+    Err(Error::Source {
+        given: revision.map_or(id.to_owned(), |revision| format!("{id}@{revision}")),
+        expected: "a local model (built without the feature `hub`)",
+        found: "a hub id".to_owned(),
+    })
+}
+
 fn source_error(given: &str, found: &str) -> Error {
     Error::Source {
         given: given.to_owned(),
@@ -160,7 +175,11 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Files {
     Safetensors(Weights),
-    Gguf { file: Gguf, names: BTreeMap<String, String> },
+    #[cfg(feature = "gguf")]
+    Gguf {
+        file: Gguf,
+        names: BTreeMap<String, String>,
+    },
 }
 
 /// The tensors of one safetensors file, or of several that an index ties together.
@@ -224,9 +243,16 @@ impl Checkpoint {
     pub fn open(source: &Source) -> Result<Self, Error> {
         match source {
             Source::Directory(path) => Self::open_directory(path),
+            #[cfg(feature = "gguf")]
             Source::Gguf(path) => Self::open_gguf(path),
+            #[cfg(not(feature = "gguf"))]
+            Source::Gguf(path) => Err(Error::Source {
+                given: path.display().to_string(),
+                expected: "a Hugging Face directory (built without the feature `gguf`)",
+                found: "a GGUF file".to_owned(),
+            }),
             Source::Hub { id, revision } => {
-                Self::open_directory(&crate::hub::download_model(id, revision.as_deref())?)
+                Self::open_directory(&download(id, revision.as_deref())?)
             }
         }
     }
@@ -242,6 +268,7 @@ impl Checkpoint {
         Self { path: directory.to_path_buf(), config, files }.checked()
     }
 
+    #[cfg(feature = "gguf")]
     fn open_gguf(path: &Path) -> Result<Self, Error> {
         let file = Gguf::open(path)?;
         let mut names = BTreeMap::new();
@@ -293,6 +320,7 @@ impl Checkpoint {
             Files::Safetensors(weights) => {
                 weights.place.keys().filter(|name| !bitsandbytes::is_part(name)).cloned().collect()
             }
+            #[cfg(feature = "gguf")]
             Files::Gguf { names, .. } => names.keys().cloned().collect(),
         }
     }
@@ -301,6 +329,7 @@ impl Checkpoint {
     pub fn contains(&self, name: &str) -> bool {
         match &self.files {
             Files::Safetensors(weights) => weights.contains(name),
+            #[cfg(feature = "gguf")]
             Files::Gguf { names, .. } => names.contains_key(name),
         }
     }
@@ -310,6 +339,7 @@ impl Checkpoint {
         let name = "model.embed_tokens.weight";
         match &self.files {
             Files::Safetensors(weights) => weights.file_of(name).ok()?.kind(name),
+            #[cfg(feature = "gguf")]
             Files::Gguf { .. } => None,
         }
     }
@@ -328,6 +358,7 @@ impl Checkpoint {
                     Ok(file.shape(name).expect("the file has it").to_vec())
                 }
             },
+            #[cfg(feature = "gguf")]
             Files::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(|| self.missing(name))?;
                 Ok(file.tensors()[stored].shape.clone())
@@ -346,6 +377,7 @@ impl Checkpoint {
                 Some(packed) => packed.dequantize(Kind::Float),
                 None => weights.file_of(name)?.tensor(name),
             },
+            #[cfg(feature = "gguf")]
             Files::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(|| self.missing(name))?;
                 let kind = file.tensors()[stored].ggml_type.kind();
@@ -364,6 +396,7 @@ impl Checkpoint {
     pub fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor, Error> {
         match &self.files {
             Files::Safetensors(_) => Ok(self.tensor(name)?.f_to_kind(kind)?),
+            #[cfg(feature = "gguf")]
             Files::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(|| self.missing(name))?;
                 file.tensor_as(stored, kind, self.interleaved_heads(name))
@@ -386,6 +419,7 @@ impl Checkpoint {
             self.expect_shape(name, shape)?;
         }
         match &self.files {
+            #[cfg(feature = "gguf")]
             Files::Gguf { file, names } => {
                 let stored: Vec<_> = parts
                     .iter()
@@ -459,6 +493,7 @@ impl Checkpoint {
     pub fn nf4(&self, name: &str) -> Result<Option<Nf4Tensor>, Error> {
         match &self.files {
             Files::Safetensors(weights) => bitsandbytes::read(weights, name),
+            #[cfg(feature = "gguf")]
             Files::Gguf { .. } => Ok(None),
         }
     }
@@ -480,6 +515,7 @@ impl Checkpoint {
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         match &self.files {
             Files::Safetensors(_) => Tokenizer::from_directory(&self.path),
+            #[cfg(feature = "gguf")]
             Files::Gguf { file, .. } => {
                 Tokenizer::from_gguf(&self.path, vocabulary(file.metadata())?)
             }
@@ -501,15 +537,18 @@ impl Checkpoint {
             Files::Safetensors(weights) => {
                 weights.file_of(name).map_or(self.path.as_path(), SafetensorsFile::path)
             }
+            #[cfg(feature = "gguf")]
             Files::Gguf { .. } => &self.path,
         }
     }
 
+    #[cfg(feature = "gguf")]
     fn missing(&self, name: &str) -> Error {
         Error::MissingTensor { path: self.path.clone(), name: name.to_owned() }
     }
 
     /// Heads whose rows GGUF stores interleaved: those of Q and K in Llama files.
+    #[cfg(feature = "gguf")]
     fn interleaved_heads(&self, name: &str) -> Option<usize> {
         if name.ends_with("self_attn.q_proj.weight") {
             Some(self.config.num_heads)
@@ -566,6 +605,7 @@ pub(crate) fn shards_of_index(index: &Path) -> Result<BTreeMap<String, BTreeSet<
 }
 
 /// The Hugging Face name of a llama-architecture GGUF tensor; None for tables the decoder computes itself.
+#[cfg(feature = "gguf")]
 fn hugging_face_name(name: &str) -> Option<String> {
     let fixed = match name {
         "token_embd.weight" => Some("model.embed_tokens.weight"),
@@ -594,6 +634,7 @@ fn hugging_face_name(name: &str) -> Option<String> {
 }
 
 /// What the metadata says about the tokenizer.
+#[cfg(feature = "gguf")]
 fn vocabulary(metadata: &gguf::Metadata) -> Result<GgufVocabulary, Error> {
     let key = |name: &str| format!("tokenizer.ggml.{name}");
     let id = |name: &str| -> Result<Option<i64>, Error> {

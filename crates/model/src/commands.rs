@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde_json::json;
 
-use crate::adapter_files::{self, LoadedAdapter};
-use crate::{
+use arete_model::adapter_files::{self, LoadedAdapter};
+use arete_model::{
     Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, default_dtype,
     kernels_name, merge, packing,
 };
@@ -22,7 +22,7 @@ mod push;
 /// Generate, score, inspect and convert Llama and Mistral models
 #[derive(Debug, clap::Parser)]
 #[command(name = "arete-model", version, after_help = EXAMPLES)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
@@ -177,7 +177,7 @@ struct Merge {
 /// # Errors
 ///
 /// Whatever went wrong, with its context; the binary prints it.
-pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Logprobs(arguments) => logprobs::run(&arguments),

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
+#[cfg(feature = "gguf")]
 use crate::checkpoint::gguf::Metadata;
 
 /// Architectures this crate runs, as `config.json` names them.
@@ -267,6 +268,7 @@ impl ModelConfig {
     /// # Errors
     ///
     /// As [`ModelConfig::from_directory`].
+    #[cfg(feature = "gguf")]
     pub fn from_gguf(metadata: &Metadata, tied: bool, vocab_size: usize) -> Result<Self, Error> {
         let path = metadata.path();
         let architecture = metadata.string("general.architecture")?;
@@ -362,6 +364,7 @@ impl ModelConfig {
     /// # Errors
     ///
     /// [`Error::Field`] if the table is not one of the published Llama 3 models'.
+    #[cfg(feature = "gguf")]
     pub(crate) fn set_rope_factors(
         &mut self,
         path: &Path,
@@ -741,6 +744,7 @@ fn check_quantization(reader: &Reader<'_>) -> Result<(), Error> {
 }
 
 /// A number that a file holds as f32, as people write it: 1e-5, not 0.000009999999747378752.
+#[cfg(feature = "gguf")]
 fn decimal(value: f64) -> f64 {
     let narrow = value as f32;
     if f64::from(narrow) != value {

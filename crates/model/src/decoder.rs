@@ -315,7 +315,7 @@ impl Decoder {
     }
 
     /// Bytes of weights that one token's forward pass reads: all but the embedding, with the head as it is held.
-    pub(crate) fn bytes_per_token(&self) -> usize {
+    pub fn bytes_per_token(&self) -> usize {
         let head = self.lean_head.as_ref().unwrap_or(&self.head);
         self.block_bytes() + tensor_bytes(head)
     }
@@ -471,7 +471,12 @@ impl Decoder {
         }
     }
 
-    pub(crate) fn check_length(&self, length: usize) -> Result<(), Error> {
+    /// Refuses sequences longer than the model has positions.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`].
+    pub fn check_length(&self, length: usize) -> Result<(), Error> {
         let limit = self.config.max_position_embeddings;
         if length > limit {
             return Err(Error::Invalid {
@@ -535,6 +540,7 @@ impl Loader<'_> {
             }
         }
         if packed.len() == targets.len() {
+            #[cfg(feature = "cuda")]
             if let Device::Cuda(index) = self.options.device {
                 crate::cuda::install(index, self.options.dtype)?;
             }

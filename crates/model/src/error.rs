@@ -20,6 +20,7 @@ pub enum Error {
     Records(#[from] arete_records::Error),
 
     /// A run's `run.json` was refused.
+    #[cfg(feature = "cli")]
     #[error(transparent)]
     Stage(#[from] arete_stage::Error),
 
@@ -220,6 +221,7 @@ impl Error {
     }
 
     /// An I/O error whose message names `path`, for calls `fs_err` does not wrap.
+    #[cfg(feature = "hub")]
     pub(crate) fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
         Self::Io(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))
     }
@@ -229,6 +231,7 @@ impl Classified for Error {
     fn class(&self) -> Option<Class> {
         match self {
             Self::Records(error) => error.class(),
+            #[cfg(feature = "cli")]
             Self::Stage(error) => error.class(),
             Self::Io(_) => Some(Class::System),
             Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(Class::Other),

@@ -5,12 +5,10 @@
 //! token), and the decoder gives the same bits for a row whatever its neighbours are: a completion does not
 //! depend on the batch it was sampled in.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use arete_records::FinishReason;
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
-use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::batch::Tables;
@@ -22,111 +20,9 @@ use crate::tokenizer::Tokenizer;
 use crate::{Error, ops, random};
 
 mod prefixes;
+mod settings;
 use prefixes::Prefixes;
-
-/// How tokens are drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Sampling {
-    /// Divides the logits; 0 takes the most probable token.
-    pub temperature: f64,
-    /// Only the k most probable tokens; 0 for all.
-    pub top_k: usize,
-    /// Only the smallest set of tokens with this mass (after top-k); 1 for all.
-    pub top_p: f64,
-}
-
-impl Sampling {
-    /// The most probable token, always.
-    pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0 };
-
-    /// The whole distribution at `temperature`.
-    pub fn at(temperature: f64) -> Self {
-        Self { temperature, top_k: 0, top_p: 1.0 }
-    }
-
-    fn check(&self) -> Result<(), Error> {
-        let bad = |name, expected: &str, got: f64| {
-            Err(Error::Invalid { name, expected: expected.to_owned(), got: got.to_string() })
-        };
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return bad("temperature", "a number of at least 0", self.temperature);
-        }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return bad("top-p", "a number above 0 and at most 1", self.top_p);
-        }
-        Ok(())
-    }
-}
-
-/// The key of a sequence's random stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Stream {
-    /// The run's seed.
-    pub seed: u64,
-    /// Which prompt.
-    pub prompt: u64,
-    /// Which sample of it.
-    pub sample: u64,
-}
-
-impl Stream {
-    fn rng(self) -> ChaCha8Rng {
-        let mut key = [0u8; 32];
-        for (slot, part) in key.chunks_exact_mut(8).zip([self.seed, self.prompt, self.sample, 1]) {
-            slot.copy_from_slice(&part.to_le_bytes());
-        }
-        ChaCha8Rng::from_seed(key)
-    }
-}
-
-/// A prompt and the sequences to sample from it.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// The tokens given.
-    pub prompt_ids: Vec<i64>,
-    /// One sequence each; the prompt is computed once.
-    pub streams: Vec<Stream>,
-    /// What is given to each stream after the prompt; empty if nothing is.
-    pub tails: Vec<Vec<i64>>,
-    /// Most tokens sampled in one turn.
-    pub max_new_tokens: usize,
-    /// Turns sampled (1 = one answer, 3 = the chain).
-    pub turns: usize,
-    /// Most tokens that `next_turn` appends to one sequence, in all.
-    pub extra_tokens: usize,
-}
-
-/// What holds for every request of a run.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// How tokens are drawn.
-    pub sampling: Sampling,
-    /// Tokens that end a turn (end of turn, end of text).
-    pub stop_ids: Vec<i64>,
-    /// Texts that end a turn, special tokens as they are written (`<|im_end|>`); none may be empty, and they need a
-    /// tokenizer. The text stays in the completion.
-    pub stop_strings: Vec<String>,
-    /// Most sequences in flight.
-    pub max_rows: usize,
-}
-
-impl Options {
-    /// 64 sequences in flight, no stop strings.
-    pub fn new(sampling: Sampling, stop_ids: Vec<i64>) -> Self {
-        Self { sampling, stop_ids, stop_strings: Vec::new(), max_rows: 64 }
-    }
-}
-
-/// One sampled turn.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// Sampled tokens, the stop token included.
-    pub token_ids: Vec<i64>,
-    /// log P of each at the sampling temperature, over the whole vocabulary (before top-k and top-p), nats.
-    pub logprobs: Vec<f32>,
-    /// `Stop` at a stop token or text, `Length` at `max_new_tokens`.
-    pub finish_reason: FinishReason,
-}
+pub use settings::{Completion, Options, Request, Sampling, Stream};
 
 /// One sampled sequence.
 #[derive(Clone, Debug, PartialEq)]
@@ -153,18 +49,6 @@ impl Sequence {
         }
         out
     }
-
-    /// True where [`Sequence::token_ids`] was sampled.
-    pub fn own_mask(&self, n_prompt: usize) -> Vec<bool> {
-        let mut out = vec![false; n_prompt];
-        for (turn, completion) in self.turns.iter().enumerate() {
-            out.resize(out.len() + completion.token_ids.len(), true);
-            if let Some(appended) = self.appended.get(turn) {
-                out.resize(out.len() + appended.len(), false);
-            }
-        }
-        out
-    }
 }
 
 /// A turn that just ended, with another one to come.
@@ -180,15 +64,375 @@ pub struct TurnEnd<'a> {
     pub completion: &'a Completion,
 }
 
-/// Samples every request.
+/// A turn that ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ended {
+    /// Index of the request.
+    pub request: usize,
+    /// Index of the stream within the request.
+    pub stream: usize,
+    /// The turn, from 0.
+    pub turn: usize,
+    /// What was sampled in it.
+    pub completion: Completion,
+}
+
+/// Samples requests: an iterator of the turns as they end, which is not the order of the requests.
+///
+/// After a turn that is not its request's last, [`Generator::reply`] gives the sequence what comes next, and another turn of
+/// it follows; a sequence that gets no reply before the next turn is asked for has ended. Whoever pulls keeps their own
+/// errors: nothing of theirs runs in here.
+///
+/// ```no_run
+/// # use arete_model::generate::{Generator, Options, Request, Sampling, Stream};
+/// # fn f(model: &arete_model::Model, prompt_ids: Vec<i64>, question_ids: &[i64]) -> Result<(), arete_model::Error> {
+/// let streams = (0..4).map(|sample| Stream { seed: 1, prompt: 0, sample }).collect();
+/// let requests = [Request { turns: 2, extra_tokens: 20, ..Request::new(prompt_ids, streams, 60) }];
+/// let options = Options::new(Sampling::at(0.7), model.stop_ids()?);
+/// let mut generator = Generator::new(&model.decoder, Some(&model.tokenizer), None, &requests, &options)?;
+/// while let Some(ended) = generator.next() {
+///     if ended?.turn == 0 {
+///         generator.reply(question_ids)?;
+///     }
+/// }
+/// # Ok(()) }
+/// ```
+pub struct Generator<'a> {
+    decoder: &'a Decoder,
+    tokenizer: Option<&'a Tokenizer>,
+    prepared: Option<Vec<PreparedLayer>>,
+    requests: &'a [Request],
+    options: &'a Options,
+    cache: Cache,
+    waiting: VecDeque<usize>,
+    prefixes: Prefixes,
+    active: Vec<Active>,
+    /// Indices in `active` of turns that ended and were not handed over yet.
+    ended: VecDeque<usize>,
+    /// The one handed over last.
+    handed: Option<usize>,
+}
+
+impl std::fmt::Debug for Generator<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Generator")
+            .field("requests", &self.requests.len())
+            .field("waiting", &self.waiting.len())
+            .field("in_flight", &self.active.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Generator<'a> {
+    /// Checks the requests and makes room for them; nothing is computed yet.
+    ///
+    /// # Errors
+    ///
+    /// A prompt that is empty or does not fit the model's positions, an impossible setting.
+    pub fn new(
+        decoder: &'a Decoder,
+        tokenizer: Option<&'a Tokenizer>,
+        adapter: Option<&Adapter>,
+        requests: &'a [Request],
+        options: &'a Options,
+    ) -> Result<Self, Error> {
+        let _guard = tch::no_grad_guard();
+        options.check()?;
+        for request in requests {
+            check_request(decoder, request)?;
+        }
+        let prepared = adapter.map(|adapter| {
+            (0..decoder.n_layers())
+                .map(|layer| adapter.prepare(decoder.config(), layer, decoder.kind()))
+                .collect()
+        });
+        let capacity = capacity(requests, options.max_rows.max(1));
+        Ok(Self {
+            decoder,
+            tokenizer,
+            prepared,
+            requests,
+            options,
+            cache: Cache::new(decoder, capacity)?,
+            waiting: (0..requests.len()).collect(),
+            prefixes: Prefixes::default(),
+            active: Vec::new(),
+            ended: VecDeque::new(),
+            handed: None,
+        })
+    }
+
+    /// Puts tokens after the turn that was handed over last, and lets its sequence sample another one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if that was the request's last turn or has its reply already, or if the tokens are none, are more
+    /// than the request's `extra_tokens`, or are not the model's.
+    pub fn reply(&mut self, token_ids: &[i64]) -> Result<(), Error> {
+        let bad = |expected: String, got: String| Error::Invalid { name: "reply", expected, got };
+        let Some(idx) = self.handed else {
+            return Err(bad("one for each turn that was handed over".to_owned(), "another".into()));
+        };
+        let sequence = &mut self.active[idx];
+        let request = &self.requests[sequence.request];
+        if sequence.turn == request.turns {
+            return Err(bad(format!("{} turns", request.turns), "one more".to_owned()));
+        }
+        let left = request.extra_tokens - sequence.n_extra;
+        if token_ids.is_empty() || token_ids.len() > left {
+            return Err(bad(format!("1 to {left} tokens"), format!("{} tokens", token_ids.len())));
+        }
+        self.decoder.check_tokens(token_ids)?;
+        sequence.n_extra += token_ids.len();
+        sequence.pending.extend(token_ids);
+        sequence.grows = true;
+        self.handed = None;
+        Ok(())
+    }
+
+    /// Lets go of the sequences that ended, and computes one token for every other; false when nothing is left.
+    fn step(&mut self) -> Result<bool, Error> {
+        let _guard = tch::no_grad_guard();
+        self.handed = None;
+        for sequence in std::mem::take(&mut self.active) {
+            if sequence.grows {
+                self.active.push(sequence);
+            } else {
+                self.release(&sequence);
+            }
+        }
+        let mut rows = Rows::default();
+        let mut last_rows = Vec::new(); // one per active sequence
+        for sequence in &mut self.active {
+            let n = sequence.pending.len();
+            let own = Run { start: sequence.own.start, length: sequence.cached + n };
+            let n_prompt = self.requests[sequence.request].prompt_ids.len();
+            let row = rows.push(
+                &sequence.pending,
+                n_prompt + sequence.cached,
+                sequence.own.start + sequence.cached,
+                self.prefixes.runs(sequence.prefix).chain([own]),
+            );
+            sequence.cached += n;
+            sequence.pending.clear();
+            last_rows.push(row as i64);
+        }
+        self.admit(&mut rows, &mut last_rows);
+        if self.active.is_empty() {
+            return Ok(false);
+        }
+        let hidden = self.forward(&rows)?; // [N, D]
+        let logits = self.logits(&hidden, &last_rows)?; // [active, V]
+        let uniform: Vec<f64> =
+            self.active.iter_mut().map(|sequence| random::uniform(&mut sequence.rng)).collect();
+        let sampling = self.options.sampling;
+        let settings = SampleSettings {
+            temperature: sampling.temperature as f32,
+            top_k: sampling.top_k as i64,
+            top_p: sampling.top_p as f32,
+        };
+        let (tokens, logprobs) = ops::sample(&logits, &uniform, &vec![settings; uniform.len()])?;
+        for (idx, (token, logprob)) in tokens.into_iter().zip(logprobs).enumerate() {
+            let sequence = &mut self.active[idx];
+            let request = sequence.request;
+            if !logprob.is_finite() {
+                let what = format!("log-probability of a sampled token (request {request})");
+                return Err(Error::NonFinite { what });
+            }
+            sequence.current.token_ids.push(token);
+            sequence.current.logprobs.push(logprob);
+            sequence.pending.push(token);
+            let n_sampled = sequence.current.token_ids.len();
+            let stopped = self.options.stop_ids.contains(&token)
+                || self.at_stop_string(&self.active[idx].current.token_ids)?;
+            if stopped || n_sampled == self.requests[request].max_new_tokens {
+                let sequence = &mut self.active[idx];
+                sequence.grows = false;
+                sequence.current.finish_reason =
+                    if stopped { FinishReason::Stop } else { FinishReason::Length };
+                self.ended.push_back(idx);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Hands over an ended turn.
+    fn hand_over(&mut self, idx: usize) -> Ended {
+        let sequence = &mut self.active[idx];
+        let completion = std::mem::replace(&mut sequence.current, empty_completion());
+        let (request, stream, turn) = (sequence.request, sequence.stream, sequence.turn);
+        sequence.turn += 1;
+        self.handed = Some(idx);
+        Ended { request, stream, turn, completion }
+    }
+
+    /// Lets go of everything: nothing follows an error.
+    fn abandon(&mut self) {
+        self.waiting.clear();
+        self.active.clear();
+        self.ended.clear();
+        self.handed = None;
+    }
+
+    /// Lets waiting requests in while rows and slots last; their prompts join this step.
+    fn admit(&mut self, rows: &mut Rows, last_rows: &mut Vec<i64>) {
+        while let Some(&idx) = self.waiting.front() {
+            let request = &self.requests[idx];
+            let room = self.active.is_empty()
+                || self.active.len() + request.streams.len() <= self.options.max_rows;
+            if !room {
+                break;
+            }
+            // Its last token is always computed: the first sampled token is drawn after it.
+            let n_prompt = request.prompt_ids.len();
+            let shared = self.prefixes.shared(&request.prompt_ids[..n_prompt - 1]);
+            let n_shared: usize = shared.iter().map(|part| part.run.length).sum();
+            let Some(rest) = self.cache.allocate(n_prompt - n_shared) else { break };
+            let mut own = Vec::with_capacity(request.streams.len());
+            while own.len() < request.streams.len() {
+                match self.cache.allocate(own_slots(request, own.len())) {
+                    Some(run) => own.push(run),
+                    None => break,
+                }
+            }
+            if own.len() < request.streams.len() {
+                own.into_iter().for_each(|run| self.cache.release(run));
+                self.cache.release(rest);
+                assert!(!self.active.is_empty(), "an empty cache holds the largest request");
+                break;
+            }
+            self.waiting.pop_front();
+            let prefix = self.prefixes.insert(&request.prompt_ids, shared, rest, own.len());
+            let prompt_row = rows.push(
+                &request.prompt_ids[n_shared..],
+                n_shared,
+                rest.start,
+                self.prefixes.runs(prefix),
+            );
+            for (stream, own) in own.into_iter().enumerate() {
+                let tail = tail(request, stream);
+                let row = if tail.is_empty() {
+                    prompt_row
+                } else {
+                    let given = Run { start: own.start, length: tail.len() };
+                    let seen = self.prefixes.runs(prefix).chain([given]);
+                    rows.push(tail, n_prompt, own.start, seen)
+                };
+                last_rows.push(row as i64);
+                self.active.push(Active {
+                    request: idx,
+                    stream,
+                    prefix,
+                    own,
+                    cached: tail.len(),
+                    pending: Vec::new(),
+                    rng: request.streams[stream].rng(),
+                    turn: 0,
+                    n_extra: 0,
+                    grows: true,
+                    current: empty_completion(),
+                });
+            }
+        }
+    }
+
+    fn release(&mut self, sequence: &Active) {
+        self.cache.release(sequence.own);
+        for run in self.prefixes.leave(sequence.prefix) {
+            self.cache.release(run);
+        }
+    }
+
+    /// Whether a text among the sampled tokens ends the turn.
+    fn at_stop_string(&self, sampled: &[i64]) -> Result<bool, Error> {
+        if self.options.stop_strings.is_empty() {
+            return Ok(false);
+        }
+        let Some(tokenizer) = self.tokenizer else {
+            return Err(Error::Invalid {
+                name: "stop strings",
+                expected: "a tokenizer to read them with".to_owned(),
+                got: "none".to_owned(),
+            });
+        };
+        let text = tokenizer.decode_with_special(sampled)?;
+        Ok(self.options.stop_strings.iter().any(|stop| text.contains(stop.as_str())))
+    }
+
+    fn forward(&self, rows: &Rows) -> Result<Tensor, Error> {
+        let decoder = self.decoder;
+        let device = decoder.device();
+        let tables = Tables::new(&rows.segments, &rows.spans, &[0, rows.segments.len() as i64]);
+        let positions = Tensor::from_slice(&rows.positions).to_device(device);
+        let slots = Tensor::from_slice(&rows.slots).to_device(device);
+        let mut hidden = decoder.embed(&Tensor::from_slice(&rows.token_ids).to_device(device)); // [N, D]
+        let mut delta: Option<Tensor> = None;
+        for (idx, (keys, values)) in self.cache.layers.iter().enumerate() {
+            let adapter = self.prepared.as_ref().map(|layers| &layers[idx]);
+            let attend = |qkv: &Tensor| {
+                let (cos_sin, config) = (decoder.cos_sin(), decoder.config());
+                ops::cached_attention(
+                    qkv, &positions, cos_sin, &tables, &slots, keys, values, config,
+                )
+            };
+            let (stream, added) = decoder.block(idx, &hidden, delta.as_ref(), adapter, attend)?;
+            (hidden, delta) = (stream, Some(added));
+        }
+        let delta = delta.expect("a decoder has at least one block");
+        decoder.final_norm(&hidden, &delta)
+    }
+
+    /// Logits of the given rows; sequences that share a row (a prompt's last token) share its product.
+    fn logits(&self, hidden: &Tensor, last_rows: &[i64]) -> Result<Tensor, Error> {
+        let mut distinct = last_rows.to_vec();
+        distinct.dedup();
+        let rows = Tensor::from_slice(&distinct).to_device(hidden.device());
+        let logits = self.decoder.logits(&hidden.index_select(0, &rows))?;
+        if distinct.len() == last_rows.len() {
+            return Ok(logits);
+        }
+        let mut at = 0;
+        let back: Vec<i64> = last_rows
+            .iter()
+            .map(|row| {
+                while distinct[at] != *row {
+                    at += 1;
+                }
+                at as i64
+            })
+            .collect();
+        Ok(logits.index_select(0, &Tensor::from_slice(&back).to_device(hidden.device())))
+    }
+}
+
+impl Iterator for Generator<'_> {
+    type Item = Result<Ended, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(idx) = self.ended.pop_front() {
+                return Some(Ok(self.hand_over(idx)));
+            }
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => {
+                    self.abandon();
+                    return Some(Err(error));
+                }
+            }
+        }
+    }
+}
+
+/// Samples every request, with callbacks: what [`Generator`] gives, for callers that have no errors of their own.
 ///
 /// `next_turn` gives the tokens that lead from an ended turn to the next one; `finished` receives sequences as they
 /// end, which is not the order of the requests.
 ///
 /// # Errors
 ///
-/// A prompt that is empty or does not fit the model's positions, an impossible setting, or whatever the callbacks
-/// return.
+/// As [`Generator::new`] and [`Generator::reply`], or whatever the callbacks return.
 pub fn run(
     decoder: &Decoder,
     tokenizer: Option<&Tokenizer>,
@@ -198,96 +442,68 @@ pub fn run(
     next_turn: &mut dyn FnMut(TurnEnd<'_>) -> Result<Vec<i64>, Error>,
     finished: &mut dyn FnMut(Sequence) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let callbacks = Callbacks { next_turn, finished, sampled: &mut |_| Ok(()) };
-    sample_all(decoder, tokenizer, adapter, requests, options, callbacks)
+    let _guard = tch::no_grad_guard();
+    let mut generator = Generator::new(decoder, tokenizer, adapter, requests, options)?;
+    let mut growing = HashMap::new();
+    while let Some(ended) = generator.next() {
+        let Ended { request, stream, turn, completion } = ended?;
+        let mut sequence = growing.remove(&(request, stream)).unwrap_or_else(|| Sequence {
+            request,
+            stream,
+            turns: Vec::new(),
+            appended: Vec::new(),
+        });
+        if turn + 1 == requests[request].turns {
+            sequence.turns.push(completion);
+            finished(sequence)?;
+        } else {
+            let appended = next_turn(TurnEnd { request, stream, turn, completion: &completion })?;
+            generator.reply(&appended)?;
+            sequence.turns.push(completion);
+            sequence.appended.push(appended);
+            growing.insert((request, stream), sequence);
+        }
+    }
+    Ok(())
 }
 
 /// Samples one answer; `sampled` receives each token as it is drawn.
 ///
 /// # Errors
 ///
-/// As [`run`]; [`Error::Invalid`] unless the request asks for one stream and one turn.
-pub fn stream(
+/// As [`Generator::new`], or what `sampled` returns; [`Error::Invalid`] unless the request asks for one stream and one turn.
+pub fn stream<E: From<Error>>(
     decoder: &Decoder,
     tokenizer: Option<&Tokenizer>,
     adapter: Option<&Adapter>,
     request: &Request,
     options: &Options,
-    sampled: &mut dyn FnMut(i64) -> Result<(), Error>,
-) -> Result<Completion, Error> {
+    sampled: &mut dyn FnMut(i64) -> Result<(), E>,
+) -> Result<Completion, E> {
     if request.streams.len() != 1 || request.turns != 1 {
-        return Err(Error::Invalid {
+        return Err(E::from(Error::Invalid {
             name: "request",
             expected: "one stream and one turn".to_owned(),
             got: format!("{} streams, {} turns", request.streams.len(), request.turns),
-        });
+        }));
     }
-    let mut completion = None;
-    let callbacks = Callbacks {
-        next_turn: &mut |_| Ok(Vec::new()),
-        finished: &mut |mut sequence| {
-            completion = sequence.turns.pop();
-            Ok(())
-        },
-        sampled,
-    };
-    sample_all(decoder, tokenizer, adapter, std::slice::from_ref(request), options, callbacks)?;
-    Ok(completion.expect("the one sequence ended"))
-}
-
-/// What the caller wants to know while sequences grow.
-struct Callbacks<'a> {
-    next_turn: &'a mut dyn FnMut(TurnEnd<'_>) -> Result<Vec<i64>, Error>,
-    finished: &'a mut dyn FnMut(Sequence) -> Result<(), Error>,
-    sampled: &'a mut dyn FnMut(i64) -> Result<(), Error>,
-}
-
-fn sample_all(
-    decoder: &Decoder,
-    tokenizer: Option<&Tokenizer>,
-    adapter: Option<&Adapter>,
-    requests: &[Request],
-    options: &Options,
-    mut callbacks: Callbacks<'_>,
-) -> Result<(), Error> {
-    let _guard = tch::no_grad_guard();
-    options.sampling.check()?;
-    if options.stop_strings.iter().any(String::is_empty) {
-        return Err(Error::Invalid {
-            name: "stop strings",
-            expected: "at least one character each".to_owned(),
-            got: "an empty one".to_owned(),
-        });
+    let requests = std::slice::from_ref(request);
+    let mut generator = Generator::new(decoder, tokenizer, adapter, requests, options)?;
+    while generator.step()? {
+        let token = generator.active[0].current.token_ids.last();
+        sampled(*token.expect("a step draws one token a sequence"))?;
+        if let Some(idx) = generator.ended.pop_front() {
+            return Ok(generator.hand_over(idx).completion);
+        }
     }
-    for request in requests {
-        check_request(decoder, request)?;
-    }
-    let prepared = adapter.map(|adapter| {
-        (0..decoder.n_layers())
-            .map(|layer| adapter.prepare(decoder.config(), layer, decoder.kind()))
-            .collect()
-    });
-    let capacity = capacity(requests, options.max_rows.max(1));
-    let mut engine = Engine {
-        decoder,
-        tokenizer,
-        prepared,
-        requests,
-        options,
-        cache: Cache::new(decoder, capacity)?,
-        waiting: (0..requests.len()).collect(),
-        prefixes: Prefixes::default(),
-        active: Vec::new(),
-    };
-    while engine.step(&mut callbacks)? {}
-    Ok(())
+    unreachable!("a sequence in flight ends at the latest at max_new_tokens")
 }
 
 /// Samples single answers; sequences come back in the order of requests and streams.
 ///
 /// # Errors
 ///
-/// As [`run`].
+/// As [`Generator::new`].
 pub fn complete(
     decoder: &Decoder,
     tokenizer: Option<&Tokenizer>,
@@ -297,14 +513,12 @@ pub fn complete(
 ) -> Result<Vec<Vec<Completion>>, Error> {
     let mut out: Vec<Vec<Option<Completion>>> =
         requests.iter().map(|request| vec![None; request.streams.len()]).collect();
-    let mut finished = |mut sequence: Sequence| {
-        out[sequence.request][sequence.stream] = sequence.turns.pop();
-        Ok(())
-    };
-    let mut next_turn = |_: TurnEnd<'_>| Ok(Vec::new());
-    run(decoder, tokenizer, adapter, requests, options, &mut next_turn, &mut finished)?;
-    let ended = |completion: Option<Completion>| completion.expect("run finishes every sequence");
-    Ok(out.into_iter().map(|streams| streams.into_iter().map(ended).collect()).collect())
+    for ended in Generator::new(decoder, tokenizer, adapter, requests, options)? {
+        let Ended { request, stream, completion, .. } = ended?;
+        out[request][stream] = Some(completion);
+    }
+    let whole = |completion: Option<Completion>| completion.expect("every sequence ends");
+    Ok(out.into_iter().map(|streams| streams.into_iter().map(whole).collect()).collect())
 }
 
 /// What a stream is given after the prompt.
@@ -377,21 +591,13 @@ struct Active {
     /// Tokens to compute next; the last one's hidden state predicts the next token.
     pending: Vec<i64>,
     rng: ChaCha8Rng,
-    turns: Vec<Completion>,
-    appended: Vec<Vec<i64>>,
+    /// The turn that grows, or the next one.
+    turn: usize,
+    /// Tokens of all replies.
+    n_extra: usize,
+    /// False from the end of a turn until its reply.
+    grows: bool,
     current: Completion,
-}
-
-struct Engine<'a> {
-    decoder: &'a Decoder,
-    tokenizer: Option<&'a Tokenizer>,
-    prepared: Option<Vec<PreparedLayer>>,
-    requests: &'a [Request],
-    options: &'a Options,
-    cache: Cache,
-    waiting: VecDeque<usize>,
-    prefixes: Prefixes,
-    active: Vec<Active>,
 }
 
 /// The rows of one step, as the decoder takes them.
@@ -429,241 +635,6 @@ impl Rows {
         self.positions.extend((position..position + n).map(|p| p as i64));
         self.slots.extend((slot..slot + n).map(|s| s as i64));
         row + n - 1
-    }
-}
-
-impl Engine<'_> {
-    /// Computes one token for every sequence in flight; false when nothing is left.
-    fn step(&mut self, callbacks: &mut Callbacks<'_>) -> Result<bool, Error> {
-        let mut rows = Rows::default();
-        let mut last_rows = Vec::new(); // one per active sequence
-        for sequence in &mut self.active {
-            let n = sequence.pending.len();
-            let own = Run { start: sequence.own.start, length: sequence.cached + n };
-            let n_prompt = self.requests[sequence.request].prompt_ids.len();
-            let row = rows.push(
-                &sequence.pending,
-                n_prompt + sequence.cached,
-                sequence.own.start + sequence.cached,
-                self.prefixes.runs(sequence.prefix).chain([own]),
-            );
-            sequence.cached += n;
-            sequence.pending.clear();
-            last_rows.push(row as i64);
-        }
-        self.admit(&mut rows, &mut last_rows);
-        if self.active.is_empty() {
-            return Ok(false);
-        }
-        let hidden = self.forward(&rows)?; // [N, D]
-        let logits = self.logits(&hidden, &last_rows)?; // [active, V]
-        let uniform: Vec<f64> =
-            self.active.iter_mut().map(|sequence| random::uniform(&mut sequence.rng)).collect();
-        let sampling = self.options.sampling;
-        let settings = SampleSettings {
-            temperature: sampling.temperature as f32,
-            top_k: sampling.top_k as i64,
-            top_p: sampling.top_p as f32,
-        };
-        let (tokens, logprobs) = ops::sample(&logits, &uniform, &vec![settings; uniform.len()])?;
-        let mut still = Vec::with_capacity(self.active.len());
-        for ((mut sequence, token), logprob) in
-            std::mem::take(&mut self.active).into_iter().zip(tokens).zip(logprobs)
-        {
-            if !logprob.is_finite() {
-                return Err(Error::NonFinite {
-                    what: format!(
-                        "log-probability of a sampled token (request {})",
-                        sequence.request
-                    ),
-                });
-            }
-            sequence.current.token_ids.push(token);
-            sequence.current.logprobs.push(logprob);
-            (callbacks.sampled)(token)?;
-            if self.advance(&mut sequence, token, callbacks.next_turn)? {
-                still.push(sequence);
-            } else {
-                self.release(&sequence);
-                (callbacks.finished)(Sequence {
-                    request: sequence.request,
-                    stream: sequence.stream,
-                    turns: sequence.turns,
-                    appended: sequence.appended,
-                })?;
-            }
-        }
-        self.active = still;
-        Ok(!self.active.is_empty() || !self.waiting.is_empty())
-    }
-
-    /// Lets waiting requests in while rows and slots last; their prompts join this step.
-    fn admit(&mut self, rows: &mut Rows, last_rows: &mut Vec<i64>) {
-        while let Some(&idx) = self.waiting.front() {
-            let request = &self.requests[idx];
-            let room = self.active.is_empty()
-                || self.active.len() + request.streams.len() <= self.options.max_rows;
-            if !room {
-                break;
-            }
-            // Its last token is always computed: the first sampled token is drawn after it.
-            let n_prompt = request.prompt_ids.len();
-            let shared = self.prefixes.shared(&request.prompt_ids[..n_prompt - 1]);
-            let n_shared: usize = shared.iter().map(|part| part.run.length).sum();
-            let Some(rest) = self.cache.allocate(n_prompt - n_shared) else { break };
-            let mut own = Vec::with_capacity(request.streams.len());
-            while own.len() < request.streams.len() {
-                match self.cache.allocate(own_slots(request, own.len())) {
-                    Some(run) => own.push(run),
-                    None => break,
-                }
-            }
-            if own.len() < request.streams.len() {
-                own.into_iter().for_each(|run| self.cache.release(run));
-                self.cache.release(rest);
-                assert!(!self.active.is_empty(), "an empty cache holds the largest request");
-                break;
-            }
-            self.waiting.pop_front();
-            let prefix = self.prefixes.insert(&request.prompt_ids, shared, rest, own.len());
-            let prompt_row = rows.push(
-                &request.prompt_ids[n_shared..],
-                n_shared,
-                rest.start,
-                self.prefixes.runs(prefix),
-            );
-            for (stream, own) in own.into_iter().enumerate() {
-                let tail = tail(request, stream);
-                let row = if tail.is_empty() {
-                    prompt_row
-                } else {
-                    let given = Run { start: own.start, length: tail.len() };
-                    let seen = self.prefixes.runs(prefix).chain([given]);
-                    rows.push(tail, n_prompt, own.start, seen)
-                };
-                last_rows.push(row as i64);
-                self.active.push(Active {
-                    request: idx,
-                    stream,
-                    prefix,
-                    own,
-                    cached: tail.len(),
-                    pending: Vec::new(),
-                    rng: request.streams[stream].rng(),
-                    turns: Vec::new(),
-                    appended: Vec::new(),
-                    current: empty_completion(),
-                });
-            }
-        }
-    }
-
-    fn release(&mut self, sequence: &Active) {
-        self.cache.release(sequence.own);
-        for run in self.prefixes.leave(sequence.prefix) {
-            self.cache.release(run);
-        }
-    }
-
-    /// Takes in a sampled token; true while the sequence goes on.
-    fn advance(
-        &self,
-        sequence: &mut Active,
-        token: i64,
-        next_turn: &mut dyn FnMut(TurnEnd<'_>) -> Result<Vec<i64>, Error>,
-    ) -> Result<bool, Error> {
-        let request = &self.requests[sequence.request];
-        let stopped = self.options.stop_ids.contains(&token) || self.at_stop_string(sequence)?;
-        if !stopped && sequence.current.token_ids.len() < request.max_new_tokens {
-            sequence.pending.push(token);
-            return Ok(true);
-        }
-        let mut completion = std::mem::replace(&mut sequence.current, empty_completion());
-        completion.finish_reason = if stopped { FinishReason::Stop } else { FinishReason::Length };
-        let turn = sequence.turns.len();
-        let more = turn + 1 < request.turns;
-        if more {
-            let appended = next_turn(TurnEnd {
-                request: sequence.request,
-                stream: sequence.stream,
-                turn,
-                completion: &completion,
-            })?;
-            let used: usize = sequence.appended.iter().map(Vec::len).sum();
-            if used + appended.len() > request.extra_tokens || appended.is_empty() {
-                return Err(Error::Invalid {
-                    name: "next turn",
-                    expected: format!("1 to {} tokens", request.extra_tokens - used),
-                    got: format!("{} tokens", appended.len()),
-                });
-            }
-            self.decoder.check_tokens(&appended)?;
-            sequence.pending.push(token);
-            sequence.pending.extend(&appended);
-            sequence.appended.push(appended);
-        }
-        sequence.turns.push(completion);
-        Ok(more)
-    }
-
-    fn at_stop_string(&self, sequence: &Active) -> Result<bool, Error> {
-        if self.options.stop_strings.is_empty() {
-            return Ok(false);
-        }
-        let Some(tokenizer) = self.tokenizer else {
-            return Err(Error::Invalid {
-                name: "stop strings",
-                expected: "a tokenizer to read them with".to_owned(),
-                got: "none".to_owned(),
-            });
-        };
-        let text = tokenizer.decode_with_special(&sequence.current.token_ids)?;
-        Ok(self.options.stop_strings.iter().any(|stop| text.contains(stop.as_str())))
-    }
-
-    fn forward(&self, rows: &Rows) -> Result<Tensor, Error> {
-        let decoder = self.decoder;
-        let device = decoder.device();
-        let tables = Tables::new(&rows.segments, &rows.spans, &[0, rows.segments.len() as i64]);
-        let positions = Tensor::from_slice(&rows.positions).to_device(device);
-        let slots = Tensor::from_slice(&rows.slots).to_device(device);
-        let mut hidden = decoder.embed(&Tensor::from_slice(&rows.token_ids).to_device(device)); // [N, D]
-        let mut delta: Option<Tensor> = None;
-        for (idx, (keys, values)) in self.cache.layers.iter().enumerate() {
-            let adapter = self.prepared.as_ref().map(|layers| &layers[idx]);
-            let attend = |qkv: &Tensor| {
-                let (cos_sin, config) = (decoder.cos_sin(), decoder.config());
-                ops::cached_attention(
-                    qkv, &positions, cos_sin, &tables, &slots, keys, values, config,
-                )
-            };
-            let (stream, added) = decoder.block(idx, &hidden, delta.as_ref(), adapter, attend)?;
-            (hidden, delta) = (stream, Some(added));
-        }
-        let delta = delta.expect("a decoder has at least one block");
-        decoder.final_norm(&hidden, &delta)
-    }
-
-    /// Logits of the given rows; sequences that share a row (a prompt's last token) share its product.
-    fn logits(&self, hidden: &Tensor, last_rows: &[i64]) -> Result<Tensor, Error> {
-        let mut distinct = last_rows.to_vec();
-        distinct.dedup();
-        let rows = Tensor::from_slice(&distinct).to_device(hidden.device());
-        let logits = self.decoder.logits(&hidden.index_select(0, &rows))?;
-        if distinct.len() == last_rows.len() {
-            return Ok(logits);
-        }
-        let mut at = 0;
-        let back: Vec<i64> = last_rows
-            .iter()
-            .map(|row| {
-                while distinct[at] != *row {
-                    at += 1;
-                }
-                at as i64
-            })
-            .collect();
-        Ok(logits.index_select(0, &Tensor::from_slice(&back).to_device(hidden.device())))
     }
 }
 

@@ -6,18 +6,20 @@
 
 pub mod adapter_files;
 mod batch;
+#[cfg(feature = "cli")]
 pub mod bench;
 mod cache;
+#[cfg(feature = "cli")]
 pub mod card;
 mod chat;
 pub mod checkpoint;
-pub mod commands;
 pub mod config;
 pub mod cuda;
 mod decoder;
 mod error;
 pub mod generate;
 mod head;
+#[cfg(feature = "hub")]
 pub mod hub;
 pub mod logprobs;
 mod lora;

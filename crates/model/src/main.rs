@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use arete_stage::cli;
 use clap::Parser;
 
+mod commands;
+
 fn main() -> ExitCode {
-    let arguments = arete_model::commands::Arguments::parse();
+    let arguments = commands::Arguments::parse();
     cli::init_tracing();
-    arete_stage::exit::exit_code(arete_model::commands::run(arguments), arete_model::class_of)
+    arete_stage::exit::exit_code(commands::run(arguments), arete_model::class_of)
 }

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use arete_records::hashes::sha256_path;
 
-use crate::Error;
 use crate::chat::Chat;
 use crate::checkpoint::{Checkpoint, Source};
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, LoadOptions};
+use crate::generate::{self, Options, Request, Sampling, Stream};
 use crate::head::ScalarHead;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
+use crate::{Error, Message};
 
 /// Decoder, tokenizer and chat template of one source.
 #[derive(Debug)]
@@ -32,6 +33,9 @@ pub struct Model {
 }
 
 impl Model {
+    /// The longest reply of [`Model::reply`], in tokens.
+    pub const REPLY_TOKENS: usize = 512;
+
     /// Opens, reads and, if asked, packs a model.
     ///
     /// # Errors
@@ -94,6 +98,24 @@ impl Model {
             Some(template) => Chat::new(&self.tokenizer, template),
             None => Err(Error::NoTemplate { path: self.path.clone() }),
         }
+    }
+
+    /// The model's reply to a conversation: the most probable tokens, at most [`Model::REPLY_TOKENS`], as text. More is in
+    /// [`generate`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Model::chat`]; a conversation that does not fit the model's positions.
+    pub fn reply(&self, messages: &[Message]) -> Result<String, Error> {
+        let chat = self.chat()?;
+        let prompt_ids = chat.render_prompt(messages)?;
+        let room = self.config.max_position_embeddings.saturating_sub(prompt_ids.len());
+        let stream = Stream { seed: 0, prompt: 0, sample: 0 };
+        let request = Request::new(prompt_ids, vec![stream], room.clamp(1, Self::REPLY_TOKENS));
+        let options = Options::new(Sampling::GREEDY, self.stop_ids()?);
+        let (decoder, tokenizer) = (&self.decoder, Some(&self.tokenizer));
+        let mut replies = generate::complete(decoder, tokenizer, None, &[request], &options)?;
+        chat.reply_text(&replies.remove(0).remove(0).token_ids)
     }
 
     /// Tokens that end a turn: the template's end of turn and the model's ends of text.

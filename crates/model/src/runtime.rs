@@ -6,7 +6,8 @@ use tch::{Device, Kind};
 use crate::{Error, LoadOptions, Nf4Options, cuda, default_dtype};
 
 /// Number format of the frozen weights and of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// bf16 where the device computes in it, else f32.

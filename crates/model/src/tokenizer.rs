@@ -16,9 +16,12 @@ use tokenizers::pre_tokenizers::split::SplitPattern;
 use crate::Error;
 use crate::template::ChatTemplate;
 
+#[cfg(feature = "gguf")]
 mod gguf;
+mod spelling;
 mod validate;
 
+#[cfg(feature = "gguf")]
 pub use self::gguf::GgufVocabulary;
 
 /// A `tokenizer.json` larger than this is refused; the largest published ones have 33 MB.
@@ -121,6 +124,7 @@ impl Tokenizer {
     /// # Errors
     ///
     /// [`Error::Field`] if the vocabulary is of an unsupported kind or contradicts itself.
+    #[cfg(feature = "gguf")]
     pub fn from_gguf(path: &Path, vocabulary: GgufVocabulary) -> Result<Self, Error> {
         gguf::build(path, vocabulary)
     }
@@ -292,9 +296,9 @@ impl Tokenizer {
     #[must_use]
     pub fn text_token_id(&self, text: &str) -> Option<i64> {
         let spelling = if self.0.byte_level {
-            gguf::byte_spelling(text)
+            spelling::of_bytes(text)
         } else {
-            text.replace(' ', gguf::METASPACE)
+            text.replace(' ', spelling::METASPACE)
         };
         self.token_id(&spelling)
     }

@@ -194,10 +194,25 @@ fn streamed_tokens_are_those_of_the_batch() {
         Ok(())
     };
     let one = request(1, 10);
-    let found = generate::stream(&model.decoder, None, None, &one, &options, &mut sampled).unwrap();
+    let found = generate::stream::<arete_model::Error>(
+        &model.decoder,
+        None,
+        None,
+        &one,
+        &options,
+        &mut sampled,
+    )
+    .unwrap();
     assert_eq!((&found, &found.token_ids), (&expected, &seen));
     let two = request(2, 10);
-    let refused = generate::stream(&model.decoder, None, None, &two, &options, &mut |_| Ok(()));
+    let refused = generate::stream::<arete_model::Error>(
+        &model.decoder,
+        None,
+        None,
+        &two,
+        &options,
+        &mut |_| Ok(()),
+    );
     assert!(refused.unwrap_err().to_string().contains("one stream"));
     // A callback's error ends the run at once.
     let mut n = 0;
@@ -205,7 +220,14 @@ fn streamed_tokens_are_those_of_the_batch() {
         n += 1;
         if n == 2 { Err(std::io::Error::other("enough").into()) } else { Ok(()) }
     };
-    let refused = generate::stream(&model.decoder, None, None, &one, &options, &mut stop);
+    let refused = generate::stream::<arete_model::Error>(
+        &model.decoder,
+        None,
+        None,
+        &one,
+        &options,
+        &mut stop,
+    );
     assert!(refused.unwrap_err().to_string().contains("enough"));
     assert_eq!(n, 2);
 }

@@ -8,13 +8,15 @@ use anyhow::{Context, ensure};
 use tch::Kind;
 
 use super::ModelArgs;
-use crate::bench::{Table, peak_rss_bytes, products_per_s, read_bytes_per_s, time};
-use crate::generate::{self, Options, Request, Sampling, Stream};
-use crate::{Adapter, Batch, Decoder, Device, LoadOptions, LoraConfig, Model, Source, logprobs};
+use arete_model::bench::{Table, peak_rss_bytes, products_per_s, read_bytes_per_s, time};
+use arete_model::generate::{self, Options, Request, Sampling, Stream};
+use arete_model::{
+    Adapter, Batch, Decoder, Device, LoadOptions, LoraConfig, Model, Source, logprobs,
+};
 
 /// Measure loading, sampling, prefill and training against this machine's matrix products
 #[derive(Debug, clap::Args)]
-pub(super) struct Bench {
+pub(crate) struct Bench {
     #[command(flatten)]
     model: ModelArgs,
     /// Sequences sampled at a time
@@ -55,7 +57,7 @@ fn decoding(decoder: &Decoder, new_tokens: usize) -> anyhow::Result<f64> {
     let options = Options::new(Sampling::at(0.7), Vec::new());
     let request = requests(1, 16, new_tokens.max(2)).remove(0);
     let mut times = Vec::with_capacity(request.max_new_tokens);
-    generate::stream(decoder, None, None, &request, &options, &mut |_| {
+    generate::stream::<arete_model::Error>(decoder, None, None, &request, &options, &mut |_| {
         times.push(Instant::now());
         Ok(())
     })?;
@@ -63,7 +65,7 @@ fn decoding(decoder: &Decoder, new_tokens: usize) -> anyhow::Result<f64> {
     Ok((times.len() - 1) as f64 / seconds)
 }
 
-pub(super) fn run(arguments: &Bench) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Bench) -> anyhow::Result<()> {
     let mut table = Table::default();
     // Programs of their own come first, while this one holds no memory and keeps no thread spinning.
     if !arguments.decode_only {

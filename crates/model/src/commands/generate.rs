@@ -11,8 +11,8 @@ use serde_json::json;
 
 use super::lines::{self, Line};
 use super::{LoadedAdapter, ModelArgs};
-use crate::generate::{self, Completion, Options, Request, Sampling, Stream};
-use crate::{Adapter, Error, Model};
+use arete_model::generate::{self, Completion, Options, Request, Sampling, Stream};
+use arete_model::{Adapter, Error, Model};
 
 /// Settings of sampling.
 #[derive(Debug, clap::Args)]
@@ -59,7 +59,7 @@ impl SamplingArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Generate {
+pub(crate) struct Generate {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -73,14 +73,14 @@ pub(super) struct Generate {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Chat {
+pub(crate) struct Chat {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
 
-pub(super) fn run(arguments: &Generate) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Generate) -> anyhow::Result<()> {
     if let Some(path) = &arguments.jsonl {
         return run_lines(arguments, path);
     }
@@ -102,36 +102,27 @@ fn show(
     options: &Options,
 ) -> anyhow::Result<Completion> {
     let mut text = model.tokenizer.stream();
-    let mut failure = None;
     let put = |piece: &str| {
         let mut out = std::io::stdout().lock();
         write!(out, "{}", cli::printable(piece)).and_then(|()| out.flush())
     };
     let (mut started, mut blank) = (false, String::new());
-    let sampled = generate::stream(
+    let completion = generate::stream(
         &model.decoder,
         Some(&model.tokenizer),
         adapter,
         request,
         options,
-        &mut |token| {
+        &mut |token| -> anyhow::Result<()> {
             let piece = text.push(token)?;
             // White space at the ends of a reply is not part of it (`Chat::reply_text`).
             blank.push_str(if started { &piece } else { piece.trim_start() });
             started |= !blank.is_empty();
             let shown = blank.trim_end().len();
             let rest = blank.split_off(shown);
-            put(&std::mem::replace(&mut blank, rest)).map_err(|error| {
-                let stop = std::io::Error::from(error.kind());
-                failure = Some(error);
-                Error::Io(stop)
-            })
+            put(&std::mem::replace(&mut blank, rest)).context("writing to stdout")
         },
-    );
-    if let Some(error) = failure {
-        return Err(error).context("writing to stdout");
-    }
-    let completion = sampled?;
+    )?;
     put("\n").context("writing to stdout")?;
     Ok(completion)
 }
@@ -149,7 +140,8 @@ fn run_lines(arguments: &Generate, path: &Path) -> anyhow::Result<()> {
     };
     let mut requests = Vec::with_capacity(lines.len());
     for (prompt, line) in lines.iter().enumerate() {
-        let render = |chat: &crate::Chat<'_>, messages: &[Message]| chat.render_prompt(messages);
+        let render =
+            |chat: &arete_model::Chat<'_>, messages: &[Message]| chat.render_prompt(messages);
         let ids = lines::token_ids(path, line, &model, chat.as_ref(), render)?;
         if ids.is_empty() {
             let (path, number) = (path.display(), line.0);
@@ -202,7 +194,7 @@ fn run_lines(arguments: &Generate, path: &Path) -> anyhow::Result<()> {
 }
 
 /// A talk on stdin and stdout; an empty line or the end of the input ends it.
-pub(super) fn chat(arguments: &Chat) -> anyhow::Result<()> {
+pub(crate) fn chat(arguments: &Chat) -> anyhow::Result<()> {
     let (mut model, adapter) = arguments.model.load()?;
     model.decoder.set_packed_decoding(true);
     let chat = model.chat()?;

@@ -8,12 +8,12 @@ use arete_records::Message;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{Chat, Error, Model};
+use arete_model::{Chat, Error, Model};
 
 /// One line of input.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Line {
+pub(crate) enum Line {
     /// A conversation, through the chat template.
     Messages { messages: Vec<Message> },
     /// Text as it is.
@@ -21,7 +21,7 @@ pub(super) enum Line {
 }
 
 /// The lines of a file with their numbers.
-pub(super) fn read(path: &Path) -> anyhow::Result<Vec<(usize, Line)>> {
+pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<(usize, Line)>> {
     arete_records::jsonl::read(path)?
         .into_iter()
         .map(|(number, value)| match serde_json::from_value(value) {
@@ -43,7 +43,7 @@ fn bad(path: &Path, number: usize, what: &str) -> anyhow::Error {
 }
 
 /// A conversation or text as tokens, by `render`; an error names the line.
-pub(super) fn token_ids(
+pub(crate) fn token_ids(
     path: &Path,
     (number, line): &(usize, Line),
     model: &Model,
@@ -62,7 +62,7 @@ pub(super) fn token_ids(
 }
 
 /// Writes one line to stdout at once: whoever reads may be waiting.
-pub(super) fn print(value: &Value) -> anyhow::Result<()> {
+pub(crate) fn print(value: &Value) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{value}").and_then(|()| out.flush()).context("writing to stdout")
 }

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::{ModelArgs, lines};
-use crate::{Adapter, Batch, Device, Model, logprobs};
+use arete_model::{Adapter, Batch, Device, Model, logprobs};
 
 /// Lines go through the model together up to this many tokens; their numbers do not depend on it.
 const TOKENS_AT_A_TIME: usize = 2048;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Logprobs {
+pub(crate) struct Logprobs {
     #[command(flatten)]
     model: ModelArgs,
     /// Lines of {"messages": […]} (through the chat template, nothing opened at the end) or {"text": …}
@@ -19,7 +19,7 @@ pub(super) struct Logprobs {
     jsonl: PathBuf,
 }
 
-pub(super) fn run(arguments: &Logprobs) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Logprobs) -> anyhow::Result<()> {
     let path = &arguments.jsonl;
     let lines = lines::read(path)?;
     let (model, adapter) = arguments.model.load()?;

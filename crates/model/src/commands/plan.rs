@@ -13,10 +13,8 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::config::ModelConfig;
-use crate::lora::Target;
-use crate::merge::SHARD_BYTES;
-use crate::{Checkpoint, Device, Kind, Source, default_dtype};
+use arete_model::merge::SHARD_BYTES;
+use arete_model::{Checkpoint, Device, Kind, ModelConfig, Source, Target, default_dtype};
 
 /// Program, libtorch and the code it touches: 131 MiB were measured with a model of no size to speak of, 30 more with one of 135M.
 const CPU_RUNTIME_BYTES: u64 = 161 << 20;
@@ -49,10 +47,10 @@ const SAMPLING_ROWS: u64 = 64;
 
 /// What the plan is asked about.
 #[derive(Debug, clap::Args)]
-pub(super) struct PlanArgs {
+pub(crate) struct PlanArgs {
     /// Count the memory of every stage, and say on which GPUs each fits
     #[arg(long)]
-    pub(super) plan: bool,
+    pub(crate) plan: bool,
     /// With --plan: recipe whose settings are counted (default: the stages' own)
     #[arg(long, value_name = "FILE", requires = "plan")]
     recipe: Option<PathBuf>,
@@ -781,7 +779,7 @@ fn stored_bytes(checkpoint: &Checkpoint) -> u64 {
     checkpoint.stored_kind().unwrap_or(Kind::Float).elt_size_in_bytes() as u64
 }
 
-pub(super) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
+pub(crate) fn run(model: &str, arguments: &PlanArgs) -> anyhow::Result<()> {
     let (config, stored) = shape(model)?;
     let (tables, path) = match &arguments.recipe {
         None => (toml::Table::new(), PathBuf::new()),
@@ -958,7 +956,8 @@ mod tests {
         let half = directory.path().join("half");
         let extra = Map::new();
         let source = Source::Directory(golden);
-        crate::merge::write_model(&source, None, None, &half, Kind::BFloat16, None, extra).unwrap();
+        arete_model::merge::write_model(&source, None, None, &half, Kind::BFloat16, None, extra)
+            .unwrap();
         assert_eq!(stored(&half), 2);
         fs_err::remove_file(half.join("model.safetensors")).unwrap();
         assert_eq!(stored(&half), 2, "a configuration alone");

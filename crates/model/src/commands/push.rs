@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::Context;
 use serde_json::json;
 
-use crate::card::{self, Details};
-use crate::hub::{Content, Hub, Upload};
+use arete_model::card::{self, Details};
+use arete_model::hub::{Content, Hub, Upload};
 
 /// Upload an adapter, a merged model or a data set to the hub, with a card; what is there already is not sent again
 #[derive(Debug, clap::Args)]
@@ -16,7 +16,7 @@ use crate::hub::{Content, Hub, Upload};
   arete-model push --directory runs/demo/reward/action/adapter --repository me/action --base-model me/base --private
   arete-model push --directory runs/demo/preferences --repository me/preferences --license mit --dry-run"
 )]
-pub(super) struct Push {
+pub(crate) struct Push {
     /// Directory with an adapter, a merged model, or the Parquet files of a data set
     #[arg(long, value_name = "DIR")]
     directory: PathBuf,
@@ -48,7 +48,7 @@ fn parse_license(text: &str) -> Result<String, String> {
     }
 }
 
-pub(super) fn run(arguments: &Push) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Push) -> anyhow::Result<()> {
     let Push { directory, repository, .. } = arguments;
     let details = Details {
         title: repository.clone(),

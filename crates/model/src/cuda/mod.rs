@@ -14,15 +14,22 @@
 //!
 //! How far this has been tried is said in `docs/cuda.md`.
 
+#[cfg(feature = "cuda")]
 mod ffi;
+#[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
 mod linear;
+#[cfg(feature = "cuda")]
 pub mod nvrtc;
+#[cfg(feature = "cuda")]
 pub mod plan;
 
 use std::path::PathBuf;
 
+#[cfg(feature = "cuda")]
 pub use launch::{Absmax, Packed, dequantize, dequantize_into, install, multiply, quantize};
+#[cfg(feature = "cuda")]
 pub use linear::nf4_linear;
 
 /// Why the GPU could not be used.
@@ -53,6 +60,12 @@ pub enum CudaError {
         "this libtorch is the CPU's and knows no GPU; run `make setup DEVICE=cuda && make build`, or run with --device cpu"
     )]
     CpuBuild,
+
+    /// This program was built without the feature `cuda`.
+    #[error(
+        "built without the feature `cuda` of arete-model; switch it on, or run with --device cpu"
+    )]
+    LeftOut,
 
     /// libtorch does not see the GPU.
     #[error(
@@ -101,31 +114,41 @@ pub enum CudaError {
     },
 }
 
-/// The GPUs that torch can compute on.
+/// The GPUs that torch can compute on; none without the feature `cuda`.
 ///
 /// The first call loads libtorch's CUDA part, where there is one: no program calls a symbol of it, so linkers leave it out of
 /// what they load at start. It must come before anything else asks torch about GPUs, for torch remembers the answer.
 pub fn n_gpus() -> usize {
-    static LOADED: std::sync::Once = std::sync::Once::new();
-    LOADED.call_once(ffi::load_libtorch_cuda);
-    usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
+    #[cfg(feature = "cuda")]
+    {
+        static LOADED: std::sync::Once = std::sync::Once::new();
+        LOADED.call_once(ffi::load_libtorch_cuda);
+        usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
+    }
+    #[cfg(not(feature = "cuda"))]
+    0
 }
 
 /// Checks that torch can compute on GPU `index`, before anything is sent there: torch itself would panic.
 ///
 /// # Errors
 ///
-/// [`CudaError::CpuBuild`], [`CudaError::Missing`] without a driver, [`CudaError::NoGpu`].
+/// [`CudaError::LeftOut`], [`CudaError::CpuBuild`], [`CudaError::Missing`] without a driver, [`CudaError::NoGpu`].
 pub fn require(index: usize) -> Result<(), CudaError> {
     let n_gpus = n_gpus();
     if index < n_gpus {
         return Ok(());
     }
-    if !ffi::libtorch_has_cuda() {
-        return Err(CudaError::CpuBuild);
+    #[cfg(feature = "cuda")]
+    {
+        if !ffi::libtorch_has_cuda() {
+            return Err(CudaError::CpuBuild);
+        }
+        ffi::require_driver()?;
+        Err(CudaError::NoGpu { index, n_gpus })
     }
-    ffi::require_driver()?;
-    Err(CudaError::NoGpu { index, n_gpus })
+    #[cfg(not(feature = "cuda"))]
+    Err(CudaError::LeftOut)
 }
 
 fn capability(arch: u32) -> String {

@@ -28,11 +28,9 @@ use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
+use super::spelling::{METASPACE, of_bytes};
 use super::{SpecialIds, Tokenizer, drop_cutting, guarded};
 use crate::Error;
-
-/// SentencePiece's stand-in for a space.
-pub(super) const METASPACE: &str = "▁";
 
 // llama.cpp's token types.
 const UNKNOWN: i32 = 2;
@@ -216,7 +214,7 @@ fn byte_level(
             if added || token.chars().all(in_byte_alphabet) {
                 token.clone()
             } else {
-                byte_spelling(token)
+                of_bytes(token)
             }
         }),
     )?;
@@ -345,24 +343,6 @@ fn surround(
         "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens,
     }))
     .map_err(|error| error.to_string())
-}
-
-/// `text` in GPT-2's byte alphabet: a printable character per UTF-8 byte.
-pub(super) fn byte_spelling(text: &str) -> String {
-    text.bytes().map(byte_spelling_of).collect()
-}
-
-/// GPT-2's `bytes_to_unicode`: printable Latin-1 stands for itself, the other 68 bytes follow in
-/// order from U+0100.
-pub(super) fn byte_spelling_of(byte: u8) -> char {
-    let n_before = |first: u8| u32::from(byte - first);
-    let shifted = match byte {
-        0..=0x20 => 0x100 + n_before(0),
-        0x7F..=0xA0 => 0x121 + n_before(0x7F),
-        0xAD => 0x143,
-        _ => u32::from(byte),
-    };
-    char::from_u32(shifted).expect("below U+0144, where every value is a character")
 }
 
 fn in_byte_alphabet(c: char) -> bool {

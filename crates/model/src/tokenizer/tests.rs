@@ -49,8 +49,7 @@ pub(crate) fn mistral() -> Tokenizer {
 /// A vocabulary small enough to follow by hand: the 256 bytes, ` t`, `he`, ` the`, two line breaks
 /// in one token, and ChatML's special tokens; ids from 256 on in this order.
 pub(crate) fn small_vocabulary() -> GgufVocabulary {
-    let mut bytes: Vec<String> =
-        (0..=255_u8).map(|b| gguf::byte_spelling_of(b).to_string()).collect();
+    let mut bytes: Vec<String> = (0..=255_u8).map(|b| spelling::of_byte(b).to_string()).collect();
     let extra = ["Ġt", "he", "Ġthe", "ĊĊ", "<|endoftext|>", "<|im_start|>", "<|im_end|>"];
     bytes.extend(extra.map(str::to_owned));
     let mut token_types = vec![1; 260];
@@ -131,7 +130,7 @@ fn byte_alphabet_is_gpt2s() {
         (0xFF, 'ÿ'),
     ];
     for (byte, c) in expected {
-        assert_eq!(gguf::byte_spelling_of(byte), c, "{byte}");
+        assert_eq!(spelling::of_byte(byte), c, "{byte}");
     }
 }
 
