@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -18,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "isa.h"
 #include "kernels.h"
 
 using at::Tensor;
@@ -28,22 +28,6 @@ using torch::autograd::variable_list;
 namespace {
 
 using namespace arete;
-
-const Kernels& kernels() {
-  static const Kernels* chosen = [] {
-    const char* wanted = std::getenv("ARETE_CPU_KERNELS");  // for tests: a lesser table than the CPU could use
-    std::string name = wanted ? wanted : "";
-    if (name.empty() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd"))
-      return kernels_avx512();
-    if ((name.empty() || name == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
-      return kernels_avx2();
-    if (name == "avx512") return kernels_avx512();
-    return kernels_baseline();
-  }();
-  return *chosen;
-}
 
 bool on_kernels(const Tensor& x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
@@ -527,6 +511,12 @@ extern "C" {
 
 const char* arete_last_error() { return last_error.c_str(); }
 const char* arete_kernels_name() { return kernels().name; }
+const char* arete_libtorch_isa() {
+  static const std::string name = at::get_cpu_capability();
+  return name.c_str();
+}
+int32_t arete_isa_cap() { return isa_cap; }
+int32_t arete_decide_isa_cap(uint32_t leaf7_edx, bool set_by_user) { return decide_isa_cap(leaf7_edx, set_by_user); }
 void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier) {
   cuda_dequantizer = dequantizer;
   cuda_multiplier = multiplier;

@@ -17,7 +17,7 @@ use crate::config::ModelConfig;
 use crate::lora::{Adapter, PreparedLayer, Target};
 use crate::nf4::{Nf4Options, Nf4Tensor};
 use crate::ops::WeightRef;
-use crate::{Error, ops};
+use crate::{Error, ops, self_test};
 
 /// Most rows that are multiplied with packed weights as they are (`kPackedRows` in `csrc/ops.cpp`).
 const PACKED_ROWS: i64 = 4;
@@ -38,11 +38,14 @@ impl Linear {
         adapter: Option<&(Tensor, Tensor)>,
         allow_packed: bool,
     ) -> Result<Tensor, Error> {
-        let weight = match self {
+        ops::linear(x, &self.weight(), adapter.map(|(a, b)| (a, b)), allow_packed)
+    }
+
+    fn weight(&self) -> WeightRef<'_> {
+        match self {
             Self::Dense(weight) => WeightRef::Dense(weight),
             Self::Nf4(weight) => WeightRef::Nf4(weight),
-        };
-        ops::linear(x, &weight, adapter.map(|(a, b)| (a, b)), allow_packed)
+        }
     }
 
     fn n_bytes(&self) -> usize {
@@ -203,6 +206,20 @@ impl Decoder {
             packed_in_checkpoint |= matches!(layer.qkv, Linear::Nf4(_)) && options.nf4.is_none();
             layers.push(layer);
             progress.inc(1);
+        }
+        if options.device == Device::Cpu && matches!(options.dtype, Kind::Float | Kind::BFloat16) {
+            let first = layers.first().map(|layer| {
+                [
+                    ("query, key, value", &layer.qkv),
+                    ("attention's output", &layer.output),
+                    ("gate, up", &layer.gate_up),
+                    ("down", &layer.down),
+                ]
+                .map(|(name, linear)| (name, linear.weight()))
+            });
+            let head = ("vocabulary", WeightRef::Dense(&decoder.head));
+            let products: Vec<_> = first.into_iter().flatten().chain([head]).collect();
+            self_test::run(decoder.kind, &products)?;
         }
         decoder.layers = Layers::Held(layers);
         decoder.quantization =
@@ -560,3 +577,6 @@ fn rotary_table(config: &ModelConfig) -> Result<Tensor, Error> {
     let angles = positions.unsqueeze(1).f_mul(&inverse)?; // [positions, E/2]
     Ok(Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?) // [positions, E]
 }
+
+#[cfg(test)]
+mod equal_rows;

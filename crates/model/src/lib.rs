@@ -28,6 +28,7 @@ mod ops;
 pub mod packing;
 pub mod random;
 pub mod runtime;
+mod self_test;
 pub mod template;
 pub mod tokenizer;
 
@@ -43,6 +44,7 @@ pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;
 pub use nf4::Nf4Options;
 pub use ops::kernels_name;
+pub use self_test::{OnednnIsa, ProductTest, SelfTest, self_tests};
 pub use tch::{Device, Kind, Tensor, no_grad_guard};
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;

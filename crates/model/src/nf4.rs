@@ -154,6 +154,18 @@ impl Nf4Tensor {
         })
     }
 
+    /// The first `outputs` rows, which must fill whole blocks.
+    pub(crate) fn first_rows(&self, outputs: i64) -> Self {
+        let n = outputs * self.inputs;
+        Self {
+            codes: self.codes.narrow(0, 0, n / 2),
+            absmax: self.absmax.narrow(0, 0, n / self.block_size),
+            codebook: self.codebook.shallow_clone(),
+            outputs,
+            ..*self
+        }
+    }
+
     pub(crate) fn to_device(&self, device: tch::Device) -> Self {
         Self {
             codes: self.codes.to_device(device),

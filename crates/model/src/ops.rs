@@ -27,6 +27,10 @@ pub(crate) struct SampleSettings {
 unsafe extern "C" {
     fn arete_last_error() -> *const c_char;
     fn arete_kernels_name() -> *const c_char;
+    fn arete_libtorch_isa() -> *const c_char;
+    fn arete_isa_cap() -> i32;
+    #[cfg(test)]
+    fn arete_decide_isa_cap(leaf7_edx: u32, set_by_user: bool) -> i32;
     fn arete_rms_norm(
         x: Raw,
         delta: Raw,
@@ -116,6 +120,43 @@ pub fn kernels_name() -> String {
     unsafe { CStr::from_ptr(arete_kernels_name()) }.to_string_lossy().into_owned()
 }
 
+/// The instruction set of libtorch's own kernels, as libtorch names it.
+pub(crate) fn libtorch_isa() -> String {
+    // SAFETY: the function returns a NUL-terminated string that lives as long as the process.
+    unsafe { CStr::from_ptr(arete_libtorch_isa()) }.to_string_lossy().into_owned()
+}
+
+/// How oneDNN's instruction set was decided when the program started (`csrc/isa.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IsaCap {
+    NoAmx,
+    SetByUser,
+    Capped,
+}
+
+impl IsaCap {
+    fn from_code(code: i32) -> Self {
+        match code {
+            1 => Self::NoAmx,
+            2 => Self::SetByUser,
+            3 => Self::Capped,
+            _ => unreachable!("the constructor of csrc/isa.h runs before main"),
+        }
+    }
+}
+
+pub(crate) fn isa_cap() -> IsaCap {
+    // SAFETY: the function reads a number that was set before main.
+    IsaCap::from_code(unsafe { arete_isa_cap() })
+}
+
+/// The decision itself: features are EDX of CPUID's leaf 7.
+#[cfg(test)]
+pub(crate) fn decide_isa_cap(leaf7_edx: u32, set_by_user: bool) -> IsaCap {
+    // SAFETY: a pure function of numbers.
+    IsaCap::from_code(unsafe { arete_decide_isa_cap(leaf7_edx, set_by_user) })
+}
+
 fn raw(tensor: &Tensor) -> Raw {
     tensor.as_ptr().cast()
 }
@@ -166,6 +207,24 @@ pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor, Error> {
 pub(crate) enum WeightRef<'a> {
     Dense(&'a Tensor),
     Nf4(&'a Nf4Tensor),
+}
+
+impl WeightRef<'_> {
+    /// `[out, in]`.
+    pub(crate) fn size(&self) -> [i64; 2] {
+        match self {
+            Self::Dense(weight) => [weight.size()[0], weight.size()[1]],
+            Self::Nf4(weight) => [weight.outputs, weight.inputs],
+        }
+    }
+
+    /// The first `outputs` rows, unpacked; of a packed matrix they must fill whole blocks.
+    pub(crate) fn first_rows(&self, outputs: i64, kind: Kind) -> Result<Tensor, Error> {
+        match self {
+            Self::Dense(weight) => Ok(weight.narrow(0, 0, outputs)),
+            Self::Nf4(weight) => nf4_dequantize(&weight.first_rows(outputs), kind),
+        }
+    }
 }
 
 /// `x Wᵀ + (x Aᵀ) Bᵀ` for `x` `[N, in]`, `adapter` = (A `[R, in]`, B `[out, R]`, scale folded in).
