@@ -158,11 +158,10 @@ fn the_plan_is_within_15_percent_of_the_measured_memory() {
     for aspect in ["action", "motivation", "consequence"] {
         let to = dir.path().join("rewards").join(aspect);
         fs_err::create_dir_all(to.join("adapter")).expect("writable");
-        fs_err::copy(
-            Path::new(&at("reward")).join("score_stats.json"),
-            to.join("score_stats.json"),
-        )
-        .expect("the reward stage wrote it");
+        for name in ["score_stats.json", "reading.json"] {
+            fs_err::copy(Path::new(&at("reward")).join(name), to.join(name))
+                .expect("the reward stage wrote it");
+        }
         for file in fs_err::read_dir(Path::new(&at("reward")).join("adapter")).expect("written") {
             let file = file.expect("readable");
             fs_err::copy(file.path(), to.join("adapter").join(file.file_name())).expect("writable");

@@ -1,6 +1,6 @@
 //! The domain over the model: the conversations that every stage samples, reads, judges and scores.
 //!
-//! One way each to build a [conversation], to end a [cut reply](trim), to sample a chain, to read a reward model, to read
+//! One way each to build a [conversation](conversation()), to end a [cut reply](trim), to sample a chain, to read a reward model, to read
 //! labelled pairs. Stages call these; they never write their own.
 
 pub mod batches;

@@ -43,7 +43,7 @@ impl MetricsWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the files cannot be read or written, [`Error::Json`] if a line that is to
+    /// [`Error::Io`] if the files cannot be read or written, [`Error::Records`] if a line that is to
     /// stay is not an object with a number `step`.
     pub fn open_at(dir: impl AsRef<Path>, last_step: Option<u64>) -> Result<Self, Error> {
         Self::open_within(dir, last_step.map(|step| (step, usize::MAX)))

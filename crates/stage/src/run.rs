@@ -94,7 +94,7 @@ impl RunJson {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if there is none, [`Error::Json`] if it is damaged.
+    /// [`Error::Io`] if there is none, [`Error::Records`] if it is damaged.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self, Error> {
         read_json(&dir.as_ref().join(RUN_JSON))
     }

@@ -102,7 +102,7 @@ fn a_missing_head_is_named() {
     fs_err::remove_dir_all(&motivation).unwrap();
     save_reward(&motivation, &model, &adapter, None);
     let message = refusal(&config(&[]), dir.path());
-    let wanted = "motivation/adapter: expected an adapter with a score head (modules_to_save), got an adapter without";
+    let wanted = "motivation/adapter: head: expected an adapter with a score head (modules_to_save), found none";
     assert!(message.contains(wanted), "{message}");
 }
 
@@ -157,11 +157,11 @@ fn statistics_of_another_base_are_refused() {
     for (stats, wanted) in [
         (
             r#"{"mean": 0.5, "std": 2.0, "n": 9, "split": "validation", "base_sha256": "other"}"#,
-            "expected statistics of this base, got base_sha256 other",
+            "base_sha256: expected statistics of this base, found other",
         ),
         (
             r#"{"mean": 0.5, "std": 0.0, "n": 9, "split": "validation", "base_sha256": "other"}"#,
-            "expected a standard deviation above 0, got std 0",
+            "std: expected a standard deviation above 0, found 0",
         ),
         ("{}", "expected score statistics"),
     ] {
