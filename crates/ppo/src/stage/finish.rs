@@ -2,9 +2,9 @@
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, LoadOptions, Model, Source, merge};
+use arete_records::parquet;
 use arete_records::rows::RolloutRow;
 use arete_records::stats::{self, Resampling};
-use arete_records::parquet;
 use serde_json::{Map, Value, json};
 
 use super::state::State;
@@ -16,7 +16,11 @@ const N_COMPARED: usize = 8;
 
 impl Stage<'_> {
     /// Puts the selected weights in place and writes the results; what there is to count.
-    pub(super) fn finish(mut self, name: &str, source: &Source) -> Result<Map<String, Value>, Error> {
+    pub(super) fn finish(
+        mut self,
+        name: &str,
+        source: &Source,
+    ) -> Result<Map<String, Value>, Error> {
         let last = self.state.iteration;
         let selected = self.best().unwrap_or(last);
         if selected != last {

@@ -9,10 +9,10 @@ use arete_model::{Kind, Model, ScalarHead, Tensor, adapter_files};
 use arete_ppo::Config;
 use arete_ppo::gae::estimate_advantages;
 use arete_ppo::loss::{policy_loss, value_loss};
-use arete_ppo::reward::{place, token_rewards};
-use arete_ppo::rollout::{Conversation, Reply};
 use arete_ppo::models::{Critic, Learning, Models};
 use arete_ppo::packs::PackedRollout;
+use arete_ppo::reward::{place, token_rewards};
+use arete_ppo::rollout::{Conversation, Reply};
 use arete_ppo::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use arete_ppo::whiten::{rescale, whiten};
 use arete_records::FinishReason;
@@ -161,8 +161,7 @@ fn three_steps(
         Targets { advantage: golden["advantage"].copy(), returns: golden["returns"].copy() };
     let rates = Rates { policy: 0.003, critic: 0.03 };
     let both = Learning::Both;
-    let report =
-        update(&models, &mut optimisers, &packed, first, &targets, config, both, rates, 1);
+    let report = update(&models, &mut optimisers, &packed, first, &targets, config, both, rates, 1);
     let mut tensors = models.policy.parameters();
     let Critic::Trunk { head, .. } = &models.critic else { unreachable!("made above") };
     tensors.push(("head".to_owned(), head.weight.shallow_clone()));
