@@ -62,7 +62,10 @@ pub fn run(arguments: &Bench) -> Result<(), Error> {
             n_pairs / seconds,
             "pairs/s",
             Some(ceiling * n_pairs / (n_products * n_tokens)),
-            format!("{length} tokens a side, {prompt} shared; ceiling: products, {}", 2.0 * n_products),
+            format!(
+                "{length} tokens a side, {prompt} shared; ceiling: products, {}",
+                2.0 * n_products
+            ),
         );
     }
     Ok(bench::print(&table, &model)?)

@@ -72,7 +72,11 @@ impl<'a> DirectPreference<'a> {
     }
 
     /// Log-probabilities of the reference on some pairs of one forward pass.
-    fn reference(&mut self, packed: &PackedPairs, places: &[usize]) -> Result<Vec<[f64; 2]>, Error> {
+    fn reference(
+        &mut self,
+        packed: &PackedPairs,
+        places: &[usize],
+    ) -> Result<Vec<[f64; 2]>, Error> {
         let known = &mut self.train_reference.0;
         if places.iter().any(|&place| known[place].is_none()) {
             let _guard = tch::no_grad_guard();
@@ -139,7 +143,8 @@ impl Objective for DirectPreference<'_> {
             self.validation_reference = Reference(reference.into_iter().map(Some).collect());
         }
         let logprobs = pair_logprobs(self.decoder, Some(self.adapter), &pairs, budget)?;
-        let reference: Vec<[f64; 2]> = self.validation_reference.0.iter().copied().flatten().collect();
+        let reference: Vec<[f64; 2]> =
+            self.validation_reference.0.iter().copied().flatten().collect();
         let (chosen, rejected): (Vec<f64>, Vec<f64>) =
             logprobs.iter().map(|&[chosen, rejected]| (chosen, rejected)).unzip();
         let sides = Tensor::from_slice(&[chosen, rejected].concat());
@@ -182,9 +187,8 @@ fn losses(
 /// Mean loss, rewards (beta times log-ratios, chosen and rejected of each pair), and TRL's metrics.
 fn summary(found: &Found, beta: f64) -> (f64, Vec<[f64; 2]>, Vec<(&'static str, f64)>) {
     #[expect(clippy::cast_precision_loss, reason = "a small number")]
-    let mean = |values: &mut dyn Iterator<Item = f64>| {
-        values.sum::<f64>() / found.losses.len() as f64
-    };
+    let mean =
+        |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / found.losses.len() as f64;
     let rewards: Vec<[f64; 2]> = (found.logprobs.iter().zip(&found.reference))
         .map(|(policy, reference)| [0, 1].map(|side| beta * (policy[side] - reference[side])))
         .collect();

@@ -56,8 +56,7 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &[]);
-    let spec =
-        StageSpec { stage: "dpo", output, config: recorded, seed: config.seed, inputs };
+    let spec = StageSpec { stage: "dpo", output, config: recorded, seed: config.seed, inputs };
     let run = match run::begin(spec)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %output.display(), "up to date");
@@ -168,12 +167,7 @@ impl Data {
         let reason = format!(
             "{n_dropped} dropped for their length, {n_identical} identical after cutting, {n_empty} with nothing left to compare"
         );
-        Err(Error::TooFewPairs {
-            path: preferences.to_owned(),
-            expected,
-            got: pairs.len(),
-            reason,
-        })
+        Err(Error::TooFewPairs { path: preferences.to_owned(), expected, got: pairs.len(), reason })
     }
 
     fn counts(&self, aspects: &[AspectFiles], outcome: &Outcome) -> Map<String, Value> {

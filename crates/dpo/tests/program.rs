@@ -210,7 +210,8 @@ fn settings_are_read() {
     }
     // A recipe's table is read, and a flag goes before it.
     let recipe = dir.path().join("recipe.toml");
-    fs_err::write(&recipe, "[dpo]\nloss_type = \"ipo\"\naspects = [\"action\", \"motivation\"]\n").unwrap();
+    fs_err::write(&recipe, "[dpo]\nloss_type = \"ipo\"\naspects = [\"action\", \"motivation\"]\n")
+        .unwrap();
     let from_recipe = adapter("recipe", &["--recipe", &text(&recipe)]).0;
     assert!(from_recipe == seen[1].0, "the recipe's loss");
 }
@@ -279,7 +280,11 @@ fn bad_input_is_named() {
         assert!(!output.join("run.json").exists());
     };
     refuse(&["--beta", "0"], 2, "beta: expected a positive number, got 0");
-    refuse(&["--label-smoothing", "0.5"], 2, "label_smoothing: expected a probability below one half");
+    refuse(
+        &["--label-smoothing", "0.5"],
+        2,
+        "label_smoothing: expected a probability below one half",
+    );
     refuse(&["--max-length", "1"], 2, "max_length: expected at least 2");
     refuse(&["--aspects", "courage"], 2, "action, motivation, got courage");
     refuse(&["--min-pairs", "41"], 65, "expected at least 41 pairs to train on, got 40");

@@ -49,12 +49,7 @@ pub fn win_probability(chosen: f64, rejected: f64) -> f64 {
 /// # Panics
 ///
 /// If there is no pair, or not one score pair each.
-pub fn report(
-    split: &str,
-    n_own_tokens: &[[usize; 2]],
-    scores: &[[f64; 2]],
-    seed: u64,
-) -> Report {
+pub fn report(split: &str, n_own_tokens: &[[usize; 2]], scores: &[[f64; 2]], seed: u64) -> Report {
     let n = n_own_tokens.len();
     assert!(n > 0 && n == scores.len(), "one pair of scores a pair");
     let wins: Vec<f64> = scores.iter().map(|[c, r]| f64::from(u8::from(c > r))).collect();
