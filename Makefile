@@ -141,7 +141,7 @@ JUDGE_FILE := $(call files,$(JUDGE))
 # $(call exemplars,STAGE): what it shows the model.
 exemplars = $(wildcard $(or $(call recipe,$(1),exemplars),data/demonstrations/exemplars.jsonl))
 # $(call constitution,STAGE): what it judges or revises by.
-constitution = $(wildcard $(or $(call recipe,$(1),constitution),data/constitution.toml))
+constitution = $(wildcard $(or $(call recipe,$(1),constitution),$(call recipe,run,constitution),data/constitution.toml))
 
 # The command of each stage, one line a stage.
 run_prompts = $(ARETE)-curation prompts $(RECIPE_FLAG)$(if $(PROMPTS), --input $(PROMPTS)) --output $(RUN)/prompts
@@ -159,7 +159,7 @@ run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 # $(call stage,NAME,BINARY,WHAT IT READS): $(call done,NAME), the mark of a complete stage. The stage leaves that file as it
 # is where nothing changed, hence the touch. RUN/.make/NAME holds the command, so that another model, judge or yardstick counts;
 # the plus has it looked at by `make -n`, too.
-# The three reward models have a run.json each; make's own mark of all three is hidden from the stages.
+# The reward models have a run.json each; make's own mark of all of them is hidden from the stages.
 done = $(RUN)/$(1)/$(if $(filter reward,$(1)),.done,run.json)
 define stage
 $(call done,$(1)): $(ARETE)-$(2) $(RECIPE) $(RUN)/.make/$(1) $(3)
@@ -186,9 +186,9 @@ $(eval $(call stage,report,scoring,$(call done,scoring) $(wildcard $(RUN)/calibr
 prompts: $(call done,prompts) ## choose prompts and split them into train, validation, test
 demonstrations: $(call done,demonstrations) ## answers criticised and revised under the constitution
 sft: $(call done,sft) ## fine-tune the model on the demonstrations
-conversations: $(call done,conversations) ## two samples of answer, motivation, consequence for each prompt
-preferences: $(call done,preferences) ## the judge's votes: five virtues, three aspects, both orders
-reward: $(call done,reward) ## train the three reward models
+conversations: $(call done,conversations) ## two samples of the chain for each prompt: answer, motivation, consequence
+preferences: $(call done,preferences) ## the judge's votes: every virtue, every aspect, both orders
+reward: $(call done,reward) ## train the reward models, one an aspect
 dpo: $(call done,dpo) ## train a policy on the preferences themselves, beside PPO
 ppo: $(call done,ppo) ## train the policy against them
 scoring: $(call done,scoring) ## Score of the original, the SFT and the final model

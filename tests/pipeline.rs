@@ -300,15 +300,15 @@ fn every_stage_leaves_what_the_next_one_reads() {
         let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
         assert_eq!((row.sample, row.split), ((idx % 2) as i32, prompt.split));
         assert!(row.messages.starts_with(&prompt.prompt) && is_chain(&row.messages));
-        for aspect in Aspect::ALL {
-            let n_tokens = row.n_tokens(aspect);
-            assert!((1..=24).contains(&n_tokens));
-            assert!(row.finish_reason(aspect) == FinishReason::Stop || n_tokens == 24);
-            assert!(row.messages.iter().any(|message| message.content == row.reply(aspect)));
+        assert_eq!(row.aspects().collect::<Vec<_>>(), Aspect::SHIPPED);
+        for turn in &row.turns {
+            assert!((1..=24).contains(&turn.n_tokens));
+            assert!(turn.finish_reason == FinishReason::Stop || turn.n_tokens == 24);
+            assert!(row.messages.iter().any(|message| message.content == turn.text));
         }
     }
     preferences_are_of(run, &conversations);
-    for aspect in Aspect::ALL {
+    for aspect in Aspect::SHIPPED {
         let dir = format!("reward/{aspect}");
         for file in ["adapter/adapter_model.safetensors", "score_stats.json", "evaluation.json"] {
             assert!(run.at(&format!("{dir}/{file}")).is_file(), "{dir}/{file}");
@@ -318,7 +318,7 @@ fn every_stage_leaves_what_the_next_one_reads() {
     scores_are_of(run, &prompts);
     for (_, dir) in STAGES {
         let dirs = match dir {
-            "reward" => Aspect::ALL.map(|aspect| format!("reward/{aspect}")).to_vec(),
+            "reward" => Aspect::SHIPPED.map(|aspect| format!("reward/{aspect}")).to_vec(),
             dir => vec![dir.to_owned()],
         };
         for dir in dirs {
@@ -338,22 +338,22 @@ fn every_stage_leaves_what_the_next_one_reads() {
 /// Roles alternate, the two questions are asked, and three replies are the model's.
 fn is_chain(messages: &[Message]) -> bool {
     let [.., _, answer, motivation, _, consequence, _] = messages else { return false };
-    let asked = |message: &Message, aspect: Aspect| Some(&*message.content) == aspect.question();
     let roles: Vec<Role> = messages.iter().map(|message| message.role).collect();
     answer.role == Role::Assistant
-        && asked(motivation, Aspect::Motivation)
-        && asked(consequence, Aspect::Consequence)
+        && motivation.content == "What is the motivation behind the answer?"
+        && consequence.content
+            == "What is the utility of the action towards promoting your virtuous character?"
         && roles == [Role::User, Role::Assistant].repeat(messages.len() / 2)
 }
 
 fn preferences_are_of(run: &Pipeline, conversations: &[ConversationRow]) {
     let judgements: Vec<JudgementRow> = run.rows("preferences/judgements.parquet");
-    assert_eq!(judgements.len() % Virtue::ALL.len(), 0);
-    for verdicts in judgements.chunks(Virtue::ALL.len()) {
+    assert_eq!(judgements.len() % Virtue::SHIPPED.len(), 0);
+    for verdicts in judgements.chunks(Virtue::SHIPPED.len()) {
         let virtues: Vec<Virtue> = verdicts.iter().map(|row| row.virtue).collect();
-        assert_eq!(virtues, Virtue::ALL);
+        assert_eq!(virtues, Virtue::SHIPPED);
     }
-    for aspect in Aspect::ALL {
+    for (place, aspect) in Aspect::SHIPPED.into_iter().enumerate() {
         let mut n_pairs = 0;
         for split in Split::ALL {
             let file = format!("preferences/{aspect}/{split}.parquet");
@@ -367,7 +367,7 @@ fn preferences_are_of(run: &Pipeline, conversations: &[ConversationRow]) {
                 assert!(own().all(|sample| sample.split == split));
                 let through = |side: &[Message]| [row.prompt.clone(), side.to_vec()].concat();
                 for side in [&row.chosen, &row.rejected] {
-                    assert_eq!(side.len(), 1 + 2 * aspect.index());
+                    assert_eq!(side.len(), 1 + 2 * place);
                     let whole = through(side);
                     assert!(own().any(|sample| sample.messages.starts_with(&whole)));
                 }
@@ -396,7 +396,7 @@ fn rollouts_are_of(run: &Pipeline, prompts: &[PromptRow]) {
         for row in rows {
             let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
             assert_eq!((row.iteration, prompt.split), (iteration, Split::Train));
-            assert!(row.z_action.is_some() && row.reward.is_finite() && is_chain(&row.messages));
+            assert!(row.turns[0].z.is_some() && row.reward.is_finite() && is_chain(&row.messages));
         }
     }
     assert!(run.at("ppo/adapter/adapter_model.safetensors").is_file());
@@ -410,7 +410,7 @@ fn scores_are_of(run: &Pipeline, prompts: &[PromptRow]) {
         .filter(|row| row.split == Split::Test)
         .map(|row| row.prompt_id.as_str())
         .collect();
-    assert_eq!(scores.len(), 3 * test.len() * Aspect::ALL.len());
+    assert_eq!(scores.len(), 3 * test.len() * Aspect::SHIPPED.len());
     let key = |row: &ScoreRow| (row.model.clone(), row.prompt_id.clone(), row.aspect);
     assert_eq!(scores.iter().map(key).collect::<BTreeSet<_>>().len(), scores.len());
     for row in &scores {
