@@ -15,12 +15,15 @@ mod message;
 pub mod parquet;
 pub mod progress;
 pub mod rows;
+#[cfg(feature = "statistics")]
 pub mod score_stats;
+#[cfg(feature = "statistics")]
 pub mod stats;
 mod vocabulary;
 
 pub use class::{At, Class, Classified, Refusal, class_of};
 pub use error::Error;
 pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
+#[cfg(feature = "statistics")]
 pub use score_stats::ScoreStats;
 pub use vocabulary::{Aspect, FinishReason, Split, Virtue};
