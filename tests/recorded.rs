@@ -54,7 +54,9 @@ impl Recorded {
         }
         let files = pipeline.files();
         let is_result = |path: &str| {
-            path.ends_with(".parquet") || path.ends_with(".safetensors") || path.ends_with("metrics.jsonl")
+            path.ends_with(".parquet")
+                || path.ends_with(".safetensors")
+                || path.ends_with("metrics.jsonl")
         };
         let runs = files
             .keys()
@@ -89,7 +91,8 @@ fn relative(config: Value) -> Value {
 fn cpu_kind() -> String {
     let text = fs_err::read_to_string("/proc/cpuinfo").unwrap();
     let value = |key: &str| {
-        let line = text.lines().find(|line| line.split(':').next().is_some_and(|k| k.trim() == key));
+        let line =
+            text.lines().find(|line| line.split(':').next().is_some_and(|k| k.trim() == key));
         line.and_then(|line| line.split(':').nth(1)).map_or("unknown", str::trim).to_owned()
     };
     ["vendor_id", "cpu family", "model"].map(value).join("-")
