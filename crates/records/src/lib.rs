@@ -16,7 +16,9 @@ mod names;
 pub mod parquet;
 pub mod progress;
 pub mod rows;
+#[cfg(feature = "statistics")]
 pub mod score_stats;
+#[cfg(feature = "statistics")]
 pub mod stats;
 mod turn_rows;
 mod vocabulary;
@@ -25,5 +27,6 @@ pub use class::{At, Class, Classified, Refusal, class_of};
 pub use error::Error;
 pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
 pub use names::{Aspect, MAX_NAME_BYTES, NAME_RULE, Virtue};
+#[cfg(feature = "statistics")]
 pub use score_stats::ScoreStats;
 pub use vocabulary::{FinishReason, Split};
