@@ -247,10 +247,8 @@ fn four_virtues_and_two_turns_reach_the_page() {
         .collect();
     assert_eq!(rewards, set("deed reason"));
     let metrics = jsonl::read(run.at("ppo/metrics.jsonl")).unwrap();
-    let logged: BTreeSet<String> = metrics
-        .iter()
-        .flat_map(|(_, line)| line.as_object().unwrap().keys().cloned())
-        .collect();
+    let logged: BTreeSet<String> =
+        metrics.iter().flat_map(|(_, line)| line.as_object().unwrap().keys().cloned()).collect();
     for name in ["score_deed", "z_reason", "length_deed", "probe/truncated_reason"] {
         assert!(logged.contains(name), "{name} in {logged:?}");
     }
