@@ -7,6 +7,7 @@ use std::time::Instant;
 use arete_chain::reading;
 use arete_chain::reward_model::Base;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
 use arete_records::rows::RolloutRow;
 use arete_records::stats::{self, Resampling};
@@ -80,6 +81,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
+    Machine::write(run.output())?;
     run.finish(Completion {
         device: runtime::device_name(options.device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),
