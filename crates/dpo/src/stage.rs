@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use arete_model::machine::Machine;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, Source, merge};
 use arete_records::Split;
 use arete_stage::run::{self, Completion, StageSpec, Start};

@@ -190,7 +190,10 @@ impl Classified for Error {
             | Self::NonFiniteScore { .. }
             | Self::ZeroVariance { .. }
             | Self::NotANumber { .. } => Some(Class::Data),
-            Self::Torch(_) | Self::Shape { .. } | Self::Ratio { .. } | Self::Disagreement { .. } => Some(Class::Other),
+            Self::Torch(_)
+            | Self::Shape { .. }
+            | Self::Ratio { .. }
+            | Self::Disagreement { .. } => Some(Class::Other),
         }
     }
 }

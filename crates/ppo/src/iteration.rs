@@ -297,7 +297,8 @@ mod tests {
 
     #[test]
     fn a_disagreement_is_an_error_on_the_cpu_unless_allowed() {
-        let check = |difference, kind, device, allowed| check_difference(difference, kind, device, allowed);
+        let check =
+            |difference, kind, device, allowed| check_difference(difference, kind, device, allowed);
         assert!(check(1e-3, Kind::BFloat16, Device::Cpu, false).is_ok());
         assert!(check(1e-3, Kind::Float, Device::Cpu, false).is_err());
         assert!(check(1e-3, Kind::Float, Device::Cpu, true).is_ok());

@@ -153,7 +153,13 @@ fn push_batches(arguments: &Bench, decoder: &Decoder, table: &mut Table) -> anyh
     let batch = arguments.batch;
     for rows in [1, batch, 512] {
         let ratio = products(decoder, rows, rows < 512)?.ours_against_libtorch;
-        table.push(format!("products of {rows} rows, ours against libtorch's"), ratio, "times", None, "both in turn");
+        table.push(
+            format!("products of {rows} rows, ours against libtorch's"),
+            ratio,
+            "times",
+            None,
+            "both in turn",
+        );
     }
     let bound = products_per_s(decoder, batch, true)?;
     sampling(decoder, batch, 4)?;
