@@ -24,6 +24,9 @@ pub struct DoctorArgs {
     /// Print the findings as JSON
     #[arg(long)]
     pub json: bool,
+    /// Show what this machine is and what of it is used, as JSON, instead of a diagnosis
+    #[arg(long)]
+    pub machine: bool,
 }
 
 /// The diagnosis of a run, as a text.
@@ -32,6 +35,9 @@ pub struct DoctorArgs {
 ///
 /// A directory that holds no run, damaged files; with `--best-of`, what fails there.
 pub fn doctor(arguments: &DoctorArgs) -> Result<String> {
+    if arguments.machine {
+        return Ok(serde_json::to_string_pretty(&arete_model::machine::Machine::look())? + "\n");
+    }
     let setup = Setup::new(&arguments.setup)?;
     if arguments.best_of > 0 {
         interrupt::install()?;
