@@ -215,9 +215,9 @@ impl Room {
             line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
         };
         let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-        let limit = limits.iter().find_map(|file| {
-            fs_err::read_to_string(file).ok()?.trim().parse::<u64>().ok()
-        });
+        let limit = limits
+            .iter()
+            .find_map(|file| fs_err::read_to_string(file).ok()?.trim().parse::<u64>().ok());
         let capped = |bytes: Option<u64>| match (bytes, limit) {
             (Some(bytes), Some(limit)) => Some(bytes.min(limit)),
             (bytes, limit) => bytes.or(limit),

@@ -214,7 +214,8 @@ fn plan(arguments: &PlanArgs) -> Result<String> {
 fn stages() -> String {
     let line = |stage: &arete_pipeline::stages::Stage| {
         let reads = if stage.reads.is_empty() { "–".to_owned() } else { stage.reads.join(", ") };
-        let by_default = if stage.by_default { "" } else { " (out unless its table says enabled = true)" };
+        let by_default =
+            if stage.by_default { "" } else { " (out unless its table says enabled = true)" };
         format!("{:<14}  {}{by_default}\n{:<14}  reads: {reads}\n", stage.name, stage.writes, "")
     };
     PIPELINE.iter().map(line).collect()

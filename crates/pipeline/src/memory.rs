@@ -169,11 +169,7 @@ pub(crate) fn sft(setup: &Setup) -> Result<Demand> {
     let config: arete_sft::Config = setup.settings("sft")?;
     let settings = Settings {
         batch_size: positive("sft", "batch_size", config.batch_size)?,
-        micro_batch_tokens: positive(
-            "sft",
-            "micro_batch_tokens",
-            config.steps.micro_batch_tokens,
-        )?,
+        micro_batch_tokens: positive("sft", "micro_batch_tokens", config.steps.micro_batch_tokens)?,
         max_length: positive("sft", "max_length", config.max_length)?,
         merge: true,
         ..Settings::training(&config.lora, &config.compute)
@@ -244,11 +240,7 @@ pub(crate) fn dpo(setup: &Setup) -> Result<Demand> {
     let config: arete_dpo::Config = setup.settings("dpo")?;
     let settings = Settings {
         batch_size: positive("dpo", "batch_size", config.batch_size)?,
-        micro_batch_tokens: positive(
-            "dpo",
-            "micro_batch_tokens",
-            config.steps.micro_batch_tokens,
-        )?,
+        micro_batch_tokens: positive("dpo", "micro_batch_tokens", config.steps.micro_batch_tokens)?,
         max_length: positive("dpo", "max_length", config.max_length)?,
         merge: true,
         ..Settings::training(&config.lora, &config.compute)

@@ -94,10 +94,15 @@ fn results(setup: &Setup, stages: &[&Stage]) -> Result<String> {
     let ran = |name| stages.iter().any(|stage| stage.name == name);
     let mut text = String::new();
     if ran("scoring") {
-        text += &arete_scoring::table::of(&arete_scoring::score::read_summary(&setup.at("scoring"))?);
+        text +=
+            &arete_scoring::table::of(&arete_scoring::score::read_summary(&setup.at("scoring"))?);
     }
     if ran("report") {
-        writeln!(text, "report: {}", setup.at("report").join(arete_scoring::report::PAGE).display())?;
+        writeln!(
+            text,
+            "report: {}",
+            setup.at("report").join(arete_scoring::report::PAGE).display()
+        )?;
     }
     Ok(text)
 }
@@ -112,7 +117,8 @@ fn selected(setup: &Setup, arguments: &RunArgs) -> Result<Vec<&'static Stage>> {
     let mut stages = setup.stages()?;
     if let Some(until) = until {
         if !setup.has(until.name)? {
-            let message = format!("the recipe leaves `{0}` out: --set {0}.enabled=true", until.name);
+            let message =
+                format!("the recipe leaves `{0}` out: --set {0}.enabled=true", until.name);
             return Err(Usage(message).into());
         }
         let needed = needed(until);
@@ -154,7 +160,9 @@ fn plan(setup: &Setup, stages: &[&Stage], shape: Option<&Shape>) -> Result<Strin
         let waits_for = stage.reads.iter().find(|name| pending.contains(name));
         let what = match (&state, waits_for) {
             (State::Complete, None) => "up to date".to_owned(),
-            (State::Complete, Some(read)) => format!("done before; runs if `{read}` turns out otherwise"),
+            (State::Complete, Some(read)) => {
+                format!("done before; runs if `{read}` turns out otherwise")
+            }
             (State::Missing, _) => "runs".to_owned(),
             (State::HalfDone { how_far }, None) => format!("goes on: {how_far}"),
             (state, _) => format!("runs: {}: {}", state.word(), state.details()),

@@ -219,7 +219,8 @@ impl Setup {
 
     /// The recipe for the page: the file, or a copy in the run that says what the command line set.
     pub fn recipe_as_run(&self) -> Option<PathBuf> {
-        let copy = Some(self.at(RECIPE_AS_RUN)).filter(|copy| !self.set.is_empty() && copy.is_file());
+        let copy =
+            Some(self.at(RECIPE_AS_RUN)).filter(|copy| !self.set.is_empty() && copy.is_file());
         copy.or_else(|| self.recipe_path.clone())
     }
 

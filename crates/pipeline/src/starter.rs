@@ -68,7 +68,8 @@ pub fn new(dir: &Path, model: &str) -> Result<()> {
     files.push(("recipe.toml".into(), RECIPE.replace("{model}", &quoted(model)).into_bytes()));
     files.push(("README.md".into(), README.as_bytes().to_vec()));
     if let Some((taken, _)) = files.iter().find(|(name, _)| dir.join(name).exists()) {
-        let message = format!("{}: is there already; name another folder", dir.join(taken).display());
+        let message =
+            format!("{}: is there already; name another folder", dir.join(taken).display());
         return Err(Usage(message).into());
     }
     write(dir, files)
@@ -89,10 +90,12 @@ pub fn hello(dir: &Path) -> Result<PathBuf> {
     }
     let path = dir.join("recipe.toml");
     files.push(("recipe.toml".into(), recipe.into_bytes()));
-    let is_there = |name: &Path, bytes: &[u8]| fs_err::read(dir.join(name)).is_ok_and(|b| b == bytes);
+    let is_there =
+        |name: &Path, bytes: &[u8]| fs_err::read(dir.join(name)).is_ok_and(|b| b == bytes);
     files.retain(|(name, bytes)| !is_there(name, bytes));
     if let Some((taken, _)) = files.iter().find(|(name, _)| dir.join(name).exists()) {
-        let message = format!("{}: is not what hello wrote; name another --run", dir.join(taken).display());
+        let message =
+            format!("{}: is not what hello wrote; name another --run", dir.join(taken).display());
         return Err(Usage(message).into());
     }
     write(dir, files)?;

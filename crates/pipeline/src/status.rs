@@ -167,7 +167,8 @@ fn how_far(dir: &Path) -> String {
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     };
     let steps = names(dir);
-    let steps = steps.iter().filter_map(|name| name.strip_prefix(CHECKPOINT_PREFIX)?.parse::<u64>().ok());
+    let steps =
+        steps.iter().filter_map(|name| name.strip_prefix(CHECKPOINT_PREFIX)?.parse::<u64>().ok());
     if let Some(step) = steps.max() {
         return format!("checkpoint of step {step}");
     }

@@ -137,7 +137,12 @@ fn combinations(setup: &SetupArgs, root: &Path) -> Result<Vec<Combination>> {
 /// A value as a directory's name.
 fn named(setting: &Setting) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._=+-".contains(c);
-    setting.to_string().chars().filter(|&c| c != '"').map(|c| if plain(c) { c } else { '_' }).collect()
+    setting
+        .to_string()
+        .chars()
+        .filter(|&c| c != '"')
+        .map(|c| if plain(c) { c } else { '_' })
+        .collect()
 }
 
 /// The stages that are in every combination with the same settings, and read from such stages alone.
@@ -206,20 +211,25 @@ fn table(combinations: &[Combination]) -> Result<String> {
         let run = one.setup.run.clone().context("every combination has a directory")?;
         runs.push(ScoredRun::read(Arm { name: one.name.clone(), run })?);
     }
-    let mut text = String::from("| combination | model | gain over the original, standardised [95 %] |\n|---|---|---|\n");
+    let mut text = String::from(
+        "| combination | model | gain over the original, standardised [95 %] |\n|---|---|---|\n",
+    );
     for run in &runs {
         let (name, gain) = match run.summary.headline(Scale::Standardised) {
             Some(gain) => {
                 let interval = &gain.score.interval;
-                let shown =
-                    format!("{:+.3} [{:+.3}, {:+.3}]", interval.estimate, interval.low, interval.high);
+                let shown = format!(
+                    "{:+.3} [{:+.3}, {:+.3}]",
+                    interval.estimate, interval.low, interval.high
+                );
                 (gain.last.clone(), shown)
             }
             None => ("–".to_owned(), "–".to_owned()),
         };
         writeln!(text, "| {} | {name} | {gain} |", run.arm.name)?;
     }
-    let has_final = runs.iter().all(|run| run.summary.models.iter().any(|model| model.name == "final"));
+    let has_final =
+        runs.iter().all(|run| run.summary.models.iter().any(|model| model.name == "final"));
     if has_final {
         let resampling = Resampling { draws: 10_000, ..Resampling::seeded(0) };
         compare::check(&runs, "original", "final")?;

@@ -97,7 +97,12 @@ impl Hello {
 }
 
 /// A setup of hello's recipe, and more words.
-fn with_recipe<'a>(command: &'a str, recipe: &'a Path, dir: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+fn with_recipe<'a>(
+    command: &'a str,
+    recipe: &'a Path,
+    dir: &'a Path,
+    more: &[&'a str],
+) -> Vec<&'a str> {
     [&[command, "--recipe", text(recipe), "--run", text(dir)][..], more].concat()
 }
 
@@ -129,7 +134,10 @@ fn results(dir: &Path) -> BTreeMap<String, String> {
             || file.starts_with("inputs/")
             || file.rsplit('/').next().unwrap().starts_with('.'))
     };
-    files.filter(is_result).map(|file| (file.clone(), sha256_file(dir.join(&file)).unwrap())).collect()
+    files
+        .filter(is_result)
+        .map(|file| (file.clone(), sha256_file(dir.join(&file)).unwrap()))
+        .collect()
 }
 
 #[test]
@@ -137,7 +145,9 @@ fn hello_runs_every_stage_and_a_second_run_does_nothing() {
     let hello = &*HELLO;
     for stage in STAGES {
         let dirs = match stage {
-            "reward" => ["action", "motivation", "consequence"].map(|a| format!("reward/{a}")).to_vec(),
+            "reward" => {
+                ["action", "motivation", "consequence"].map(|a| format!("reward/{a}")).to_vec()
+            }
             stage => vec![stage.to_owned()],
         };
         for dir in dirs {
@@ -145,7 +155,11 @@ fn hello_runs_every_stage_and_a_second_run_does_nothing() {
         }
     }
     let page = hello.dir.join("report/report.html");
-    assert!(hello.ran.stdout.ends_with(&format!("report: {}\n", page.display())), "{}", hello.ran.stdout);
+    assert!(
+        hello.ran.stdout.ends_with(&format!("report: {}\n", page.display())),
+        "{}",
+        hello.ran.stdout
+    );
     assert!(hello.ran.stdout.contains("original") && hello.ran.stdout.contains("final"));
     // Twenty seconds on an idle machine; this one builds and tests beside it.
     assert!(hello.took < Duration::from_secs(120), "{:?}", hello.took);
@@ -166,7 +180,9 @@ fn a_dry_run_shows_the_whole_plan_and_writes_nothing() {
     let dir = folder("dry");
     let run_dir = dir.join("my run");
     let plan = done(&with_recipe("run", &HELLO.recipe(), &run_dir, &["--dry-run"])).stdout;
-    let at = |stage: &str| plan.find(&format!("\n  {stage}")).unwrap_or_else(|| panic!("{stage}: {plan}"));
+    let at = |stage: &str| {
+        plan.find(&format!("\n  {stage}")).unwrap_or_else(|| panic!("{stage}: {plan}"))
+    };
     let places = STAGES.map(at);
     assert!(places.is_sorted(), "{plan}");
     assert!(plan.lines().skip(1).all(|line| line.ends_with("runs")), "{plan}");
@@ -247,7 +263,8 @@ fn status_says_which_key_or_input_makes_exactly_which_stage_stale() {
         assert_eq!(not_complete(&recipe, dir, &words), [stale], "{setting}");
         let states = states(&recipe, dir, &words);
         assert_eq!(states[stage]["changes"][0]["key"], key, "{setting}");
-        let ran = run(&with_recipe("status", &recipe, dir, &[&words[..], &["--exit-code"]].concat()));
+        let ran =
+            run(&with_recipe("status", &recipe, dir, &[&words[..], &["--exit-code"]].concat()));
         assert_eq!(ran.code, Some(1));
         let line = ran.stdout.lines().find(|line| line.starts_with(stage)).unwrap();
         assert!(line.contains(&format!("recipe key `{key}`")), "{line}");
@@ -337,7 +354,12 @@ fn the_exit_code_of_a_stage_is_that_of_the_run() {
     let log = fs_err::read_to_string(dir.join("logs/preferences.log")).unwrap();
     assert!(log.contains("pairs left"), "{log}");
     // What it is set to on the command line stands where the recipe's values stand.
-    let conversations = done(&with_recipe("run", &recipe, &dir, &["--only", "conversations", "--set", "conversations.seed=9"]));
+    let conversations = done(&with_recipe(
+        "run",
+        &recipe,
+        &dir,
+        &["--only", "conversations", "--set", "conversations.seed=9"],
+    ));
     assert!(conversations.stderr.contains("done in"), "{}", conversations.stderr);
     let recorded = fs_err::read_to_string(dir.join("conversations/run.json")).unwrap();
     let recorded: Value = serde_json::from_str(&recorded).unwrap();

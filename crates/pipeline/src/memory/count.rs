@@ -98,7 +98,12 @@ pub(super) struct Pass {
 }
 
 impl<'a> Counter<'a> {
-    pub(super) fn new(config: &'a ModelConfig, settings: &'a Settings, device: Device, stored: u64) -> Self {
+    pub(super) fn new(
+        config: &'a ModelConfig,
+        settings: &'a Settings,
+        device: Device,
+        stored: u64,
+    ) -> Self {
         let size = |n: usize| n as u64;
         Self {
             config,
@@ -417,4 +422,3 @@ fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
         need.phase_with("merging", counter.merging());
     }
 }
-

@@ -82,7 +82,10 @@ fn settings_that_leave_nothing_to_compute_are_named() {
         assert!(error.to_string().contains(words), "{error}");
     }
     let arguments = SetupArgs {
-        set: vec!["ppo.keep_graph_tokens=0".parse().unwrap(), "ppo.rollout=answer".parse().unwrap()],
+        set: vec![
+            "ppo.keep_graph_tokens=0".parse().unwrap(),
+            "ppo.rollout=answer".parse().unwrap(),
+        ],
         ..SetupArgs::default()
     };
     let demand = ppo(&Setup::new(&arguments).unwrap()).unwrap();

@@ -126,7 +126,11 @@ impl Live<'_> {
     }
 
     fn clear(&mut self) -> std::io::Result<()> {
-        if std::mem::take(&mut self.shown) { write!(std::io::stderr(), "\r\x1b[2K") } else { Ok(()) }
+        if std::mem::take(&mut self.shown) {
+            write!(std::io::stderr(), "\r\x1b[2K")
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -82,10 +82,7 @@ pub(super) fn answer(spec: &StageSpec<'_>, amounts: &[&str]) -> Result<Start, Er
     Ok(Start::UpToDate(complete.unwrap_or_else(|| RunJson::of_nothing(spec))))
 }
 
-fn standing(
-    spec: &StageSpec<'_>,
-    amounts: &[&str],
-) -> Result<(Standing, Option<RunJson>), Error> {
+fn standing(spec: &StageSpec<'_>, amounts: &[&str]) -> Result<(Standing, Option<RunJson>), Error> {
     let output = spec.output;
     let has = |mark: &str| output.join(mark).exists();
     if !has(RUN_JSON) && !has(STAGE_JSON) {

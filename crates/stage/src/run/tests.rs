@@ -503,7 +503,10 @@ fn the_device_a_name_stood_for_is_compared_and_not_the_name() {
     fixture.complete(json!({"device": "auto", "rank": 16})); // which was the CPU
     fixture.is_up_to_date(json!({"device": "cpu", "rank": 16}));
     fixture.is_up_to_date(json!({"device": "auto", "rank": 16}));
-    assert!(matches!(fixture.standing(json!({"device": "cuda", "rank": 16})), Standing::Stale { .. }));
+    assert!(matches!(
+        fixture.standing(json!({"device": "cuda", "rank": 16})),
+        Standing::Stale { .. }
+    ));
     fixture.complete(json!({"device": "cpu", "rank": 8}));
     fixture.is_up_to_date(json!({"device": "auto", "rank": 8}));
 }
