@@ -18,6 +18,7 @@ mod lines;
 mod logprobs;
 mod plan;
 mod push;
+mod soup;
 
 /// Generate, score, inspect and convert Llama and Mistral models
 #[derive(Debug, clap::Parser)]
@@ -32,7 +33,8 @@ const EXAMPLES: &str = "Examples:
   arete-model logprobs --model FILE.gguf --jsonl conversations.jsonl
   arete-model inspect --model owner/name
   arete-model inspect --model DIR --plan --recipe recipes/recommended.toml --device cuda
-  arete-model merge --model DIR --adapter ADAPTER --output MERGED";
+  arete-model merge --model DIR --adapter ADAPTER --output MERGED
+  arete-model soup honest/adapter=0.3 prudent/adapter=0.7 --output SOUP";
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
@@ -48,6 +50,8 @@ enum Command {
     Quantize(Quantize),
     /// Write a model with an adapter merged in, in the model's own dtype where that has 16 bits and --dtype names no other
     Merge(Merge),
+    /// Write adapters of one base as one adapter: the weighted sum of what each changes, exactly (its rank is the sum of theirs)
+    Soup(soup::Soup),
     /// Measure sampling, prefill and training against this machine's matrix products
     Bench(bench::Bench),
     /// Upload an adapter, a merged model or a data set to the hub, with a card
@@ -185,6 +189,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Inspect(arguments) => run_inspect(&arguments),
         Command::Quantize(arguments) => run_quantize(&arguments),
         Command::Merge(arguments) => run_merge(&arguments),
+        Command::Soup(arguments) => soup::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Push(arguments) => push::run(&arguments),
     }
