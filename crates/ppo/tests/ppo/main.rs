@@ -5,6 +5,7 @@
 mod bench;
 mod common;
 mod goldens;
+mod groups;
 mod loss_scale;
 mod refusals;
 mod resume;
