@@ -98,7 +98,7 @@ pub struct Config {
     pub target_kl: f64,
     /// Subtract the mean of what is paid at each turn, over the rollout, before advantages are estimated by a critic: scores that
     /// lie above 0 all alike then press towards nothing, whatever the critic knows yet
-    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub center_scores: bool,
     /// Bring advantages to mean 0 and variance 1 over the own tokens of a rollout; default: with ppo (TRL), not with rloo and grpo
     /// (TRL), whose groups centre them already

@@ -4,6 +4,7 @@
 
 mod bench;
 mod common;
+mod controls;
 mod goldens;
 mod groups;
 mod loss_scale;
