@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use arete_chain::reward_model::Base;
-use arete_model::{Chat, Decoder, Model, Tensor};
+use arete_model::{Chat, Model, Tensor};
 use arete_records::{FinishReason, stats};
 use arete_stage::interrupt;
 use tch::{Device, Kind};
@@ -137,9 +137,14 @@ impl Iteration<'_> {
         let targets =
             targets(&conversations, &assessment, &layout, &first, &ref_logprob, kl_coef, config)?;
         interrupt::check()?;
+        let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef, config)?;
         let decoder = &self.model.decoder;
-        let mut metrics =
-            summary(&conversations, &assessment, &first, &targets, kl_coef, decoder, config)?;
+        let difference = (sampled_logprobs(&conversations) - &first.old_logprob).abs(); // [n]
+        let (kind, device) = (decoder.kind(), decoder.device());
+        let told = agreement(&difference, device)?;
+        check_difference(told, kind, device, config.allow_disagreement)?;
+        let largest = number(&difference.max())?;
+        metrics.push(("sampler_trainer_difference".to_owned(), largest));
         let report = timed(&mut phases, "update", || {
             let rates = self.rates;
             let report = update(
@@ -194,12 +199,8 @@ fn summary(
     first: &FirstPass<'_>,
     targets: &Targets,
     kl_coef: f64,
-    decoder: &Decoder,
     config: &Config,
 ) -> Result<Vec<(String, f64)>, Error> {
-    let difference = (sampled_logprobs(conversations) - &first.old_logprob).abs(); // [n]
-    let largest = number(&difference.max())?;
-    warn_of_difference(&difference, decoder)?;
     let n = conversations.len() as f64;
     // GRPO's penalty is part of the loss.
     let in_reward = if config.algorithm == Algorithm::Grpo { 0.0 } else { kl_coef };
@@ -230,7 +231,7 @@ fn summary(
         let weights = importance_weights(log, config.importance_cap);
         line.push(("importance_weight", number(&weights.mean(Kind::Double))?));
     }
-    line.extend([("sampler_trainer_difference", largest), ("kl_coef", kl_coef)]);
+    line.push(("kl_coef", kl_coef));
     Ok(line.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
@@ -252,23 +253,31 @@ fn number(tensor: &Tensor) -> Result<f64, Error> {
 /// Part of the tokens on which sampler and trainer must agree where single tokens are promised nothing.
 const AGREEING: f64 = 0.999;
 
-/// Sampler and trainer are one decoder. On the CPU their numbers differ by little at every token; elsewhere the few worst
-/// tokens say little, and what nearly all keep to counts.
-fn warn_of_difference(difference: &Tensor, decoder: &Decoder) -> Result<(), Error> {
-    let limit = if decoder.kind() == Kind::Float { 1e-4 } else { 1e-3 };
-    let quantile = if decoder.device() == Device::Cpu { 1.0 } else { AGREEING };
+/// The difference that counts, of every token's, in nats: the largest on the CPU; elsewhere the few worst tokens say little,
+/// and what nearly all keep to counts.
+fn agreement(difference: &Tensor, device: Device) -> Result<f64, Error> {
+    let quantile = if device == Device::Cpu { 1.0 } else { AGREEING };
     let mut sorted: Vec<f64> = Vec::try_from(difference.to_kind(Kind::Double))?;
     sorted.sort_by(f64::total_cmp);
-    let found = stats::quantile(&sorted, quantile);
-    // NaN is no agreement.
-    if found.is_nan() || found > limit {
-        tracing::warn!(
-            difference = found,
-            quantile,
-            limit,
-            "sampler and trainer disagree on log-probabilities"
-        );
+    Ok(stats::quantile(&sorted, quantile))
+}
+
+/// Sampler and trainer are one decoder, whose rows on the CPU do not depend on each other: there a difference is a fault, while
+/// cuBLAS promises nothing (docs/numerics.md).
+fn check_difference(
+    difference: f64,
+    kind: Kind,
+    device: Device,
+    allowed: bool,
+) -> Result<(), Error> {
+    let limit = if kind == Kind::Float { 1e-4 } else { 1e-3 };
+    if difference <= limit {
+        return Ok(());
     }
+    if device == Device::Cpu && !allowed {
+        return Err(Error::Disagreement { difference, limit });
+    }
+    tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
     Ok(())
 }
 
@@ -293,4 +302,23 @@ fn of_update(report: &UpdateReport, has_critic: bool) -> Vec<(String, f64)> {
     .filter(|(name, _)| has_critic || !of_critic.contains(name))
     .map(|(name, value)| (name.to_owned(), value))
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disagreement_is_an_error_on_the_cpu_unless_allowed() {
+        let check =
+            |difference, kind, device, allowed| check_difference(difference, kind, device, allowed);
+        assert!(check(1e-3, Kind::BFloat16, Device::Cpu, false).is_ok());
+        assert!(check(1e-3, Kind::Float, Device::Cpu, false).is_err());
+        assert!(check(1e-3, Kind::Float, Device::Cpu, true).is_ok());
+        assert!(check(0.3, Kind::BFloat16, Device::Cuda(0), false).is_ok());
+        let error = check(0.3, Kind::BFloat16, Device::Cpu, false).unwrap_err().to_string();
+        assert!(error.contains("0.3") && error.contains("allow_disagreement"), "{error}");
+        // Not a number is no agreement.
+        assert!(check(f64::NAN, Kind::BFloat16, Device::Cpu, false).is_err());
+    }
 }
