@@ -16,8 +16,6 @@ mod bench;
 mod generate;
 mod lines;
 mod logprobs;
-mod plan;
-mod push;
 mod soup;
 
 /// Generate, score, inspect and convert Llama and Mistral models
@@ -32,7 +30,6 @@ const EXAMPLES: &str = "Examples:
   arete-model generate --model DIR --prompt 'How do I apologise?'
   arete-model logprobs --model FILE.gguf --jsonl conversations.jsonl
   arete-model inspect --model owner/name
-  arete-model inspect --model DIR --plan --recipe recipes/recommended.toml --device cuda
   arete-model merge --model DIR --adapter ADAPTER --output MERGED
   arete-model soup honest/adapter=0.3 prudent/adapter=0.7 --output SOUP";
 
@@ -56,8 +53,6 @@ enum Command {
     Bench(bench::Bench),
     /// Show what this machine is and what of it is used, as JSON: CPU, instruction sets, cores, threads, number format, GPUs
     Machine,
-    /// Upload an adapter, a merged model or a data set to the hub, with a card
-    Push(push::Push),
 }
 
 /// Which model, and how it is held.
@@ -148,14 +143,12 @@ fn show_machine() -> anyhow::Result<()> {
 
 #[derive(Debug, clap::Args)]
 struct Inspect {
-    /// Hugging Face directory, GGUF file or hub id (for --plan a config.json is enough)
+    /// Hugging Face directory, GGUF file or hub id
     #[arg(long, value_name = "DIR|FILE.gguf|ID")]
     model: String,
     /// List every tensor
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long)]
     tensors: bool,
-    #[command(flatten)]
-    plan: plan::PlanArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -199,14 +192,10 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Soup(arguments) => soup::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Machine => show_machine(),
-        Command::Push(arguments) => push::run(&arguments),
     }
 }
 
 fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
-    if arguments.plan.plan {
-        return plan::run(&arguments.model, &arguments.plan);
-    }
     let checkpoint = Checkpoint::open(&Source::parse(&arguments.model)?)?;
     let config = checkpoint.config();
     let (mut n_weights, mut n_linear) = (0i64, 0i64);
