@@ -18,6 +18,7 @@ pub mod model;
 pub mod objective;
 pub mod score;
 mod stage;
+mod statistics;
 
 pub use config::Config;
 pub use error::{Error, class_of};

@@ -1,17 +1,15 @@
 //! The stage: from files to files.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use arete_chain::constitution::{Constitution, listed};
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
-use arete_chain::{CutReply, Reading, Transcript, Turns, through_aspect};
+use arete_chain::{CutReply, Reading, Turns};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
-use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, write_json};
@@ -23,6 +21,7 @@ use crate::config::OverLength;
 use crate::data::{self, Pair, Pairs, Preference, Rendering};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
+use crate::statistics::{Asked, BaseReplies, Scored, StatsSampling};
 use crate::{Config, Error};
 
 /// Settings that say how long it is trained: with more of them, training goes on.
@@ -33,22 +32,6 @@ const HEAD: &str = "base_model.model.score.weight";
 const CONVERSATIONS: &str = "conversations.parquet";
 /// Conversations whose scores are compared between the merged model and the adapter.
 const N_COMPARED: usize = 16;
-
-/// Score statistics that rest on fewer replies get a warning.
-const MIN_STATS: usize = 64;
-/// The virtuous persona of contrastive sampling.
-const VIRTUOUS: &str = "virtuous";
-/// Personas of samples that stand for the model PPO starts from: the tuned model, and for want of one without a persona
-/// prompt the virtuous persona.
-const OWN: [&str; 2] = ["tuned", VIRTUOUS];
-
-/// Conversations that score statistics are taken from.
-#[derive(Debug, Default)]
-struct Own {
-    sequences: Vec<Vec<i64>>,
-    n_prompts: usize,
-    source: &'static str,
-}
 
 /// Scores of the chosen and the rejected side, one entry a pair.
 type PairScores = Vec<[f64; 2]>;
@@ -84,6 +67,8 @@ struct Job {
     name: String,
     /// The turn and its place in the chain; none of pairs.
     aspect: Option<(Aspect, usize)>,
+    /// All turns of the chain.
+    turns: Turns,
     /// The files of the stage, or the pairs twice.
     train: PathBuf,
     validation: PathBuf,
@@ -101,13 +86,19 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     let model_name =
         config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
     let source = Source::fetch(model_name)?;
-    let jobs = open_jobs(config, inputs, &source)?;
+    let conversations = inputs
+        .conversations
+        .as_ref()
+        .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
+    let sampling = StatsSampling::new(config, conversations.as_deref())?;
+    let jobs = open_jobs(config, inputs, conversations.as_ref(), sampling, &source)?;
     if jobs.is_empty() {
         return Ok(());
     }
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
-    let base = Base { config, name: model_name, source, options, model };
+    let replies = BaseReplies::default();
+    let base = Base { config, name: model_name, source, options, model, sampling, replies };
     for job in jobs {
         let name = job.name.clone();
         base.train(job)?;
@@ -136,12 +127,14 @@ fn check(config: &Config) -> Result<(), Error> {
 }
 
 /// Opens the run of every reward model that is not up to date.
-fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Vec<Job>, Error> {
+fn open_jobs(
+    config: &Config,
+    inputs: &TrainInputs,
+    conversations: Option<&PathBuf>,
+    sampling: StatsSampling,
+    source: &Source,
+) -> Result<Vec<Job>, Error> {
     let mut jobs = Vec::new();
-    let conversations = inputs
-        .conversations
-        .as_ref()
-        .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
     let (carried, wanted) = match &inputs.preferences {
         PreferenceSource::Stage { dir, aspects } => {
             let carried = Constitution::carried(dir)?;
@@ -155,6 +148,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         }
         PreferenceSource::Pairs(file) => (None, vec![(None, file.clone(), inputs.output.clone())]),
     };
+    let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
     for (aspect, data, output) in wanted {
         let (train, validation) = match aspect {
             Some(_) => (data.join("train.parquet"), data.join("validation.parquet")),
@@ -164,7 +158,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         if aspect.is_some() {
             files.push(("validation".to_owned(), validation.clone()));
             files.extend(
-                conversations.iter().map(|file| ("conversations".to_owned(), file.clone())),
+                conversations.iter().map(|&file| ("conversations".to_owned(), file.clone())),
             );
         }
         let mut recorded = config.clone();
@@ -180,6 +174,9 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         arete_training::forget_harmless(&mut recorded, &[]);
         // Not a setting: reward models of versions that recorded no reading rule are trained again.
         recorded["reading"] = "as trained".into();
+        if aspect.is_some() && conversations.is_some() {
+            recorded["stats_sampling"] = serde_json::json!(sampling);
+        }
         recorded["aspect"] = aspect.map_or(Value::Null, |(aspect, _)| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
@@ -195,8 +192,9 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
                 if let Some(own) = &carried {
                     own.leave(&output)?;
                 }
-                let conversations = aspect.and(conversations.clone());
-                jobs.push(Job { name, aspect, train, validation, conversations, run });
+                let conversations = aspect.and(conversations.cloned());
+                let turns = turns.clone();
+                jobs.push(Job { name, aspect, turns, train, validation, conversations, run });
             }
         }
     }
@@ -232,6 +230,8 @@ struct Base<'a> {
     source: Source,
     options: LoadOptions,
     model: Model,
+    sampling: StatsSampling,
+    replies: BaseReplies,
 }
 
 impl Base<'_> {
@@ -422,8 +422,8 @@ impl Base<'_> {
         Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
     }
 
-    /// Statistics of the scores of what PPO starts from: validation conversations of this base. Without those, of the validation
-    /// pairs, which are of other models too.
+    /// Statistics of the scores of what PPO starts from: this base's replies to validation prompts. Without conversations, of the
+    /// validation pairs, which are of other models too.
     fn score_stats(
         &self,
         job: &Job,
@@ -433,25 +433,21 @@ impl Base<'_> {
         reward: (&Adapter, &ScalarHead, &Reading),
     ) -> Result<ScoreStats, Error> {
         let (adapter, head, reading) = reward;
-        let score = |sequences: &[Vec<i64>]| {
-            let budget = self.config.steps.micro_batch_tokens;
-            sequence_scores(&self.model.decoder, Some(adapter), head, sequences, budget)
-        };
+        let micro_batch_tokens = self.config.steps.micro_batch_tokens;
+        let scored =
+            Scored { model: &self.model, chat, adapter, head, reading, micro_batch_tokens };
+        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
+            let asked =
+                Asked { path, turns: &job.turns, sampling: self.sampling, seed: self.config.seed };
+            let of = self.replies.statistics(asked, aspect, &scored)?;
+            if let Some(stats) = of {
+                return Ok(stats);
+            }
+        }
         let stats = |scores: &[f64], n_prompts, split: &str, source: &str| {
             let of = ScoreStats::of(scores, split, &self.model.base_sha256);
             ScoreStats { n_prompts, source: source.to_owned(), ..of }
         };
-        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
-            let own = self.conversations(path, aspect, chat, reading)?;
-            if !own.sequences.is_empty() {
-                let n = own.sequences.len();
-                if n < MIN_STATS {
-                    tracing::warn!(n, wanted = MIN_STATS, "score statistics rest on few replies");
-                }
-                let scores = score(&own.sequences)?;
-                return Ok(stats(&scores, own.n_prompts, data.validation_name, own.source));
-            }
-        }
         if !pair_scores.is_empty() {
             let (split, n) = (data.validation_name, pair_scores.len());
             return Ok(stats(
@@ -462,44 +458,9 @@ impl Base<'_> {
             ));
         }
         tracing::warn!("no validation conversations: score statistics are of training pairs");
-        let scores = score(&both_sides(&data.train.pairs))?;
+        let scores = scored.scores(&both_sides(&data.train.pairs))?;
         let (split, n) = (Split::Train.name(), data.train.pairs.len());
         Ok(stats(&scores, n, split, "both sides of the training pairs"))
-    }
-
-    /// The base's own samples of the validation prompts, through the aspect's reply, read as PPO and scoring read them. With
-    /// personas, samples of another model or of the vicious persona are left out.
-    fn conversations(
-        &self,
-        path: &Path,
-        aspect: Aspect,
-        chat: &Chat<'_>,
-        reading: &Reading,
-    ) -> Result<Own, Error> {
-        let rows: Vec<ConversationRow> = parquet::read(path)?;
-        let is_own = |row: &ConversationRow| {
-            let persona = row.persona.as_deref();
-            row.split == Split::Validation && persona.is_none_or(|name| OWN.contains(&name))
-        };
-        let mut own = Own { source: "the base's replies", ..Own::default() };
-        let mut prompts = BTreeSet::new();
-        for (idx, row) in rows.iter().enumerate().filter(|(_, row)| is_own(row)) {
-            let in_row = |source| Error::Rendering {
-                path: path.to_owned(),
-                row: idx + 1,
-                source: Box::new(source),
-            };
-            let (messages, finish_reasons) = through_aspect(row, aspect)?;
-            let transcript = Transcript { messages, finish_reasons };
-            let context = self.model.config.max_position_embeddings;
-            own.sequences.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
-            prompts.insert(&row.prompt_id);
-            if row.persona.as_deref() == Some(VIRTUOUS) {
-                own.source = "the base's replies as the virtuous persona";
-            }
-        }
-        own.n_prompts = prompts.len();
-        Ok(own)
     }
 
     /// Writes the merged model; the largest difference between its scores and the adapter's.

@@ -124,11 +124,9 @@ fn answer(text: String, n_tokens: i32) -> TurnRow {
     TurnRow { aspect: Aspect::ACTION, text, finish_reason: FinishReason::Stop, n_tokens }
 }
 
-#[test]
-fn preferences_become_a_reward_model_that_scores() {
-    let dir = tempfile::tempdir().unwrap();
-    let preferences = preferences(dir.path());
-    let conversations = dir.path().join("conversations");
+/// `conversations/` with two samples of six validation prompts, one of the tuned model and one of another; the rows.
+fn conversations(dir: &Path) -> (PathBuf, Vec<ConversationRow>) {
+    let conversations = dir.join("conversations");
     fs_err::create_dir_all(&conversations).unwrap();
     let row = |i: usize, sample: i32, split: Split| {
         let PreferenceRow { prompt, chosen, rejected, prompt_id, .. } = pair(i);
@@ -149,8 +147,57 @@ fn preferences_become_a_reward_model_that_scores() {
         .chain([row(0, 0, Split::Train)])
         .collect();
     parquet::write(conversations.join("conversations.parquet"), &rows).unwrap();
+    (conversations, rows)
+}
+
+#[test]
+fn score_statistics_rest_on_64_replies_of_the_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (conversations, _) = conversations(dir.path());
+    let flags = ["--max-steps", "2", "--conversations", &text(&conversations)];
+    let run = |output: &str, more: &[&str]| {
+        let output = dir.path().join(output);
+        let done = succeed(train(&preferences, &output, &[&flags[..], more].concat()));
+        (json(&output.join("action/score_stats.json")), message(&done))
+    };
+    let (stats, log) = run("one", &["--stats-max-new-tokens", "8"]);
+    assert!(!log.contains("rest on few replies"), "{log}");
+    // Six replies are at hand; the six prompts are asked again, nine or ten times each.
+    assert_eq!((&stats["n"], &stats["n_prompts"]), (&64.into(), &6.into()));
+    let said = "the base's replies, 58 of them sampled for this (temperature 0.7, at most 8 tokens a turn)";
+    assert_eq!(stats["source"], said);
+    let (std, error) = (number(&stats, "std"), number(&stats, "standard_error"));
+    assert!(error > 0.0 && error < std, "{stats}");
+    // The same command, the same statistics.
+    assert_eq!(run("two", &["--stats-max-new-tokens", "8"]).0, stats);
+    let more = ["--stats-max-new-tokens", "8", "--stats-samples", "100"];
+    assert_eq!(run("three", &more).0["n"], 100);
+    let (few, log) = run("four", &["--stats-samples", "0"]);
+    assert!(log.contains("score statistics rest on few replies"), "{log}");
+    assert_eq!(few["n"], 6);
+
+    // What the conversations were sampled with is what further samples are drawn with.
+    let record = serde_json::json!({
+        "stage": "conversations", "config": {"max_new_tokens": 6, "temperature": 1.25}, "seed": 0, "inputs": {},
+        "versions": {}, "device": "cpu", "dtype": "f32", "counts": {}, "fingerprint": "", "outputs": {},
+    });
+    fs_err::write(conversations.join("run.json"), record.to_string()).unwrap();
+    let source = run("five", &[]).0["source"].as_str().unwrap().to_owned();
+    assert!(source.ends_with("(temperature 1.25, at most 6 tokens a turn)"), "{source}");
+    let mut command = train(&preferences, &dir.path().join("six"), &flags);
+    let refused = command.args(["--stats-temperature", "0"]).output().unwrap();
+    let message = message(&refused);
+    assert!(message.contains("stats_temperature: expected a number above 0, got 0"), "{message}");
+}
+
+#[test]
+fn preferences_become_a_reward_model_that_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (conversations, rows) = conversations(dir.path());
     let output = dir.path().join("reward");
-    let flags = ["--merge", "--conversations", conversations.to_str().unwrap()];
+    let flags = ["--merge", "--stats-samples", "0", "--conversations", &text(&conversations)];
     succeed(train(&preferences, &output, &flags));
 
     let action = output.join("action");

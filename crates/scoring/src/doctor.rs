@@ -77,14 +77,17 @@ fn unknown(step: &str, missing: &str, advice: &str) -> Finding {
 
 /// The whole diagnosis, in order.
 pub fn diagnose(run: &RunFiles) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         truncation(run),
         swap_consistency(run),
         reward_accuracy(run),
         best_of(run),
         kl(run),
         score(run),
-    ]
+    ];
+    // After the best of n: what is standardised wrongly makes that figure, and what comes after it, mean something else.
+    findings.splice(4..4, standardisation(run));
+    findings
 }
 
 /// The findings as text: one line each, what to change below.
@@ -266,6 +269,32 @@ fn best_of(run: &RunFiles) -> Finding {
     )
 }
 
+/// PPO's own check of the score statistics against its first rollout; none for a run that has not made it.
+fn standardisation(run: &RunFiles) -> Option<Finding> {
+    let found = run.stage("ppo")?.counts.get("standardisation")?.as_object()?;
+    if found.is_empty() {
+        return None;
+    }
+    let number_of = |of: &serde_json::Value, key: &str| of[key].as_f64().unwrap_or(f64::NAN);
+    let fits = found.values().all(|of| of["fits"] == true);
+    let describe = |(name, of): (&String, &serde_json::Value)| {
+        format!(
+            "{name} {} (limit {}), spread {}",
+            number(number_of(of, "z"), true),
+            number(number_of(of, "limit"), false),
+            number(number_of(of, "spread"), false)
+        )
+    };
+    let parts: Vec<String> = found.iter().map(describe).collect();
+    Some(finding(
+        "score statistics",
+        if fits { Grade::Ok } else { Grade::Warn },
+        format!("at PPO's start {}", parts.join(", ")),
+        "the statistics are of other replies than PPO starts from, and kl_coef and missing_eos_penalty mean something else: train \
+         the reward models on this base's conversations, or remove score_stats.json to have them taken at the start",
+    ))
+}
+
 fn kl(run: &RunFiles) -> Finding {
     let step = "KL at the end";
     let Some(kl) = run.end_kl() else {
@@ -360,7 +389,9 @@ mod tests {
     use arete_records::{FinishReason, Split, Virtue};
 
     use crate::coherence::Coherence;
-    use crate::run_files::{Evaluation, Metrics, MetricsLine, Reward, Scoring};
+    use arete_stage::run::RunJson;
+
+    use crate::run_files::{Evaluation, Metrics, MetricsLine, Reward, Scoring, StageRecord};
     use crate::summary::{Change, Difference, ModelSummary, Scope, Summary};
 
     fn evaluation(low: f64, estimate: f64, shorter: f64) -> Evaluation {
@@ -514,6 +545,28 @@ mod tests {
         assert_eq!([grade(1.5), grade(0.5)], [Grade::Ok, Grade::Ok]);
         assert_eq!([grade(0.499), grade(0.2)], [Grade::Warn, Grade::Warn]);
         assert_eq!([grade(0.199), grade(0.0)], [Grade::Bad, Grade::Bad]);
+    }
+
+    #[test]
+    fn statistics_that_ppo_found_not_to_fit_are_told() {
+        let run = |counts: serde_json::Value| {
+            let record: RunJson = serde_json::from_value(serde_json::json!({
+                "stage": "ppo", "config": {}, "seed": 0, "inputs": {}, "versions": {}, "device": "cpu", "dtype": "f32",
+                "counts": counts, "fingerprint": "", "outputs": {},
+            }))
+            .unwrap();
+            let stage = StageRecord { dir: "ppo".to_owned(), run: Some(record), begun: true };
+            RunFiles { stages: vec![stage], ..RunFiles::default() }
+        };
+        let of = |fits: bool| {
+            let action = serde_json::json!({"z": 2.5, "limit": 0.5, "spread": 1.0, "fits": fits});
+            run(serde_json::json!({ "standardisation": { "action": action } }))
+        };
+        let found = diagnose(&of(false));
+        assert_eq!((found[4].step.as_str(), found[4].grade), ("score statistics", Grade::Warn));
+        assert!(found[4].found.contains("action +2.500 (limit 0.500), spread 1.000"), "{found:?}");
+        assert_eq!(diagnose(&of(true))[4].grade, Grade::Ok);
+        assert_eq!(diagnose(&run(serde_json::json!({}))).len(), 6);
     }
 
     #[test]
