@@ -131,7 +131,7 @@ SFT_ENABLED := $(if $(filter false,$(call recipe,sft,enabled)),,yes)
 BASE := $(if $(SFT_ENABLED),$(RUN)/sft/merged,$(MODEL))
 BASE_DONE := $(if $(SFT_ENABLED),$(RUN)/sft/run.json)
 YARDSTICK_FLAG = $(if $(YARDSTICK), --yardstick $(YARDSTICK))
-YARDSTICK_FILE := $(if $(YARDSTICK),$(firstword $(wildcard $(YARDSTICK)/run.json $(YARDSTICK)/config.json)))
+YARDSTICK_FILE := $(if $(YARDSTICK),$(firstword $(wildcard $(YARDSTICK)/yardstick.json $(YARDSTICK)/run.json $(YARDSTICK)/config.json)))
 PAIRS_FLAG = $(if $(PAIRS), --pairs $(PAIRS))
 files = $(if $(wildcard $(1)),$(shell find -L $(wildcard $(1)) -type f 2>/dev/null))
 MODEL_FILE := $(call files,$(MODEL))
@@ -198,7 +198,7 @@ demo: all ## every stage with recipes/demo.toml: some minutes on two cores
 	@$(run_scoring)
 	@echo "report: $(RUN)/report/report.html"
 
-##@ The yardstick (PAIRS=FILE): one reward model from human pairs, by which models of all recipes can be compared
+##@ The yardstick (PAIRS=FILE): reward models from human pairs, by which models of all recipes can be compared
 
 # Settings of its own, so that every recipe is measured by the same one.
 YARDSTICK_MODEL ?= $(SMOLLM2)# what it is trained on
@@ -207,11 +207,12 @@ run_yardstick = $(ARETE)-reward train --recipe recipes/yardstick.toml --pairs $(
 .PHONY: yardstick yardstick-check needs-pairs
 needs-pairs:
 	@[ -n "$(PAIRS)" ] || { echo "make: name human pairs with PAIRS=FILE (Anthropic/hh-rlhf, harmless-base)" >&2; exit 2; }
-yardstick: needs-pairs $(ARETE)-reward ## train it on all pairs, into runs/yardstick (or YARDSTICK=DIR); then YARDSTICK=DIR scores with it
-	$(run_yardstick) --all-pairs --merge --output $(or $(YARDSTICK),runs/yardstick)
-yardstick-check: needs-pairs $(ARETE)-reward ## is it any good? trained on four fifths, tested on the rest; and with labels by coin toss
-	$(run_yardstick) --output runs/yardstick-check/human
+yardstick: needs-pairs $(ARETE)-reward ## train it in five folds, into runs/yardstick (or YARDSTICK=DIR), and print its card; then YARDSTICK=DIR scores with it
+	$(run_yardstick) --output $(or $(YARDSTICK),runs/yardstick)
+	@cat $(or $(YARDSTICK),runs/yardstick)/yardstick.md
+yardstick-check: needs-pairs $(ARETE)-reward ## the control: the same with labels by coin toss, which leaves nothing to learn
 	$(run_yardstick) --shuffle-labels --output runs/yardstick-check/shuffled
+	@cat runs/yardstick-check/shuffled/yardstick.md
 
 ##@ Cleaning
 

@@ -10,10 +10,15 @@ pub mod exemplars;
 pub mod pairs;
 pub mod reading;
 pub mod reward_model;
+pub mod rulers;
 pub mod sample;
 pub mod trim;
 pub mod verdicts;
+pub mod words;
+pub mod yardstick;
 
 pub use conversation::{aspect_conversation, conversation, prompt_of};
 pub use reading::{CutReply, Reading, Transcript};
 pub use reward_model::RewardModel;
+pub use rulers::{NullRulers, Ruled};
+pub use yardstick::Yardstick;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use arete_chain::reading;
 use arete_chain::reward_model::Base;
+use arete_chain::{reading, yardstick};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
 use arete_records::rows::RolloutRow;
@@ -75,7 +75,8 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     };
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
-    let counts = Stage::new(config, inputs, &model, &options, &run)?.train(name, &source)?;
+    let counts =
+        Stage::new(config, inputs, (&source, &model), &options, &run)?.train(name, &source)?;
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
@@ -109,8 +110,8 @@ fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start,
         }
     }
     if let Some(dir) = &inputs.yardstick {
-        for part in ["adapter", "merged", score_stats::FILE, reading::FILE] {
-            push(format!("yardstick_{part}"), dir.join(part));
+        for (name, path) in yardstick::files(dir)? {
+            push(name, path);
         }
     }
     let mut recorded = config.clone();
@@ -204,7 +205,7 @@ impl<'a> Stage<'a> {
     fn new(
         config: &'a Config,
         inputs: &TrainInputs,
-        model: &'a Model,
+        (source, model): (&Source, &'a Model),
         options: &LoadOptions,
         run: &StageRun,
     ) -> Result<Self, Error> {
@@ -230,7 +231,7 @@ impl<'a> Stage<'a> {
             (None, None) => unreachable!("checked in train"),
         };
         let yardstick = match &inputs.yardstick {
-            Some(dir) => Some(Yardstick::load(dir, model, options)?),
+            Some(dir) => Some(Yardstick::load(dir, source, model, options)?),
             None => None,
         };
 

@@ -21,6 +21,6 @@ mod vocabulary;
 
 pub use class::{At, Class, Classified, Refusal, class_of};
 pub use error::Error;
-pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
+pub use message::{Message, Role, fold_of, hex, normalise, opening_id, prompt_id, split_of};
 pub use score_stats::ScoreStats;
 pub use vocabulary::{Aspect, FinishReason, Split, Virtue};

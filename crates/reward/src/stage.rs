@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
+use arete_chain::yardstick::fold_dir;
 use arete_chain::{CutReply, Reading, Transcript, aspect_conversation};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
@@ -13,7 +14,7 @@ use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Select, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
@@ -21,7 +22,7 @@ use crate::data::{self, Pair, Pairs, Preference, Rendering};
 use crate::evaluation::{self, write_json};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
-use crate::{Config, Error};
+use crate::{Config, Error, folds};
 
 /// Name of the head among the trained tensors (peft's key of a saved module).
 const HEAD: &str = "base_model.model.score.weight";
@@ -79,9 +80,13 @@ pub struct TrainInputs {
 struct Job {
     name: String,
     aspect: Option<Aspect>,
+    /// Of a cross-fitted yardstick.
+    fold: Option<usize>,
     /// The files of the stage, or the pairs twice.
     train: PathBuf,
     validation: PathBuf,
+    /// Pairs that nothing is selected by.
+    test: Option<PathBuf>,
     conversations: Option<PathBuf>,
     run: StageRun,
 }
@@ -93,13 +98,34 @@ struct Job {
 /// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
 pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     check(config)?;
+    if config.folds > 0 && matches!(inputs.preferences, PreferenceSource::Stage { .. }) {
+        return Err(setting(
+            "folds",
+            "0 for judged preferences: folds are of human pairs (--pairs)",
+            &config.folds.to_string(),
+        ));
+    }
     let model_name =
         config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
     let source = Source::fetch(model_name)?;
     let jobs = open_jobs(config, inputs, &source)?;
-    if jobs.is_empty() {
-        return Ok(());
+    if !jobs.is_empty() {
+        train_jobs(config, model_name, source, jobs)?;
     }
+    match &inputs.preferences {
+        PreferenceSource::Pairs(pairs) if config.folds > 0 => {
+            folds::write_card(config, pairs, &inputs.output)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn train_jobs(
+    config: &Config,
+    model_name: &str,
+    source: Source,
+    jobs: Vec<Job>,
+) -> Result<(), Error> {
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
     let base = Base { config, name: model_name, source, options, model };
@@ -119,6 +145,13 @@ fn check(config: &Config) -> Result<(), Error> {
     if config.max_length < 2 {
         return Err(setting("max_length", "at least 2", &config.max_length.to_string()));
     }
+    if config.folds == 1 {
+        return Err(setting("folds", "two or more, or 0 for one reward model", "1"));
+    }
+    if config.folds > 0 && (config.all_pairs || config.steps.select == Select::Best) {
+        let expected = "neither all_pairs nor select = \"best\": no fold may see its own pairs";
+        return Err(setting("folds", expected, &config.folds.to_string()));
+    }
     for (name, value) in [
         ("center_rewards_coefficient", config.center_rewards_coefficient),
         ("margin_per_vote", config.margin_per_vote),
@@ -137,23 +170,29 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         .conversations
         .as_ref()
         .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
-    let wanted = match &inputs.preferences {
+    let wanted: Vec<(Option<Aspect>, Option<usize>, PathBuf, PathBuf)> = match &inputs.preferences {
         PreferenceSource::Stage { dir, aspects } => aspects
             .iter()
             .map(|&aspect| {
-                (Some(aspect), dir.join(aspect.name()), inputs.output.join(aspect.name()))
+                let name = aspect.name();
+                (Some(aspect), None, dir.join(name), inputs.output.join(name))
             })
             .collect(),
-        PreferenceSource::Pairs(file) => vec![(None, file.clone(), inputs.output.clone())],
+        PreferenceSource::Pairs(file) if config.folds > 0 => (0..config.folds)
+            .map(|fold| (None, Some(fold), file.clone(), fold_dir(&inputs.output, fold)))
+            .collect(),
+        PreferenceSource::Pairs(file) => vec![(None, None, file.clone(), inputs.output.clone())],
     };
-    for (aspect, data, output) in wanted {
+    for (aspect, fold, data, output) in wanted {
         let (train, validation) = match aspect {
             Some(_) => (data.join("train.parquet"), data.join("validation.parquet")),
-            None => (data.clone(), data),
+            None => (data.clone(), data.clone()),
         };
+        let test = aspect.map(|_| data.join("test.parquet")).filter(|path| path.is_file());
         let mut files = vec![("train".to_owned(), train.clone())];
         if aspect.is_some() {
             files.push(("validation".to_owned(), validation.clone()));
+            files.extend(test.iter().map(|file| ("test".to_owned(), file.clone())));
             files.extend(
                 conversations.iter().map(|file| ("conversations".to_owned(), file.clone())),
             );
@@ -163,11 +202,18 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             files.push(("model".to_owned(), path.to_owned()));
             recorded.model = None; // its contents are an input; where they lie changes nothing
         }
-        let name = aspect.map_or("yardstick".to_owned(), |aspect| aspect.name().to_owned());
+        let name = match (aspect, fold) {
+            (Some(aspect), _) => aspect.name().to_owned(),
+            (None, Some(fold)) => format!("yardstick, fold {fold}"),
+            (None, None) => "yardstick".to_owned(),
+        };
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
         arete_training::forget_harmless(&mut recorded, &[]);
         // Not a setting: reward models of versions that recorded no reading rule are trained again.
         recorded["reading"] = "as trained".into();
+        // Nor this: the figures of versions that knew one null ruler, and no pairs of the test split, are taken again.
+        recorded["evaluation"] = "beside null rulers".into();
+        recorded["fold"] = fold.into();
         recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
@@ -181,7 +227,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
             Start::Run(run) => {
                 let conversations = aspect.and(conversations.clone());
-                jobs.push(Job { name, aspect, train, validation, conversations, run });
+                jobs.push(Job { name, aspect, fold, train, validation, test, conversations, run });
             }
         }
     }
@@ -194,6 +240,9 @@ struct Data {
     validation: Pairs,
     /// What the validation pairs are called in reports.
     validation_name: &'static str,
+    test: Pairs,
+    /// Both splits as they were read, of a fold.
+    read: [Vec<Preference>; 2],
 }
 
 /// What every reward model shares.
@@ -244,18 +293,15 @@ impl Base<'_> {
         reading.write(&output)?;
         let stats = self.score_stats(&job, &data, &scores, &chat, (&adapter, &head, &reading))?;
         write_json(&output.join(score_stats::FILE), &stats)?;
-        if !scores.is_empty() {
-            let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
-            let report = &evaluation::report(data.validation_name, &pairs, &scores, config.seed);
-            write_json(&output.join("evaluation.json"), report)?;
-            tracing::info!(
-                n = report.n,
-                accuracy = report.accuracy.estimate,
-                low = report.accuracy.low,
-                high = report.accuracy.high,
-                shorter_answer = report.shorter_answer.estimate,
-                "evaluated on pairs not trained on"
-            );
+        self.evaluate(&data, &scores, &adapter, &head, &output)?;
+        if job.fold.is_some() {
+            let [train, held_out] = &data.read;
+            folds::write(
+                &output,
+                train,
+                held_out,
+                (data.validation.rows.as_slice(), scores.as_slice()),
+            )?;
         }
         let meta = AdapterMeta::of(model, self.name, Task::SequenceClassification);
         adapter_files::save(&output.join("adapter"), &adapter, Some(&head), &meta)?;
@@ -277,6 +323,58 @@ impl Base<'_> {
         Ok(())
     }
 
+    /// Writes `evaluation.json`, of pairs that nothing was selected by where there are any: of the test split if the weights were
+    /// those that did best on the validation split, else of both.
+    fn evaluate(
+        &self,
+        data: &Data,
+        validation: &[[f64; 2]],
+        adapter: &Adapter,
+        head: &ScalarHead,
+        output: &Path,
+    ) -> Result<(), Error> {
+        let test_pairs: Vec<&Pair> = data.test.pairs.iter().collect();
+        let budget = self.config.steps.micro_batch_tokens;
+        let test = pair_scores(&self.model.decoder, Some(adapter), head, &test_pairs, budget)?;
+        let name = data.validation_name;
+        let selected = self.config.steps.select == Select::Best;
+        let (split, with_validation, with_test) = match (selected, test.is_empty()) {
+            (true, false) => (Split::Test.name().to_owned(), false, true),
+            (true, true) => {
+                (format!("{name} (the weights were selected on these pairs)"), true, false)
+            }
+            (false, false) if validation.is_empty() => (Split::Test.name().to_owned(), false, true),
+            (false, false) => (format!("{name} and {}", Split::Test), true, true),
+            (false, true) => (name.to_owned(), true, false),
+        };
+        let (mut pairs, mut ruled, mut scores) = (Vec::new(), Vec::new(), Vec::new());
+        for (own, own_scores, is_in) in [
+            (&data.validation, validation, with_validation),
+            (&data.test, test.as_slice(), with_test),
+        ] {
+            if is_in {
+                pairs.extend(&own.pairs);
+                ruled.extend(own.ruled.iter().cloned());
+                scores.extend_from_slice(own_scores);
+            }
+        }
+        if pairs.is_empty() {
+            return Ok(());
+        }
+        let report = evaluation::report(&split, &pairs, &ruled, &scores);
+        write_json(&output.join("evaluation.json"), &report)?;
+        tracing::info!(
+            split,
+            n = report.n,
+            accuracy = report.accuracy.estimate,
+            low = report.accuracy.low,
+            high = report.accuracy.high,
+            beside = report.null_rulers.words(),
+            "evaluated"
+        );
+        Ok(())
+    }
+
     fn read(&self, job: &Job, chat: &Chat<'_>) -> Result<Data, Error> {
         let config = self.config;
         let rendering = Rendering {
@@ -293,7 +391,10 @@ impl Base<'_> {
             if n_unfinished > 0 {
                 tracing::warn!(n_unfinished, "pairs left out: a side does not end with a reply");
             }
-            let is_train = |pair: &Preference| data::split_of_pair(pair) == Split::Train;
+            let is_train = |pair: &Preference| match job.fold {
+                Some(fold) => !folds::is_in(pair, fold, config.folds),
+                None => data::split_of_pair(pair) == Split::Train,
+            };
             let (train, held_out): (Vec<_>, Vec<_>) = pairs.into_iter().partition(is_train);
             if config.all_pairs {
                 ([train, held_out.clone()].concat(), held_out, "held-out (trained on as well)")
@@ -304,10 +405,19 @@ impl Base<'_> {
         if config.shuffle_labels {
             data::shuffle_labels(&mut train, config.seed);
         }
+        let tokenize = |path: &Path, preferences: &[Preference]| {
+            data::tokenize(path, preferences, chat, &rendering)
+        };
+        let test = match &job.test {
+            Some(path) => tokenize(path, &data::read_preferences(path)?)?,
+            None => Pairs::default(),
+        };
         Ok(Data {
-            train: data::tokenize(&job.train, &train, chat, &rendering)?,
-            validation: data::tokenize(&job.validation, &validation, chat, &rendering)?,
+            train: tokenize(&job.train, &train)?,
+            validation: tokenize(&job.validation, &validation)?,
             validation_name,
+            test,
+            read: if job.fold.is_some() { [train, validation] } else { Default::default() },
         })
     }
 
@@ -541,9 +651,10 @@ fn report_losses(data: &Data, name: &str) {
 }
 
 fn counts(data: &Data, outcome: &Outcome) -> Map<String, Value> {
-    let numbers: [(&str, Value); 9] = [
+    let numbers: [(&str, Value); 10] = [
         ("train", data.train.pairs.len().into()),
         ("validation", data.validation.pairs.len().into()),
+        ("test", data.test.pairs.len().into()),
         ("cut", (data.train.n_cut + data.validation.n_cut).into()),
         ("dropped", (data.train.n_dropped + data.validation.n_dropped).into()),
         ("identical", (data.train.n_identical + data.validation.n_identical).into()),

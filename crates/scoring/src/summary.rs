@@ -4,22 +4,24 @@
 
 use std::collections::BTreeMap;
 
-use arete_records::Aspect;
+use arete_chain::rulers::{NullRulers, Ruled, share};
 use arete_records::rows::ScoreRow;
-use arete_records::stats::{self, Bootstrap, Interval, Resampling};
+use arete_records::stats::{self, Bootstrap, Interval, PairedReplies, Resampling};
+use arete_records::{Aspect, FinishReason};
 use serde::{Deserialize, Serialize};
 
 use crate::coherence::Coherence;
+use crate::endpoint::Primary;
 
 /// Level of the two-sided test behind [`Change::minimum_detectable_effect`].
 const ALPHA: f64 = 0.05;
 /// Probability with which that effect would be found.
 const POWER: f64 = 0.8;
-/// Standard normal quantile of a two-sided 95 % interval.
-const Z: f64 = 1.96;
 
 /// Name of the model after PPO.
 const FINAL: &str = "final";
+/// Name of the untouched model.
+pub(crate) const ORIGINAL: &str = "original";
 
 /// Which numbers are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -29,19 +31,35 @@ pub enum Scale {
     Raw,
     /// Scores with each reward model's mean and standard deviation removed.
     Standardised,
-    /// Scores of the yardstick, the only ones comparable between recipes.
+    /// Scores of the yardstick, the only ones comparable between recipes; of answers alone.
     Yardstick,
+    /// Scores of the yardstick's second judge, a bag of words and length; of answers alone.
+    Words,
 }
 
 impl Scale {
     /// Every scale.
-    pub const ALL: [Self; 3] = [Self::Raw, Self::Standardised, Self::Yardstick];
+    pub const ALL: [Self; 4] = [Self::Raw, Self::Standardised, Self::Yardstick, Self::Words];
+
+    /// The most turns that have such scores.
+    pub fn widest(self) -> Scope {
+        match self {
+            Self::Raw | Self::Standardised => Scope::All,
+            Self::Yardstick | Self::Words => Scope::Action,
+        }
+    }
+
+    /// Whether they are those of the run's own reward models.
+    pub(crate) fn is_own(self) -> bool {
+        matches!(self, Self::Raw | Self::Standardised)
+    }
 
     fn of(self, row: &ScoreRow) -> Option<f64> {
         match self {
             Self::Raw => Some(f64::from(row.score)),
             Self::Standardised => Some(f64::from(row.z)),
             Self::Yardstick => row.yardstick.map(f64::from),
+            Self::Words => row.yardstick_words.map(f64::from),
         }
     }
 }
@@ -108,14 +126,24 @@ pub struct PreferenceAccuracy {
     pub n: usize,
     /// Part whose chosen reply has the higher mean log P per token, with Wilson's interval.
     pub accuracy: Interval,
+    /// What knows nothing of what is right, on the same pairs.
+    pub null_rulers: NullRulers,
 }
 
 impl PreferenceAccuracy {
-    /// From (chosen, rejected) mean log-probabilities; none without pairs. A tie is no win.
-    pub fn of(logprobs: &[(f64, f64)]) -> Option<Self> {
-        let n = logprobs.len();
-        let wins = logprobs.iter().filter(|(chosen, rejected)| chosen > rejected).count();
-        (n > 0).then(|| Self { n, accuracy: stats::wilson(wins as u64, n as u64, Z) })
+    /// From (chosen, rejected) mean log-probabilities and what the null rulers see of the same pairs; none without pairs. A tie
+    /// is no win.
+    ///
+    /// # Panics
+    ///
+    /// Unless there are as many of both.
+    pub fn of(logprobs: &[(f64, f64)], ruled: &[Ruled]) -> Option<Self> {
+        let wins: Vec<f64> = logprobs
+            .iter()
+            .map(|(chosen, rejected)| f64::from(u8::from(chosen > rejected)))
+            .collect();
+        let null_rulers = NullRulers::beside(ruled, &wins)?;
+        Some(Self { n: wins.len(), accuracy: share(&wins), null_rulers })
     }
 }
 
@@ -185,6 +213,12 @@ pub struct Difference {
     pub score: Change,
     /// Of the mean alone.
     pub mean: Change,
+    /// What is left of the mean's difference at equal length and equal truncation.
+    pub equal_length: AtEqualLength,
+    /// The share of prompts on which `last` would win at equal length and equal truncation.
+    pub win_rate: AtEqualLength,
+    /// Whether the labels that the scores were learned from were made from this very contrast.
+    pub circular: bool,
     /// Prompts on which `last` has the higher mean.
     pub wins: u64,
     /// Prompts on which both have the same (the same replies).
@@ -202,6 +236,66 @@ impl Difference {
     }
 }
 
+/// A figure at equal length, or why there is none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AtEqualLength {
+    /// The figure.
+    pub value: Option<f64>,
+    /// Lower end of its 95 % interval; of this run only.
+    pub low: Option<f64>,
+    /// Upper end.
+    pub high: Option<f64>,
+    /// Why there is no figure.
+    pub reason: Option<String>,
+}
+
+impl AtEqualLength {
+    pub(crate) fn of(found: Result<Interval, String>) -> Self {
+        match found {
+            Ok(Interval { estimate, low, high }) => {
+                Self { value: Some(estimate), low: Some(low), high: Some(high), reason: None }
+            }
+            Err(reason) => Self { reason: Some(reason), ..Self::default() },
+        }
+    }
+
+    /// The figure with its interval.
+    pub fn interval(&self) -> Option<Interval> {
+        Some(Interval { estimate: self.value?, low: self.low?, high: self.high? })
+    }
+}
+
+/// What two models' answers differ by at equal length: an entry of `equal_length` in `summary.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EqualLength {
+    /// The figure by the yardstick, or, without one, by the run's own reward model of the answer.
+    #[serde(flatten)]
+    pub figure: AtEqualLength,
+    /// Whose scores: `yardstick` or `score`.
+    pub measure: String,
+    /// The share of prompts on which the later model would win.
+    pub win_rate: AtEqualLength,
+    /// Whether the labels behind the scores were made from this very contrast.
+    pub circular: bool,
+}
+
+/// How the reward models' labels came about, as far as it makes comparisons circular.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Labels {
+    /// Method of the preferences stage.
+    pub method: String,
+    /// Personas of the conversations stage.
+    pub personas: String,
+}
+
+impl Labels {
+    /// Whether a comparison of these two models asks what the labels were made of: "the tuned model's sample beats the original's".
+    fn is_contrast_of(&self, first: &str, last: &str) -> bool {
+        let of_models = self.method == "contrast" && self.personas == ORIGINAL;
+        of_models && [first, last].contains(&ORIGINAL)
+    }
+}
+
 /// How scores are standardised.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Standardisation {
@@ -216,8 +310,12 @@ pub struct Standardisation {
 }
 
 /// The contents of `summary.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
+    /// The one comparison that was named before the run.
+    pub primary: Primary,
+    /// By comparison (`final - sft`), of the answer turn.
+    pub equal_length: BTreeMap<String, EqualLength>,
     /// Test prompts that every model answered.
     pub n_prompts: usize,
     /// Test prompts left out because prompt and replies do not fit some model.
@@ -228,8 +326,12 @@ pub struct Summary {
     pub level: f64,
     /// What the reward models read with.
     pub base: String,
-    /// The yardstick reward model, if there is one.
+    /// The yardstick, if there is one.
     pub yardstick: Option<String>,
+    /// Whether every prompt was scored by a fold of the yardstick that never saw its question; none without a yardstick.
+    pub yardstick_cross_fitted: Option<bool>,
+    /// How the reward models' labels came about; none if nothing says so.
+    pub labels: Option<Labels>,
     /// By reward model.
     pub standardisation: BTreeMap<Aspect, Standardisation>,
     /// In the order given.
@@ -258,6 +360,31 @@ impl Summary {
         self.difference(&before.name, &outcome.name, scale, Scope::All)
     }
 
+    /// Marks what is circular, and fills in `equal_length`, from the differences.
+    pub(crate) fn complete(&mut self) {
+        for own in &mut self.differences {
+            let labels = self.labels.as_ref().filter(|_| own.scale.is_own());
+            own.circular =
+                labels.is_some_and(|labels| labels.is_contrast_of(&own.first, &own.last));
+        }
+        let (scale, measure) = match self.yardstick {
+            Some(_) => (Scale::Yardstick, "yardstick"),
+            None => (Scale::Standardised, "score"),
+        };
+        let of = |own: &Difference| EqualLength {
+            figure: own.equal_length.clone(),
+            measure: measure.to_owned(),
+            win_rate: own.win_rate.clone(),
+            circular: own.circular,
+        };
+        self.equal_length = self
+            .differences
+            .iter()
+            .filter(|own| (own.scale, own.scope) == (scale, Scope::Action))
+            .map(|own| (comparison(&own.first, &own.last), of(own)))
+            .collect();
+    }
+
     /// A difference, if both models are there.
     pub fn difference(
         &self,
@@ -272,6 +399,25 @@ impl Summary {
                 && (difference.scale, difference.scope) == (scale, scope)
         })
     }
+}
+
+/// `final - sft`.
+pub(crate) fn comparison(first: &str, last: &str) -> String {
+    format!("{last} - {first}")
+}
+
+/// Tokens, and the part of the replies that were cut, of each prompt.
+fn lengths(rows: &[&ScoreRow], prompt_ids: &[&str], scope: Scope) -> Vec<[f64; 2]> {
+    let mut by_prompt: BTreeMap<&str, Vec<[f64; 2]>> = BTreeMap::new();
+    for row in rows.iter().filter(|row| scope.holds(row.aspect)) {
+        let is_cut = f64::from(u8::from(row.finish_reason == FinishReason::Length));
+        by_prompt.entry(&row.prompt_id).or_default().push([f64::from(row.n_tokens), is_cut]);
+    }
+    let mean = |prompt_id: &&str| {
+        let own = by_prompt.get(prompt_id).map_or(&[][..], Vec::as_slice);
+        [0, 1].map(|at| stats::mean(&own.iter().map(|both| both[at]).collect::<Vec<_>>()))
+    };
+    prompt_ids.iter().map(mean).collect()
 }
 
 /// The scores of one model as clusters: one a prompt, in the order of `prompt_ids`.
@@ -359,7 +505,16 @@ pub fn differences(rows: &[ScoreRow], resampling: Resampling) -> Vec<Difference>
                 let sides = clusters(first_rows, &shared, scale, scope)
                     .zip(clusters(last_rows, &shared, scale, scope));
                 if let Some((before, after)) = sides {
-                    out.push(difference(first, last, (scale, scope), &before, &after, resampling));
+                    let lengths = [first_rows, last_rows].map(|rows| lengths(rows, &shared, scope));
+                    let pairs = paired(&before, &after, &lengths);
+                    let mut own =
+                        difference((*first, *last), (scale, scope), &before, &after, resampling);
+                    let pairs = [pairs];
+                    own.equal_length = AtEqualLength::of(
+                        stats::at_equal_length(&pairs).map(|found| found.interval),
+                    );
+                    own.win_rate = AtEqualLength::of(stats::win_rate_at_equal_length(&pairs));
+                    out.push(own);
                 }
             }
         }
@@ -371,9 +526,26 @@ fn every_view() -> impl Iterator<Item = (Scale, Scope)> {
     Scale::ALL.into_iter().flat_map(|scale| Scope::ALL.map(|scope| (scale, scope)))
 }
 
+/// One entry a prompt: how much better the last replies are, how much longer, and how many more of them were cut.
+fn paired(
+    before: &[Vec<f64>],
+    after: &[Vec<f64>],
+    [first, last]: &[Vec<[f64; 2]>; 2],
+) -> Vec<PairedReplies> {
+    before
+        .iter()
+        .zip(after)
+        .zip(first.iter().zip(last))
+        .map(|((before, after), (first, last))| PairedReplies {
+            score: stats::mean(after) - stats::mean(before),
+            tokens: last[0] - first[0],
+            cut: last[1] - first[1],
+        })
+        .collect()
+}
+
 fn difference(
-    first: &str,
-    last: &str,
+    (first, last): (&str, &str),
     (scale, scope): (Scale, Scope),
     before: &[Vec<f64>],
     after: &[Vec<f64>],
@@ -397,6 +569,9 @@ fn difference(
         scope,
         score: change(stats::score),
         mean: change(stats::mean),
+        equal_length: AtEqualLength::default(),
+        win_rate: AtEqualLength::default(),
+        circular: false,
         wins,
         ties,
         losses,
@@ -407,7 +582,7 @@ fn difference(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arete_records::FinishReason;
+    use arete_records::Message;
 
     fn row(model: &str, prompt: u32, aspect: Aspect, score: f32) -> ScoreRow {
         ScoreRow {
@@ -417,6 +592,7 @@ mod tests {
             score,
             z: score / 2.0,
             yardstick: None,
+            yardstick_words: None,
             n_tokens: 3,
             finish_reason: FinishReason::Stop,
         }
@@ -486,9 +662,87 @@ mod tests {
 
     #[test]
     fn accuracy_of_a_policy_on_pairs() {
-        let accuracy =
-            PreferenceAccuracy::of(&[(-1.0, -2.0), (-2.0, -1.0), (-1.0, -1.0), (-0.5, -3.0)]);
-        assert_eq!(accuracy.unwrap().accuracy.estimate, 0.5);
-        assert!(PreferenceAccuracy::of(&[]).is_none());
+        let side = |text: &str| [Message::user("q"), Message::assistant(text)];
+        let ruled = vec![Ruled::of(&side("short"), &side("quite long")); 4];
+        let logprobs = [(-1.0, -2.0), (-2.0, -1.0), (-1.0, -1.0), (-0.5, -3.0)];
+        let accuracy = PreferenceAccuracy::of(&logprobs, &ruled).unwrap();
+        assert_eq!(accuracy.accuracy.estimate, 0.5);
+        // The shorter side is right throughout; pairs about one question have no interval.
+        assert_eq!((accuracy.null_rulers.best_accuracy(), accuracy.null_rulers.lead), (1.0, None));
+        assert!(PreferenceAccuracy::of(&[], &[]).is_none());
+    }
+
+    /// `n` prompts that the yardstick scores alike but for a gain, the last model's replies `shorter` by so many tokens.
+    fn by_yardstick(n: u32, gain: f32, shorter: impl Fn(u32) -> i32) -> Vec<ScoreRow> {
+        let of = |model: &str, gain: f32, shorter: &dyn Fn(u32) -> i32| {
+            let row = |prompt| {
+                let score = gain + (prompt % 5) as f32 / 10.0;
+                let n_tokens = 40 - shorter(prompt);
+                ScoreRow {
+                    yardstick: Some(score),
+                    yardstick_words: Some(-score),
+                    n_tokens,
+                    ..row(model, prompt, Aspect::Action, 0.0)
+                }
+            };
+            (0..n).map(row).collect::<Vec<_>>()
+        };
+        [of("original", 0.0, &|_| 0), of("final", gain, &shorter)].concat()
+    }
+
+    #[test]
+    fn equal_length_has_a_figure_or_a_reason() {
+        // Shorter on two of three prompts, and better by one half whatever the length.
+        let overlap = by_yardstick(30, 0.5, |prompt| (prompt % 3) as i32 * 4 - 4);
+        let apart = by_yardstick(30, 0.5, |prompt| 5 + (prompt % 3) as i32);
+        let mut found = [overlap, apart].map(|rows| {
+            let differences = differences(&rows, quick());
+            Summary {
+                yardstick: Some("y".to_owned()),
+                labels: Some(Labels {
+                    method: "contrast".to_owned(),
+                    personas: "original".to_owned(),
+                }),
+                differences,
+                ..Summary::default()
+            }
+        });
+        found.iter_mut().for_each(Summary::complete);
+        let [overlap, apart] =
+            found.map(|summary| summary.equal_length["final - original"].clone());
+        assert!((overlap.figure.value.unwrap() - 0.5).abs() < 1e-6, "{overlap:?}");
+        assert_eq!((overlap.measure.as_str(), overlap.circular), ("yardstick", false));
+        assert_eq!(apart.figure.value, None);
+        assert!(apart.figure.reason.unwrap().starts_with("not comparable"), "reason");
+    }
+
+    #[test]
+    fn scores_are_circular_where_their_labels_were_this_contrast() {
+        let mut rows = by_yardstick(12, 0.5, |_| 0);
+        rows.extend(
+            rows.clone()
+                .into_iter()
+                .filter(|row| row.model == "final")
+                .map(|row| ScoreRow { model: "sft".to_owned(), ..row }),
+        );
+        let circular = |method: &str, personas: &str| -> Vec<(String, Scale)> {
+            let labels = Labels { method: method.to_owned(), personas: personas.to_owned() };
+            let differences = differences(&rows, quick());
+            let mut summary = Summary { labels: Some(labels), differences, ..Summary::default() };
+            summary.complete();
+            let all = summary.differences.iter().filter(|own| own.circular);
+            all.filter(|own| own.scope == Scope::Action)
+                .map(|own| (comparison(&own.first, &own.last), own.scale))
+                .collect()
+        };
+        let own = [Scale::Raw, Scale::Standardised];
+        let expected = ["final - original", "sft - original"];
+        let mut found = circular("contrast", "original");
+        found.sort();
+        let expected: Vec<_> =
+            expected.iter().flat_map(|name| own.map(|scale| ((*name).to_owned(), scale))).collect();
+        assert_eq!(found, expected);
+        assert!(circular("pairwise-logits", "original").is_empty());
+        assert!(circular("contrast", "contrast").is_empty());
     }
 }

@@ -1,5 +1,6 @@
 //! Every section's charts: the curves of the table, and what other files hold (estimates, distributions, calibration).
 
+use arete_chain::NullRulers;
 use arete_records::rows::{JudgementRow, ScoreRow};
 use arete_records::stats::{self, Interval};
 use arete_records::{Aspect, Virtue};
@@ -66,9 +67,11 @@ fn scores(summary: &Summary) -> Result<Option<Chart>, Error> {
 }
 
 fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
-    let Some(Difference { first, last, .. }) = summary.headline(Scale::Standardised) else {
+    let Some(Difference { first, last, circular, .. }) = summary.headline(Scale::Standardised)
+    else {
         return Ok(None);
     };
+    let circular = if *circular { " (circular)" } else { "" };
     let differences: Vec<Estimate> = Scope::ALL
         .iter()
         .filter_map(|&scope| {
@@ -83,7 +86,7 @@ fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
         .collect();
     Chart::estimates(
         "score-difference",
-        &format!("{last} − {first}, mean standardised score"),
+        &format!("{last} − {first}, mean standardised score{circular}"),
         "Paired over the same prompts. An interval across the dashed line leaves open whether there is any difference.",
         Unit::Number,
         &differences,
@@ -135,13 +138,14 @@ fn accuracy(run: &RunFiles) -> Result<Option<Chart>, Error> {
             name: aspect.name().to_owned(),
             colour: Colour::of_aspect(aspect),
             interval: evaluation.accuracy,
-            reference: Some(evaluation.shorter_answer.estimate),
+            reference: evaluation.null_rulers.as_ref().map(NullRulers::best_accuracy),
         })
     };
     Chart::estimates(
         "reward-accuracy",
         "Accuracy on unseen pairs",
-        "Dot and bar: accuracy with its 95 % interval. Ring: always choosing the shorter answer. Dashed: a coin.",
+        "Dot and bar: accuracy with its 95 % interval. Ring: the best rule that knows nothing (shorter, longer, first shown, more \
+         hedges, more refusals). Dashed: a coin.",
         Unit::Share,
         &run.rewards.iter().filter_map(estimate).collect::<Vec<_>>(),
         Some(0.5),
@@ -177,7 +181,10 @@ fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
     let Some(best) = &run.best_of else { return Ok(None) };
     let points = best.curve.iter().map(|(k, score)| (*k as f64, *score)).collect();
     let by_yardstick = best.yardstick_gain.as_ref().map_or(String::new(), |gain| {
-        format!(" By the yardstick the ensemble's favourites gain {}.", interval(gain, true))
+        format!(
+            " By the yardstick the answers of the ensemble's favourites gain {}.",
+            interval(gain, true)
+        )
     });
     Chart::lines(
         "best-of",
