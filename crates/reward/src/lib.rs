@@ -14,7 +14,6 @@ pub mod bench;
 pub mod config;
 pub mod data;
 mod error;
-pub mod evaluation;
 mod folds;
 pub mod loss;
 pub mod model;

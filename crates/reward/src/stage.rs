@@ -3,23 +3,24 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use arete_chain::constitution::{Constitution, listed};
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::yardstick::fold_dir;
-use arete_chain::{CutReply, Reading, Transcript, aspect_conversation};
+use arete_chain::{CutReply, Reading, Transcript, Turns, through_aspect};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
+use arete_training::evaluation::{self, write_json};
 use arete_training::order::Plan;
 use arete_training::{AdamW, Outcome, Select, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
 use crate::data::{self, Pair, Pairs, Preference, Rendering};
-use crate::evaluation::{self, write_json};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::{Config, Error, folds};
@@ -57,7 +58,7 @@ pub enum PreferenceSource {
     Stage {
         /// The directory.
         dir: PathBuf,
-        /// One reward model each.
+        /// One reward model each; none for all that the constitution has.
         aspects: Vec<Aspect>,
     },
     /// A file of pairs, for one reward model.
@@ -79,7 +80,8 @@ pub struct TrainInputs {
 /// One reward model to train.
 struct Job {
     name: String,
-    aspect: Option<Aspect>,
+    /// The turn and its place in the chain; none of pairs.
+    aspect: Option<(Aspect, usize)>,
     /// Of a cross-fitted yardstick.
     fold: Option<usize>,
     /// The files of the stage, or the pairs twice.
@@ -170,18 +172,25 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         .conversations
         .as_ref()
         .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
-    let wanted: Vec<(Option<Aspect>, Option<usize>, PathBuf, PathBuf)> = match &inputs.preferences {
-        PreferenceSource::Stage { dir, aspects } => aspects
-            .iter()
-            .map(|&aspect| {
+    type Wanted = (Option<(Aspect, usize)>, Option<usize>, PathBuf, PathBuf);
+    let (carried, wanted): (_, Vec<Wanted>) = match &inputs.preferences {
+        PreferenceSource::Stage { dir, aspects } => {
+            let carried = Constitution::carried(dir)?;
+            let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+            let of = |(aspect, place): (Aspect, usize)| {
                 let name = aspect.name();
-                (Some(aspect), None, dir.join(name), inputs.output.join(name))
-            })
-            .collect(),
-        PreferenceSource::Pairs(file) if config.folds > 0 => (0..config.folds)
-            .map(|fold| (None, Some(fold), file.clone(), fold_dir(&inputs.output, fold)))
-            .collect(),
-        PreferenceSource::Pairs(file) => vec![(None, None, file.clone(), inputs.output.clone())],
+                (Some((aspect, place)), None, dir.join(name), inputs.output.join(name))
+            };
+            let wanted = wanted(&turns, aspects)?.into_iter().map(of).collect();
+            (carried, wanted)
+        }
+        PreferenceSource::Pairs(file) if config.folds > 0 => {
+            let of = |fold| (None, Some(fold), file.clone(), fold_dir(&inputs.output, fold));
+            (None, (0..config.folds).map(of).collect())
+        }
+        PreferenceSource::Pairs(file) => {
+            (None, vec![(None, None, file.clone(), inputs.output.clone())])
+        }
     };
     for (aspect, fold, data, output) in wanted {
         let (train, validation) = match aspect {
@@ -202,8 +211,11 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             files.push(("model".to_owned(), path.to_owned()));
             recorded.model = None; // its contents are an input; where they lie changes nothing
         }
+        if let Some(own) = &carried {
+            files.push(("constitution".to_owned(), own.path().to_owned()));
+        }
         let name = match (aspect, fold) {
-            (Some(aspect), _) => aspect.name().to_owned(),
+            (Some((aspect, _)), _) => aspect.name().to_owned(),
             (None, Some(fold)) => format!("yardstick, fold {fold}"),
             (None, None) => "yardstick".to_owned(),
         };
@@ -214,7 +226,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         // Nor this: the figures of versions that knew one null ruler, and no pairs of the test split, are taken again.
         recorded["evaluation"] = "beside null rulers".into();
         recorded["fold"] = fold.into();
-        recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
+        recorded["aspect"] = aspect.map_or(Value::Null, |(aspect, _)| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
             stage,
@@ -226,12 +238,29 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         match run::begin(spec)? {
             Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
             Start::Run(run) => {
+                if let Some(own) = &carried {
+                    own.leave(&output)?;
+                }
                 let conversations = aspect.and(conversations.clone());
                 jobs.push(Job { name, aspect, fold, train, validation, test, conversations, run });
             }
         }
     }
     Ok(jobs)
+}
+
+/// The turns that reward models are wanted for, with their places in the chain.
+fn wanted(turns: &Turns, aspects: &[Aspect]) -> Result<Vec<(Aspect, usize)>, Error> {
+    let names = turns.names();
+    let aspects = if aspects.is_empty() { &names } else { aspects };
+    let of = |&aspect: &Aspect| {
+        let unknown = || {
+            let expected = format!("all, or a turn of the constitution: {}", listed(&names));
+            setting("aspect", &expected, aspect.name())
+        };
+        Ok((aspect, turns.place(aspect).ok_or_else(unknown)?))
+    };
+    aspects.iter().map(of).collect()
 }
 
 /// Pairs of both splits as tokens.
@@ -278,7 +307,7 @@ impl Base<'_> {
             Adapter::new(&job.name, &model.config, &config.lora.config(), config.seed, device)?;
         adapter.set_trainable(true);
         // Each aspect's head starts elsewhere: an ensemble whose members start alike errs alike.
-        let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |a| a.index() as u64));
+        let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |(_, place)| place as u64));
         let mut head = ScalarHead::normal(model.config.hidden_size, head_seed, device);
         head.set_trainable(true);
         let (outcome, evaluated) = self.optimise(&job, &data, &adapter, &head)?;
@@ -347,21 +376,22 @@ impl Base<'_> {
             (false, false) => (format!("{name} and {}", Split::Test), true, true),
             (false, true) => (name.to_owned(), true, false),
         };
-        let (mut pairs, mut ruled, mut scores) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut lengths, mut ruled, mut scores) = (Vec::new(), Vec::new(), Vec::new());
         for (own, own_scores, is_in) in [
             (&data.validation, validation, with_validation),
             (&data.test, test.as_slice(), with_test),
         ] {
             if is_in {
-                pairs.extend(&own.pairs);
+                let length = |pair: &Pair| [pair.chosen.n_own_tokens, pair.rejected.n_own_tokens];
+                lengths.extend(own.pairs.iter().map(length));
                 ruled.extend(own.ruled.iter().cloned());
                 scores.extend_from_slice(own_scores);
             }
         }
-        if pairs.is_empty() {
+        if lengths.is_empty() {
             return Ok(());
         }
-        let report = evaluation::report(&split, &pairs, &ruled, &scores);
+        let report = evaluation::report(&split, &lengths, &ruled, &scores);
         write_json(&output.join("evaluation.json"), &report)?;
         tracing::info!(
             split,
@@ -519,7 +549,7 @@ impl Base<'_> {
             let of = ScoreStats::of(scores, split, &self.model.base_sha256);
             ScoreStats { n_prompts, source: source.to_owned(), ..of }
         };
-        if let (Some(path), Some(aspect)) = (&job.conversations, job.aspect) {
+        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
             let own = self.conversations(path, aspect, chat, reading)?;
             if !own.sequences.is_empty() {
                 let n = own.sequences.len();
@@ -567,11 +597,8 @@ impl Base<'_> {
                 row: idx + 1,
                 source: Box::new(source),
             };
-            let through = &Aspect::ALL[..=aspect.index()];
-            let transcript = Transcript {
-                messages: aspect_conversation(&row.messages, aspect)?,
-                finish_reasons: through.iter().map(|&turn| row.finish_reason(turn)).collect(),
-            };
+            let (messages, finish_reasons) = through_aspect(row, aspect)?;
+            let transcript = Transcript { messages, finish_reasons };
             let context = self.model.config.max_position_embeddings;
             own.sequences.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
             prompts.insert(&row.prompt_id);

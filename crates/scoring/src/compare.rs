@@ -16,6 +16,8 @@ use arete_records::rows::ScoreRow;
 use arete_records::stats::Interval;
 use arete_stage::run::RunJson;
 
+use arete_chain::Turns;
+
 use crate::Error;
 use crate::score;
 use crate::summary::{Difference, Scale, Summary};
@@ -45,6 +47,8 @@ pub struct ScoredRun {
     pub summary: Summary,
     /// Every score.
     pub scores: Vec<ScoreRow>,
+    /// The turns of its constitution.
+    pub turns: Turns,
     /// SHA-256 of the yardstick's files, by name; empty without one.
     pub yardstick: BTreeMap<String, String>,
 }
@@ -76,7 +80,8 @@ impl ScoredRun {
         let scores = parquet::read(dir.join(score::SCORES))?;
         let mut yardstick = RunJson::read(&dir)?.inputs;
         yardstick.retain(|name, _| name.starts_with("yardstick"));
-        Ok(Self { arm, summary, scores, yardstick })
+        let turns = Turns::carried(&dir)?;
+        Ok(Self { arm, summary, scores, turns, yardstick })
     }
 
     /// Whether the run's labels were made from the contrast of these two models.
@@ -187,6 +192,12 @@ pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
         let mut rows = vec![header("arms")];
         rows.extend(between.iter().map(|own| figure_row(own.name.clone(), own)));
         text.table(1, &rows);
+        if runs.windows(2).any(|pair| pair[0].turns.names() != pair[1].turns.names()) {
+            text.line("");
+            text.line(
+                "The runs are of different constitutions: arms that differ are compared in the answer alone.",
+            );
+        }
     }
     for note in comparison.notes() {
         text.line(note);
@@ -210,7 +221,7 @@ fn figure_row(name: String, own: &ArmFigure) -> Vec<String> {
 }
 
 fn run_row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {
-    let of = |scale: Scale| run.summary.difference(first, last, scale, scale.widest());
+    let of = |scale: Scale| run.summary.difference(first, last, scale, run.summary.widest(scale));
     let change = |found: Option<&Difference>, read: fn(&Difference) -> &Interval| {
         dash(found.map(|own| {
             let mark = if own.circular { " (circular)" } else { "" };
@@ -255,7 +266,7 @@ mod tests {
         let of = |model: &str, (prompt, score): (u32, f32)| ScoreRow {
             model: model.to_owned(),
             prompt_id: format!("{prompt:016x}"),
-            aspect: Aspect::Action,
+            aspect: Aspect::ACTION,
             score: 0.0,
             z: 0.0,
             yardstick: Some(score),
@@ -279,7 +290,29 @@ mod tests {
         let models = vec![model("original"), model("final")];
         let summary = Summary { n_prompts: 2, models, ..Summary::default() };
         let arm = Arm { name: arm.to_owned(), run: PathBuf::from(format!("runs/{arm}")) };
-        ScoredRun { arm, summary, scores, yardstick: BTreeMap::new() }
+        ScoredRun { arm, summary, scores, turns: Turns::default(), yardstick: BTreeMap::new() }
+    }
+
+    #[test]
+    fn runs_of_different_constitutions_are_compared_in_their_answers() {
+        // The second arm calls its answer otherwise, and asks something else after it.
+        let dir = tempfile::tempdir().unwrap();
+        let other = "[[turn]]\nname = \"deed\"\n[[turn]]\nname = \"why\"\nquestion = \"Why?\"\n\
+                     [virtues]\nren = \"Which is kinder?\"";
+        fs_err::write(dir.path().join("constitution.toml"), other).unwrap();
+        let (answer, why) = (Aspect::new("deed").unwrap(), Aspect::new("why").unwrap());
+        let mut confucian = run("confucian", &[(1, 1.0), (2, 2.0)]);
+        confucian.turns = Turns::carried(dir.path()).unwrap();
+        for row in &mut confucian.scores {
+            row.aspect = answer;
+        }
+        let others = confucian.scores.clone().into_iter();
+        confucian.scores.extend(others.map(|row| ScoreRow { aspect: why, ..row }));
+        let runs = [run("report", &[(1, 0.0), (2, 1.0)]), confucian];
+        let found = compare(&runs, "original", "final");
+        assert_eq!((found.between[0].n_prompts, found.between[0].yardstick.value), (2, Some(1.0)));
+        let text = text(&runs, &found);
+        assert!(text.contains("compared in the answer alone"), "{text}");
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub struct ScoreConfig {
     /// Most labelled pairs of --pairs to use, the first of the file; 0 = all of them
     #[arg(long, default_value_t = 200, value_name = "N")]
     pub max_pairs: usize,
-    /// The one comparison that the run is judged by, named before it: LAST - FIRST, TURN (answer, motivation, consequence, all),
+    /// The one comparison that the run is judged by, named before it: LAST - FIRST, TURN (answer, all, or its name),
     /// MEASURE (yardstick, bag of words, score; each also "… at equal length")
     #[arg(long, default_value = endpoint::DEFAULT, value_name = "WORDS")]
     pub primary: String,

@@ -133,8 +133,11 @@ fn grade_high(value: f64, [warn, bad]: [f64; 2]) -> Grade {
 
 fn truncation(run: &RunFiles) -> Finding {
     let step = "replies cut off";
-    let rates: Vec<(Aspect, f64)> =
-        Aspect::ALL.iter().filter_map(|&aspect| Some((aspect, run.truncated(aspect)?))).collect();
+    let rates: Vec<(Aspect, f64)> = run
+        .aspects()
+        .into_iter()
+        .filter_map(|aspect| Some((aspect, run.truncated(aspect)?)))
+        .collect();
     if rates.is_empty() {
         return unknown(step, "no conversations", "run the stage `conversations`");
     }
@@ -306,7 +309,7 @@ fn beginning(run: &RunFiles) -> Finding {
         let curve = ppo.curve(&["sampler_trainer_difference"]);
         curve.into_iter().map(|(_, value)| value).fold(0.0, f64::max)
     });
-    let spread = Aspect::ALL.iter().filter_map(|&aspect| {
+    let spread = run.aspects().into_iter().filter_map(|aspect| {
         let wide = first(&format!("score_spread_{aspect}"))?;
         (!SPREAD.contains(&wide)).then(|| format!("{aspect} {}", number(wide, false)))
     });

@@ -5,6 +5,7 @@
 use std::fmt::{self, Display};
 use std::str::FromStr;
 
+use arete_records::Aspect;
 use arete_records::stats::Interval;
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +23,7 @@ pub struct Endpoint {
     last: String,
     /// What is subtracted.
     first: String,
-    scope: Scope,
+    turn: Turn,
     scale: Scale,
     at_equal_length: bool,
 }
@@ -43,12 +44,12 @@ impl FromStr for Endpoint {
         else {
             return Err(wrong("LAST - FIRST, two models"));
         };
-        let scope = match turn {
-            "answer" | "action" => Scope::Action,
-            "motivation" => Scope::Motivation,
-            "consequence" => Scope::Consequence,
-            "all" => Scope::All,
-            _ => return Err(wrong("a turn: answer, motivation, consequence, all")),
+        let turn = match turn {
+            "answer" => Turn::Answer,
+            "all" => Turn::All,
+            name => {
+                Turn::Named(Aspect::new(name).map_err(|_| wrong("a turn: answer, all, or a name"))?)
+            }
         };
         let (measure, at_equal_length) = match measure.strip_suffix(" at equal length") {
             Some(measure) => (measure, true),
@@ -62,25 +63,36 @@ impl FromStr for Endpoint {
                 return Err(wrong("a measure: yardstick, bag of words, score (… at equal length)"));
             }
         };
-        if !scale.is_own() && scope != Scope::Action {
+        if !scale.is_own() && turn != Turn::Answer {
             return Err(wrong("the answer: the yardstick reads nothing else"));
         }
-        Ok(Self { last: last.to_owned(), first: first.to_owned(), scope, scale, at_equal_length })
+        Ok(Self { last: last.to_owned(), first: first.to_owned(), turn, scale, at_equal_length })
     }
 }
 
 impl Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let equal = if self.at_equal_length { " at equal length" } else { "" };
-        let (turn, measure) = (turn(self.scope), measure(self.scale));
+        let (turn, measure) = (self.turn.name(), measure(self.scale));
         write!(f, "{} - {}, {turn}, {measure}{equal}", self.last, self.first)
     }
 }
 
-fn turn(scope: Scope) -> &'static str {
-    match scope {
-        Scope::Action => "answer",
-        other => other.name(),
+/// Which turn is meant, whatever the constitution calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Answer,
+    All,
+    Named(Aspect),
+}
+
+impl Turn {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Answer => "answer",
+            Self::All => Scope::All.name(),
+            Self::Named(aspect) => aspect.name(),
+        }
     }
 }
 
@@ -128,7 +140,12 @@ impl Primary {
 
     /// Of a summary whose differences are [complete](Summary::complete); `without_sft`: PPO started from the original.
     pub(crate) fn of(endpoint: &Endpoint, summary: &Summary, without_sft: bool) -> Self {
-        let Endpoint { last, scope, at_equal_length, .. } = endpoint;
+        let Endpoint { last, turn, at_equal_length, .. } = endpoint;
+        let scope = match *turn {
+            Turn::Answer => summary.answer(),
+            Turn::All => Scope::All,
+            Turn::Named(aspect) => Scope::Of(aspect),
+        };
         let mut reasons = vec!["this run only: one seed".to_owned()];
         let mut first = endpoint.first.as_str();
         if first == SFT && without_sft {
@@ -136,7 +153,7 @@ impl Primary {
             reasons.push("there is no sft, PPO started from the original".to_owned());
         }
         let has_scores =
-            |scale: Scale| summary.models.iter().any(|model| model.score(scale, *scope).is_some());
+            |scale: Scale| summary.models.iter().any(|model| model.score(scale, scope).is_some());
         let mut scale = endpoint.scale;
         if !scale.is_own() && !has_scores(scale) {
             scale = Scale::Standardised;
@@ -148,7 +165,7 @@ impl Primary {
             let why = "the yardstick is not cross-fitted: it may have seen these prompts";
             reasons.push(why.to_owned());
         }
-        let found = summary.difference(first, last, scale, *scope);
+        let found = summary.difference(first, last, scale, scope);
         let figure = match found {
             Some(own) if *at_equal_length => own.equal_length.clone(),
             Some(Difference { mean, .. }) => AtEqualLength::of(Ok(mean.interval)),
@@ -165,7 +182,7 @@ impl Primary {
         reasons.extend(figure.reason.clone());
         Self {
             comparison: comparison(first, last),
-            turn: turn(*scope).to_owned(),
+            turn: turn.name().to_owned(),
             measure: measure(scale).to_owned(),
             at_equal_length: *at_equal_length,
             value: figure.value,
@@ -188,13 +205,13 @@ mod tests {
         for text in [DEFAULT, "a - b, all, score", "final - original, answer, bag of words"] {
             assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), text);
         }
-        let same: Endpoint = "final − sft, action,yardstick at equal length".parse().unwrap();
+        let same: Endpoint = "final − sft, answer,yardstick at equal length".parse().unwrap();
         assert_eq!(same, DEFAULT.parse().unwrap());
         for (text, expected) in [
             ("final - sft, answer", "separated by commas"),
             ("final, answer, score", "two models"),
             ("final - final, answer, score", "two models"),
-            ("final - sft, reply, score", "a turn"),
+            ("final - sft, An answer!, score", "a turn"),
             ("final - sft, answer, vibes", "a measure"),
             ("final - sft, all, yardstick", "the answer"),
         ] {
@@ -209,7 +226,7 @@ mod tests {
         scales.extend(yardstick.map(|_| Scale::Yardstick));
         let score = |&scale: &Scale| ScoreOf {
             scale,
-            scope: Scope::Action,
+            scope: Scope::Of(Aspect::ACTION),
             n: 20,
             mean: 0.0,
             std: 1.0,
@@ -233,7 +250,7 @@ mod tests {
             first: first.to_owned(),
             last: "final".to_owned(),
             scale,
-            scope: Scope::Action,
+            scope: Scope::Of(Aspect::ACTION),
             score: change(9.0),
             mean: change(mean),
             equal_length: AtEqualLength::of(Ok(interval(equal))),

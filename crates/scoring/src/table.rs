@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 
-use arete_records::Aspect;
 use arete_records::stats::Interval;
 use arete_stage::cli::printable;
 
@@ -24,12 +23,13 @@ pub(crate) const RETOKENISED: &str =
 /// The summary as a few aligned tables, ending with what it means.
 pub fn of(summary: &Summary) -> String {
     let mut text = Text::default();
-    let n = summary.n_prompts;
+    let (n, n_aspects) = (summary.n_prompts, summary.aspects().len());
+    let aspects = if n_aspects == 1 { "aspect" } else { "aspects" };
     text.line(primary(&summary.primary));
     text.line("");
     text.line(format!(
-        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × 3 aspects); [95 % interval], of this run only",
-        3 * n
+        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × {n_aspects} {aspects}); [95 % interval], of this run only",
+        n_aspects * n
     ));
     text.line("");
     text.table(1, &models(summary));
@@ -60,10 +60,9 @@ fn yardsticks(summary: &Summary) -> impl Iterator<Item = (Scale, &'static str)> 
         Some(false) => "yardstick (not cross-fitted), answers",
         _ => "yardstick, answers",
     };
+    let answer = summary.answer();
     [(Scale::Yardstick, name), (Scale::Words, "bag of words, answers")].into_iter().filter(
-        move |(scale, _)| {
-            summary.models.iter().any(|model| model.score(*scale, Scope::Action).is_some())
-        },
+        move |(scale, _)| summary.models.iter().any(|model| model.score(*scale, answer).is_some()),
     )
 }
 
@@ -105,7 +104,7 @@ fn equal_length(summary: &Summary) -> Vec<Vec<String>> {
 
 fn models(summary: &Summary) -> Vec<Vec<String>> {
     let mut header = row(["model", "Score", "standardised"]);
-    header.extend(Aspect::ALL.map(|aspect| aspect.name().to_owned()));
+    header.extend(summary.aspects().iter().map(ToString::to_string));
     header.extend(yardsticks(summary).map(|(_, name)| name.to_owned()));
     let mut rows = vec![header];
     for model in &summary.models {
@@ -116,12 +115,12 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
             score(Scale::Raw, Scope::All),
             score(Scale::Standardised, Scope::All),
         ];
-        for scope in [Scope::Action, Scope::Motivation, Scope::Consequence] {
-            let own = model.score(Scale::Standardised, scope);
+        for aspect in summary.aspects() {
+            let own = model.score(Scale::Standardised, Scope::Of(aspect));
             row.push(dash(own.map(|own| number(own.score.estimate, false))));
         }
         row.extend(yardsticks(summary).map(|(scale, _)| {
-            let own = model.score(scale, Scope::Action);
+            let own = model.score(scale, summary.answer());
             dash(own.map(|own| number(own.mean, false)))
         }));
         rows.push(row);

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use arete_records::FinishReason;
 use arete_records::rows::ScoreRow;
 use arete_records::stats::{self, CrossedMean, Interval, MeanOfRuns, PairedReplies};
-use arete_records::{Aspect, FinishReason};
 use serde::Serialize;
 
 use super::ScoredRun;
@@ -104,7 +104,8 @@ fn answers<'a>(run: &'a ScoredRun, model: &str) -> Answers<'a> {
         let score = f64::from(row.yardstick?);
         Some((row.prompt_id.as_str(), (score, f64::from(row.n_tokens), is_cut)))
     };
-    let rows = run.scores.iter().filter(|row| row.model == model && row.aspect == Aspect::Action);
+    let rows =
+        run.scores.iter().filter(|row| row.model == model && row.aspect == run.turns.answer());
     rows.filter_map(of).collect()
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use std::collections::BTreeMap;
 
-use arete_records::rows::{ConversationRow, JudgementRow};
+use arete_records::rows::{ConversationRow, JudgementRow, TurnRow};
 use arete_records::stats::Interval;
 use arete_records::{FinishReason, Split, Virtue};
 
@@ -47,7 +47,7 @@ fn a_reward_model_must_beat_every_rule_that_knows_nothing() {
     let find = |evaluation| {
         let mut run = RunFiles::default();
         let reward = Reward { evaluation: Some(evaluation), ..Reward::default() };
-        run.rewards.insert(Aspect::Action, reward);
+        run.rewards.insert(Aspect::ACTION, reward);
         reward_accuracy(&run)
     };
     let grade = |evaluation| find(evaluation).grade;
@@ -72,7 +72,7 @@ fn f1_a_reward_model_without_a_reading_rule_is_named_and_not_used() {
     let mut run = RunFiles::default();
     let unreadable = Some("reward/action: reading rule: none".to_owned());
     let evaluation = Some(evaluation(200, 0));
-    run.rewards.insert(Aspect::Action, Reward { evaluation, unreadable, ..Reward::default() });
+    run.rewards.insert(Aspect::ACTION, Reward { evaluation, unreadable, ..Reward::default() });
     let found = reward_accuracy(&run);
     assert_eq!(found.grade, Grade::Bad);
     assert!(found.found.contains("reading rule") && found.advice.contains("train the reward"));
@@ -130,15 +130,14 @@ fn cut(aspect: Aspect, n_cut: usize) -> RunFiles {
             sample: 0,
             persona: None,
             messages: Vec::new(),
-            action: String::new(),
-            motivation: String::new(),
-            consequence: String::new(),
-            finish_reason_action: reason(Aspect::Action),
-            finish_reason_motivation: reason(Aspect::Motivation),
-            finish_reason_consequence: reason(Aspect::Consequence),
-            n_tokens_action: 1,
-            n_tokens_motivation: 1,
-            n_tokens_consequence: 1,
+            turns: Aspect::SHIPPED
+                .map(|aspect| TurnRow {
+                    aspect,
+                    text: String::new(),
+                    finish_reason: reason(aspect),
+                    n_tokens: 1,
+                })
+                .into(),
             seed: 0,
         }
     };
@@ -148,16 +147,16 @@ fn cut(aspect: Aspect, n_cut: usize) -> RunFiles {
 
 #[test]
 fn one_cut_turn_is_enough_to_see_truncation() {
-    for aspect in Aspect::ALL {
+    for aspect in Aspect::SHIPPED {
         let grade = |n_cut| truncation(&cut(aspect, n_cut)).grade;
         assert_eq!([grade(0), grade(10)], [Grade::Ok, Grade::Ok]); // 5 %
         assert_eq!([grade(11), grade(50)], [Grade::Warn, Grade::Warn]); // 25 %
         assert_eq!([grade(51), grade(200)], [Grade::Bad, Grade::Bad]);
     }
-    let finding = truncation(&cut(Aspect::Motivation, 51));
+    let finding = truncation(&cut(Aspect::MOTIVATION, 51));
     assert!(finding.found.starts_with("action 0.0 %, motivation 25.5 %"), "{finding:?}");
     assert!(finding.advice.contains("raise max_new_tokens"));
-    assert_eq!(truncation(&cut(Aspect::Motivation, 0)).advice, "");
+    assert_eq!(truncation(&cut(Aspect::MOTIVATION, 0)).advice, "");
 }
 
 #[test]
@@ -166,8 +165,8 @@ fn a_judge_of_one_order_is_seen_to_follow_the_place() {
         let verdict = |idx: usize| JudgementRow {
             prompt_id: idx.to_string(),
             split: Split::Train,
-            aspect: Aspect::Action,
-            virtue: Virtue::Honesty,
+            aspect: Aspect::ACTION,
+            virtue: Virtue::HONESTY,
             method: "pairwise-text".to_owned(),
             judge: "j".to_owned(),
             p_ab: Some(if idx < n_first { 1.0 } else { 0.0 }),
@@ -192,8 +191,8 @@ fn a_judge_that_follows_the_place_is_seen() {
         let verdict = |idx: usize| JudgementRow {
             prompt_id: idx.to_string(),
             split: Split::Train,
-            aspect: Aspect::Action,
-            virtue: Virtue::Honesty,
+            aspect: Aspect::ACTION,
+            virtue: Virtue::HONESTY,
             method: "pairwise-logits".to_owned(),
             judge: "j".to_owned(),
             p_ab: Some(0.9),

@@ -1,4 +1,4 @@
-//! How good a reward model is on pairs it has not seen, and where its scores lie.
+//! How good a reward model, or a policy's implicit reward, is on pairs it has not seen, and where its scores lie.
 
 use std::path::Path;
 
@@ -8,8 +8,6 @@ use arete_records::stats::{self, CalibrationBin, Interval};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::data::Pair;
-use crate::loss::win_probability;
 
 /// Bins of the calibration error.
 const N_BINS: usize = 10;
@@ -37,13 +35,25 @@ pub struct Report {
     pub mean_margin: f64,
 }
 
-/// Compares the scores of pairs (`[chosen, rejected]`) with which side was chosen; `ruled` is what the null rulers see of each.
+/// P(chosen wins) of a pair: σ(chosen − rejected), in f64.
+pub fn win_probability(chosen: f64, rejected: f64) -> f64 {
+    1.0 / (1.0 + (rejected - chosen).exp())
+}
+
+/// Compares the scores of pairs (`[chosen, rejected]`) with which side was chosen; `n_own_tokens` are the lengths of both
+/// sides in the model's own tokens, `ruled` is what the null rulers see of each.
 ///
 /// # Panics
 ///
 /// If there is no pair, or not one score pair (and one entry for the rulers) each.
-pub fn report(split: &str, pairs: &[&Pair], ruled: &[Ruled], scores: &[[f64; 2]]) -> Report {
-    assert!(!pairs.is_empty() && pairs.len() == scores.len(), "one pair of scores a pair");
+pub fn report(
+    split: &str,
+    n_own_tokens: &[[usize; 2]],
+    ruled: &[Ruled],
+    scores: &[[f64; 2]],
+) -> Report {
+    let n = n_own_tokens.len();
+    assert!(n > 0 && n == scores.len(), "one pair of scores a pair");
     let wins: Vec<f64> = scores.iter().map(|[c, r]| f64::from(u8::from(c > r))).collect();
     let confidences: Vec<f64> = scores
         .iter()
@@ -52,15 +62,12 @@ pub fn report(split: &str, pairs: &[&Pair], ruled: &[Ruled], scores: &[[f64; 2]]
         .collect();
     let is_right: Vec<bool> = wins.iter().map(|&win| win > 0.0).collect();
     #[expect(clippy::cast_precision_loss, reason = "token counts are small")]
-    let lengths: Vec<f64> = pairs
-        .iter()
-        .flat_map(|pair| [pair.chosen.n_own_tokens as f64, pair.rejected.n_own_tokens as f64])
-        .collect();
+    let lengths: Vec<f64> = n_own_tokens.iter().flatten().map(|&length| length as f64).collect();
     let flat: Vec<f64> = scores.iter().flatten().copied().collect();
     let margins: Vec<f64> = scores.iter().map(|[c, r]| c - r).collect();
     Report {
         split: split.to_owned(),
-        n: pairs.len(),
+        n,
         accuracy: share(&wins),
         null_rulers: NullRulers::beside(ruled, &wins).expect("there are pairs"),
         expected_calibration_error: stats::expected_calibration_error(
@@ -97,23 +104,10 @@ mod tests {
     use arete_records::Message;
 
     use super::*;
-    use crate::data::Sequence;
-
-    fn pair(chosen_length: usize, rejected_length: usize) -> Pair {
-        let side = |n_own_tokens| Sequence { token_ids: vec![1, 2], n_own_tokens };
-        Pair {
-            chosen: side(chosen_length),
-            rejected: side(rejected_length),
-            n_shared: 0,
-            chosen_prob: 1.0,
-            margin: 0.0,
-        }
-    }
 
     #[test]
     fn a_report_by_hand() {
-        let pairs = [pair(5, 9), pair(9, 5), pair(7, 7), pair(3, 4)];
-        let pairs: Vec<&Pair> = pairs.iter().collect();
+        let lengths = [[5, 9], [9, 5], [7, 7], [3, 4]];
         // The better reply is the shorter one, but for the last.
         let ruled = |question: &str, better: &str, worse: &str| {
             let side = |reply| [Message::user(question), Message::assistant(reply)];
@@ -127,7 +121,7 @@ mod tests {
         ];
         // Wins: yes, no, tie, yes.
         let scores = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 0.0]];
-        let report = report("validation", &pairs, &ruled, &scores);
+        let report = report("validation", &lengths, &ruled, &scores);
         assert_eq!(report.n, 4);
         assert_eq!(report.accuracy.estimate, 0.5);
         // Wilson at 2 of 4, z = 1.96: centre 0.5, half-width 0.3499…
@@ -145,5 +139,11 @@ mod tests {
         assert!((report.calibration[1].stated - 0.731_058_579).abs() < 1e-8);
         assert_eq!(report.mean_margin, 0.5);
         assert!(report.pearson_score_length.is_some());
+    }
+
+    #[test]
+    fn win_probabilities() {
+        assert!((win_probability(1.0, 0.0) - 0.731_058_578_630_004_9).abs() < 1e-12);
+        assert_eq!(win_probability(2.0, 2.0), 0.5);
     }
 }
