@@ -122,7 +122,7 @@ fn answer(text: String, n_tokens: i32) -> TurnRow {
 }
 
 #[test]
-fn preferences_become_a_reward_model_that_scores() {
+fn f2_preferences_become_a_reward_model_whose_statistics_are_of_the_tuned_model() {
     let dir = tempfile::tempdir().unwrap();
     let preferences = preferences(dir.path());
     let conversations = dir.path().join("conversations");
