@@ -139,6 +139,28 @@ pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// How a comparison is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// Aligned tables.
+    Text,
+    /// Every figure.
+    Json,
+    /// A page.
+    Html,
+}
+
+/// The comparison in a format.
+pub fn shown(runs: &[ScoredRun], comparison: &Comparison, format: Format) -> String {
+    match format {
+        Format::Text => text(runs, comparison),
+        Format::Json => {
+            serde_json::to_string_pretty(comparison).expect("numbers and words serialise") + "\n"
+        }
+        Format::Html => html(runs, comparison),
+    }
+}
+
 /// The tables as aligned text.
 pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
     let Comparison { first, last, within, between, n_looks } = comparison;

@@ -7,14 +7,14 @@ use std::process::ExitCode;
 use anyhow::Context;
 use arete_chain::Turns;
 use arete_scoring::best_of::{self, BestOfInputs};
-use arete_scoring::compare::{self, Arm, ScoredRun};
+use arete_scoring::compare::{self, Arm, Format, ScoredRun};
 use arete_scoring::{
     Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
 };
 use arete_stage::cli;
 use arete_stage::exit::Usage;
 use arete_stage::{interrupt, recipe};
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// How a run's models compare, the page that shows it, and why a run went nowhere
 #[derive(Parser)]
@@ -98,17 +98,6 @@ enum Command {
         #[command(flatten)]
         config: ScoreConfig,
     },
-}
-
-/// How a comparison is printed.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    /// Aligned tables.
-    Text,
-    /// Every figure.
-    Json,
-    /// A page.
-    Html,
 }
 
 /// Where everything is; with --run, what is not named is looked for in that directory.
@@ -272,11 +261,7 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
                 .collect::<anyhow::Result<Vec<_>>>()?;
             compare::check(&runs, &first, &last)?;
             let comparison = compare::compare(&runs, &first, &last);
-            match format {
-                Format::Text => compare::text(&runs, &comparison),
-                Format::Json => serde_json::to_string_pretty(&comparison)? + "\n",
-                Format::Html => compare::html(&runs, &comparison),
-            }
+            compare::shown(&runs, &comparison, format)
         }
         Command::Doctor { run, best_of, base, yardstick, json, recipe, .. } => {
             if best_of > 0 {
