@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
+use arete_chain::yardstick::Place;
 use arete_chain::{Reading, RewardModel, Transcript, Turns};
 use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source};
 use arete_records::{Aspect, ScoreStats, stats};
@@ -401,37 +402,45 @@ fn is_heads(tokens: &[i64]) -> bool {
     hash.count_ones().is_multiple_of(2)
 }
 
-/// A reward model that takes no part in training: it shows whether the others are being gamed.
+/// The yardstick, which takes no part in training: it shows whether the reward models are being gamed. It reads the answer
+/// alone, as everywhere ([`arete_chain::yardstick`]).
 #[derive(Debug)]
 pub struct Yardstick {
-    /// Its own model, where it is merged; else it sits on the policy's base.
+    /// Its own model, unless it sits on the policy's base.
     model: Option<Model>,
-    reward: RewardModel,
-    stats: Option<ScoreStats>,
+    judge: arete_chain::Yardstick,
 }
 
 impl Yardstick {
-    /// Loads `DIR/adapter` if it was trained on this base, else the merged model in `DIR/merged`.
+    /// Loads the yardstick in `dir` over `model` if its adapters were trained on it, else with a model of its own.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAReward`] if neither can be used.
-    pub fn load(dir: &Path, model: &Model, options: &LoadOptions) -> Result<Self, Error> {
-        let (adapter_dir, merged) = (dir.join("adapter"), dir.join("merged"));
-        let reason = match RewardModel::over(&adapter_dir, "yardstick", model) {
-            Ok(reward) => {
-                let stats = read_stats(dir, Some(&model.base_sha256))?;
-                return Ok(Self { model: None, reward, stats });
+    /// As [`Place::resolve`] and [`arete_chain::Yardstick::over`].
+    pub fn load(
+        dir: &Path,
+        source: &Source,
+        model: &Model,
+        options: &LoadOptions,
+    ) -> Result<Self, Error> {
+        let (place, own) = match Place::on(dir, source, model)? {
+            Some(place) => (place, None),
+            None => {
+                let place = Place::resolve(dir, None)?;
+                let options = LoadOptions { nf4: place.nf4, ..*options };
+                tracing::info!(source = %place.source, "yardstick: on a base of its own");
+                let own = Model::load(&place.source, &options)?;
+                (place, Some(own))
             }
-            Err(reason) => reason,
         };
-        if merged.is_dir() {
-            tracing::info!(%reason, "yardstick: its merged model, on a base of its own");
-            let options = LoadOptions { nf4: None, ..*options };
-            let (own, reward) = RewardModel::load(&Source::Directory(merged), None, &options)?;
-            return Ok(Self { model: Some(own), reward, stats: read_stats(dir, None)? });
+        if !place.is_cross_fitted() {
+            tracing::warn!(
+                path = %dir.display(),
+                "the yardstick is a single reward model, not cross-fitted: it may have seen these prompts (make yardstick)"
+            );
         }
-        Err(reason.into())
+        let judge = arete_chain::Yardstick::over(&place, own.as_ref().unwrap_or(model))?;
+        Ok(Self { model: own, judge })
     }
 
     /// Scores of conversations through their answer, standardised if the yardstick has statistics.
@@ -447,16 +456,15 @@ impl Yardstick {
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Vec<f64>, Error> {
         let transcripts = transcripts(conversations, 0);
-        let (raw, _) = match &self.model {
-            None => self.reward.scores(base, &transcripts)?,
+        let scores = match &self.model {
+            None => self.judge.scores(base, &transcripts)?,
             Some(model) => {
                 let base = Base { model, chat: &model.chat()?, ..base };
-                self.reward.scores(base, &transcripts)?
+                self.judge.scores(base, &transcripts)?
             }
         };
-        check_finite(&raw, conversations, "score of the yardstick", iteration, &prompt_id)?;
-        let z = |score| self.stats.as_ref().map_or(score, |stats| standardise(score, stats));
-        Ok(raw.into_iter().map(z).collect())
+        check_finite(&scores, conversations, "score of the yardstick", iteration, &prompt_id)?;
+        Ok(scores)
     }
 }
 

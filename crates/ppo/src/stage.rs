@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_chain::constitution::{self, Constitution};
-use arete_chain::{Turns, reading};
+use arete_chain::{Turns, reading, yardstick};
 use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
@@ -86,7 +86,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     }
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
-    let counts = Stage::new(config, inputs, &rewards, turns, &model, &options, &run)?
+    let counts = Stage::new(config, inputs, &rewards, turns, (&source, &model), &options, &run)?
         .train(name, &source)?;
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
@@ -180,8 +180,8 @@ fn open(
         push(format!("reward_{name}_reading"), dir.join(reading::FILE));
     }
     if let Some(dir) = &inputs.yardstick {
-        for part in ["adapter", "merged", score_stats::FILE, reading::FILE] {
-            push(format!("yardstick_{part}"), dir.join(part));
+        for (name, path) in yardstick::files(dir)? {
+            push(name, path);
         }
     }
     let mut recorded = config.clone();
@@ -228,7 +228,7 @@ impl<'a> Stage<'a> {
         inputs: &TrainInputs,
         rewards: &[NamedReward],
         turns: Turns,
-        model: &'a Model,
+        (source, model): (&Source, &'a Model),
         options: &LoadOptions,
         run: &StageRun,
     ) -> Result<Self, Error> {
@@ -259,7 +259,7 @@ impl<'a> Stage<'a> {
             rewards.weigh(weights)?;
         }
         let yardstick = match &inputs.yardstick {
-            Some(dir) => Some(Yardstick::load(dir, model, options)?),
+            Some(dir) => Some(Yardstick::load(dir, source, model, options)?),
             None => None,
         };
 

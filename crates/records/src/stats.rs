@@ -1,6 +1,8 @@
 //! Statistics of scores and verdicts, in f64.
 
+mod clustered;
 mod crossed;
+mod equal_length;
 
 use std::collections::BTreeMap;
 
@@ -9,7 +11,9 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, Normal};
 
-pub use crossed::{CrossedMean, PairedReplies, at_equal_length, crossed_difference, crossed_mean};
+pub use clustered::{MeanOfRuns, clustered_mean, difference_of_runs, mean_of_runs};
+pub use crossed::{CrossedMean, crossed_difference, crossed_mean};
+pub use equal_length::{PairedReplies, at_equal_length, win_rate_at_equal_length};
 
 /// Draws of a bootstrap when nothing else is said.
 pub const DRAWS: usize = 10_000;

@@ -83,6 +83,11 @@ pub struct Config {
     /// Control: flip each training pair by the toss of a coin, which leaves nothing to learn
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub shuffle_labels: bool,
+    /// With --pairs: so many reward models, each trained on the pairs of all folds but its own (folds by opening question): a
+    /// cross-fitted yardstick; 0 = one reward model
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    #[serde(default)]
+    pub folds: usize,
     /// With --pairs: train on the held-out fifth as well
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub all_pairs: bool,

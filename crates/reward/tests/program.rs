@@ -452,6 +452,105 @@ fn pairs_in_text_form_train_a_yardstick() {
 }
 
 #[test]
+fn f6_a_yardstick_is_trained_in_folds_and_its_card_stands_beside_null_rulers() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pairs.jsonl");
+    let side = |i: usize, text: &str| format!("\n\nHuman: Question {i}?\n\nAssistant: {text}");
+    // Two pairs a question; the better reply is the longer one.
+    let line = |i: usize| {
+        let (better, worse) = ("I would ask her first.", "Steal it.");
+        serde_json::json!({"chosen": side(i / 2, &format!("{better} {i}")), "rejected": side(i / 2, worse)})
+    };
+    let lines_of_file: Vec<String> = (0..80).map(|i| line(i).to_string()).collect();
+    fs_err::write(&file, lines_of_file.join("\n")).unwrap();
+    let output = dir.path().join("yardstick");
+    let train = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+        command.args(["train", "--model", &text(&model()), "--pairs", &text(&file)]);
+        command.args(["--output", &text(&output), "--rank", "2", "--max-steps", "3"]);
+        command.args(["--learning-rate", "5e-3", "--dtype", "f32", "--threads", "1"]);
+        command.args(["--folds", "3"]).args(more);
+        command
+    };
+    succeed(train(&[]));
+    let card = json(&output.join("yardstick.json"));
+    let mut held_out = Vec::new();
+    for fold in 0..3 {
+        let dir = output.join(format!("fold-{fold}"));
+        let counts = &json(&dir.join("run.json"))["counts"];
+        let own = lines(&dir.join("held_out.jsonl"));
+        assert_eq!(number(counts, "train") + number(counts, "validation"), 80.0);
+        assert_eq!(number(counts, "validation"), own.len() as f64);
+        assert_eq!(json(&dir.join("evaluation.json"))["split"], "held-out");
+        // No question of the fold's own is among those it trained on: both pairs of a question are here.
+        for held in &own {
+            let row = number(held, "row") as usize;
+            let question = [arete_records::Message::user(format!("Question {}?", (row - 1) / 2))];
+            assert_eq!(arete_records::fold_of(&question, 3), fold);
+            held_out.push(row);
+        }
+        // The bag of words beside it was trained on the other folds' pairs, which all hold "ask".
+        let words = json(&dir.join("words.json"));
+        assert!(number(&words["weights"], "ask") > 0.0 && number(&words["weights"], "steal") < 0.0);
+    }
+    held_out.sort_unstable();
+    assert_eq!(held_out, (1..=80).collect::<Vec<usize>>(), "every pair is held out once");
+    assert_eq!(card["n_pairs"], 80);
+    let by_words = &card["bag_of_words"]["cross_fitted"];
+    assert_eq!(number(&by_words["accuracy"], "estimate"), 1.0);
+    for judge in ["reward_model", "bag_of_words"] {
+        let rulers = &card[judge]["cross_fitted"]["null_rulers"];
+        assert_eq!(
+            (&rulers["best"], &rulers["accuracy"]["longer"]["estimate"]),
+            (&"longer".into(), &1.0.into())
+        );
+        // No side is within a tenth of the other's length.
+        assert!(card[judge]["length_matched"].is_null());
+    }
+    let markdown = fs_err::read_to_string(output.join("yardstick.md")).unwrap();
+    assert!(markdown.contains("| bag of words | all | 80 | 100.0 %"), "{markdown}");
+    // A second call has nothing to do.
+    let before = fs_err::metadata(output.join("yardstick.json")).unwrap().modified().unwrap();
+    assert!(message(&succeed(train(&[]))).contains("up to date"));
+    let after = fs_err::metadata(output.join("yardstick.json")).unwrap().modified().unwrap();
+    assert_eq!(before, after);
+    // What would let a fold see its own pairs is refused.
+    for flags in [&["--select", "best"][..], &["--all-pairs"]] {
+        let refused = train(flags).output().unwrap();
+        assert!(!refused.status.success());
+        assert!(
+            message(&refused).contains("no fold may see its own pairs"),
+            "{}",
+            message(&refused)
+        );
+    }
+}
+
+#[test]
+fn f8_accuracy_is_of_pairs_that_nothing_was_selected_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let test: Vec<PreferenceRow> = (36..43).map(pair).collect();
+    write_pairs(&preferences, "test", &test);
+    let evaluate = |output: &str, flags: &[&str]| {
+        let output = dir.path().join(output);
+        let steps = ["--max-steps", "4"];
+        succeed(train(&preferences, &output, &[&steps, flags].concat()));
+        let evaluation = json(&output.join("action/evaluation.json"));
+        (evaluation["split"].clone(), number(&evaluation, "n"))
+    };
+    // Ten validation pairs choose the weights: the seven test pairs say how good they are.
+    assert_eq!(evaluate("best", &["--select", "best"]), ("test".into(), 7.0));
+    assert_eq!(evaluate("last", &[]), ("validation and test".into(), 17.0));
+    fs_err::remove_file(preferences.join("action/test.parquet")).unwrap();
+    let (split, n) = evaluate("selected", &["--select", "best"]);
+    assert_eq!(
+        (split.as_str().unwrap(), n),
+        ("validation (the weights were selected on these pairs)", 10.0)
+    );
+}
+
+#[test]
 fn bad_input_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("reward");

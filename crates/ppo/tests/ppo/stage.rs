@@ -313,7 +313,7 @@ fn everything_that_is_to_be_watched_is_logged() {
 }
 
 #[test]
-fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
+fn f4_a_yardstick_that_falls_rings_the_alarm_and_where_every_probe_rings_the_start_is_the_result() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_model();
     let (adapter, head) = crate::common::random_reward(&model, 3);
