@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 #ifdef __AVX2__
@@ -87,11 +88,12 @@ inline float highest(f32x16 v) {
   return out;
 }
 
-// exp(x) to about 1 ulp for x in [-87, 88]; 0 below. Cody-Waite reduction and a degree-6 polynomial (Cephes expf).
+// exp(x) to about 1 ulp for x in [-87, 88]; 0 below; NaN stays NaN. Cody-Waite reduction and a degree-6 polynomial (Cephes
+// expf).
 inline f32x16 exp16(f32x16 x) {
   i32x16 tiny = x < splat(-87.0f);
-  x = max16(x, splat(-87.0f));
-  x = x < splat(88.0f) ? x : splat(88.0f);
+  x = tiny ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
   f32x16 n = x * 1.44269504088896341f + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
   i32x16 exponent = (i32x16)n - 0x4b400000;
   n = n - splat(12582912.0f);
@@ -276,7 +278,10 @@ struct Buffer {
       free(data);
       capacity = n + n / 2 + 64;
       data = (T*)aligned_alloc(64, (capacity * sizeof(T) + 63) / 64 * 64);
-      if (!data) abort();
+      if (!data) {
+        capacity = 0;
+        throw std::bad_alloc();  // libtorch's loops hand it to their caller
+      }
     }
     return data;
   }
@@ -681,6 +686,11 @@ void sample(const void* logits_, const double* uniform, const SampleSettings* se
     float inverse_temperature = greedy ? 1.0f : 1.0f / set.temperature;
     float top = row_max(logits, width);
     double total = sum_exp_blocks(logits, width, top, inverse_temperature);
+    if (!std::isfinite(total)) {  // a logit is NaN or infinite: nothing is drawn, and the caller sees why
+      token[row] = 0;
+      logprob[row] = NAN;
+      continue;
+    }
     int64_t chosen = width - 1;
     if (greedy) {
       chosen = 0;
@@ -762,9 +772,13 @@ void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin,
   for (int64_t block = begin; block < end; block++) {
     const T* in = (const T*)in_ + block * block_size;
     int64_t n = std::min(block_size, count - block * block_size);
-    float largest = 0;
-    for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::fabs(to_float(in[i])));
-    absmax[block] = largest;
+    float largest = 0, check = 0;
+    for (int64_t i = 0; i < n; i++) {
+      float value = to_float(in[i]);
+      largest = std::max(largest, std::fabs(value));
+      check += value * 0.0f;  // NaN if a value is not finite
+    }
+    absmax[block] = largest + check;
     float inverse = 1.0f / std::max(largest, 1e-38f);
     uint8_t* out = codes + block * block_size / 2;
     int64_t i = 0;

@@ -73,7 +73,7 @@ impl Ensemble {
             .map(|aspect| {
                 let dir = dir.join(aspect.name());
                 let reward = RewardModel::over(&dir.join("adapter"), aspect.name(), model)?;
-                let stats = read_stats(&dir, Some(&model.base_sha256))?;
+                let stats = read_stats(&dir, Some(model))?;
                 Ok(Member { aspect, judge: Judge::Model(reward), stats })
             })
             .collect::<Result<_, Error>>()?;
@@ -272,7 +272,7 @@ impl Yardstick {
         let (adapter_dir, merged) = (dir.join("adapter"), dir.join("merged"));
         let reason = match RewardModel::over(&adapter_dir, "yardstick", model) {
             Ok(reward) => {
-                let stats = read_stats(dir, Some(&model.base_sha256))?;
+                let stats = read_stats(dir, Some(model))?;
                 return Ok(Self { model: None, reward, stats });
             }
             Err(reason) => reason,

@@ -1,13 +1,14 @@
 //! The contract between Arete's stages: the words, rows and files they exchange, and their statistics.
 //!
 //! Stages meet in files. This crate owns them: the [vocabulary](Aspect), one struct per [row](rows),
-//! [Parquet](parquet) in and out (feature `parquet`, on by default), [atomic] writing, [content hashes](hashes), the
-//! [statistics](stats) that stages share, and how a failure [counts](Class). No tensors and no command lines here.
+//! [Parquet](parquet) in and out (feature `parquet`, on by default), [atomic] writing, reading [files] of strangers,
+//! [content hashes](hashes), the [statistics](stats) that stages share, and how a failure [counts](Class). No tensors and no
+//! command lines here.
 
 pub mod atomic;
 mod class;
-#[cfg(feature = "parquet")]
 mod error;
+pub mod files;
 pub mod hashes;
 pub mod jsonl;
 mod message;
@@ -19,7 +20,7 @@ pub mod score_stats;
 pub mod stats;
 mod vocabulary;
 
-pub use class::{At, Class, Classified, Refusal, class_of};
+pub use class::{At, Class, Classified, Refusal, class_of, memory_refused};
 pub use error::Error;
 pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
 pub use score_stats::ScoreStats;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, ranges};
 
 /// The tables a recipe may hold: one a stage, and `run` for what stages share.
 pub const TABLES: [&str; 12] = [
@@ -71,7 +71,7 @@ const MAX_RECIPE_BYTES: u64 = 1 << 20;
 ///
 /// [`Error::Io`], [`Error::Recipe`] if the recipe is not readable; [`Error::UnknownTable`],
 /// [`Error::UnknownKey`], naming the nearest known one; [`Error::RecipeValue`] if a value has the
-/// wrong type; [`Error::Config`] if `matches` do not hold `C`.
+/// wrong type; [`Error::Records`] if a number is out of every range; [`Error::Config`] if `matches` do not hold `C`.
 pub fn resolve<C: clap::Args + Serialize + DeserializeOwned>(
     matches: &ArgMatches,
     stage: &str,
@@ -79,18 +79,20 @@ pub fn resolve<C: clap::Args + Serialize + DeserializeOwned>(
 ) -> Result<C, Error> {
     let config_error = |reason: String| Error::Config { stage: stage.to_owned(), reason };
     let parsed = C::from_arg_matches(matches).map_err(|error| config_error(error.to_string()))?;
-    let Some(path) = recipe else {
-        return Ok(parsed);
-    };
     let flags = match serde_json::to_value(&parsed) {
         Ok(Value::Object(flags)) => flags,
         Ok(_) => return Err(config_error("does not serialise to a table".to_owned())),
         Err(error) => return Err(config_error(error.to_string())),
     };
+    ranges::check_flags(matches, &flags)?;
+    let Some(path) = recipe else {
+        return Ok(parsed);
+    };
     let entries = applicable_entries(path, stage, &flags)?;
 
     let mut settings = flags.clone();
     for entry in &entries {
+        ranges::check_entry(path, &entry.table, &entry.key, &entry.value)?;
         overlay(&mut settings, &entry.key, &entry.value, matches);
     }
     serde_json::from_value(Value::Object(settings)).map_err(|error| {
@@ -137,12 +139,7 @@ type Tables = std::collections::BTreeMap<String, Map<String, Value>>;
 
 fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
     let recipe_error = |reason: String| Error::Recipe { path: path.to_owned(), reason };
-    let n_bytes = fs_err::metadata(path)?.len();
-    if n_bytes > MAX_RECIPE_BYTES {
-        let reason = format!("expected at most {MAX_RECIPE_BYTES} bytes, got {n_bytes}");
-        return Err(recipe_error(reason));
-    }
-    let bytes = fs_err::read(path)?;
+    let bytes = arete_records::files::read_capped(path, MAX_RECIPE_BYTES)?;
     let text = String::from_utf8(bytes).map_err(|error| recipe_error(error.to_string()))?;
     let document: toml::Table =
         toml::from_str(&text).map_err(|error| recipe_error(error.to_string()))?;
