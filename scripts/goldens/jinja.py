@@ -229,7 +229,7 @@ FRAGMENTS = [
     "{{ {\n 'a': 1,\n} }}{{ [1,\n2,] }}",
     "{% set x = {'a': [1, {'b': 'c'}]} %}{{ x.a[1].b }}",
     "{% if a is defined and a %}1{% endif %}{% if messages is defined and messages|length > 0 and messages[0]['role'] == 'user' %}2{% endif %}",
-    "{{ '\\u200b\\xad' ~ ['\\u200b', '\\xad', '\\x7f', '\\U0001F600', '\\u3000'] }}",
+    "{{ '\\u200b\\xad' }}{{ ['\\u200b', '\\xad', '\\x7f', '\\U0001F600', '\\u3000'] }}",
     "{{ 1e16 }}{{ 123456789012345680.0 }}{{ 1e-5 }}{{ 0.0001 }}{{ -1e20 }}{{ [1e20, 1e-7] }}{{ 1e20|string }}",
     "{{ \"they're bill's friends\".title() }}{{ 'x-ray 3d'.title() }}",
     "{{ '\\x1c a \\x1f'.strip() }}|{{ '\\x1c a \\x1f'.lstrip() }}|{{ '\\x1c a \\x1f'.rstrip() }}|{{ '\\x1da'|trim }}",

@@ -17,6 +17,7 @@ use arete_records::{At, Error, FinishReason, Message, Refusal, Role, parquet};
 use serde_json::{Map, Value};
 
 use crate::Transcript;
+use crate::constitution::Turns;
 use crate::dialogue;
 use crate::exemplars::{Exemplar, Use};
 
@@ -177,14 +178,15 @@ pub fn of_record(
     } else if has("corrects") {
         choice(record)?
     } else if has("use") {
-        let exemplar = Exemplar::of_record(record.clone())?;
+        let turns = Turns::default();
+        let exemplar = Exemplar::of_record(record, &turns)?;
         let Some(worse) = exemplar.worse.as_ref().filter(|_| exemplar.r#use == Use::Calibration)
         else {
             return Ok(None);
         };
-        [&exemplar.action, &worse.action].map(|reply| {
+        [&exemplar.replies, worse].map(|replies| {
             let mut messages = exemplar.prompt_messages();
-            messages.push(Message::assistant(reply.trim()));
+            messages.push(Message::assistant(replies.answer(&turns)));
             messages
         })
     } else {

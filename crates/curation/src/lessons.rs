@@ -4,15 +4,16 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::Turns;
 use arete_chain::pairs::Parts;
-use arete_records::{Aspect, At, Message, atomic, split_of};
+use arete_records::{At, Message, atomic, split_of};
 use serde_json::{Value, json};
 
-use crate::constitution::Constitution;
 use crate::judge::Questions;
 use crate::judge::{JudgeConfig, Method};
+use crate::words::Words;
 use crate::{Error, calibrate, prompts};
-use arete_chain::exemplars::{self, Exemplar, Use};
+use arete_chain::exemplars::{self, Exemplar, Replies, Use};
 
 /// Settings of `lessons`.
 #[derive(Debug, Clone, clap::Args)]
@@ -45,16 +46,18 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
             got: config.method.name().to_owned(),
         });
     }
-    let constitution = Constitution::load(&config.judge.constitution)?;
+    let words = Words::of(config.judge.constitution.as_deref(), None)?;
+    let constitution = words.constitution()?;
+    let turns = &constitution.turns;
     let shots = match config.judge.few_shot {
         0 => Vec::new(),
-        _ => exemplars::load(&config.judge.exemplars, Use::FewShot)?,
+        _ => exemplars::load(&config.judge.exemplars, Use::FewShot, turns)?,
     };
-    let questions = Questions::new(&config.judge, &constitution, &shots, config.method, true)?;
+    let questions = Questions::new(&config.judge, constitution, &shots, config.method, true)?;
     let (mut text, mut n_pairs, mut n_long) = (String::new(), 0, 0);
     for path in pairs {
         for (line, record) in prompts::read_records(path)? {
-            for (question, better, worse) in teaching(path, line, record)? {
+            for (question, better, worse) in teaching(path, line, record, turns)? {
                 let sides = [better.as_slice(), worse.as_slice()];
                 let n_chars: usize = (question.iter().chain(&better).chain(&worse))
                     .map(|message| message.content.chars().count())
@@ -90,34 +93,25 @@ fn teaching(
     path: &Path,
     line: usize,
     record: serde_json::Map<String, Value>,
+    turns: &Turns,
 ) -> Result<Vec<Parts>, Error> {
     if !record.contains_key("use") {
         return Ok(calibrate::sides_of(path, line, &record)?.into_iter().collect());
     }
-    let exemplar = Exemplar::of_record(record).map_err(|e| e.at(path, At::Line(line)))?;
+    let exemplar = Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
     if exemplar.r#use == Use::Calibration {
         return Ok(Vec::new());
     }
-    Ok(Aspect::ALL.into_iter().filter_map(|aspect| through(&exemplar, aspect)).collect())
+    Ok((0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn)).collect())
 }
 
-/// Both sides of an exemplar through the reply of `aspect`; `None` without a worse one.
-fn through(exemplar: &Exemplar, aspect: Aspect) -> Option<Parts> {
+/// Both sides of an exemplar through the reply of the turn at `turn`; `None` without a worse one.
+fn through(exemplar: &Exemplar, turns: &Turns, turn: usize) -> Option<Parts> {
     let worse = exemplar.worse.as_ref()?;
-    let side = |replies: [&str; 3]| -> Option<Vec<Message>> {
-        let mut side = Vec::new();
-        for (turn, reply) in Aspect::ALL.into_iter().zip(replies).take(aspect.index() + 1) {
-            if reply.trim().is_empty() {
-                return None;
-            }
-            side.extend(turn.question().map(Message::user));
-            side.push(Message::assistant(reply.trim()));
-        }
-        Some(side)
+    let side = |replies: &Replies| -> Option<Vec<Message>> {
+        Some(turns.conversation(&[], &replies.through(turns, turn)?))
     };
-    let better = side([&exemplar.action, &exemplar.motivation, &exemplar.consequence])?;
-    let worse = side([&worse.action, &worse.motivation, &worse.consequence])?;
-    Some((exemplar.prompt_messages(), better, worse))
+    Some((exemplar.prompt_messages(), side(&exemplar.replies)?, side(worse)?))
 }
 
 #[cfg(test)]
@@ -136,9 +130,10 @@ mod tests {
         let (pairs, output) = (dir.path().join("pairs.jsonl"), dir.path().join("out.jsonl"));
         fs_err::write(&pairs, include_str!("../../../tests/fixtures/exemplars.jsonl")).unwrap();
         let constitution = dir.path().join("constitution.toml");
-        fs_err::write(&constitution, crate::constitution::tests::EXAMPLE).unwrap();
+        fs_err::write(&constitution, include_str!("../../../tests/fixtures/constitution.toml"))
+            .unwrap();
         let mut config = config(flags);
-        config.judge.constitution = constitution;
+        config.judge.constitution = Some(constitution);
         let n = write(&config, &[pairs], &output)?;
         let text = fs_err::read_to_string(output)?;
         let rows: Vec<Value> =

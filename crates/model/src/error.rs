@@ -26,7 +26,7 @@ pub enum Error {
 
     /// libtorch refused an operation (out of memory, no such device, …).
     #[error("libtorch: {}", first_line(.0))]
-    Torch(#[from] tch::TchError),
+    Torch(tch::TchError),
 
     /// The GPU cannot be used: a library is missing, a kernel does not compile, a launch failed.
     #[error(transparent)]
@@ -224,6 +224,13 @@ impl Error {
     #[cfg(feature = "hub")]
     pub(crate) fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
         Self::Io(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    }
+}
+
+// By hand: as a source of this error it would be printed once more, with the stack of libtorch's functions.
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error)
     }
 }
 

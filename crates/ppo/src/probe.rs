@@ -6,7 +6,7 @@
 use arete_chain::reward_model::Base;
 use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::RolloutRow;
-use arete_records::{Aspect, stats};
+use arete_records::stats;
 
 use crate::Error;
 use crate::alarm::Baseline;
@@ -14,7 +14,7 @@ use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
-use crate::scorer::{Ensemble, Yardstick};
+use crate::scorer::{RewardModels, Yardstick};
 
 /// What is probed, and with what.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub struct Probe<'a> {
     /// Its chat template.
     pub chat: &'a Chat<'a>,
     /// The reward models.
-    pub ensemble: &'a Ensemble,
+    pub rewards: &'a RewardModels,
     /// One more, beside them.
     pub yardstick: Option<&'a Yardstick>,
     /// The prompts.
@@ -51,10 +51,7 @@ pub struct Report {
 impl Report {
     /// Tokens sampled.
     pub fn n_sampled(&self) -> usize {
-        let of = |row: &RolloutRow| {
-            let turns = [row.n_tokens_action, row.n_tokens_motivation, row.n_tokens_consequence];
-            turns.into_iter().flatten().sum::<i32>()
-        };
+        let of = |row: &RolloutRow| row.turns.iter().filter_map(|turn| turn.n_tokens).sum::<i32>();
         usize::try_from(self.rows.iter().map(of).sum::<i32>()).expect("counts are not negative")
     }
 }
@@ -64,7 +61,7 @@ impl Probe<'_> {
     ///
     /// # Errors
     ///
-    /// As [`Sampler::sample`] and [`Ensemble::scores`].
+    /// As [`Sampler::sample`] and [`RewardModels::scores`].
     pub fn run(
         &self,
         policy: &Adapter,
@@ -85,7 +82,7 @@ impl Probe<'_> {
         let budget = config.micro_batch_tokens;
         let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
         let prompt_id = |c: &Conversation| self.prompts[c.prompt].prompt_id.clone();
-        let scores = self.ensemble.scores(base, &conversations, iteration, prompt_id)?;
+        let scores = self.rewards.scores(base, &conversations, iteration, prompt_id)?;
         // The KL of what is sampled here; greedy answers have none, and are measured as if they had been sampled.
         let sampled = self.sampler.temperature > 0.0;
         let temperature = if sampled { self.sampler.temperature } else { config.temperature };
@@ -94,10 +91,10 @@ impl Probe<'_> {
         let layout = Layout::new(&conversations);
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
 
-        let aspects: Vec<Aspect> =
-            self.ensemble.members.iter().map(|member| member.aspect).collect();
+        let aspects = self.rewards.aspects();
+        let turns = &self.sampler.turns;
         let mut metrics: Vec<(String, f64)> =
-            describe(&conversations, &aspects, &assessment.scores)
+            describe(&conversations, &aspects, turns, &assessment.scores)
                 .into_iter()
                 .map(|(name, value)| (format!("probe/{name}"), value))
                 .collect();
@@ -119,7 +116,7 @@ impl Probe<'_> {
             z_mean: stats::mean(&z_means),
             baseline,
             metrics,
-            rows: rows(iteration, &conversations, &self.prompts, &assessment),
+            rows: rows(iteration, &conversations, &self.prompts, &assessment, turns, self.rewards),
         })
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
-use arete_chain::{Reading, RewardModel, Transcript};
+use arete_chain::{Reading, RewardModel, Transcript, Turns};
 use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source, Tensor};
 use arete_records::{Aspect, ScoreStats, stats};
 
@@ -13,27 +13,28 @@ use crate::rollout::Conversation;
 
 /// What gives a score.
 #[derive(Debug)]
-enum Judge {
+enum Scorer {
     Model(RewardModel),
     Rule(ProgrammedReward),
 }
 
-/// One member of the ensemble.
+/// One of the reward models.
 #[derive(Debug)]
 pub struct Member {
     /// What it scores.
     pub aspect: Aspect,
-    judge: Judge,
+    /// Place of that turn in the chain.
+    pub(crate) turn: usize,
+    scorer: Scorer,
     /// What its scores are standardised with; none until they are known.
     pub stats: Option<ScoreStats>,
 }
 
-/// The ensemble.
+/// The reward models of a run.
 #[derive(Debug)]
-pub struct Ensemble {
-    /// Its members, in the order of aspects.
+pub struct RewardModels {
+    /// Its members, in the order of their turns.
     pub members: Vec<Member>,
-    kind: RolloutKind,
 }
 
 /// Scores of a rollout.
@@ -60,38 +61,43 @@ impl Scores {
     }
 }
 
-impl Ensemble {
-    /// Loads the reward models of a directory: `<aspect>/adapter`, `<aspect>/score_stats.json`.
+impl RewardModels {
+    /// Loads the reward models of the turns that are asked for: `<turn>/adapter`, `<turn>/score_stats.json`.
     ///
     /// # Errors
     ///
     /// [`Error::NotAReward`] if a head is missing or statistics are unusable; [`Error::Model`] if a file is, or the model
     /// was trained on another base.
-    pub fn load(dir: &Path, model: &Model, kind: RolloutKind) -> Result<Self, Error> {
-        let members = Aspect::ALL
-            .into_iter()
-            .map(|aspect| {
+    pub fn load(
+        dir: &Path,
+        model: &Model,
+        turns: &Turns,
+        kind: RolloutKind,
+    ) -> Result<Self, Error> {
+        let members = asked(turns, kind)
+            .map(|(turn, aspect)| {
                 let dir = dir.join(aspect.name());
                 let reward = RewardModel::over(&dir.join("adapter"), aspect.name(), model)?;
                 let stats = read_stats(&dir, Some(model))?;
-                Ok(Member { aspect, judge: Judge::Model(reward), stats })
+                Ok(Member { aspect, turn, scorer: Scorer::Model(reward), stats })
             })
             .collect::<Result<_, Error>>()?;
-        Ok(Self { members, kind })
+        Ok(Self { members })
     }
 
-    /// The three aspects' reward models as they are given, their scores taken as standardised already.
+    /// Reward models of the first turns as they are given, their scores taken as standardised already.
     pub fn of_models(
-        models: [(Adapter, ScalarHead); 3],
+        models: Vec<(Adapter, ScalarHead)>,
         reading: &Reading,
+        turns: &Turns,
         kind: RolloutKind,
     ) -> Self {
-        let members = Aspect::ALL
-            .into_iter()
+        let members = asked(turns, kind)
             .zip(models)
-            .map(|(aspect, (adapter, head))| Member {
+            .map(|((turn, aspect), (adapter, head))| Member {
                 aspect,
-                judge: Judge::Model(RewardModel::of(Some(adapter), head, reading.clone())),
+                turn,
+                scorer: Scorer::Model(RewardModel::of(Some(adapter), head, reading.clone())),
                 stats: Some(ScoreStats {
                     mean: 0.0,
                     std: 1.0,
@@ -103,25 +109,21 @@ impl Ensemble {
                 }),
             })
             .collect();
-        Self { members, kind }
+        Self { members }
     }
 
     /// Members that score by rule: one for each reply.
-    pub fn programmed(rule: &ProgrammedReward, kind: RolloutKind) -> Self {
-        let members = Aspect::ALL
-            .into_iter()
-            .take(kind.n_turns())
-            .map(|aspect| Member { aspect, judge: Judge::Rule(rule.clone()), stats: None })
-            .collect();
-        Self { members, kind }
+    pub fn programmed(rule: &ProgrammedReward, turns: &Turns, kind: RolloutKind) -> Self {
+        let member = |(turn, aspect)| {
+            let scorer = Scorer::Rule(rule.clone());
+            Member { aspect, turn, scorer, stats: None }
+        };
+        Self { members: asked(turns, kind).map(member).collect() }
     }
 
-    /// The reply that a member scores.
-    fn turn_of(&self, member: &Member) -> usize {
-        match self.kind {
-            RolloutKind::Chain => member.aspect.index(),
-            RolloutKind::Answer => 0,
-        }
+    /// The members' turns.
+    pub fn aspects(&self) -> Vec<Aspect> {
+        self.members.iter().map(|member| member.aspect).collect()
     }
 
     /// The members' raw scores, `[B][K]`, and the tokens they read. Each is read after the conversation through the member's reply, whole as the
@@ -138,15 +140,15 @@ impl Ensemble {
         let mut out = vec![Vec::with_capacity(self.members.len()); conversations.len()];
         let mut n_tokens = 0;
         for member in &self.members {
-            let turn = self.turn_of(member);
-            let scores = match &member.judge {
-                Judge::Model(reward) => {
+            let turn = member.turn;
+            let scores = match &member.scorer {
+                Scorer::Model(reward) => {
                     let (scores, n_read) =
                         reward.scores(base, &transcripts(conversations, turn))?;
                     n_tokens += n_read;
                     scores
                 }
-                Judge::Rule(rule) => conversations.iter().map(|c| rule.score(c, turn)).collect(),
+                Scorer::Rule(rule) => conversations.iter().map(|c| rule.score(c, turn)).collect(),
             };
             out.iter_mut().zip(scores).for_each(|(row, score)| row.push(score));
         }
@@ -157,7 +159,7 @@ impl Ensemble {
     ///
     /// # Errors
     ///
-    /// As [`Ensemble::raw_scores`], and [`Error::NonFiniteScore`].
+    /// As [`RewardModels::raw_scores`], and [`Error::NonFiniteScore`].
     ///
     /// # Panics
     ///
@@ -188,7 +190,7 @@ impl Ensemble {
     pub(crate) fn learned_columns(&self, raw: &[Vec<f64>]) -> Vec<(Aspect, Vec<f64>)> {
         let members = self.members.iter().enumerate();
         members
-            .filter(|(_, member)| matches!(member.judge, Judge::Model(_)))
+            .filter(|(_, member)| matches!(member.scorer, Scorer::Model(_)))
             .map(|(idx, member)| (member.aspect, column(raw, idx)))
             .collect()
     }
@@ -290,7 +292,7 @@ impl Yardstick {
     ///
     /// # Errors
     ///
-    /// As [`Ensemble::scores`].
+    /// As [`RewardModels::scores`].
     pub fn scores(
         &self,
         base: Base<'_>,
@@ -310,6 +312,11 @@ impl Yardstick {
         let z = |score| self.stats.as_ref().map_or(score, |stats| standardise(score, stats));
         Ok(raw.into_iter().map(z).collect())
     }
+}
+
+/// The turns that are asked for, with their places.
+pub(crate) fn asked(turns: &Turns, kind: RolloutKind) -> impl Iterator<Item = (usize, Aspect)> {
+    turns.names().into_iter().enumerate().take(kind.n_turns(turns.len()))
 }
 
 /// The scores of one member.
@@ -360,7 +367,7 @@ mod tests {
 
     fn chain(replies: [&str; 3], n_tokens: [usize; 3]) -> Conversation {
         let messages =
-            arete_chain::conversation(&[Message::system("s"), Message::user("q")], replies);
+            Turns::default().conversation(&[Message::system("s"), Message::user("q")], &replies);
         let mut at = 4;
         let replies = n_tokens
             .map(|n| {
@@ -394,14 +401,17 @@ mod tests {
 
     #[test]
     fn members_are_calibrated_once_and_must_vary() {
-        let mut ensemble =
-            Ensemble::programmed(&ProgrammedReward::Letter('e'), RolloutKind::Answer);
-        assert_eq!(ensemble.members.len(), 1);
-        let error = ensemble.calibrate(&[vec![0.5], vec![0.5]], "validation", "x").unwrap_err();
+        let mut rewards = RewardModels::programmed(
+            &ProgrammedReward::Letter('e'),
+            &Turns::default(),
+            RolloutKind::Answer,
+        );
+        assert_eq!(rewards.members.len(), 1);
+        let error = rewards.calibrate(&[vec![0.5], vec![0.5]], "validation", "x").unwrap_err();
         assert!(error.to_string().contains("got 0.5 for all 2"), "{error}");
-        ensemble.calibrate(&[vec![1.0], vec![3.0]], "validation", "x").unwrap();
-        ensemble.calibrate(&[vec![100.0], vec![300.0]], "validation", "x").unwrap();
-        let stats = ensemble.members[0].stats.as_ref().unwrap();
+        rewards.calibrate(&[vec![1.0], vec![3.0]], "validation", "x").unwrap();
+        rewards.calibrate(&[vec![100.0], vec![300.0]], "validation", "x").unwrap();
+        let stats = rewards.members[0].stats.as_ref().unwrap();
         assert_eq!((stats.mean, stats.std, stats.n), (2.0, 1.0, 2));
     }
 }

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use crate::{Error, ranges};
 
 /// The tables a recipe may hold: one a stage, and `run` for what stages share.
-pub const TABLES: [&str; 12] = [
+pub const TABLES: [&str; 13] = [
     "prompts",
     "demonstrations",
     "sft",
@@ -23,6 +23,7 @@ pub const TABLES: [&str; 12] = [
     "calibrate",
     "reward",
     "ppo",
+    "dpo",
     "scoring",
     "run",
     "yardstick",
@@ -30,7 +31,7 @@ pub const TABLES: [&str; 12] = [
 ];
 
 /// The keys of `[run]`: each is the default of every stage that has a setting of that name.
-pub const RUN_KEYS: [&str; 5] = ["seed", "model", "device", "dtype", "threads"];
+pub const RUN_KEYS: [&str; 6] = ["seed", "model", "device", "dtype", "threads", "constitution"];
 
 /// Largest recipe that is read, in bytes.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;

@@ -4,8 +4,11 @@
 //!
 //! Python 3.11, `str`; Jinja2 3.1, `filters.py`, `tests.py`.
 
-use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, from_args};
-use minijinja::{Environment, Error, ErrorKind, State};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Tuple, Value, ValueKind, from_args};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
 use minijinja_contrib::{filters, globals, pycompat};
 
 use super::source::STORE;
@@ -20,7 +23,10 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
             Some(Ok(None)) | None => pycompat::unknown_method_callback(state, value, method, args),
         }
     });
-    environment.set_formatter(|out, _, value| {
+    environment.set_formatter(|out, state, value| {
+        if !matches!(state.auto_escape(), AutoEscape::None) {
+            return minijinja::escape_formatter(out, state, value);
+        }
         let written = match value.kind() {
             ValueKind::Undefined => return Ok(()),
             ValueKind::Number if is_float(value) => out.write_str(&float(value)),
@@ -87,12 +93,15 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
         Ok::<_, Error>(number.map_or(default, Value::from))
     });
     environment.add_function("joiner", globals::joiner);
-    environment.add_function("cycler", |items: Rest<Value>| globals::cycler(items.0));
+    environment.add_function("cycler", |items: Rest<Value>| match items.0.is_empty() {
+        true => Err(wrong("cycler: at least one item has to be provided")),
+        false => Ok(Value::from_object(Cycler { items: items.0, at: AtomicUsize::new(0) })),
+    });
     environment.add_function("lipsum", || {
         Err::<Value, _>(wrong("lipsum: random text is not supported"))
     });
     environment.add_function("dict", dict);
-    environment.add_global("self", Value::from_iter(std::iter::empty::<(&str, Value)>()));
+    environment.add_global("self", Value::from_pairs(std::iter::empty::<(&str, Value)>()));
 }
 
 fn wrong(what: &'static str) -> Error {
@@ -251,21 +260,25 @@ fn split(
     Ok(pieces.into_iter().map(Value::from).collect())
 }
 
+fn trimmed(text: &str, from_right: bool) -> &str {
+    match from_right {
+        true => text.trim_end_matches(is_space),
+        false => text.trim_start_matches(is_space),
+    }
+}
+
+/// Runs of white space part the pieces; what is left after `most` of them stays as it is, but for the side it was cut from.
 fn split_at_space(text: &str, most: usize, from_right: bool) -> Vec<&str> {
     let mut pieces = Vec::new();
-    let mut rest = strip(text);
-    while pieces.len() < most {
+    let mut rest = trimmed(text, from_right);
+    while pieces.len() < most && !rest.is_empty() {
         let cut = if from_right { rest.rfind(is_space) } else { rest.find(is_space) };
         let Some(at) = cut else { break };
         let width = rest[at..].chars().next().map_or(1, char::len_utf8);
         let (before, after) = (&rest[..at], &rest[at + width..]);
-        if from_right {
-            pieces.push(after);
-            rest = before.trim_end_matches(is_space);
-        } else {
-            pieces.push(before);
-            rest = after.trim_start_matches(is_space);
-        }
+        let (piece, left) = if from_right { (after, before) } else { (before, after) };
+        pieces.push(piece);
+        rest = trimmed(left, from_right);
     }
     if !rest.is_empty() {
         pieces.push(rest);
@@ -368,7 +381,7 @@ fn dict(entries: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
         put(Value::from(key), kwargs.get(key)?);
     }
     kwargs.assert_all_used()?;
-    Ok(pairs.into_iter().collect())
+    Ok(Value::from_pairs(pairs))
 }
 
 /// Jinja2's `truncate(length, killwords, end, leeway)`, with its default of five characters more.
@@ -562,6 +575,45 @@ fn repr_of_text(text: &str) -> String {
     }
     out.push(quote);
     out
+}
+
+/// Jinja2's `cycler`: one item after the other, without end.
+#[derive(Debug)]
+struct Cycler {
+    items: Vec<Value>,
+    at: AtomicUsize,
+}
+
+impl Object for Cycler {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let current = self.at.load(Ordering::Relaxed) % self.items.len();
+        (key.as_str() == Some("current")).then(|| self.items[current].clone())
+    }
+
+    fn call_method(
+        self: &Arc<Self>,
+        _: &mut State<'_, '_>,
+        method: &str,
+        args: &[Value],
+    ) -> Result<Value, Error> {
+        let () = from_args(args)?;
+        match method {
+            "next" => Ok(self.items[self.at.fetch_add(1, Ordering::Relaxed) % self.items.len()].clone()),
+            "reset" => {
+                self.at.store(0, Ordering::Relaxed);
+                Ok(().into())
+            }
+            _ => Err(Error::from(ErrorKind::UnknownMethod)),
+        }
+    }
+
+    fn render(self: &Arc<Self>, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("<Cycler>") // what it holds may hold it
+    }
 }
 
 /// Neither control, format, private nor separator, but for the space.

@@ -168,7 +168,7 @@ pub(super) fn set_prefix_space(json: &mut Value, config: &Map<String, Value>) {
 /// Older files of Llama prepend by a normaliser and strip by a decoder.
 fn without_prefix(json: &mut Value) {
     each(&mut json["normalizer"], &mut |part| {
-        if let Some(parts) = part["normalizers"].as_array_mut() {
+        if let Some(parts) = part.get_mut("normalizers").and_then(Value::as_array_mut) {
             parts.retain(|part| part["type"] != "Prepend");
         }
     });
@@ -176,7 +176,7 @@ fn without_prefix(json: &mut Value) {
         json["normalizer"] = Value::Null;
     }
     each(&mut json["decoder"], &mut |part| {
-        if let Some(parts) = part["decoders"].as_array_mut() {
+        if let Some(parts) = part.get_mut("decoders").and_then(Value::as_array_mut) {
             parts.retain(|part| !(part["type"] == "Strip" && part["start"] == json!(1)));
         }
     });

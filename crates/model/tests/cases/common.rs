@@ -34,7 +34,9 @@ impl Scratch {
         for entry in fs_err::read_dir(from).unwrap() {
             let path = entry.unwrap().path();
             if path.is_file() {
-                fs_err::write(to.join(path.file_name().unwrap()), fs_err::read(&path).unwrap()).unwrap();
+                let target = to.join(path.file_name().unwrap());
+                let _ = fs_err::remove_file(&target); // it may be a link by now
+                fs_err::write(target, fs_err::read(&path).unwrap()).unwrap();
             }
         }
         to

@@ -269,6 +269,7 @@ fn wrong_directories_are_told_what_they_are() {
     fs_err::create_dir(scratch.at("empty")).unwrap();
     as_model(&scratch.at("empty"), &["config.json"]);
     let variant = scratch.copy(&base, "variant");
+    fs_err::remove_file(variant.join("golden.safetensors")).unwrap();
     fs_err::rename(variant.join("model.safetensors"), variant.join("model.fp16.safetensors")).unwrap();
     as_model(&variant, &["model.fp16.safetensors"]);
 
