@@ -143,7 +143,7 @@ impl ModelConfig {
 }
 
 /// A number that a file holds as f32, as people write it: 1e-5, not 0.000009999999747378752.
-fn decimal(value: f64) -> f64 {
+pub(super) fn decimal(value: f64) -> f64 {
     let narrow = value as f32;
     if f64::from(narrow) != value {
         return value;

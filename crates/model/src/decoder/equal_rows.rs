@@ -36,9 +36,10 @@ fn decoder(kind: Kind) -> Decoder {
     };
     let embedding = matrix("embedding", 1000, 576, kind);
     Decoder {
+        path: "equal rows".into(),
         device: Device::Cpu,
         kind,
-        head: embedding.shallow_clone(),
+        head: Some(embedding.shallow_clone()),
         embedding,
         layers: Layers::Held(vec![layer]),
         norm: ones(),
