@@ -74,6 +74,11 @@ $(BINARIES):
 	cargo build --release --workspace --bins
 	@touch $@
 
+PREFIX ?= /usr/local# where `make install` puts bin/, lib/arete/ and share/arete/
+.PHONY: install
+install: $(BINARIES) ## install the programs with libtorch, recipes and data below PREFIX; they need no checkout
+	python3 scripts/install.py $(PREFIX)
+
 ##@ Tests
 
 # Tests run side by side already: more threads inside each would only wait for one another.
@@ -107,6 +112,8 @@ reuse: $(READY) ## build and run a project outside the workspace that adds arete
 
 .PHONY: torture
 torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing (hours)
+	bash scripts/aarch64.sh
+	cargo test --release --workspace --features arete-model/portable --test decoder_goldens --test invariance
 	ARETE_TORTURE=1 cargo test --release --workspace -- torture --nocapture --test-threads 1
 
 .PHONY: referees
@@ -127,6 +134,11 @@ bench: $(BINARIES) ## speed of every stage beside what the hardware allows
 	$(ARETE)-reward bench --model $(SMOLLM2)
 	$(ARETE)-dpo bench --model $(SMOLLM2)
 	$(ARETE)-ppo bench --model $(SMOLLM2)
+
+PEERS ?= ../shared/peers# scripts of the peers, laid out as their setup.sh says
+.PHONY: peers
+peers: $(BINARIES) ## speed beside the peers' in the same run, as ratios (hours of Python set up first)
+	python3 scripts/bench/peers.py $(PEERS)
 
 MISTRAL_7B := .deps/mistral-7b-random
 .PHONY: bench-7b

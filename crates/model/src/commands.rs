@@ -9,7 +9,7 @@ use serde_json::json;
 use arete_model::adapter_files::{self, LoadedAdapter, Task};
 use arete_model::{
     Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, default_dtype,
-    kernels_name, merge, packing,
+    kernels_name, machine, merge, packing,
 };
 
 mod bench;
@@ -50,6 +50,8 @@ enum Command {
     Merge(Merge),
     /// Measure sampling, prefill and training against this machine's matrix products
     Bench(bench::Bench),
+    /// Show what this machine is and what of it is used, as JSON: CPU, instruction sets, cores, threads, number format, GPUs
+    Machine,
     /// Upload an adapter, a merged model or a data set to the hub, with a card
     Push(push::Push),
 }
@@ -144,6 +146,11 @@ impl ModelArgs {
     }
 }
 
+fn show_machine() -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(&machine::Machine::look())?;
+    writeln!(std::io::stdout().lock(), "{text}").context("writing to stdout")
+}
+
 #[derive(Debug, clap::Args)]
 struct Inspect {
     /// Hugging Face directory, GGUF file or hub id (for --plan a config.json is enough)
@@ -195,6 +202,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Quantize(arguments) => run_quantize(&arguments),
         Command::Merge(arguments) => run_merge(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Machine => show_machine(),
         Command::Push(arguments) => push::run(&arguments),
     }
 }

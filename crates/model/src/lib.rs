@@ -22,8 +22,11 @@ mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod json;
+#[cfg(test)]
+mod levels;
 pub mod logprobs;
 mod lora;
+pub mod machine;
 pub mod merge;
 mod model;
 pub mod nf4;
@@ -47,7 +50,7 @@ pub use json::read_object as read_json_object;
 pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;
 pub use nf4::Nf4Options;
-pub use ops::kernels_name;
+pub use ops::{Amx, kernels_name};
 pub use self_test::{OnednnIsa, ProductTest, SelfTest, self_tests};
 pub use tch::{Device, Kind, Tensor, no_grad_guard};
 pub use template::ChatTemplate;

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use arete_chain::constitution::{self, Constitution};
 use arete_chain::{Turns, reading};
+use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
 use arete_records::{parquet, score_stats, stats};
@@ -84,6 +85,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
+    Machine::write(run.output())?;
     run.finish(Completion {
         device: runtime::device_name(options.device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),

@@ -8,6 +8,7 @@ use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::{CutReply, Reading, Transcript, Turns, through_aspect};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
@@ -297,6 +298,7 @@ impl Base<'_> {
             tracing::info!(mib = bytes >> 20, "peak memory");
             timings::log(&output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
         }
+        Machine::write(&output)?;
         job.run.finish(Completion {
             device: runtime::device_name(device),
             dtype: runtime::dtype_name(self.options.dtype).to_owned(),

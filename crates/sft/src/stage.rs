@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
 use arete_records::Split;
 use arete_stage::run::{self, Completion, StageSpec, Start};
@@ -134,6 +135,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         let fields = [("peak_rss_bytes", bytes.into())];
         arete_stage::timings::log(output, "memory", 0.0, &fields)?;
     }
+    Machine::write(output)?;
     run.finish(Completion {
         device: runtime::device_name(device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),

@@ -171,7 +171,7 @@ fn what_is_not_supported_is_named() {
         ),
         (
             json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
-            "expected nf4, found nothing",
+            "load_in_8bit: expected four-bit NF4",
         ),
     ] {
         let text = message(changes);

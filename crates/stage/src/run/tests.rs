@@ -388,7 +388,9 @@ fn hashes_are_those_of_sha256sum() {
     // printf '%s  abc\n%s  sub/abc\n' $abc $abc | sha256sum
     fs_err::create_dir(dir.path().join("sub")).unwrap();
     fs_err::write(dir.path().join("sub/abc"), b"abc").unwrap();
-    for bookkeeping in ["run.json", "timings.jsonl", "events.out.tfevents.1.x", ".lock", "a.log"] {
+    for bookkeeping in
+        ["run.json", "timings.jsonl", "machine.json", "events.out.tfevents.1.x", ".lock", "a.log"]
+    {
         fs_err::write(dir.path().join(bookkeeping), b"now").unwrap();
     }
     assert_eq!(sha256_path(dir.path()).unwrap(), TWO_FILES);
