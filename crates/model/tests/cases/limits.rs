@@ -16,7 +16,7 @@ fn devices_and_pipes_are_no_files_of_a_model() {
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     for file in files {
         for target in ["/dev/zero", text(&pipe)] {
-            let model = scratch.copy(&golden("llama_untied"), "model");
+            let model = scratch.copy(&golden("llama_untied"), &format!("{file} {}", target.len()));
             let _ = fs_err::remove_file(model.join(file));
             fs_err::os::unix::fs::symlink(target, model.join(file)).unwrap();
             // A single weight file that is none is passed over for shards, which are not there either.
