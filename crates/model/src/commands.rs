@@ -16,8 +16,6 @@ mod bench;
 mod generate;
 mod lines;
 mod logprobs;
-mod plan;
-mod push;
 
 /// Generate, score, inspect and convert Llama and Mistral models
 #[derive(Debug, clap::Parser)]
@@ -31,7 +29,6 @@ const EXAMPLES: &str = "Examples:
   arete-model generate --model DIR --prompt 'How do I apologise?'
   arete-model logprobs --model FILE.gguf --jsonl conversations.jsonl
   arete-model inspect --model owner/name
-  arete-model inspect --model DIR --plan --recipe recipes/recommended.toml --device cuda
   arete-model merge --model DIR --adapter ADAPTER --output MERGED";
 
 #[derive(Debug, clap::Subcommand)]
@@ -52,8 +49,6 @@ enum Command {
     Bench(bench::Bench),
     /// Show what this machine is and what of it is used, as JSON: CPU, instruction sets, cores, threads, number format, GPUs
     Machine,
-    /// Upload an adapter, a merged model or a data set to the hub, with a card
-    Push(push::Push),
 }
 
 /// Which model, and how it is held.
@@ -153,14 +148,12 @@ fn show_machine() -> anyhow::Result<()> {
 
 #[derive(Debug, clap::Args)]
 struct Inspect {
-    /// Hugging Face directory, GGUF file or hub id (for --plan a config.json is enough)
+    /// Hugging Face directory, GGUF file or hub id
     #[arg(long, value_name = "DIR|FILE.gguf|ID")]
     model: String,
     /// List every tensor
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long)]
     tensors: bool,
-    #[command(flatten)]
-    plan: plan::PlanArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -203,14 +196,10 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Merge(arguments) => run_merge(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Machine => show_machine(),
-        Command::Push(arguments) => push::run(&arguments),
     }
 }
 
 fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
-    if arguments.plan.plan {
-        return plan::run(&arguments.model, &arguments.plan);
-    }
     let checkpoint = Checkpoint::open(&Source::parse(&arguments.model)?)?;
     let config = checkpoint.config();
     let (mut n_weights, mut n_linear) = (0i64, 0i64);

@@ -31,6 +31,8 @@ use crate::scorer::{RewardModels, Yardstick, asked};
 use crate::update::Optimisers;
 use crate::{Config, Error};
 
+/// The setting that says how long it is trained: with more of it, training goes on.
+const AMOUNTS: [&str; 1] = ["iterations"];
 /// Names of the optimisers inside checkpoints.
 const POLICY: &str = "policy";
 const CRITIC: &str = "critic";
@@ -152,13 +154,14 @@ fn open(
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &["max_rows", "keep_graph_tokens"]);
-    Ok(run::begin(StageSpec {
+    let spec = StageSpec {
         stage: "ppo",
         output: &inputs.output,
         config: recorded,
         seed: config.seed,
         inputs: files,
-    })?)
+    };
+    Ok(run::begin_growing(spec, &AMOUNTS)?)
 }
 
 /// Everything a run holds.

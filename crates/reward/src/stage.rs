@@ -25,6 +25,8 @@ use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::{Config, Error};
 
+/// Settings that say how long it is trained: with more of them, training goes on.
+const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
 /// Name of the head among the trained tensors (peft's key of a saved module).
 const HEAD: &str = "base_model.model.score.weight";
 /// Name of the file in a conversations directory.
@@ -187,7 +189,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             seed: config.seed,
             inputs: files,
         };
-        match run::begin(spec)? {
+        match run::begin_growing(spec, &AMOUNTS)? {
             Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
             Start::Run(run) => {
                 if let Some(own) = &carried {

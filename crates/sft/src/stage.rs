@@ -16,6 +16,9 @@ use crate::data::{self, Example, Examples};
 use crate::objective::CrossEntropy;
 use crate::{Config, Error};
 
+/// Settings that say how long it is trained: with more of them, training goes on.
+const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
+
 /// Rows whose logits are compared between the merged and the unmerged model.
 const COMPARED_ROWS: usize = 128;
 
@@ -40,13 +43,8 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &[]);
-    let run = match run::begin(StageSpec {
-        stage: "sft",
-        output,
-        config: recorded,
-        seed: config.seed,
-        inputs,
-    })? {
+    let spec = StageSpec { stage: "sft", output, config: recorded, seed: config.seed, inputs };
+    let run = match run::begin_growing(spec, &AMOUNTS)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %output.display(), "up to date");
             return Ok(());
