@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use arete_model::{Chat, Error, Model};
-use arete_records::{FinishReason, Message, Role, atomic};
+use arete_records::{FinishReason, Message, Role, atomic, files};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -54,6 +54,9 @@ pub enum Side {
 pub enum ReadAt {
     /// At the last token of what is read.
     LastToken,
+    /// At the last token that is not this one (padding), as transformers' models for sequence classification do: of theirs, a
+    /// model whose padding is its end of turn reads before that.
+    LastExcept(i64),
 }
 
 /// The contents of `reading.json`.
@@ -82,12 +85,26 @@ pub struct Transcript<'a> {
 }
 
 impl Reading {
-    /// Whole conversations, by `model`'s template: how a foreign reward model is read, with [`CutReply::Close`].
+    /// Whole conversations, by `model`'s template.
     #[must_use]
     pub fn whole(model: &Model, cut_reply: CutReply) -> Self {
         let template_sha256 = template_sha256(model);
         let (head, cut_side) = (ReadAt::LastToken, Side::Left);
         Self { template_sha256, cut_reply, head, max_length: None, cut_side }
+    }
+
+    /// How a reward model of another program is read: whole, every reply closed, and at the last token that is not padding.
+    ///
+    /// # Source
+    ///
+    /// transformers 5.24, `GenericForSequenceClassification.forward`: the last token that is not `config.pad_token_id`.
+    #[must_use]
+    pub fn foreign(model: &Model) -> Self {
+        let whole = Self::whole(model, CutReply::Close);
+        match model.config.pad_token_id {
+            Some(pad) => Self { head: ReadAt::LastExcept(pad), ..whole },
+            None => whole,
+        }
     }
 
     /// The rule of a reward model's directory, adapter or merged model; none for a foreign one.
@@ -101,16 +118,15 @@ impl Reading {
         // Beside the model's files (as uploaded), or beside their directory.
         let beside = [model.join(FILE), model.join("..").join(FILE)];
         if let Some(path) = beside.into_iter().find(|path| path.is_file()) {
-            let bytes = fs_err::read(&path)?;
+            let bytes = files::read_capped(&path, MAX_CONFIG_BYTES)?;
             let value =
                 serde_json::from_slice(&bytes).map_err(|error| wrong(&path, "JSON", &error))?;
             return parse(&path, value).map(Some);
         }
         let path = model.join("config.json");
         let mut is_ours = model.join(ADAPTER_META).is_file();
-        if path.is_file() && fs_err::metadata(&path)?.len() <= MAX_CONFIG_BYTES {
-            let mut config: Value = serde_json::from_slice(&fs_err::read(&path)?)
-                .map_err(|error| wrong(&path, "JSON", &error))?;
+        if path.is_file() {
+            let mut config = arete_model::read_json_object(&path, MAX_CONFIG_BYTES)?;
             if let Some(rule) = config.get_mut(KEY) {
                 return parse(&path, rule.take()).map(Some);
             }
@@ -140,10 +156,11 @@ impl Reading {
             SAID.call_once(|| {
                 tracing::warn!(
                     path = %dir.display(),
-                    "a reward model of another program: it is read whole, every reply closed"
+                    "a reward model of another program: it is read whole, every reply closed, at the last token that is not \
+                     padding"
                 );
             });
-            return Ok(Self::whole(model, CutReply::Close));
+            return Ok(Self::foreign(model));
         };
         let found = template_sha256(model);
         if reading.template_sha256 == found {
@@ -194,6 +211,11 @@ impl Reading {
         match self.cut_side {
             Side::Left => drop(token_ids.drain(..token_ids.len().saturating_sub(most))),
             Side::Right => token_ids.truncate(most),
+        }
+        if let ReadAt::LastExcept(padding) = self.head {
+            // What follows cannot change what is read. Of nothing but padding, the first token is read, as there.
+            let last = token_ids.iter().rposition(|&id| id != padding).unwrap_or(0);
+            token_ids.truncate(last + 1);
         }
         Ok(token_ids)
     }

@@ -156,7 +156,7 @@ pub fn adapter_dir(dir: &Path) -> PathBuf {
 /// # Errors
 ///
 /// [`Error::Invalid`] if a sequence is longer than the model's positions or the budget is 0, [`Error::Torch`] if memory runs
-/// out.
+/// out, [`Error::NonFinite`].
 pub fn sequence_scores<S: AsRef<[i64]>>(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
@@ -172,6 +172,7 @@ pub fn sequence_scores<S: AsRef<[i64]>>(
         let hidden = decoder.forward(&forest.batch, adapter)?; // [N, D]
         let rows = Tensor::from_slice(&forest.last_rows()).to_device(hidden.device());
         let scores = head.forward(&hidden.index_select(0, &rows)); // [n]
+        decoder.check_finite("scores", &scores)?;
         out.extend(Vec::<f64>::try_from(scores.to_kind(Kind::Double).to_device(Device::Cpu))?);
     }
     Ok(out)
@@ -183,14 +184,16 @@ pub fn sequence_scores<S: AsRef<[i64]>>(
 ///
 /// [`Error::Field`] if they have no spread or were taken over another base than the given one; [`Error::Records`] if the
 /// file is damaged.
-pub fn read_stats(dir: &Path, base_sha256: Option<&str>) -> Result<Option<ScoreStats>, Error> {
+pub fn read_stats(dir: &Path, base: Option<&Model>) -> Result<Option<ScoreStats>, Error> {
     let Some(stats) = ScoreStats::read(dir)? else { return Ok(None) };
     let path = dir.join(score_stats::FILE);
     if stats.std < MIN_STD {
         let got = stats.std.to_string();
         return Err(not_a_reward(&path, "std", "a standard deviation above 0", &got));
     }
-    if base_sha256.is_some_and(|base| stats.base_sha256 != base) {
+    if let Some(base) = base
+        && !base.is_base(&stats.base_sha256)?
+    {
         let expected = "statistics of this base";
         return Err(not_a_reward(&path, "base_sha256", expected, &stats.base_sha256));
     }

@@ -131,11 +131,17 @@ fn what_is_no_reward_model_of_this_base_is_refused() {
 
     assert_eq!(read_stats(dir.path(), None).unwrap(), None);
     let stats = |std: f64| {
-        let text = format!(
-            r#"{{"mean": 1.0, "std": {std}, "n": 9, "split": "validation", "base_sha256": "b"}}"#
-        );
-        fs_err::write(dir.path().join(score_stats::FILE), text).unwrap();
-        (read_stats(dir.path(), Some("b")), read_stats(dir.path(), Some("c")))
+        let of = |base: &str| {
+            let text = format!(
+                r#"{{"mean": 1.0, "std": {std}, "n": 9, "split": "validation", "base_sha256": "{base}"}}"#
+            );
+            fs_err::write(dir.path().join(score_stats::FILE), text).unwrap();
+            read_stats(dir.path(), Some(&model))
+        };
+        // As written before the sum was over weights and configuration only.
+        let earlier = arete_records::hashes::sha256_path(fixture()).unwrap();
+        assert_eq!(of(&earlier).is_ok(), std >= MIN_STD);
+        (of(&model.base_sha256), of("c"))
     };
     let (good, other_base) = stats(2.0);
     let good: ScoreStats = good.unwrap().unwrap();
@@ -237,4 +243,68 @@ fn the_rule_is_found_where_the_model_lies_and_ours_without_one_is_refused() {
     assert!(Reading::read(&merged).unwrap_err().to_string().contains("older version"));
     config(r#"{"architectures": ["LlamaForSequenceClassification"]}"#.to_owned());
     assert_eq!(Reading::read(&merged).unwrap(), None);
+}
+
+/// A reward model of another program, as transformers saves it, whose padding may be its end of turn.
+fn foreign(dir: &Path, pad: i64, spoil: impl Fn(&str, Tensor) -> Tensor) -> Model {
+    let model = tiny_chat();
+    let (adapter, head) = parts(&model);
+    let merged = dir.join("merged");
+    let source = Source::Directory(fixture());
+    let extra = serde_json::Map::from_iter([("pad_token_id".to_owned(), pad.into())]);
+    arete_model::merge::merge(&source, &adapter, Some(&head), &merged, Kind::Float, extra).unwrap();
+    // Nothing after the end of turn.
+    let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}\
+                    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    fs_err::write(merged.join("chat_template.jinja"), template).unwrap();
+    let weights = merged.join("model.safetensors");
+    let file = arete_model::checkpoint::safetensors::SafetensorsFile::open(&weights).unwrap();
+    let tensors: Vec<(String, Tensor)> = file
+        .names()
+        .map(|name| (name.to_owned(), spoil(name, file.tensor(name).unwrap())))
+        .collect();
+    arete_model::checkpoint::safetensors::write_safetensors(&weights, &tensors).unwrap();
+    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    Model::load(&Source::Directory(merged), &options).unwrap()
+}
+
+/// transformers 5.24, `GenericForSequenceClassification.forward`: the last token that is not `config.pad_token_id`.
+#[test]
+fn a_foreign_reward_model_is_read_before_its_padding() {
+    const END: i64 = 2;
+    let dir = tempfile::tempdir().unwrap();
+    let messages = chain(1);
+    let transcript = transcript(&messages, 0);
+    for (pad, dropped) in [(END, 1), (0, 0)] {
+        let model = foreign(dir.path(), pad, |_, tensor| tensor);
+        let chat = model.chat().unwrap();
+        let base = Base { model: &model, chat: &chat, micro_batch_tokens: 1000 };
+        let whole = chat.render(transcript.messages).unwrap().token_ids;
+        assert_eq!(whole.last(), Some(&END));
+        let reward = RewardModel::merged(&model, &dir.path().join("merged")).unwrap();
+        let read = reward.token_ids(base, &transcript).unwrap();
+        assert_eq!(read, whole[..whole.len() - dropped], "padding {pad}");
+        let score = reward.scores(base, std::slice::from_ref(&transcript)).unwrap().0[0];
+        let _guard = arete_model::no_grad_guard();
+        let hidden = model.decoder.forward(&Batch::from_sequences(&[&whole]), None).unwrap();
+        let last = (whole.len() - 1 - dropped) as i64;
+        let expected = model.head.as_ref().unwrap().forward(&hidden).double_value(&[last]);
+        assert!((score - expected).abs() < 1e-5, "{score} {expected}");
+    }
+}
+
+#[test]
+fn scores_that_overflow_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let large = |name: &str, tensor: Tensor| match name.contains("layers.0.self_attn.q_proj") || name.contains("layers.0.self_attn.k_proj") {
+        true => tensor * 1e30,
+        false => tensor,
+    };
+    let model = foreign(dir.path(), 0, large);
+    let chat = model.chat().unwrap();
+    let base = Base { model: &model, chat: &chat, micro_batch_tokens: 1000 };
+    let reward = RewardModel::merged(&model, &dir.path().join("merged")).unwrap();
+    let messages = chain(1);
+    let error = reward.scores(base, &[transcript(&messages, 0)]).unwrap_err().to_string();
+    assert!(error.contains("scores") && error.contains("not finite"), "{error}");
 }

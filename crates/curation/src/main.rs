@@ -160,7 +160,7 @@ struct DryRun {
 fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     cli::init_tracing();
-    arete_stage::exit::exit_code(run(&matches), arete_curation::class_of)
+    arete_stage::exit::run(|| run(&matches), arete_curation::class_of)
 }
 
 fn run(matches: &ArgMatches) -> anyhow::Result<()> {

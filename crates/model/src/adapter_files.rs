@@ -13,14 +13,18 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
+use crate::checkpoint::check_adapter;
 use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
-use crate::config::{ModelConfig, read_json_object};
+use crate::config::ModelConfig;
+use crate::json::read_object;
 use crate::head::ScalarHead;
+use crate::merge;
 use crate::lora::{Adapter, LoraConfig, LoraPair, Target};
 use crate::model::Model;
 use crate::nf4::Nf4Options;
 
 pub use self::soup::soup;
+mod peft;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -73,7 +77,7 @@ impl AdapterMeta {
         if self.base_sha256.is_empty() {
             return Ok(());
         }
-        if self.base_sha256 != model.base_sha256 {
+        if !model.is_base(&self.base_sha256)? {
             return Err(Error::Invalid {
                 name: "adapter's base",
                 expected: format!("{} (sha256 {})", self.base_model, short(&self.base_sha256)),
@@ -133,7 +137,7 @@ pub struct LoadedAdapter {
     pub meta: AdapterMeta,
 }
 
-/// Writes an adapter as a directory, whole or not at all.
+/// Writes an adapter as a directory, whole or not at all; what else is there under that name is set aside as `NAME.old-N`.
 ///
 /// # Errors
 ///
@@ -146,7 +150,7 @@ pub fn save(
 ) -> Result<(), Error> {
     let staging = AtomicDir::new(directory)?;
     write_files(staging.path(), adapter, head, meta)?;
-    Ok(staging.commit()?)
+    merge::put_in_place(staging, directory)
 }
 
 /// The files of [`save`] in an existing directory (a checkpoint that is itself written atomically).
@@ -220,16 +224,17 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
 /// # Errors
 ///
 /// [`Error::Field`] for a kind of adapter this crate does not run (DoRA, biases, per-layer ranks, PiSSA and others that
-/// change the base), [`Error::TensorShape`] or [`Error::MissingTensor`] if it does not fit the model.
+/// change the base, any key of `adapter_config.json` that is not known to leave the formula as it is), [`Error::TensorShape`] or [`Error::MissingTensor`] if it does not fit the model.
 pub fn load(
     directory: &Path,
     name: &str,
     model: &ModelConfig,
     device: Device,
 ) -> Result<LoadedAdapter, Error> {
+    check_adapter(directory)?;
     let path = directory.join(CONFIG_FILE);
-    let config = read_json_object(&path, MAX_CONFIG_BYTES)?;
-    let (rank, alpha) = rank_and_alpha(&path, &config)?;
+    let config = read_object(&path, MAX_CONFIG_BYTES)?;
+    let (rank, alpha) = peft::rank_and_alpha(&path, &config)?;
     let file = SafetensorsFile::open(&directory.join(WEIGHTS_FILE))?;
     let reader = PairReader { file: &file, model, rank, device };
     let mut layers = Vec::with_capacity(model.num_layers);
@@ -240,6 +245,14 @@ pub fn load(
         for (slot, target) in pairs.iter_mut().zip(Target::ALL) {
             *slot = reader.pair(layer, target)?;
             if slot.is_some() {
+                if !peft::is_on(&config, layer, target) {
+                    let field = "target_modules, exclude_modules, layers_to_transform";
+                    let (expected, found) = (
+                        "every layer that has tensors",
+                        format!("not {} of layer {layer}", target.module()),
+                    );
+                    return Err(Error::field(&path, field, expected, found));
+                }
                 used += 2;
                 if !targets.contains(&target) {
                     targets.push(target);
@@ -276,7 +289,7 @@ fn read_own_meta(directory: &Path) -> Result<Option<AdapterMeta>, Error> {
     if !path.is_file() {
         return Ok(None);
     }
-    let map = read_json_object(&path, MAX_CONFIG_BYTES)?;
+    let map = read_object(&path, MAX_CONFIG_BYTES)?;
     let meta = serde_json::from_value(Value::Object(map))
         .map_err(|error| Error::field(&path, "content", "an adapter's base", error.to_string()))?;
     Ok(Some(meta))
@@ -295,64 +308,12 @@ fn read_meta(
         base_model: base.to_owned(),
         base_sha256: String::new(),
         quantization: None,
-        task: if has_head { Task::SequenceClassification } else { Task::CausalLm },
+        task: match config.get("task_type").and_then(Value::as_str) {
+            Some("SEQ_CLS") => Task::SequenceClassification,
+            _ if has_head => Task::SequenceClassification,
+            _ => Task::CausalLm,
+        },
     })
-}
-
-/// Rank and alpha; refuses what changes the formula.
-fn rank_and_alpha(
-    path: &Path,
-    config: &serde_json::Map<String, Value>,
-) -> Result<(usize, f64), Error> {
-    let fail = |key: &str, expected: &str| {
-        let found = config.get(key).map_or("nothing".to_owned(), Value::to_string);
-        Error::field(path, key, expected, found)
-    };
-    if config.get("peft_type").and_then(Value::as_str) != Some("LORA") {
-        return Err(fail("peft_type", "LORA"));
-    }
-    for (key, why) in [
-        ("use_dora", "false (DoRA is not supported)"),
-        ("fan_in_fan_out", "false"),
-        ("lora_bias", "false"),
-    ] {
-        if config.get(key).and_then(Value::as_bool).unwrap_or(false) {
-            return Err(fail(key, why));
-        }
-    }
-    if config.get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
-        return Err(fail("bias", "none"));
-    }
-    // PiSSA, OLoRA, LoftQ, CorDA and their like train on a base they have changed; on the original one the factors are
-    // wrong. peft writes `true` where they were converted back.
-    let key = "init_lora_weights";
-    let keeps_base = match config.get(key) {
-        None | Some(Value::Null | Value::Bool(_)) => true,
-        Some(kind) => ["gaussian", "orthogonal", "eva"].iter().any(|known| kind == known),
-    };
-    if !keeps_base {
-        let expected = "true, false, gaussian, orthogonal or eva (the others need a changed base; convert the \
-                        adapter with peft's path_initial_model_for_weight_conversion)";
-        return Err(fail(key, expected));
-    }
-    for key in ["rank_pattern", "alpha_pattern"] {
-        let patterns = config.get(key).and_then(Value::as_object);
-        if patterns.is_some_and(|patterns| !patterns.is_empty()) {
-            return Err(fail(key, "no patterns (one rank and alpha for all layers)"));
-        }
-    }
-    let rank = config
-        .get("r")
-        .and_then(Value::as_u64)
-        .filter(|rank| (1..1 << 16).contains(rank))
-        .ok_or_else(|| fail("r", "a rank from 1 to 65535"))? as usize;
-    let alpha = config
-        .get("lora_alpha")
-        .and_then(Value::as_f64)
-        .ok_or_else(|| fail("lora_alpha", "a number"))?;
-    // Rank-stabilised LoRA divides by sqrt(r) instead of r: an alpha that gives the same scale.
-    let stabilised = config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
-    Ok((rank, if stabilised { alpha * (rank as f64).sqrt() } else { alpha }))
 }
 
 struct PairReader<'a> {

@@ -12,7 +12,7 @@ use arete_stage::run::{RUN_JSON, RunJson};
 use serde_json::{Map, Value};
 
 use crate::Error;
-use crate::config::read_json_object;
+use crate::json::read_object;
 use crate::hub::{Content, RepositoryKind, Upload, split_id};
 
 const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -79,13 +79,13 @@ impl Artefact {
     /// [`Error::Invalid`] if it holds no adapter, model or Parquet file; what is wrong with its configuration.
     pub fn of(dir: &Path) -> Result<Self, Error> {
         if dir.join(ADAPTER_CONFIG).is_file() {
-            let config = read_json_object(&dir.join(ADAPTER_CONFIG), MAX_JSON_BYTES)?;
+            let config = read_object(&dir.join(ADAPTER_CONFIG), MAX_JSON_BYTES)?;
             return Ok(Self::Adapter {
                 reward: config.get("task_type") == Some(&"SEQ_CLS".into()),
             });
         }
         if dir.join(MODEL_CONFIG).is_file() {
-            let config = read_json_object(&dir.join(MODEL_CONFIG), MAX_JSON_BYTES)?;
+            let config = read_object(&dir.join(MODEL_CONFIG), MAX_JSON_BYTES)?;
             let name = config.get("architectures").and_then(|names| names[0].as_str());
             let reward = name.is_some_and(|name| name.ends_with("ForSequenceClassification"));
             return Ok(Self::Model { reward });
@@ -126,7 +126,7 @@ pub fn prepare(dir: &Path, details: &Details) -> Result<Publication, Error> {
     match artefact {
         Artefact::Adapter { reward } => {
             let config_path = dir.join(ADAPTER_CONFIG);
-            let mut config = read_json_object(&config_path, MAX_JSON_BYTES)?;
+            let mut config = read_object(&config_path, MAX_JSON_BYTES)?;
             let recorded = config.get("base_model_name_or_path").and_then(Value::as_str);
             let (id, revision) = adapter_base(base.as_deref(), recorded)?;
             config.insert("base_model_name_or_path".to_owned(), id.clone().into());
@@ -135,7 +135,7 @@ pub fn prepare(dir: &Path, details: &Details) -> Result<Publication, Error> {
             }
             files.push(json_file(ADAPTER_CONFIG, config));
             if dir.join(ADAPTER_META).is_file() {
-                let mut meta = read_json_object(&dir.join(ADAPTER_META), MAX_JSON_BYTES)?;
+                let mut meta = read_object(&dir.join(ADAPTER_META), MAX_JSON_BYTES)?;
                 meta.insert("base_model".to_owned(), id.clone().into());
                 files.push(json_file(ADAPTER_META, meta));
             }
@@ -259,7 +259,7 @@ impl Facts {
         };
         let object = |name: &str| {
             let path = home.join(name);
-            path.is_file().then(|| read_json_object(&path, MAX_JSON_BYTES)).transpose()
+            path.is_file().then(|| read_object(&path, MAX_JSON_BYTES)).transpose()
         };
         let mut metrics = BTreeMap::new();
         let log = home.join("metrics.jsonl");

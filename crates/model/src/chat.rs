@@ -69,7 +69,7 @@ impl<'a> Chat<'a> {
     /// # Errors
     ///
     /// [`Error::Template`] if the template leaves out an assistant's text or ends its turn with
-    /// text that is no special token, so that no model could learn to stop.
+    /// text that is no token of its own, so that no model could learn to stop.
     pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate) -> Result<Self, Error> {
         let probe = [Message::user("Hello."), Message::assistant(PLACEHOLDER)];
         let text = template.render(&probe, false)?;
@@ -80,11 +80,9 @@ impl<'a> Chat<'a> {
         let (_, tail) = text
             .split_once(PLACEHOLDER)
             .ok_or_else(|| wrong("it leaves out or changes the assistant's text"))?;
-        let (at, end, end_id) = tokenizer
-            .special_tokens()
-            .into_iter()
-            .filter_map(|(token, id)| Some((tail.find(&token)?, token, id)))
-            .min_by_key(|(at, token, _)| (*at, std::cmp::Reverse(token.len())))
+        // Some files do not call the token special; one token it is all the same.
+        let (at, end, end_id) = first_of(tail, tokenizer.special_tokens())
+            .or_else(|| first_of(tail, tokenizer.added_tokens(false)))
             .ok_or_else(|| wrong("it ends an assistant's turn with no special token"))?;
         let before_end = tail[..at].to_owned();
         let after_end = tail[at + end.len()..].to_owned();
@@ -245,6 +243,14 @@ impl<'a> Chat<'a> {
     fn moved(&self, reason: &str) -> Error {
         Error::Template { path: self.template.path().to_path_buf(), reason: reason.to_owned() }
     }
+}
+
+/// The token that comes first in `text`, the longest of those that begin at one place: where, its text and its id.
+fn first_of(text: &str, tokens: Vec<(String, i64)>) -> Option<(usize, String, i64)> {
+    let written = tokens.into_iter().filter(|(token, _)| !token.trim().is_empty());
+    written
+        .filter_map(|(token, id)| Some((text.find(&token)?, token, id)))
+        .min_by_key(|(at, token, _)| (*at, std::cmp::Reverse(token.len())))
 }
 
 #[cfg(test)]

@@ -6,163 +6,44 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use arete_records::hashes;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 #[cfg(feature = "gguf")]
 use self::gguf::Gguf;
 use self::safetensors::SafetensorsFile;
 use crate::Error;
-use crate::config::{ModelConfig, read_json_object};
+use crate::config::{GENERATION_FILE, MAX_CONFIG_BYTES, ModelConfig};
+use crate::json::{is_word, read_object};
 use crate::nf4::Nf4Tensor;
+use crate::runtime::dtype_name;
 use crate::template::ChatTemplate;
-#[cfg(feature = "gguf")]
-use crate::tokenizer::GgufVocabulary;
 use crate::tokenizer::Tokenizer;
 
 mod bitsandbytes;
 mod bytes;
+mod directory;
 #[cfg(feature = "gguf")]
 pub mod gguf;
+#[cfg(feature = "gguf")]
+mod gguf_names;
 pub mod safetensors;
+mod source;
+
+#[cfg(feature = "gguf")]
+use self::gguf_names::{ROPE_FACTORS, hugging_face_name, vocabulary};
+pub(crate) use self::directory::check_adapter;
+pub use self::source::Source;
+pub(crate) use self::source::conversion_command;
+use self::source::download;
 
 /// The name of a sharded checkpoint's table.
 const INDEX_FILE: &str = "model.safetensors.index.json";
 const MAX_INDEX_BYTES: u64 = 25 << 20;
 /// A checkpoint that is not sharded.
 const SINGLE_FILE: &str = "model.safetensors";
-/// GGUF's table of divisors of the rotary frequencies (Llama 3.1 and later).
-#[cfg(feature = "gguf")]
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// Endings of files that Python's pickle would open.
-const PICKLE_ENDINGS: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
-
-/// Where a model comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// A Hugging Face directory: `config.json`, safetensors, tokenizer.
-    Directory(PathBuf),
-    /// A GGUF file.
-    Gguf(PathBuf),
-    /// A hub repository.
-    Hub {
-        /// `owner/name`.
-        id: String,
-        /// Branch, tag or commit; `main` if absent.
-        revision: Option<String>,
-    },
-}
-
-impl Source {
-    /// [`Source::parse`], and what lies on the hub is downloaded: then it is the directory of the snapshot, whose files can be
-    /// hashed as any others, so that a branch that moves on is noticed.
-    ///
-    /// # Errors
-    ///
-    /// As [`Source::parse`]; [`Error::Hub`] if the download fails.
-    pub fn fetch(given: &str) -> Result<Self, Error> {
-        Ok(match Self::parse(given)? {
-            Self::Hub { id, revision } => Self::Directory(download(&id, revision.as_deref())?),
-            local => local,
-        })
-    }
-
-    /// The directory or file of the model, unless it is on the hub.
-    pub fn local_path(&self) -> Option<&Path> {
-        match self {
-            Self::Directory(path) | Self::Gguf(path) => Some(path),
-            Self::Hub { .. } => None,
-        }
-    }
-
-    /// Reads what a user gives as `--model`: a directory, a `.gguf` file, or a hub id (`owner/name`, `owner/name@revision`).
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Pickle`] for a pickle file, [`Error::Source`] for anything else.
-    pub fn parse(given: &str) -> Result<Self, Error> {
-        let path = Path::new(given);
-        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-        if path.is_dir() {
-            return Ok(Self::Directory(path.to_path_buf()));
-        }
-        if PICKLE_ENDINGS.contains(&ending) {
-            return Err(pickle(path));
-        }
-        if path.is_file() {
-            if ending.eq_ignore_ascii_case("gguf") {
-                return Ok(Self::Gguf(path.to_path_buf()));
-            }
-            return Err(source_error(given, "another file (for safetensors name the directory)"));
-        }
-        let (id, revision) = match given.split_once('@') {
-            Some((id, revision)) => (id, Some(revision.to_owned())),
-            None => (given, None),
-        };
-        let part = |part: &str| {
-            !part.is_empty()
-                && !part.starts_with('.')
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-        };
-        match id.split_once('/') {
-            Some((owner, name))
-                if part(owner) && part(name) && !ending.eq_ignore_ascii_case("gguf") =>
-            {
-                Ok(Self::Hub { id: id.to_owned(), revision })
-            }
-            _ => Err(source_error(given, "nothing of that name")),
-        }
-    }
-}
-
-impl std::fmt::Display for Source {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Directory(path) | Self::Gguf(path) => write!(formatter, "{}", path.display()),
-            Self::Hub { id, revision: None } => formatter.write_str(id),
-            Self::Hub { id, revision: Some(revision) } => write!(formatter, "{id}@{revision}"),
-        }
-    }
-}
-
-/// The directory of a hub model's snapshot, downloaded where it is not here yet.
-fn download(id: &str, revision: Option<&str>) -> Result<PathBuf, Error> {
-    #[cfg(feature = "hub")]
-    return crate::hub::download_model(id, revision);
-    #[cfg(not(feature = "hub"))]
-    Err(Error::Source {
-        given: revision.map_or(id.to_owned(), |revision| format!("{id}@{revision}")),
-        expected: "a local model (built without the feature `hub`)",
-        found: "a hub id".to_owned(),
-    })
-}
-
-fn source_error(given: &str, found: &str) -> Error {
-    Error::Source {
-        given: given.to_owned(),
-        expected: "a Hugging Face directory, a .gguf file or a hub id (owner/name)",
-        found: found.to_owned(),
-    }
-}
-
-fn pickle(path: &Path) -> Error {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.display().to_string(),
-        _ => ".".to_owned(),
-    };
-    Error::Pickle { path: path.to_path_buf(), command: conversion_command(&directory) }
-}
-
-/// The command that turns a directory or repository of pickle files into one of safetensors.
-pub(crate) fn conversion_command(from: &str) -> String {
-    let name = from.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
-    let to = if name == "." || name.is_empty() { "model" } else { name };
-    format!(
-        "python -c \"import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
-         a, b = sys.argv[1:]; M.from_pretrained(a).save_pretrained(b); T.from_pretrained(a).save_pretrained(b)\" \
-         '{from}' '{to}-safetensors'"
-    )
-}
 
 /// An opened model.
 #[derive(Debug)]
@@ -217,7 +98,7 @@ impl Weights {
                 files.push(file);
             }
         } else {
-            return Err(no_weights(directory));
+            return Err(directory::no_weights(directory));
         }
         Ok(Self { path: directory.to_path_buf(), files, place })
     }
@@ -258,19 +139,70 @@ impl Checkpoint {
     }
 
     fn open_directory(directory: &Path) -> Result<Self, Error> {
+        directory::check_model(directory)?;
         let config = ModelConfig::from_directory(directory)?;
         let weights = Weights::open(directory)?;
-        if let Some(name) = weights.place.keys().find(|name| name.ends_with(".bias")) {
-            let expected = "no biases (they are not supported)";
-            return Err(Error::field(weights.file_of(name)?.path(), name, expected, "a bias"));
+        let expected = config.expected_tensors();
+        let ours = |name: &str| expected.iter().any(|(known, _)| known == name);
+        for name in weights.place.keys() {
+            let of_model = name.strip_suffix(".bias").is_some_and(|stem| ours(&format!("{stem}.weight")));
+            if of_model || (name.ends_with(".bias") && !is_beyond(name, &config)) {
+                let expected = "no biases (they are not supported)";
+                return Err(Error::field(weights.file_of(name)?.path(), name, expected, "a bias"));
+            }
         }
         let files = Files::Safetensors(weights);
-        Self { path: directory.to_path_buf(), config, files }.checked()
+        let mut opened = Self { path: directory.to_path_buf(), config, files };
+        opened.part_head()?;
+        opened.warn_of_strangers();
+        opened.checked()
+    }
+
+    /// Where a file has a vocabulary matrix of its own although the configuration says it is the embedding, its numbers decide,
+    /// as in transformers (5.24, `PreTrainedModel.tie_weights`): unlike numbers are not tied.
+    fn part_head(&mut self) -> Result<(), Error> {
+        let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+        let both = self.contains(embedding) && self.contains(head);
+        if self.config.sequence_classification || !self.config.tie_word_embeddings || !both {
+            return Ok(());
+        }
+        let (one, other) = (self.tensor(embedding)?, self.tensor(head)?);
+        let same = one.size() == other.size()
+            && match one.kind() == other.kind() {
+                true => one.f_equal(&other)?,
+                false => one.f_to_kind(Kind::Double)?.f_equal(&other.f_to_kind(Kind::Double)?)?,
+            };
+        if !same {
+            let path = self.path.display();
+            tracing::warn!(
+                %path,
+                "tie_word_embeddings is true, but lm_head.weight differs from the embedding: the model's own head is used"
+            );
+            self.config.tie_word_embeddings = false;
+        }
+        Ok(())
+    }
+
+    /// Says which tensors of the files the model does not have: they are read by nobody, and copied nowhere.
+    fn warn_of_strangers(&self) {
+        let expected = self.config.expected_tensors();
+        let known = |name: &str| {
+            name == "lm_head.weight"
+                || name.ends_with(".inv_freq")
+                || expected.iter().any(|(known, _)| known == name)
+        };
+        let names = self.names();
+        let strangers: Vec<&String> = names.iter().filter(|name| !known(name)).collect();
+        if let Some(first) = strangers.first() {
+            let (path, n) = (self.path.display(), strangers.len());
+            tracing::warn!(%path, first, n, "tensors that the configuration does not have are left out");
+        }
     }
 
     #[cfg(feature = "gguf")]
     fn open_gguf(path: &Path) -> Result<Self, Error> {
         let file = Gguf::open(path)?;
+        check_whole(&file)?;
         let mut names = BTreeMap::new();
         for name in file.tensors().keys().filter(|name| *name != ROPE_FACTORS) {
             let Some(known) = hugging_face_name(name) else {
@@ -395,13 +327,27 @@ impl Checkpoint {
     /// As [`Checkpoint::tensor`].
     pub fn tensor_as(&self, name: &str, kind: Kind) -> Result<Tensor, Error> {
         match &self.files {
-            Files::Safetensors(_) => Ok(self.tensor(name)?.f_to_kind(kind)?),
+            Files::Safetensors(_) => self.narrowed(name, self.tensor(name)?, kind),
             #[cfg(feature = "gguf")]
             Files::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(|| self.missing(name))?;
                 file.tensor_as(stored, kind, self.interleaved_heads(name))
             }
         }
+    }
+
+    /// A tensor in another dtype, whose range must hold its numbers.
+    fn narrowed(&self, name: &str, tensor: Tensor, kind: Kind) -> Result<Tensor, Error> {
+        let may_overflow = tensor.kind() != kind && (kind == Kind::Half || tensor.kind() == Kind::Double);
+        let tensor = tensor.f_to_kind(kind)?;
+        if may_overflow
+            && let Some(place) = bytes::first_non_finite(kind, bytes::bytes_of(&tensor.contiguous()))
+        {
+            let expected = format!("numbers that fit {}", dtype_name(kind));
+            let found = format!("a larger one at element {place}; use another dtype");
+            return Err(Error::field(self.path_of(name), name, expected, found));
+        }
+        Ok(tensor)
     }
 
     /// Matrices of given shapes, one below the other, in `kind`: what [`Checkpoint::tensor_as`] gives for each, mostly
@@ -434,7 +380,7 @@ impl Checkpoint {
                     .collect::<Result<_, Error>>()?;
                 let packed = bitsandbytes::packed_shape(weights, &parts[0].0)?.is_some();
                 if !packed && let Some(whole) = safetensors::stacked(&files)? {
-                    return Ok(whole.f_to_kind(kind)?);
+                    return self.narrowed(&parts[0].0, whole, kind);
                 }
                 let parts: Vec<Tensor> = parts
                     .iter()
@@ -498,13 +444,41 @@ impl Checkpoint {
         }
     }
 
-    /// SHA-256 over the model's weights and configuration, in hex.
+    /// SHA-256 over the model's weights and configuration, in hex: what makes it the model it is. Other files beside them, the
+    /// tokenizer's and the settings of generation among them, do not count. A GGUF file is one with its metadata.
     ///
     /// # Errors
     ///
     /// [`Error::Io`].
     pub fn sha256(&self) -> Result<String, Error> {
-        Ok(arete_records::hashes::sha256_path(&self.path)?)
+        let files = match &self.files {
+            Files::Safetensors(weights) => &weights.files,
+            #[cfg(feature = "gguf")]
+            Files::Gguf { .. } => return Ok(hashes::sha256_path(&self.path)?),
+        };
+        let mut sums = Vec::with_capacity(files.len());
+        for file in files {
+            sums.push(hashes::sha256_file(file.path())?);
+        }
+        sums.sort();
+        let mut hasher = Sha256::new();
+        hasher.update(format!("{}\n{}\n", self.config.identity(), sums.join("\n")));
+        Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// `generation_config.json` as it stands; empty if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] if it is damaged.
+    pub(crate) fn generation_settings(&self) -> Result<Map<String, Value>, Error> {
+        let path = self.path.join(GENERATION_FILE);
+        if !path.exists() {
+            return Ok(Map::new());
+        }
+        let mut settings = read_object(&path, MAX_CONFIG_BYTES)?;
+        settings.retain(|_, value| !is_word(value));
+        Ok(settings)
     }
 
     /// The model's tokenizer.
@@ -560,25 +534,29 @@ impl Checkpoint {
     }
 }
 
-/// Why a directory has no weights this crate opens.
-fn no_weights(directory: &Path) -> Error {
-    let pickled = fs_err::read_dir(directory).into_iter().flatten().flatten().map(|e| e.path());
-    let is_pickle = |path: &PathBuf| {
-        path.extension()
-            .and_then(|ending| ending.to_str())
-            .is_some_and(|ending| PICKLE_ENDINGS.contains(&ending))
-    };
-    match pickled.filter(is_pickle).min() {
-        Some(path) => pickle(&path),
-        None => {
-            Error::field(directory, "weights", "model.safetensors or an index of shards", "neither")
-        }
+/// Whether a tensor belongs to a block that the configuration does not have.
+fn is_beyond(name: &str, config: &ModelConfig) -> bool {
+    let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
+    let layer = layer.and_then(|layer| layer.parse::<usize>().ok());
+    layer.is_some_and(|layer| layer >= config.num_layers)
+}
+
+/// Refuses one part of a model that was split into several files.
+#[cfg(feature = "gguf")]
+fn check_whole(file: &Gguf) -> Result<(), Error> {
+    let (count, number) = ("split.count", "split.no");
+    let n_parts = file.metadata().optional_size(count)?.unwrap_or(1);
+    if n_parts <= 1 {
+        return Ok(());
     }
+    let part = file.metadata().optional_size(number)?.unwrap_or(0) + 1;
+    let expected = "a model in one file (join the parts with `llama-gguf-split --merge FIRST_PART WHOLE.gguf` of llama.cpp)";
+    Err(Error::field(file.path(), count, expected, format!("part {part} of {n_parts}")))
 }
 
 /// Tensors by shard, from the index; shard names must stay inside the directory.
 pub(crate) fn shards_of_index(index: &Path) -> Result<BTreeMap<String, BTreeSet<String>>, Error> {
-    let map = read_json_object(index, MAX_INDEX_BYTES)?;
+    let map = read_object(index, MAX_INDEX_BYTES)?;
     let Some(Value::Object(weights)) = map.get("weight_map") else {
         return Err(Error::field(
             index,
@@ -602,71 +580,6 @@ pub(crate) fn shards_of_index(index: &Path) -> Result<BTreeMap<String, BTreeSet<
         out.entry(shard.to_owned()).or_default().insert(tensor.clone());
     }
     Ok(out)
-}
-
-/// The Hugging Face name of a llama-architecture GGUF tensor; None for tables the decoder computes itself.
-#[cfg(feature = "gguf")]
-fn hugging_face_name(name: &str) -> Option<String> {
-    let fixed = match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(fixed) = fixed {
-        return Some(fixed.to_owned());
-    }
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: usize = layer.parse().ok()?;
-    let module = match rest.strip_suffix(".weight")? {
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
-    Some(format!("model.layers.{layer}.{module}.weight"))
-}
-
-/// What the metadata says about the tokenizer.
-#[cfg(feature = "gguf")]
-fn vocabulary(metadata: &gguf::Metadata) -> Result<GgufVocabulary, Error> {
-    let key = |name: &str| format!("tokenizer.ggml.{name}");
-    let id = |name: &str| -> Result<Option<i64>, Error> {
-        Ok(metadata.optional_size(&key(name))?.map(|id| id as i64))
-    };
-    let text = |name: &str| metadata.optional_string(&key(name)).map(|t| t.map(str::to_owned));
-    Ok(GgufVocabulary {
-        model: metadata.string(&key("model"))?.to_owned(),
-        pre: text("pre")?,
-        tokens: metadata.optional_strings(&key("tokens"))?.unwrap_or_default(),
-        token_types: metadata
-            .optional_numbers(&key("token_type"))?
-            .unwrap_or_default()
-            .into_iter()
-            .map(|value| value as i32)
-            .collect(),
-        merges: metadata.optional_strings(&key("merges"))?.unwrap_or_default(),
-        scores: metadata
-            .optional_numbers(&key("scores"))?
-            .unwrap_or_default()
-            .into_iter()
-            .map(|value| value as f32)
-            .collect(),
-        bos_id: id("bos_token_id")?,
-        eos_id: id("eos_token_id")?,
-        unk_id: id("unknown_token_id")?,
-        pad_id: id("padding_token_id")?,
-        add_bos: metadata.optional_flag(&key("add_bos_token"))?,
-        add_eos: metadata.optional_flag(&key("add_eos_token"))?,
-        add_space_prefix: metadata.optional_flag(&key("add_space_prefix"))?,
-        chat_template: metadata.optional_string("tokenizer.chat_template")?.map(str::to_owned),
-    })
 }
 
 #[cfg(test)]

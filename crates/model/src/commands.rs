@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde_json::json;
 
-use arete_model::adapter_files::{self, LoadedAdapter};
+use arete_model::adapter_files::{self, LoadedAdapter, Task};
 use arete_model::{
     Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, default_dtype,
     kernels_name, machine, merge, packing,
@@ -86,6 +86,15 @@ fn parse_device(text: &str) -> Result<Device, String> {
             idx.parse().map(Device::Cuda).map_err(|_| format!("`{idx}` is no device number"))
         }
         _ => Err("expected cpu, cuda or cuda:N".to_owned()),
+    }
+}
+
+/// A whole number within bounds, for a flag.
+fn ranged(low: u64, high: u64) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync {
+    move |text: &str| {
+        let number = text.parse::<u64>().ok().filter(|number| (low..=high).contains(number));
+        let number = number.and_then(|number| usize::try_from(number).ok());
+        number.ok_or_else(|| format!("expected a whole number from {low} to {high}"))
     }
 }
 
@@ -250,14 +259,30 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
         None => merge::output_dtype(&source, model.decoder.kind())?,
     };
     let (adapter, head) = (&loaded.adapter, loaded.head.as_ref());
-    let extra = serde_json::Map::new();
-    merge::write_model(&source, Some(adapter), head, &arguments.output, dtype, packed, extra)?;
-    let merged = Source::Directory(arguments.output.clone());
+    check_task(&model, &loaded)?;
+    let (output, extra) = (&arguments.output, serde_json::Map::new());
+    let staged =
+        merge::Staged::write(&source, Some(adapter), head, output, dtype, packed, extra)?;
+    let merged = Source::Directory(staged.path().to_path_buf());
     let options = LoadOptions { nf4: None, ..arguments.model.options() };
     let merged = Model::streamed(&merged, &options)?;
     let ids = model.tokenizer.encode("What is the motivation behind the answer?", true)?;
     let batch = Batch::from_sequences(&[ids]);
     let difference = merge::max_logit_difference(&merged, &model, adapter, &batch)?;
-    tracing::info!(output = %arguments.output.display(), difference, "merged; largest difference of logits");
+    staged.commit()?;
+    let what = if merged.decoder.has_head() { "logits" } else { "hidden states" };
+    tracing::info!(output = %output.display(), difference, "merged; largest difference of {what}");
+    Ok(())
+}
+
+/// Refuses to merge a language model's adapter into a reward model: neither comes of it.
+fn check_task(model: &Model, loaded: &LoadedAdapter) -> anyhow::Result<()> {
+    if model.config.sequence_classification && loaded.meta.task == Task::CausalLm {
+        bail!(arete_stage::exit::BadInput(
+            "task_type: expected an adapter of a reward model (SEQ_CLS) for a base that is one (…ForSequenceClassification), \
+             found one of a language model (CAUSAL_LM)"
+                .to_owned()
+        ))
+    }
     Ok(())
 }

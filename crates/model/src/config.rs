@@ -5,15 +5,27 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
+use crate::json::read_object;
+
+use self::reader::Reader;
+pub use self::rope::RopeScaling;
+use self::rope::{rope, rope_scaling_json};
+
 #[cfg(feature = "gguf")]
-use crate::checkpoint::gguf::Metadata;
+mod gguf;
+#[cfg(feature = "gguf")]
+pub(crate) use self::gguf::special_id;
+mod reader;
+mod rope;
 
 /// Architectures this crate runs, as `config.json` names them.
 pub const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, LlamaForSequenceClassification, \
                              MistralForSequenceClassification";
 
+/// A model's settings of generation, beside its `config.json`.
+pub(crate) const GENERATION_FILE: &str = "generation_config.json";
 /// Largest accepted `config.json`.
-const MAX_CONFIG_BYTES: u64 = 4 << 20;
+pub(crate) const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// Most numbers in the table of rotary angles: a gibibyte, two million positions of heads of 128.
 const MAX_ANGLES: usize = 1 << 28;
 
@@ -24,27 +36,6 @@ pub enum Family {
     Llama,
     /// Mistral.
     Mistral,
-}
-
-/// How rotary frequencies are stretched for long contexts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// All divided by `factor` (`"rope_type": "linear"`).
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3.1's (`"rope_type": "llama3"`): long wavelengths divided, short ones kept, a ramp between.
-    Llama3 {
-        /// The divisor of long wavelengths.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` are long.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are short.
-        high_freq_factor: f64,
-        /// Tokens of the original context.
-        original_max_position_embeddings: usize,
-    },
 }
 
 /// The shape of a decoder. Names are those of `config.json` in plain words.
@@ -90,81 +81,6 @@ pub struct ModelConfig {
     pub score_stats: Option<(f64, f64)>,
 }
 
-/// Checked access to a JSON object; errors name the file and the key.
-struct Reader<'a> {
-    path: &'a Path,
-    map: &'a Map<String, Value>,
-}
-
-impl Reader<'_> {
-    fn wrong(&self, key: &str, expected: &str) -> Error {
-        let found = match self.map.get(key) {
-            None => "nothing".to_owned(),
-            Some(value) => value.to_string().chars().take(80).collect(),
-        };
-        Error::field(self.path, key, expected, found)
-    }
-
-    fn present(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
-
-    fn size(&self, key: &str) -> Result<usize, Error> {
-        self.optional_size(key)?.ok_or_else(|| self.wrong(key, "a positive integer"))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, Error> {
-        let Some(value) = self.present(key) else { return Ok(None) };
-        match value.as_u64() {
-            Some(size) if (1..1 << 31).contains(&size) => Ok(Some(size as usize)),
-            _ => Err(self.wrong(key, "a positive integer below 2^31")),
-        }
-    }
-
-    fn optional_number(&self, key: &str) -> Result<Option<f64>, Error> {
-        match self.present(key) {
-            None => Ok(None),
-            Some(value) => match value.as_f64() {
-                Some(number) if number.is_finite() => Ok(Some(number)),
-                _ => Err(self.wrong(key, "a number")),
-            },
-        }
-    }
-
-    fn flag(&self, key: &str, default: bool) -> Result<bool, Error> {
-        match self.present(key) {
-            None => Ok(default),
-            Some(value) => value.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
-        }
-    }
-
-    /// An id or a list of ids.
-    fn ids(&self, key: &str) -> Result<Vec<i64>, Error> {
-        let one = |value: &Value| {
-            value.as_i64().filter(|id| *id >= 0).ok_or_else(|| self.wrong(key, "token ids"))
-        };
-        match self.present(key) {
-            None => Ok(Vec::new()),
-            Some(Value::Array(values)) => values.iter().map(one).collect(),
-            Some(value) => Ok(vec![one(value)?]),
-        }
-    }
-}
-
-/// Reads a small JSON file that holds an object.
-pub(crate) fn read_json_object(path: &Path, max_bytes: u64) -> Result<Map<String, Value>, Error> {
-    let n_bytes = fs_err::metadata(path)?.len();
-    if n_bytes > max_bytes {
-        let expected = format!("at most {max_bytes} bytes");
-        return Err(Error::field(path, "file size", expected, format!("{n_bytes} bytes")));
-    }
-    match serde_json::from_slice(&fs_err::read(path)?) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(Error::field(path, "content", "a JSON object", "another JSON value")),
-        Err(error) => Err(Error::field(path, "content", "JSON", error.to_string())),
-    }
-}
-
 impl ModelConfig {
     /// Reads `config.json`, and the end-of-text ids of `generation_config.json` where it exists.
     ///
@@ -173,10 +89,10 @@ impl ModelConfig {
     /// [`Error::Architecture`] for another architecture, [`Error::Field`] for a missing or impossible key.
     pub fn from_directory(directory: &Path) -> Result<Self, Error> {
         let path = directory.join("config.json");
-        let mut config = Self::from_json(&path, &read_json_object(&path, MAX_CONFIG_BYTES)?)?;
-        let generation = directory.join("generation_config.json");
+        let mut config = Self::from_json(&path, &read_object(&path, MAX_CONFIG_BYTES)?)?;
+        let generation = directory.join(GENERATION_FILE);
         if generation.exists() {
-            let map = read_json_object(&generation, MAX_CONFIG_BYTES)?;
+            let map = read_object(&generation, MAX_CONFIG_BYTES)?;
             for id in (Reader { path: &generation, map: &map }).ids("eos_token_id")? {
                 if !config.eos_token_ids.contains(&id) {
                     config.eos_token_ids.push(id);
@@ -263,144 +179,6 @@ impl ModelConfig {
         config.check(path)
     }
 
-    /// The configuration of a GGUF file of the llama architecture.
-    ///
-    /// # Errors
-    ///
-    /// As [`ModelConfig::from_directory`].
-    #[cfg(feature = "gguf")]
-    pub fn from_gguf(metadata: &Metadata, tied: bool, vocab_size: usize) -> Result<Self, Error> {
-        let path = metadata.path();
-        let architecture = metadata.string("general.architecture")?;
-        if architecture != "llama" {
-            return Err(Error::Architecture {
-                path: path.to_path_buf(),
-                field: "general.architecture".to_owned(),
-                found: architecture.chars().take(80).collect(),
-                supported: "llama (Llama, Mistral, SmolLM2)".to_owned(),
-            });
-        }
-        let key = |name: &str| format!("{architecture}.{name}");
-        let size = |name: &str| metadata.size(&key(name));
-        let (hidden_size, num_heads) = (size("embedding_length")?, size("attention.head_count")?);
-        // As llama.cpp: linear where no type is named, under the old key too; a factor of 0 stands for none.
-        let rope_scaling = match metadata.optional_string(&key("rope.scaling.type"))? {
-            Some("none") => None,
-            None | Some("linear") => {
-                let factor = match metadata.optional_number(&key("rope.scaling.factor"))? {
-                    Some(factor) => Some(factor),
-                    None => metadata.optional_number(&key("rope.scale_linear"))?,
-                };
-                let stretches = |factor: &f64| *factor != 0.0 && *factor != 1.0;
-                let factor = factor.filter(stretches).map(decimal);
-                factor.map(|factor| RopeScaling::Linear { factor })
-            }
-            Some(other) => {
-                let found: String = other.chars().take(80).collect();
-                return Err(Error::field(path, key("rope.scaling.type"), "none or linear", found));
-            }
-        };
-        if let Some(experts) = metadata.optional_size(&key("expert_count"))?.filter(|n| *n > 0) {
-            let expected = "no experts (mixtures are not supported)";
-            return Err(Error::field(path, key("expert_count"), expected, experts.to_string()));
-        }
-        let head_size = match metadata.optional_size(&key("attention.key_length"))? {
-            Some(size) => size,
-            None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
-            None => {
-                let expected = format!("a multiple of {num_heads} heads");
-                return Err(Error::field(
-                    path,
-                    key("embedding_length"),
-                    expected,
-                    hidden_size.to_string(),
-                ));
-            }
-        };
-        for name in ["attention.value_length", "rope.dimension_count"] {
-            if let Some(size) = metadata.optional_size(&key(name))?.filter(|n| *n != head_size) {
-                let expected = format!("{head_size}, the size of a head");
-                return Err(Error::field(path, key(name), expected, size.to_string()));
-            }
-        }
-        let sliding_window =
-            metadata.optional_size(&key("attention.sliding_window"))?.filter(|n| *n > 0);
-        let id = |name: &str| -> Result<Option<i64>, Error> {
-            Ok(metadata.optional_size(&format!("tokenizer.ggml.{name}"))?.map(|id| id as i64))
-        };
-        let mut eos_token_ids = Vec::new();
-        for name in ["eos_token_id", "eot_token_id"] {
-            eos_token_ids.extend(id(name)?.filter(|id| !eos_token_ids.contains(id)));
-        }
-        let config = Self {
-            // Files of both families say `llama`; only Mistral has a window.
-            family: if sliding_window.is_some() { Family::Mistral } else { Family::Llama },
-            sequence_classification: false,
-            vocab_size,
-            hidden_size,
-            intermediate_size: size("feed_forward_length")?,
-            num_layers: size("block_count")?,
-            num_heads,
-            num_kv_heads: metadata
-                .optional_size(&key("attention.head_count_kv"))?
-                .unwrap_or(num_heads),
-            head_size,
-            rms_norm_eps: decimal(metadata.number(&key("attention.layer_norm_rms_epsilon"))?),
-            rope_theta: metadata.optional_number(&key("rope.freq_base"))?.map_or(10_000.0, decimal),
-            rope_scaling,
-            sliding_window,
-            max_position_embeddings: size("context_length")?,
-            tie_word_embeddings: tied,
-            bos_token_id: id("bos_token_id")?,
-            eos_token_ids,
-            pad_token_id: id("padding_token_id")?,
-            score_stats: None,
-        };
-        config.check(path)
-    }
-
-    /// Takes the scaling that a GGUF file gives as a table of divisors, one per pair of dimensions.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Field`] if the table is not one of the published Llama 3 models'.
-    #[cfg(feature = "gguf")]
-    pub(crate) fn set_rope_factors(
-        &mut self,
-        path: &Path,
-        field: &str,
-        factors: &[f32],
-    ) -> Result<(), Error> {
-        if let Some(scaling) = self.rope_scaling {
-            let expected = "no other scaling beside the table";
-            return Err(Error::field(path, field, expected, format!("{scaling:?}")));
-        }
-        // llama.cpp's converter computes the table from config.json and drops the parameters: the published ones
-        // (Llama 3.1: 8, Llama 3.2: 32) are tried. A divisor is the plain frequency over the stretched one.
-        let plain = Self { rope_scaling: None, ..self.clone() }.inverse_frequencies();
-        for factor in [8.0, 32.0] {
-            let known = Self {
-                rope_scaling: Some(RopeScaling::Llama3 {
-                    factor,
-                    low_freq_factor: 1.0,
-                    high_freq_factor: 4.0,
-                    original_max_position_embeddings: 8192,
-                }),
-                ..self.clone()
-            };
-            let stretched = known.inverse_frequencies();
-            let divisors = plain.iter().zip(&stretched).map(|(plain, new)| plain / new);
-            let close = |(a, b): (f32, &f32)| (a - b).abs() <= 1e-4 * a.abs();
-            if factors.len() == plain.len() && divisors.zip(factors).all(close) {
-                *self = known;
-                return Ok(());
-            }
-        }
-        let found: Vec<f32> = factors.iter().copied().take(4).collect();
-        let expected = "the divisors of Llama 3.1 or 3.2";
-        Err(Error::field(path, field, expected, format!("{} from {found:?}", factors.len())))
-    }
-
     /// Angle per position of each pair of dimensions, `[E/2]` f32, as transformers computes it.
     ///
     /// # Source
@@ -475,6 +253,18 @@ impl ModelConfig {
             out.push(("lm_head.weight".to_owned(), vec![vocabulary, hidden]));
         }
         out
+    }
+
+    /// Everything that the numbers of a forward pass depend on beside the weights, as one line.
+    pub(crate) fn identity(&self) -> String {
+        let plain = Self {
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+            score_stats: None,
+            ..self.clone()
+        };
+        Value::Object(plain.to_json(tch::Kind::Float)).to_string()
     }
 
     /// Refuses sizes that cannot belong together or that no real model has.
@@ -639,94 +429,6 @@ fn architecture(reader: &Reader<'_>) -> Result<(Family, bool), Error> {
     }
 }
 
-/// The rotary base and its scaling, in either spelling: keys of their own (transformers 4) or all under
-/// `rope_parameters` (5). Both may be there if they agree.
-fn rope(reader: &Reader<'_>) -> Result<(f64, Option<RopeScaling>), Error> {
-    let mut theta = reader.optional_number("rope_theta")?;
-    check_all_rotate(reader)?;
-    let mut scaling = None;
-    for key in ["rope_parameters", "rope_scaling"] {
-        let Some(value) = reader.present(key) else { continue };
-        let Some(map) = value.as_object() else { return Err(reader.wrong(key, "an object")) };
-        let inner = Reader { path: reader.path, map };
-        if let Some(inner_theta) = inner.optional_number("rope_theta")? {
-            if theta.is_some_and(|theta| theta != inner_theta) {
-                let expected = format!("rope_theta {inner_theta}, as in {key}");
-                return Err(reader.wrong("rope_theta", &expected));
-            }
-            theta = Some(inner_theta);
-        }
-        check_all_rotate(&inner)?;
-        let found = scaling_of(&inner)?;
-        if scaling.is_some_and(|scaling| scaling != found) {
-            return Err(reader.wrong(key, "the same scaling as rope_parameters"));
-        }
-        scaling = Some(found);
-    }
-    Ok((theta.unwrap_or(10_000.0), scaling.flatten()))
-}
-
-/// Refuses a model in which some dimensions of a head do not rotate.
-fn check_all_rotate(reader: &Reader<'_>) -> Result<(), Error> {
-    let key = "partial_rotary_factor";
-    match reader.optional_number(key)? {
-        Some(factor) if factor != 1.0 => Err(reader.wrong(key, "1 (all dimensions rotate)")),
-        _ => Ok(()),
-    }
-}
-
-fn scaling_of(reader: &Reader<'_>) -> Result<Option<RopeScaling>, Error> {
-    let mut others = reader.map.iter().filter(|(_, value)| !value.is_null());
-    if let Some((key, _)) = others.clone().find(|(_, value)| value.is_object()) {
-        return Err(reader.wrong(key, "no map (one rotary embedding for all layers)"));
-    }
-    let key = if reader.present("rope_type").is_some() { "rope_type" } else { "type" };
-    let Some(kind) = reader.present(key) else {
-        // Without a type the base alone can be meant, and anything else would be left out silently.
-        let known = ["rope_theta", "partial_rotary_factor"];
-        return match others.find(|(key, _)| !known.contains(&key.as_str())) {
-            Some((stray, _)) => {
-                let expected = format!("default, linear or llama3 beside `{stray}`");
-                Err(reader.wrong("rope_type", &expected))
-            }
-            None => Ok(None),
-        };
-    };
-    let number = |key: &str| -> Result<f64, Error> {
-        reader.optional_number(key)?.ok_or_else(|| reader.wrong(key, "a number"))
-    };
-    match kind.as_str() {
-        Some("default") => Ok(None),
-        Some("linear") => Ok(Some(RopeScaling::Linear { factor: number("factor")? })),
-        Some("llama3") => Ok(Some(RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max_position_embeddings: reader.size("original_max_position_embeddings")?,
-        })),
-        _ => Err(reader.wrong(key, "default, linear or llama3")),
-    }
-}
-
-fn rope_scaling_json(scaling: Option<RopeScaling>) -> Option<Map<String, Value>> {
-    let value = match scaling? {
-        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings,
-        } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_max_position_embeddings,
-        }),
-    };
-    value.as_object().cloned()
-}
-
 /// Refuses weights packed in a way this crate does not read (its tensors would be missing or misread).
 fn check_quantization(reader: &Reader<'_>) -> Result<(), Error> {
     let key = "quantization_config";
@@ -735,22 +437,17 @@ fn check_quantization(reader: &Reader<'_>) -> Result<(), Error> {
     let inner = Reader { path: reader.path, map };
     let method = inner.present("quant_method").and_then(Value::as_str);
     let kind = inner.present("bnb_4bit_quant_type").and_then(Value::as_str);
+    let is_8bit = |key| inner.flag(key, false);
+    if is_8bit("load_in_8bit")? || is_8bit("_load_in_8bit")? {
+        let expected = "four-bit NF4 or unquantised weights (load the model with transformers and save it dequantised)";
+        return Err(Error::field(reader.path, "load_in_8bit", expected, "an int8 checkpoint of bitsandbytes"));
+    }
     // bitsandbytes' own default is fp4; files without a method are older bitsandbytes ones.
     match (method.unwrap_or("bitsandbytes"), kind) {
         ("bitsandbytes", Some("nf4")) => Ok(()),
         ("bitsandbytes", _) => Err(inner.wrong("bnb_4bit_quant_type", "nf4")),
         _ => Err(inner.wrong("quant_method", "bitsandbytes (in NF4), or unquantised weights")),
     }
-}
-
-/// A number that a file holds as f32, as people write it: 1e-5, not 0.000009999999747378752.
-#[cfg(feature = "gguf")]
-fn decimal(value: f64) -> f64 {
-    let narrow = value as f32;
-    if f64::from(narrow) != value {
-        return value;
-    }
-    narrow.to_string().parse().expect("a finite number is written and read")
 }
 
 #[cfg(test)]

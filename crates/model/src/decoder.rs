@@ -9,6 +9,8 @@
 //! Touvron et al. 2023 (arXiv:2302.13971), Jiang et al. 2023 (arXiv:2310.06825); names as in transformers'
 //! `modeling_llama.py`.
 
+use std::path::PathBuf;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::batch::{Batch, Tables};
@@ -68,6 +70,15 @@ struct Layer {
     down: Linear,
 }
 
+impl Layer {
+    /// Whether one of its matrices at least is held in four bits.
+    fn is_packed(&self) -> bool {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+            .into_iter()
+            .any(|linear| matches!(linear, Linear::Nf4(_)))
+    }
+}
+
 /// Where the blocks' weights are.
 #[derive(Debug)]
 enum Layers {
@@ -105,14 +116,16 @@ pub fn default_dtype(device: Device) -> Kind {
 /// The frozen weights of a decoder-only transformer.
 #[derive(Debug)]
 pub struct Decoder {
+    /// Where the weights came from, for messages.
+    path: PathBuf,
     config: ModelConfig,
     device: Device,
     kind: Kind,
     embedding: Tensor,
     layers: Layers,
     norm: Tensor,
-    /// `[V, D]`; the embedding itself where they are tied.
-    head: Tensor,
+    /// `[V, D]`; the embedding itself where they are tied; a reward model has none.
+    head: Option<Tensor>,
     /// The head in bf16, for packed decoding on the CPU: in f32 half the bytes to read for a token.
     lean_head: Option<Tensor>,
     /// `[positions, E]` f32: cosines of the first half, then sines.
@@ -200,7 +213,7 @@ impl Decoder {
         let mut packed_in_checkpoint = false;
         for idx in 0..n_layers {
             let layer = loader.layer(idx)?;
-            packed_in_checkpoint |= matches!(layer.qkv, Linear::Nf4(_)) && options.nf4.is_none();
+            packed_in_checkpoint |= layer.is_packed() && options.nf4.is_none();
             layers.push(layer);
             progress.inc(1);
         }
@@ -214,8 +227,8 @@ impl Decoder {
                 ]
                 .map(|(name, linear)| (name, linear.weight()))
             });
-            let head = ("vocabulary", WeightRef::Dense(&decoder.head));
-            let products: Vec<_> = first.into_iter().flatten().chain([head]).collect();
+            let head = decoder.head.iter().map(|head| ("vocabulary", WeightRef::Dense(head)));
+            let products: Vec<_> = first.into_iter().flatten().chain(head).collect();
             self_test::run(decoder.kind, &products)?;
         }
         decoder.layers = Layers::Held(layers);
@@ -248,13 +261,14 @@ impl Decoder {
         let (hidden, vocabulary) = (config.hidden_size as i64, config.vocab_size as i64);
         let embedding = loader.dense("model.embed_tokens.weight", &[vocabulary, hidden])?;
         let norm = loader.dense("model.norm.weight", &[hidden])?;
-        let head = if config.tie_word_embeddings || !checkpoint.contains("lm_head.weight") {
-            embedding.shallow_clone()
-        } else {
-            loader.dense("lm_head.weight", &[vocabulary, hidden])?
+        let head = match (config.sequence_classification, config.tie_word_embeddings) {
+            (true, _) => None,
+            (false, true) => Some(embedding.shallow_clone()),
+            (false, false) => Some(loader.dense("lm_head.weight", &[vocabulary, hidden])?),
         };
         let cos_sin = rotary_table(&config)?.f_to_device(options.device)?;
         Ok(Self {
+            path: checkpoint.path().to_path_buf(),
             device: options.device,
             kind: options.dtype,
             embedding,
@@ -299,18 +313,32 @@ impl Decoder {
             && self.quantization.is_some()
             && self.device == Device::Cpu
             && matches!(self.kind, Kind::Float | Kind::BFloat16);
-        self.lean_head = lean.then(|| self.head.to_kind(Kind::BFloat16)); // in bf16 the head itself
+        let head = self.head.as_ref().filter(|_| lean);
+        self.lean_head = head.map(|head| head.to_kind(Kind::BFloat16)); // in bf16 the head itself
     }
 
     /// The vocabulary matrix `[V, D]`.
-    pub fn head(&self) -> &Tensor {
-        &self.head
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] for a reward model, which has none: it cannot say or weigh a word.
+    pub fn head(&self) -> Result<&Tensor, Error> {
+        self.head.as_ref().ok_or_else(|| {
+            let expected = "a language model (…ForCausalLM)";
+            let found = "a reward model (…ForSequenceClassification), which has no vocabulary matrix";
+            Error::field(&self.path, "architectures", expected, found)
+        })
+    }
+
+    /// Whether this is a language model: it has a vocabulary matrix.
+    pub fn has_head(&self) -> bool {
+        self.head.is_some()
     }
 
     /// Bytes held by the weights.
     pub fn n_bytes(&self) -> usize {
         let mut held = vec![&self.embedding];
-        for tensor in [Some(&self.head), self.lean_head.as_ref()].into_iter().flatten() {
+        for tensor in [&self.head, &self.lean_head].into_iter().flatten() {
             if held.iter().all(|other| other.data_ptr() != tensor.data_ptr()) {
                 held.push(tensor);
             }
@@ -331,8 +359,8 @@ impl Decoder {
 
     /// Bytes of weights that one token's forward pass reads: all but the embedding, with the head as it is held.
     pub fn bytes_per_token(&self) -> usize {
-        let head = self.lean_head.as_ref().unwrap_or(&self.head);
-        self.block_bytes() + tensor_bytes(head)
+        let head = self.lean_head.as_ref().or(self.head.as_ref());
+        self.block_bytes() + head.map_or(0, tensor_bytes)
     }
 
     /// Hidden states of every token after the final norm; gradients flow into the adapter's tensors.
@@ -465,12 +493,40 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if memory runs out.
+    /// [`Error::Torch`] if memory runs out, [`Error::NonFinite`] if one is NaN or infinite, and as [`Decoder::head`].
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, Error> {
+        let logits = self.unchecked_logits(hidden)?;
+        self.check_finite("logits", &logits)?;
+        Ok(logits)
+    }
+
+    /// [`Decoder::logits`] for [`ops::sample`], which looks at every one itself.
+    pub(crate) fn unchecked_logits(&self, hidden: &Tensor) -> Result<Tensor, Error> {
         match &self.lean_head {
             Some(lean) if hidden.size()[0] <= ops::packed_rows() => ops::logits(hidden, lean, true),
-            _ => ops::logits(hidden, &self.head, false),
+            _ => ops::logits(hidden, self.head()?, false),
         }
+    }
+
+    /// Refuses numbers of a forward pass that are NaN or infinite: what is made of them would be silently wrong.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NonFinite`], with what can be done.
+    pub fn check_finite(&self, what: &str, numbers: &Tensor) -> Result<(), Error> {
+        // A sum is one pass, and finite only if every number is (or it overflowed: then the second look decides).
+        let numbers = numbers.detach();
+        let sum = numbers.f_sum(Kind::Float)?.double_value(&[]);
+        if sum.is_finite() || numbers.f_isfinite()?.f_all()?.int64_value(&[]) == 1 {
+            return Ok(());
+        }
+        let dtype = crate::runtime::dtype_name(self.kind);
+        let what = format!(
+            "{}: a number among the {what} (the weights are finite, so the computation in {dtype} overflowed: try another \
+             --dtype)",
+            self.path.display()
+        );
+        Err(Error::NonFinite { what })
     }
 
     /// Refuses ids that have no embedding: a tokenizer may know more tokens than the model.
@@ -531,9 +587,10 @@ impl Loader<'_> {
         })
     }
 
-    /// The matrices of `targets`, one below the other.
+    /// The matrices of `targets`, one below the other: packed if all of them are, else dense. A checkpoint may leave single
+    /// matrices dense (bitsandbytes' `llm_int8_skip_modules`); the packed ones beside them are unpacked then.
     fn linear(&self, idx: usize, targets: &[Target]) -> Result<Linear, Error> {
-        let (mut packed, mut dense) = (Vec::new(), Vec::new());
+        let (mut packed, mut parts) = (Vec::new(), Vec::new());
         for target in targets {
             let (outputs, inputs) = target.size(self.config);
             let shape = [outputs as i64, inputs as i64];
@@ -550,26 +607,27 @@ impl Loader<'_> {
             } else if let Some(options) = self.options.nf4 {
                 let weight = self.checkpoint.tensor_of_shape(&name, &shape)?;
                 packed.push(Nf4Tensor::quantize(&weight, options)?);
-            } else {
-                dense.push((name, shape));
             }
+            parts.push((name, shape));
         }
+        let device = self.options.device;
         if packed.len() == targets.len() {
             #[cfg(feature = "cuda")]
-            if let Device::Cuda(index) = self.options.device {
+            if let Device::Cuda(index) = device {
                 crate::cuda::install(index, self.options.dtype)?;
             }
-            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed)?.to_device(self.options.device)));
+            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed)?.to_device(device)));
         }
-        if !packed.is_empty() {
-            return Err(Error::Invalid {
-                name: "packed checkpoint",
-                expected: "all of q, k, v or of gate, up packed to four bits, or none".to_owned(),
-                got: format!("{} of {} in layer {idx}", packed.len(), targets.len()),
-            });
+        if packed.is_empty() {
+            let whole = self.checkpoint.stacked(&parts, self.options.dtype)?;
+            return Ok(Linear::Dense(whole.to_device(device)));
         }
-        let whole = self.checkpoint.stacked(&dense, self.options.dtype)?;
-        Ok(Linear::Dense(whole.to_device(self.options.device)))
+        let mut matrices = Vec::with_capacity(parts.len());
+        for (name, shape) in &parts {
+            self.checkpoint.expect_shape(name, shape)?;
+            matrices.push(self.checkpoint.tensor_as(name, self.options.dtype)?);
+        }
+        Ok(Linear::Dense(Tensor::f_cat(&matrices, 0)?.to_device(device)))
     }
 }
 

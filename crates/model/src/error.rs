@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use arete_records::{Class, Classified};
+use arete_records::{Class, Classified, memory_refused};
 
 /// Why loading, running or writing a model failed.
 ///
@@ -25,8 +25,8 @@ pub enum Error {
     Stage(#[from] arete_stage::Error),
 
     /// libtorch refused an operation (out of memory, no such device, …).
-    #[error("libtorch: {0}")]
-    Torch(#[from] tch::TchError),
+    #[error("libtorch: {}", first_line(.0))]
+    Torch(tch::TchError),
 
     /// The GPU cannot be used: a library is missing, a kernel does not compile, a launch failed.
     #[error(transparent)]
@@ -227,13 +227,30 @@ impl Error {
     }
 }
 
+// By hand: as a source of this error it would be printed once more, with the stack of libtorch's functions.
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error)
+    }
+}
+
+/// What libtorch says, without the stack of its own functions.
+fn first_line(error: &tch::TchError) -> String {
+    let text = match error {
+        tch::TchError::Torch(text) => text.clone(),
+        other => other.to_string(),
+    };
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
 impl Classified for Error {
     fn class(&self) -> Option<Class> {
         match self {
             Self::Records(error) => error.class(),
             #[cfg(feature = "cli")]
             Self::Stage(error) => error.class(),
-            Self::Io(_) => Some(Class::System),
+            Self::Io(error) => error.class(),
+            Self::Torch(error) if memory_refused(&error.to_string()).is_some() => Some(Class::Memory),
             Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(Class::Other),
             Self::Hub { .. } => Some(Class::Unavailable),
             Self::Invalid { .. } | Self::Source { .. } => Some(Class::Setting),

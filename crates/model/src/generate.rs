@@ -128,7 +128,7 @@ impl<'a> Generator<'a> {
     ///
     /// # Errors
     ///
-    /// A prompt that is empty or does not fit the model's positions, an impossible setting.
+    /// A prompt that is empty or does not fit the model's positions, an impossible setting, a reward model.
     pub fn new(
         decoder: &'a Decoder,
         tokenizer: Option<&'a Tokenizer>,
@@ -138,6 +138,7 @@ impl<'a> Generator<'a> {
     ) -> Result<Self, Error> {
         let _guard = tch::no_grad_guard();
         options.check()?;
+        decoder.head()?;
         for request in requests {
             check_request(decoder, request)?;
         }
@@ -236,6 +237,8 @@ impl<'a> Generator<'a> {
             let sequence = &mut self.active[idx];
             let request = sequence.request;
             if !logprob.is_finite() {
+                let what = format!("logits of request {request}");
+                self.decoder.check_finite(&what, &logits)?;
                 let what = format!("log-probability of a sampled token (request {request})");
                 return Err(Error::NonFinite { what });
             }
@@ -387,7 +390,7 @@ impl<'a> Generator<'a> {
         let mut distinct = last_rows.to_vec();
         distinct.dedup();
         let rows = Tensor::from_slice(&distinct).to_device(hidden.device());
-        let logits = self.decoder.logits(&hidden.index_select(0, &rows))?;
+        let logits = self.decoder.unchecked_logits(&hidden.index_select(0, &rows))?;
         if distinct.len() == last_rows.len() {
             return Ok(logits);
         }

@@ -21,6 +21,7 @@ pub mod generate;
 mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod json;
 #[cfg(test)]
 mod levels;
 pub mod logprobs;
@@ -45,6 +46,7 @@ pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadOptions, Pass, default_dtype};
 pub use error::{Error, class_of};
 pub use head::ScalarHead;
+pub use json::read_object as read_json_object;
 pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;
 pub use nf4::Nf4Options;

@@ -29,7 +29,8 @@ pub struct LogProbs {
 /// # Errors
 ///
 /// [`Error::Invalid`] if a row is the first token of its sequence, which nothing predicts, or if the temperature is
-/// not positive.
+/// not positive; as [`Decoder::head`]; without gradients also [`Error::NonFinite`] if a number is NaN or infinite (with them, the
+/// trainer looks at the loss).
 pub fn of_rows(
     decoder: &Decoder,
     hidden: &Tensor,
@@ -63,10 +64,13 @@ pub fn of_rows(
     let targets = Tensor::from_slice(&targets).to_device(hidden.device());
     let (logprob, entropy) = ops::token_logprobs(
         &hidden.index_select(0, &from),
-        decoder.head(),
+        decoder.head()?,
         &targets,
         temperature,
         want_entropy,
     )?;
+    if !logprob.requires_grad() {
+        decoder.check_finite("log-probabilities", &logprob)?;
+    }
     Ok(LogProbs { logprob, entropy })
 }

@@ -73,6 +73,9 @@ impl Target {
     }
 }
 
+/// Largest rank: above the width of any model.
+pub(crate) const MAX_RANK: usize = 65_535;
+
 /// The shape of an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
@@ -132,7 +135,7 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the rank is 0 or no layer is named.
+    /// [`Error::Invalid`] if the rank is 0 or absurd, or no layer is named.
     pub fn new(
         name: &str,
         model: &ModelConfig,
@@ -140,11 +143,18 @@ impl Adapter {
         seed: u64,
         device: Device,
     ) -> Result<Self, Error> {
-        if config.rank == 0 || config.targets.is_empty() {
+        if !(1..=MAX_RANK).contains(&config.rank) {
             return Err(Error::Invalid {
-                name: "lora",
-                expected: "a rank of at least 1 and at least one target".to_owned(),
-                got: format!("rank {}, {} targets", config.rank, config.targets.len()),
+                name: "rank",
+                expected: format!("a whole number from 1 to {MAX_RANK}"),
+                got: config.rank.to_string(),
+            });
+        }
+        if config.targets.is_empty() {
+            return Err(Error::Invalid {
+                name: "targets",
+                expected: "at least one".to_owned(),
+                got: "none".to_owned(),
             });
         }
         let rank = config.rank as i64;

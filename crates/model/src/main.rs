@@ -10,5 +10,5 @@ mod commands;
 fn main() -> ExitCode {
     let arguments = commands::Arguments::parse();
     cli::init_tracing();
-    arete_stage::exit::exit_code(commands::run(arguments), arete_model::class_of)
+    arete_stage::exit::run(|| commands::run(arguments), arete_model::class_of)
 }

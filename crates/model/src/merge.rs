@@ -3,7 +3,7 @@
 //! W + scale · B A is computed in f32 and rounded once to the output dtype. Tensors are read one at a time and
 //! written in shards of at most [`SHARD_BYTES`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use arete_records::atomic::AtomicDir;
 use serde_json::{Map, Value, json};
@@ -20,7 +20,8 @@ use crate::{Batch, Error, Model};
 /// Most bytes of one weight file.
 pub const SHARD_BYTES: usize = 2 << 30;
 
-/// Writes `source` with `adapter` merged in; with `head` it becomes a `…ForSequenceClassification`.
+/// Writes `source` with `adapter` merged in; with `head` it becomes a `…ForSequenceClassification`. What else is there under the
+/// name of `output` is set aside as `OUTPUT.old-N`.
 ///
 /// `extra` is added to `config.json` (`score_mean`, `score_std`, `pad_token_id`, …).
 ///
@@ -64,50 +65,109 @@ pub fn write_model(
     packed: Option<Nf4Options>,
     extra: Map<String, Value>,
 ) -> Result<(), Error> {
-    let _guard = tch::no_grad_guard();
-    let checkpoint = Checkpoint::open(source)?;
-    let mut config = checkpoint.config().clone();
-    config.sequence_classification = head.is_some();
-    let staging = AtomicDir::new(output)?;
+    Staged::write(source, adapter, head, output, dtype, packed, extra)?.commit()
+}
 
-    let mut config_json = config.to_json(dtype);
-    if head.is_some() && config.pad_token_id.is_none_or(|id| config.eos_token_ids.contains(&id)) {
-        // A reward model is read at its last real token, which padding with end-of-text would hide.
-        let pad_id = checkpoint.tokenizer()?.pad_id().unwrap_or(0);
-        config_json.insert("pad_token_id".to_owned(), json!(pad_id));
-    }
-    config_json.extend(extra);
-    write_settings(&checkpoint, staging.path(), config_json)?;
+/// A model that is written but not yet under its name: to be looked at before it is.
+#[derive(Debug)]
+pub struct Staged {
+    directory: AtomicDir,
+    output: PathBuf,
+}
 
-    let mut writer = ShardWriter::new(staging.path());
-    let tied = config.tie_word_embeddings;
-    let drop_head = |name: &str| {
-        name == "score.weight" || (name == "lm_head.weight" && (tied || head.is_some()))
-    };
-    let names: Vec<String> =
-        checkpoint.names().into_iter().filter(|name| !drop_head(name)).collect();
-    let progress = arete_records::progress::start("merging", "tensors", names.len() as u64);
-    for name in names {
-        let mut weight = checkpoint.tensor(&name)?.to_kind(Kind::Float);
-        if let Some((layer, target)) = linear_of(&name) {
-            if let Some(options) = packed {
-                weight = Nf4Tensor::quantize(&weight, options)?.dequantize(Kind::Float)?;
-            }
-            if let Some(pair) = adapter.and_then(|adapter| adapter.pair(layer, target)) {
-                let scale = adapter.map_or(0.0, |adapter| adapter.config.scale());
-                let cpu = tch::Device::Cpu;
-                let (a, b) = (pair.lora_a.to_device(cpu), pair.lora_b.to_device(cpu));
-                weight += b.matmul(&a) * scale; // [out, in]
-            }
+impl Staged {
+    /// [`write_model`] up to the last step. Dropped uncommitted, it is gone.
+    ///
+    /// # Errors
+    ///
+    /// As [`merge`].
+    pub fn write(
+        source: &Source,
+        adapter: Option<&Adapter>,
+        head: Option<&ScalarHead>,
+        output: &Path,
+        dtype: Kind,
+        packed: Option<Nf4Options>,
+        extra: Map<String, Value>,
+    ) -> Result<Self, Error> {
+        let _guard = tch::no_grad_guard();
+        let checkpoint = Checkpoint::open(source)?;
+        let mut config = checkpoint.config().clone();
+        // A reward model stays one, with its own head, unless the adapter brings another.
+        config.sequence_classification |= head.is_some();
+        let directory = AtomicDir::new(output)?;
+
+        let mut config_json = config.to_json(dtype);
+        let is_end = |id: i64| config.eos_token_ids.contains(&id);
+        if head.is_some() && config.pad_token_id.is_none_or(is_end) {
+            // A reward model is read at its last real token, which padding with end-of-text would hide.
+            let pad_id = checkpoint.tokenizer()?.pad_id().unwrap_or(0);
+            config_json.insert("pad_token_id".to_owned(), json!(pad_id));
         }
-        writer.push(name, weight.to_kind(dtype))?;
-        progress.inc(1);
+        config_json.extend(extra);
+        write_settings(&checkpoint, directory.path(), config_json)?;
+
+        let mut writer = ShardWriter::new(directory.path());
+        // What the configuration has, and nothing else that lies in the files.
+        let names: Vec<String> =
+            config.expected_tensors().into_iter().map(|(name, _)| name).collect();
+        let progress = arete_records::progress::start("merging", "tensors", names.len() as u64);
+        for name in names {
+            let weight = match head {
+                Some(head) if name == "score.weight" => head.weight.detach().to_kind(dtype),
+                _ => merged(&checkpoint, &name, adapter, packed)?.to_kind(dtype),
+            };
+            writer.push(name, weight)?;
+            progress.inc(1);
+        }
+        writer.finish()?;
+        Ok(Self { directory, output: output.to_path_buf() })
     }
-    if let Some(head) = head {
-        writer.push("score.weight".to_owned(), head.weight.detach().to_kind(dtype))?;
+
+    /// Where it is for now.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
     }
-    writer.finish()?;
-    Ok(staging.commit()?)
+
+    /// Puts it under its name; what else is there under that name is set aside.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Records`] if the disk refuses.
+    pub fn commit(self) -> Result<(), Error> {
+        put_in_place(self.directory, &self.output)
+    }
+}
+
+/// One tensor of the merged model: `[out, in]` f32 for a matrix of a block, as stored otherwise.
+fn merged(
+    checkpoint: &Checkpoint,
+    name: &str,
+    adapter: Option<&Adapter>,
+    packed: Option<Nf4Options>,
+) -> Result<Tensor, Error> {
+    let mut weight = checkpoint.tensor(name)?.to_kind(Kind::Float);
+    if let Some((layer, target)) = linear_of(name) {
+        if let Some(options) = packed {
+            weight = Nf4Tensor::quantize(&weight, options)?.dequantize(Kind::Float)?;
+        }
+        if let Some(pair) = adapter.and_then(|adapter| adapter.pair(layer, target)) {
+            let scale = adapter.map_or(0.0, |adapter| adapter.config.scale());
+            let cpu = tch::Device::Cpu;
+            let (a, b) = (pair.lora_a.to_device(cpu), pair.lora_b.to_device(cpu));
+            weight += b.matmul(&a) * scale; // [out, in]
+        }
+    }
+    Ok(weight)
+}
+
+/// Commits a directory that a user named, and says where another one of that name went.
+pub(crate) fn put_in_place(directory: AtomicDir, output: &Path) -> Result<(), Error> {
+    if let Some(aside) = directory.commit_beside()? {
+        let (output, aside) = (output.display(), aside.display());
+        tracing::info!(%output, %aside, "what was there was set aside");
+    }
+    Ok(())
 }
 
 /// Configuration, generation settings and tokenizer.
@@ -117,19 +177,25 @@ pub(crate) fn write_settings(
     config: Map<String, Value>,
 ) -> Result<(), Error> {
     write_json(&directory.join("config.json"), &Value::Object(config))?;
-    let generation = json!({
-        "bos_token_id": checkpoint.config().bos_token_id,
-        "eos_token_id": checkpoint.config().eos_token_ids,
-    });
-    write_json(&directory.join("generation_config.json"), &generation)?;
+    // The source's own settings, all of them, and what it does not say.
+    let mut generation = checkpoint.generation_settings()?;
+    if let Some(bos) = checkpoint.config().bos_token_id {
+        generation.entry("bos_token_id").or_insert(json!(bos));
+    }
+    let eos = &checkpoint.config().eos_token_ids;
+    if !eos.is_empty() {
+        generation.entry("eos_token_id").or_insert(json!(eos));
+    }
+    write_json(&directory.join("generation_config.json"), &Value::Object(generation))?;
     checkpoint.tokenizer()?.save(directory)
 }
 
-/// Largest difference of logits between `merged` and `model` with `adapter`, over the tokens of `batch`.
+/// Largest difference between `merged` and `model` with `adapter` over the tokens of `batch`: of logits, or of hidden states where
+/// one of them is a reward model.
 ///
 /// # Errors
 ///
-/// [`Error::Torch`] if memory runs out.
+/// [`Error::Torch`] if memory runs out, [`Error::NonFinite`].
 pub fn max_logit_difference(
     merged: &Model,
     model: &Model,
@@ -137,10 +203,14 @@ pub fn max_logit_difference(
     batch: &Batch,
 ) -> Result<f64, Error> {
     let _guard = tch::no_grad_guard();
-    let one = merged.decoder.logits(&merged.decoder.forward(batch, None)?)?;
-    let other = model.decoder.logits(&model.decoder.forward(batch, Some(adapter))?)?;
-    let difference = (one.to_kind(Kind::Float) - other.to_kind(Kind::Float)).abs().max();
-    Ok(difference.double_value(&[]))
+    let (mut one, mut other) =
+        (merged.decoder.forward(batch, None)?, model.decoder.forward(batch, Some(adapter))?);
+    if merged.decoder.has_head() && model.decoder.has_head() {
+        (one, other) = (merged.decoder.logits(&one)?, model.decoder.logits(&other)?);
+    }
+    let difference = one.to_kind(Kind::Float) - other.to_kind(Kind::Float);
+    merged.decoder.check_finite("differences of the merged model", &difference)?;
+    Ok(difference.abs().max().double_value(&[]))
 }
 
 /// The block and layer a matrix belongs to.

@@ -25,7 +25,7 @@ pub struct Model {
     pub template: Option<ChatTemplate>,
     /// The weights.
     pub decoder: Decoder,
-    /// SHA-256 of the source's files: what adapters remember of their base.
+    /// [`Checkpoint::sha256`]: what adapters remember of their base.
     pub base_sha256: String,
     /// The scalar head, where the source is a reward model.
     pub head: Option<ScalarHead>,
@@ -42,8 +42,10 @@ impl Model {
     ///
     /// Whatever is wrong with its files, named.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self, Error> {
-        let model = Self::load_unhashed(source, options)?;
-        Ok(Self { base_sha256: sha256_path(&model.path)?, ..model })
+        let checkpoint = Checkpoint::open(source)?;
+        let decoder = Decoder::load(&checkpoint, options)?;
+        let base_sha256 = checkpoint.sha256()?;
+        Ok(Self { base_sha256, ..Self::around(&checkpoint, decoder)? })
     }
 
     /// [`Model::load`] with an empty [`Model::base_sha256`]: the files are read once less, but no adapter can be
@@ -86,6 +88,16 @@ impl Model {
         };
         let (path, base_sha256) = (checkpoint.path().to_path_buf(), String::new());
         Ok(Self { config, tokenizer, template, decoder, base_sha256, head, path })
+    }
+
+    /// Whether `sha256` is what something remembers of this model: [`Model::base_sha256`], or, as written before that was over
+    /// weights and configuration only, the sum over all files of its directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`], if the files must be read for it.
+    pub fn is_base(&self, sha256: &str) -> Result<bool, Error> {
+        Ok(self.base_sha256 == sha256 || sha256_path(&self.path)? == sha256)
     }
 
     /// Conversations to tokens, as this model's template has them.

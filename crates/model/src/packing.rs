@@ -15,10 +15,11 @@ use tch::{Kind, Tensor};
 
 use crate::Error;
 use crate::checkpoint::{Checkpoint, Source};
-use crate::merge::{ShardWriter, linear_of, write_settings};
+use crate::merge::{ShardWriter, linear_of, put_in_place, write_settings};
 use crate::nf4::{NESTED_BLOCK, NestedAbsmax, Nf4Options, Nf4Tensor, dynamic_map};
 
-/// Writes `source` with the matrices of its blocks in NF4 and the rest in `dtype`.
+/// Writes `source` with the matrices of its blocks in NF4 and the rest in `dtype`. What else is there under the name of
+/// `output` is set aside as `OUTPUT.old-N`.
 ///
 /// # Errors
 ///
@@ -46,12 +47,10 @@ pub fn write_packed(
     write_settings(&checkpoint, staging.path(), config_json)?;
 
     let mut writer = ShardWriter::new(staging.path());
-    let names = checkpoint.names();
+    let names: Vec<String> =
+        config.expected_tensors().into_iter().map(|(name, _)| name).collect();
     let progress = arete_records::progress::start("quantising", "tensors", names.len() as u64);
     for name in names {
-        if name == "lm_head.weight" && config.tie_word_embeddings {
-            continue;
-        }
         let weight = checkpoint.tensor(&name)?;
         if linear_of(&name).is_some() {
             for (name, part) in packed_parts(&name, &weight, options, dtype)? {
@@ -63,7 +62,7 @@ pub fn write_packed(
         progress.inc(1);
     }
     writer.finish()?;
-    Ok(staging.commit()?)
+    put_in_place(staging, output)
 }
 
 /// The tensors that stand for one matrix, under bitsandbytes' names.

@@ -17,6 +17,9 @@ use serde::Serialize;
 
 use crate::Error;
 
+mod python;
+mod source;
+
 /// A template longer than this is refused; the longest published ones have about 30 KB.
 pub(crate) const MAX_SOURCE_BYTES: u64 = 256 << 10;
 /// Instructions a rendering may take, and 64 times as many bytes it may create.
@@ -97,7 +100,7 @@ impl ChatTemplate {
         }
         let mut environment = environment(date);
         environment
-            .add_template_owned(NAME, without_generation_blocks(source))
+            .add_template_owned(NAME, source::rewritten(source))
             .map_err(|error| explain(path, &error))?;
         Ok(Self(Arc::new(Inner {
             environment,
@@ -174,7 +177,8 @@ impl ChatTemplate {
             let mut grown = opening.to_vec();
             grown.push(Message::assistant("Probe of the reply."));
             grown.push(Message::user("Probe of the second turn."));
-            match (self.render(&opening, true), self.render(&grown, true)) {
+            // What opens the assistant's turn is left out: it can be more than what stands before a reply that is there (`<think>`).
+            match (self.render(&opening, false), self.render(&grown, false)) {
                 (Ok(opening), Ok(grown)) => {
                     !opening.contains(system) || !grown.starts_with(&opening)
                 }
@@ -243,18 +247,10 @@ fn environment(date: Date) -> Environment<'static> {
     );
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_fuel(Some(MAX_FUEL));
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    python::add_to(&mut environment);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: &str| strftime(date, format));
-    // Python's None is not iterable; minijinja's is.
-    environment.add_test("iterable", |value: &Value| {
-        !value.is_none() && (value.as_str().is_some() || value.try_iter().is_ok())
-    });
     environment.add_filter("tojson", to_json);
-    environment.add_filter("string", |state: &mut State, value: &Value| {
-        check_extent(value)?;
-        minijinja::filters::string(state, value)
-    });
     environment.add_filter("pprint", |value: &Value| {
         check_extent(value)?;
         Ok::<_, minijinja::Error>(minijinja::filters::pprint(value))
@@ -281,10 +277,12 @@ fn check_extent(value: &Value) -> Result<(), minijinja::Error> {
         Some(())
     }
     let mut left = MAX_OUTPUT_BYTES;
-    walk(value, &mut left).ok_or_else(|| {
-        minijinja::Error::new(ErrorKind::WriteFailure, "a value too large to print")
-            .with_source(io::Error::other(OutputLimit))
-    })
+    walk(value, &mut left).ok_or_else(too_large)
+}
+
+fn too_large() -> minijinja::Error {
+    minijinja::Error::new(ErrorKind::WriteFailure, "a value too large to print")
+        .with_source(io::Error::other(OutputLimit))
 }
 
 /// What a template raised on purpose, told apart from its mistakes.
@@ -470,6 +468,25 @@ fn strftime(date: Date, format: &str) -> Result<String, minijinja::Error> {
             Some('p') => text.push_str("AM"),
             Some('F') => text.push_str(&format!("{year}-{month:02}-{day:02}")),
             Some('T') => text.push_str("00:00:00"),
+            Some('j') => {
+                let day = day_of_year(date);
+                text.push_str(&if unpadded { day.to_string() } else { format!("{day:03}") });
+            }
+            Some('c') => {
+                let (day_name, month_name) = (&day_name[..3], &month_name[..3]);
+                text.push_str(&format!("{day_name} {month_name} {day:2} 00:00:00 {year}"));
+            }
+            Some('x' | 'D') => {
+                text.push_str(&format!("{month:02}/{day:02}/{:02}", year.rem_euclid(100)));
+            }
+            Some('X') => text.push_str("00:00:00"),
+            Some('R') => text.push_str("00:00"),
+            Some('Z' | 'z') => {} // a time without a zone
+            Some('w') => text.push_str(&weekday(date).to_string()),
+            Some('u') => text.push_str(&((weekday(date) + 6) % 7 + 1).to_string()),
+            Some('f') => text.push_str("000000"),
+            Some('n') => text.push('\n'),
+            Some('t') => text.push('\t'),
             Some('%') => text.push('%'),
             other => {
                 let code = other.map_or_else(|| "its end".to_owned(), |code| format!("%{code}"));
@@ -481,6 +498,14 @@ fn strftime(date: Date, format: &str) -> Result<String, minijinja::Error> {
     Ok(text)
 }
 
+/// Day of the year, from 1.
+fn day_of_year(date: Date) -> u32 {
+    let leap = date.year % 4 == 0 && (date.year % 100 != 0 || date.year % 400 == 0);
+    let lengths = [31, 28 + u32::from(leap), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let before = usize::from(date.month.clamp(1, 12)) - 1;
+    lengths[..before].iter().sum::<u32>() + u32::from(date.day)
+}
+
 /// Day of the week, 0 = Sunday (Sakamoto's method).
 fn weekday(date: Date) -> usize {
     const OFFSETS: [i32; 12] = [0, 3, 2, 5, 0, 3, 5, 1, 4, 6, 2, 4];
@@ -489,33 +514,6 @@ fn weekday(date: Date) -> usize {
     let days = year + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400);
     let day = days + OFFSETS[month - 1] + i32::from(date.day);
     usize::try_from(day.rem_euclid(7)).expect("a remainder of 7 is in 0..7")
-}
-
-/// `{% generation %}` … `{% endgeneration %}`, which transformers uses to mark the assistant's
-/// tokens, as blocks that only keep their white space control.
-fn without_generation_blocks(source: &str) -> String {
-    let mut text = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, block) = rest.split_at(at);
-        text.push_str(before);
-        let Some(end) = block[2..].find("%}").map(|end| end + 2) else {
-            rest = block;
-            break;
-        };
-        let inside = &block[2..end];
-        let name = inside.trim_matches(|c: char| c.is_whitespace() || "-+".contains(c));
-        match name {
-            "generation" => text.push_str(&["{%", &inside.replace(name, "if true"), "%}"].concat()),
-            "endgeneration" => {
-                text.push_str(&["{%", &inside.replace(name, "endif"), "%}"].concat());
-            }
-            _ => text.push_str(&block[..end + 2]),
-        }
-        rest = &block[end + 2..];
-    }
-    text.push_str(rest);
-    text
 }
 
 /// Collects output up to the limit.

@@ -9,13 +9,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arete_records::atomic;
+use arete_records::files::read_capped;
 use serde_json::{Map, Value};
-use tokenizers::PreTokenizerWrapper;
+use tokenizers::{
+    NormalizedString, Normalizer as _, OffsetReferential, OffsetType, PreTokenizedString,
+    PreTokenizer as _, PreTokenizerWrapper,
+};
 use tokenizers::pre_tokenizers::split::SplitPattern;
 
 use crate::Error;
+use crate::json::{is_word, read_object};
 use crate::template::ChatTemplate;
 
+mod declared;
 #[cfg(feature = "gguf")]
 mod gguf;
 mod spelling;
@@ -23,6 +29,7 @@ mod validate;
 
 #[cfg(feature = "gguf")]
 pub use self::gguf::GgufVocabulary;
+use self::declared::Declared;
 
 /// A `tokenizer.json` larger than this is refused; the largest published ones have 33 MB.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
@@ -105,8 +112,8 @@ impl Tokenizer {
             ));
         }
         let bytes = read_capped(&path, MAX_TOKENIZER_BYTES)?;
-        let config = read_object(&directory.join(CONFIG_FILE))?.unwrap_or_default();
-        let special_map = read_object(&directory.join(SPECIAL_FILE))?.unwrap_or_default();
+        let config = read_optional(&directory.join(CONFIG_FILE))?.unwrap_or_default();
+        let special_map = read_optional(&directory.join(SPECIAL_FILE))?.unwrap_or_default();
         let sidecar = directory.join(TEMPLATE_FILE);
         let template = if sidecar.exists() {
             let bytes = read_capped(&sidecar, crate::template::MAX_SOURCE_BYTES)?;
@@ -140,34 +147,14 @@ impl Tokenizer {
             .map_err(|error| Error::field(&path, "JSON", "a JSON object", error.to_string()))?;
         validate::check(&path, &json)?;
         keep_whole_offsets(&mut json["post_processor"]);
+        declared::set_prefix_space(&mut json, &config);
         let mut tokenizer = guarded(&path, || {
             <tokenizers::Tokenizer as serde::Deserialize>::deserialize(&json)
                 .map_err(|error| error.to_string())
         })?;
         drop_cutting(&path, &mut tokenizer)?;
         validate::check_added(&path, &json, &tokenizer)?;
-        let config_path = path.with_file_name(CONFIG_FILE);
-        let id_of = |key: &str| -> Result<Option<i64>, Error> {
-            let Some(token) = token_text(&config, key).or_else(|| token_text(special_map, key))
-            else {
-                return Ok(None);
-            };
-            match tokenizer.token_to_id(token) {
-                Some(id) => Ok(Some(i64::from(id))),
-                None => Err(Error::field(
-                    &config_path,
-                    key,
-                    "a token of tokenizer.json",
-                    format!("{token:?}"),
-                )),
-            }
-        };
-        let special = SpecialIds {
-            bos: id_of("bos_token")?,
-            eos: id_of("eos_token")?,
-            unk: id_of("unk_token")?,
-            pad: id_of("pad_token")?,
-        };
+        let special = Declared { path: &path, config: &config, map: special_map }.apply(&mut tokenizer)?;
         Ok(Self::assemble(tokenizer, path, Some(bytes), config, special, template))
     }
 
@@ -230,7 +217,8 @@ impl Tokenizer {
     ///
     /// On a backtrack or stack limit the regex engine just ends, and all that follows comes out as
     /// one word with other ids than any other implementation gives. Such a word is long and has
-    /// text after white space, which none that the regex finished has.
+    /// text after white space; but there are patterns that do not cut at white space at all, so a
+    /// piece of it is split once more: a piece that is short enough is split in earnest.
     fn check_words(&self, text: &str, encoding: &tokenizers::Encoding) -> Result<(), Error> {
         let mut word = (None, 0, 0); // id, start and end byte
         let words = encoding.get_word_ids().iter().zip(encoding.get_offsets());
@@ -239,7 +227,7 @@ impl Tokenizer {
                 word.2 = end;
                 continue;
             }
-            if word.2 - word.1 > LONG_WORD_BYTES && continues_after_space(&text[word.1..word.2]) {
+            if word.2 - word.1 > LONG_WORD_BYTES && self.is_split_in_pieces(&text[word.1..word.2])? {
                 return Err(Error::Tokenizer {
                     path: self.0.path.clone(),
                     reason: format!(
@@ -252,6 +240,22 @@ impl Tokenizer {
             word = (id, start, end.max(start));
         }
         Ok(())
+    }
+
+    /// Whether what came out as one word is several where only the surroundings of a white space are looked at.
+    fn is_split_in_pieces(&self, word: &str) -> Result<bool, Error> {
+        let Some(piece) = around_space(word) else { return Ok(false) };
+        let Some(pre_tokenizer) = self.0.tokenizer.get_pre_tokenizer() else { return Ok(false) };
+        let pieces = guarded(&self.0.path, || {
+            let mut piece = NormalizedString::from(piece);
+            if let Some(normalizer) = self.0.tokenizer.get_normalizer() {
+                normalizer.normalize(&mut piece).map_err(|error| error.to_string())?;
+            }
+            let mut pieces = PreTokenizedString::from(piece);
+            pre_tokenizer.pre_tokenize(&mut pieces).map_err(|error| error.to_string())?;
+            Ok(pieces.get_splits(OffsetReferential::Original, OffsetType::Byte).len())
+        })?;
+        Ok(pieces > 1)
     }
 
     /// The text of `ids`, without special tokens. Ids outside the vocabulary stand for no text.
@@ -319,10 +323,15 @@ impl Tokenizer {
     /// Every special token with its id, by id.
     #[must_use]
     pub fn special_tokens(&self) -> Vec<(String, i64)> {
+        self.added_tokens(true)
+    }
+
+    /// The tokens that are found in a text before it is split into words, by id: those that are special, or those that are not.
+    pub(crate) fn added_tokens(&self, special: bool) -> Vec<(String, i64)> {
         let added = self.0.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
         let mut special: Vec<_> = added
             .iter()
-            .filter(|(_, token)| token.special)
+            .filter(|(_, token)| token.special == special)
             .map(|(&id, token)| (token.content.clone(), i64::from(id)))
             .collect();
         special.sort_by_key(|(_, id)| *id);
@@ -522,22 +531,16 @@ fn is_byte_level(pre_tokenizer: &PreTokenizerWrapper) -> bool {
     }
 }
 
-/// Whether `word` has white space, beyond its first two characters, with something after it.
-fn continues_after_space(word: &str) -> bool {
-    let mut seen_space = false;
-    word.chars().skip(2).any(|c| {
-        seen_space |= c.is_whitespace();
-        seen_space && !c.is_whitespace()
-    })
-}
-
-/// The text of a special token, given as a string or as an object with `content`.
-fn token_text<'a>(config: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
-    match config.get(key)? {
-        Value::String(token) => Some(token),
-        Value::Object(fields) => fields.get("content")?.as_str(),
-        _ => None,
-    }
+/// A short piece of `word` with white space, beyond its first two characters, and text after it; none if there is no such.
+fn around_space(word: &str) -> Option<&str> {
+    const CHARS_BEFORE: usize = 32;
+    const CHARS_AFTER: usize = 8;
+    let inside = word.char_indices().nth(2)?.0;
+    let gap = inside + word[inside..].find(char::is_whitespace)?;
+    let after = gap + word[gap..].find(|c: char| !c.is_whitespace())?;
+    let begin = word[..after].char_indices().rev().nth(CHARS_BEFORE).map_or(0, |(at, _)| at);
+    let end = word[after..].char_indices().nth(CHARS_AFTER).map_or(word.len(), |(at, _)| after + at);
+    Some(&word[begin..end])
 }
 
 /// `chat_template` of `tokenizer_config.json`: a string, or a list of named ones (`default` counts).
@@ -559,24 +562,14 @@ fn inline_template(path: &Path, config: &Map<String, Value>) -> Result<Option<St
     }
 }
 
-fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
-    let size = fs_err::metadata(path)?.len();
-    if size > limit {
-        let found = format!("{size} bytes");
-        return Err(Error::field(path, "size", format!("at most {limit} bytes"), found));
-    }
-    Ok(fs_err::read(path)?)
-}
-
-/// A small JSON file that may be absent.
-fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
+/// A small JSON file that may be absent; numbers that are not finite are left out.
+fn read_optional(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
     if !path.exists() {
         return Ok(None);
     }
-    let bytes = read_capped(path, MAX_CONFIG_BYTES)?;
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|error| Error::field(path, "JSON", "a JSON object", error.to_string()))
+    let mut object = read_object(path, MAX_CONFIG_BYTES)?;
+    object.retain(|_, value| !is_word(value));
+    Ok(Some(object))
 }
 
 fn pretty(object: Map<String, Value>) -> String {

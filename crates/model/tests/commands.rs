@@ -238,7 +238,7 @@ fn flags_that_cannot_be_are_usage_errors() {
     let long = ["generate", "--model", model, "--prompt", "a", "--max-new-tokens", "5000"];
     refuses(&long, 2, &["2048 tokens"]);
     let zero = ["generate", "--model", model, "--prompt", "a", "--max-new-tokens", "0"];
-    refuses(&zero, 2, &["one new token"]);
+    refuses(&zero, 2, &["--max-new-tokens", "from 1"]);
 }
 
 #[test]

@@ -147,7 +147,7 @@ impl RewardModels {
             .iter()
             .map(|NamedReward { name, dir }| {
                 let reward = RewardModel::over(&dir.join("adapter"), name, model)?;
-                let stats = read_stats(dir, Some(&model.base_sha256))?;
+                let stats = read_stats(dir, Some(model))?;
                 let turn = turn_of(name, turns, kind);
                 Ok(Member { stats, ..Member::new(name, turn, Scorer::Model(reward)) })
             })

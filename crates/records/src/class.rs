@@ -43,6 +43,23 @@ pub fn class_of(cause: &(dyn StdError + 'static)) -> Option<Class> {
     cause.downcast_ref::<Refusal>().and_then(Refusal::class)
 }
 
+/// What a library's message says of memory that it did not get, in one line; none if it is about something else.
+pub fn memory_refused(message: &str) -> Option<String> {
+    const SIGNS: [&str; 6] = [
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "bad_alloc",
+        "Cannot allocate memory",
+        "memory allocation of",
+    ];
+    let sign = SIGNS.iter().filter_map(|sign| message.find(sign)).min()?;
+    // The line it stands in, without what libtorch and Rust put before it.
+    let line = message[sign..].lines().next().unwrap_or_default();
+    let line: String = line.trim_end_matches(['"', ')', '.']).chars().take(200).collect();
+    Some(line.split("\\n").next().unwrap_or_default().to_owned())
+}
+
 /// Bad data if the contents were refused, else the system's refusal.
 fn io_class(error: &std::io::Error) -> Class {
     match error.kind() {
@@ -174,6 +191,17 @@ impl Classified for Refusal {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn messages_about_memory_are_told_from_others() {
+        let torch = "called `Result::unwrap()` on an `Err` value: Torch(\"[enforce fail at alloc_cpu.cpp:119] err == 0. \
+                     DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (x)\\nframe #0\")";
+        let found = super::memory_refused(torch).unwrap();
+        assert_eq!(found, "can't allocate memory: you tried to allocate 8 bytes. Error code 12 (x)");
+        assert!(super::memory_refused("CUDA out of memory. Tried to allocate").is_some());
+        assert!(super::memory_refused("std::bad_alloc").is_some());
+        assert_eq!(super::memory_refused("index out of bounds"), None);
+    }
+
     use super::*;
 
     #[test]

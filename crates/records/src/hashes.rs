@@ -210,7 +210,8 @@ impl HashCache {
         entries.append(&mut self.entries.clone());
         entries.retain(|path, _| Path::new(path).exists());
         if let Ok(json) = serde_json::to_vec(&entries)
-            && let Err(error) = atomic::write(&self.path, &json)
+            && let Err(error) =
+                atomic::sweep_beside(&self.path).and_then(|()| atomic::write(&self.path, &json))
         {
             tracing::debug!(%error, "hashes not remembered");
         }

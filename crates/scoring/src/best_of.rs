@@ -267,7 +267,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut reward_models = Vec::new();
     for &aspect in &aspects {
         let dir = inputs.rewards.join(aspect.name());
-        let stats = read_stats(&dir, Some(&model.base_sha256))?.ok_or_else(|| Error::File {
+        let stats = read_stats(&dir, Some(model))?.ok_or_else(|| Error::File {
             path: dir.join(score_stats::FILE),
             field: "std".to_owned(),
             expected: "statistics to standardise with".to_owned(),

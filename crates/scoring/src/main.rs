@@ -232,7 +232,7 @@ fn arm(text: &str) -> anyhow::Result<Arm> {
 fn main() -> ExitCode {
     let matches = Cli::command().get_matches();
     cli::init_tracing();
-    arete_stage::exit::exit_code(run(&matches), arete_scoring::class_of)
+    arete_stage::exit::run(|| run(&matches), arete_scoring::class_of)
 }
 
 fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {

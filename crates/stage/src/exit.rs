@@ -3,9 +3,12 @@
 use std::error::Error as StdError;
 use std::fmt::Write as _;
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arete_records::{Class, Classified};
+use signal_hook::consts::SIGXFSZ;
 
 use crate::cli::printable;
 use crate::interrupt::Interrupted;
@@ -47,6 +50,48 @@ pub fn code(class: Class) -> u8 {
 /// What an error is, asked of the libraries above this crate.
 pub type ClassOf = fn(&(dyn StdError + 'static)) -> Option<Class>;
 
+/// Exit code of a broken promise of ours: a panic that nobody expected (`EX_SOFTWARE`).
+pub const INTERNAL: u8 = 70;
+
+/// Runs a program to its exit code: [`exit_code`] of what `work` returns. A panic is reported in one line like any other failure,
+/// with exit code 71 if it was for want of memory, else [`INTERNAL`]; a file that reaches the limit of its size is an error of
+/// writing and not a signal.
+pub fn run(work: impl FnOnce() -> anyhow::Result<()>, class_of: ClassOf) -> ExitCode {
+    static PANIC: Mutex<Option<String>> = Mutex::new(None);
+    // Libraries are run under `catch_unwind`, too: what they say is told by whoever caught it.
+    let loud = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic.to_string());
+        if loud {
+            usual(panic);
+        }
+    }));
+    if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {
+        tracing::debug!(%error, "SIGXFSZ not caught");
+    }
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => exit_code(result, class_of),
+        Err(_) => {
+            let panic = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let panic = panic.unwrap_or_else(|| "a panic without a message".to_owned());
+            let (text, code) = match arete_records::memory_refused(&panic) {
+                Some(what) => (format!("error: {what}\n  {MEMORY_ADVICE}"), code(Class::Memory)),
+                None => {
+                    let what = "this is a fault of the program, please report it";
+                    (format!("error: {}\n  {what}", panic.replace('\n', " ")), INTERNAL)
+                }
+            };
+            let _ = writeln!(std::io::stderr(), "{}", printable(&text));
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// What can be done where memory runs out.
+pub(crate) const MEMORY_ADVICE: &str = "out of memory: compute less at a time (micro_batch_tokens, batch, max_new_tokens), hold the model \
+                                        in 16 bits (--dtype bf16) or in four (--nf4), take a smaller model, or free memory";
+
 /// Turns a program's result into its exit code, printing `error: …` and its causes on stderr.
 ///
 /// `class_of` knows the errors of the libraries that the program uses; those of this crate and of `records` are known.
@@ -62,6 +107,9 @@ pub fn exit_code(result: anyhow::Result<()>, class_of: ClassOf) -> ExitCode {
     let mut text = format!("error: {error}");
     for cause in error.chain().skip(1) {
         write!(text, "\n  caused by: {cause}").expect("writing to a String cannot fail");
+    }
+    if class == Class::Memory {
+        write!(text, "\n  {MEMORY_ADVICE}").expect("writing to a String cannot fail");
     }
     // If stderr is closed there is nobody left to tell.
     let _ = writeln!(std::io::stderr(), "{}", printable(&text));
@@ -156,6 +204,23 @@ mod tests {
     fn a_reader_that_went_away_is_no_failure() {
         gives(io::Error::from(io::ErrorKind::BrokenPipe), 0);
         gives(crate::Error::Io(io::ErrorKind::BrokenPipe.into()), 0);
+    }
+
+    #[test]
+    fn a_panic_is_a_failure_like_others() {
+        let code = |work: fn() -> anyhow::Result<()>| format!("{:?}", run(work, class_of));
+        let is = |code: u8| format!("{:?}", ExitCode::from(code));
+        assert_eq!(code(|| Ok(())), is(0));
+        assert_eq!(code(|| Err(BadInput("row 3".to_owned()).into())), is(65));
+        assert_eq!(code(|| panic!("index out of bounds")), is(INTERNAL));
+        assert_eq!(code(|| panic!("DefaultCPUAllocator: can't allocate memory: you tried")), is(71));
+        // Caught by a library's caller, a panic is none of the program's.
+        let caught = || {
+            assert!(catch_unwind(|| panic!("a parser's")).is_err());
+            Ok(())
+        };
+        assert_eq!(code(caught), is(0));
+        drop(std::panic::take_hook());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, ranges};
 
 /// The tables a recipe may hold: one a stage, and `run` for what stages share.
 pub const TABLES: [&str; 14] = [
@@ -92,15 +92,18 @@ const MAX_RECIPE_BYTES: u64 = 1 << 20;
 ///
 /// [`Error::Io`], [`Error::Recipe`] if the recipe is not readable; [`Error::UnknownTable`],
 /// [`Error::UnknownKey`], naming the nearest known one; [`Error::RecipeValue`] if a value has the
-/// wrong type; [`Error::Config`] if `matches` do not hold `C`.
+/// wrong type; [`Error::Records`] if a number is out of every range; [`Error::Config`] if `matches` do not hold `C`.
 pub fn resolve<C: clap::Args + Serialize + DeserializeOwned>(
     matches: &ArgMatches,
     stage: &str,
     recipe: Option<&Path>,
 ) -> Result<C, Error> {
-    let path = recipe;
-    let Some(path) = path else {
-        return C::from_arg_matches(matches).map_err(|error| config_error(stage, &error));
+    let Some(path) = recipe else {
+        let parsed = C::from_arg_matches(matches).map_err(|error| config_error(stage, &error))?;
+        if let Ok(Value::Object(flags)) = serde_json::to_value(&parsed) {
+            ranges::check_flags(matches, &flags)?;
+        }
+        return Ok(parsed);
     };
     Recipe::read_for(Some(path), &[], stage)?.resolve(matches, stage)
 }
@@ -235,9 +238,12 @@ impl Recipe {
             Ok(_) => return Err(config_error(stage, &"does not serialise to a table")),
             Err(error) => return Err(config_error(stage, &error)),
         };
+        ranges::check_flags(matches, &flags)?;
         let entries = self.applicable_entries(stage, &flags)?;
         let mut settings = flags.clone();
         for entry in &entries {
+            let path = self.place(&entry.table, &entry.key);
+            ranges::check_entry(path, &entry.table, &entry.key, &entry.value)?;
             overlay(&mut settings, &entry.key, &entry.value, matches);
         }
         serde_json::from_value(Value::Object(settings)).map_err(|error| {
@@ -348,12 +354,10 @@ type Tables = BTreeMap<String, Map<String, Value>>;
 
 fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
     let recipe_error = |reason: String| Error::Recipe { path: path.to_owned(), reason };
-    let n_bytes = fs_err::metadata(path)?.len();
-    if n_bytes > MAX_RECIPE_BYTES {
-        let reason = format!("expected at most {MAX_RECIPE_BYTES} bytes, got {n_bytes}");
-        return Err(recipe_error(reason));
-    }
-    let bytes = fs_err::read(path)?;
+    let bytes = arete_records::files::read_capped(path, MAX_RECIPE_BYTES).map_err(|error| match error {
+        arete_records::Error::Io(error) => Error::Io(error),
+        other => Error::Records(other),
+    })?;
     let text = String::from_utf8(bytes).map_err(|error| recipe_error(error.to_string()))?;
     // A text of several lines is the same whatever system the recipe was written on.
     let text = text.replace("\r\n", "\n");

@@ -27,9 +27,13 @@ void nf4_quantize(const void* in_, const float* codebook, uint8_t* codes, float*
   for (int64_t block = begin; block < end; block++) {
     const T* in = (const T*)in_ + block * block_size;
     int64_t n = std::min(block_size, count - block * block_size);
-    float largest = 0;
-    for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::fabs(to_float(in[i])));
-    absmax[block] = largest;
+    float largest = 0, check = 0;
+    for (int64_t i = 0; i < n; i++) {
+      float value = to_float(in[i]);
+      largest = std::max(largest, std::fabs(value));
+      check += value * 0.0f;  // NaN if a value is not finite
+    }
+    absmax[block] = largest + check;
     float inverse = 1.0f / std::max(largest, 1e-38f);
     uint8_t* out = codes + block * block_size / 2;
     int64_t i = 0;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 #ifdef __AVX2__
@@ -91,11 +92,11 @@ inline float highest(f32x16 v) {
   return out;
 }
 
-// exp(x) to about 1 ulp for x in [-87, 88]; 0 below. Cody-Waite reduction and a degree-6 polynomial (Cephes expf).
+// exp(x) to about 1 ulp for x in [-87, 88]; 0 below; NaN stays NaN. Cody-Waite reduction and a degree-6 polynomial (Cephes expf).
 inline f32x16 exp16(f32x16 x) {
   i32x16 tiny = x < splat(-87.0f);
-  x = max16(x, splat(-87.0f));
-  x = x < splat(88.0f) ? x : splat(88.0f);
+  x = tiny ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
   f32x16 n = x * 1.44269504088896341f + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
   i32x16 exponent = (i32x16)n - 0x4b400000;
   n = n - splat(12582912.0f);
@@ -136,7 +137,10 @@ struct Buffer {
       free(data);
       capacity = n + n / 2 + 64;
       data = (T*)aligned_alloc(64, (capacity * sizeof(T) + 63) / 64 * 64);
-      if (!data) abort();
+      if (!data) {
+        capacity = 0;
+        throw std::bad_alloc();  // libtorch's loops hand it to their caller
+      }
     }
     return data;
   }

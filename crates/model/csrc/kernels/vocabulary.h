@@ -82,6 +82,11 @@ void sample(const void* logits_, const double* uniform, const SampleSettings* se
     float inverse_temperature = greedy ? 1.0f : 1.0f / set.temperature;
     float top = row_max(logits, width);
     double total = sum_exp_blocks(logits, width, top, inverse_temperature);
+    if (!std::isfinite(total)) {  // a logit is NaN or infinite: nothing is drawn, and the caller sees why
+      token[row] = 0;
+      logprob[row] = NAN;
+      continue;
+    }
     int64_t chosen = width - 1;
     if (greedy) {
       chosen = 0;

@@ -7,11 +7,11 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     AdapterMeta, CONFIG_FILE, HEAD_NAME, MAX_CONFIG_BYTES, META_FILE, WEIGHTS_FILE, config_json,
-    rank_and_alpha, read_meta, write_json,
+    peft::rank_and_alpha, read_meta, write_json,
 };
 use crate::Error;
 use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
-use crate::config::read_json_object;
+use crate::json::read_object;
 use crate::lora::Target;
 use arete_records::atomic::AtomicDir;
 
@@ -87,7 +87,7 @@ fn read(directory: &Path, weight: f64) -> Result<Part, Error> {
         ));
     }
     let path = directory.join(CONFIG_FILE);
-    let config = read_json_object(&path, MAX_CONFIG_BYTES)?;
+    let config = read_object(&path, MAX_CONFIG_BYTES)?;
     let (rank, alpha) = rank_and_alpha(&path, &config)?;
     let meta = read_meta(directory, &config, false)?;
     let file = SafetensorsFile::open(&directory.join(WEIGHTS_FILE))?;

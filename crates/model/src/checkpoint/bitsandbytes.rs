@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
-use super::Weights;
+use super::{Weights, bytes};
 use crate::Error;
 use crate::nf4::{self, CODEBOOK, Nf4Tensor};
 
@@ -82,6 +82,7 @@ pub(super) fn read(weights: &Weights, name: &str) -> Result<Option<Nf4Tensor>, E
     let Some(state) = state(weights, name)? else { return Ok(None) };
     let (outputs, inputs) = (state.shape[0], state.shape[1]);
     let elements = outputs * inputs;
+    let codes = codes(weights, name, elements / 2)?;
     let part = |suffix: &str, kind: Kind, n: i64| -> Result<Tensor, Error> {
         let key = format!("{name}{suffix}");
         let file = weights.file_of(&key)?;
@@ -92,7 +93,6 @@ pub(super) fn read(weights: &Weights, name: &str) -> Result<Option<Nf4Tensor>, E
         }
         Ok(file.tensor(&key)?.view([-1]))
     };
-    let codes = part("", Kind::Uint8, elements / 2)?;
     let codebook = part(".quant_map", Kind::Float, 16)?;
     let largest = (&codebook - Tensor::from_slice(&CODEBOOK)).abs().max().double_value(&[]);
     if largest.is_nan() || largest > CODEBOOK_TOLERANCE {
@@ -116,6 +116,29 @@ pub(super) fn read(weights: &Weights, name: &str) -> Result<Option<Nf4Tensor>, E
         }
         _ => part(".absmax", Kind::Float, blocks)?,
     };
+    let place = bytes::first_non_finite(Kind::Float, bytes::bytes_of(&absmax.contiguous()));
+    if let Some(place) = place {
+        let path = weights.file_of(name)?.path();
+        return Err(bytes::not_finite(path, &format!("{name}.absmax"), place));
+    }
     let block_size = state.blocksize;
     Ok(Some(Nf4Tensor { codes, absmax, codebook, outputs, inputs, block_size }))
+}
+
+/// The packed codes as bytes. bitsandbytes can store them under another dtype (`bnb_4bit_quant_storage`, which FSDP needs): the
+/// bytes are the same.
+fn codes(weights: &Weights, name: &str, n: i64) -> Result<Tensor, Error> {
+    let file = weights.file_of(name)?;
+    let shape = file.shape(name).unwrap_or_default();
+    let (kind, count) = (file.kind(name), shape.iter().product::<i64>());
+    let width = kind.map_or(0, |kind| kind.elt_size_in_bytes() as i64);
+    let known = [Kind::Uint8, Kind::BFloat16, Kind::Half, Kind::Float].map(Some).contains(&kind);
+    if !known || count * width != n {
+        let found = format!("{kind:?} {shape:?}");
+        let expected = format!(
+            "{n} bytes of codes, stored as U8, BF16, F16 or F32 (bnb_4bit_quant_storage)"
+        );
+        return Err(Error::field(file.path(), name, expected, found));
+    }
+    file.raw(name)
 }

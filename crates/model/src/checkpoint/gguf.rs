@@ -10,7 +10,7 @@
 //! operation, `gguf/quants.py` of the PyPI package `gguf` 0.19.0, so results are equal to the bit.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{BufReader, Read};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use fs_err::File;
@@ -18,11 +18,15 @@ use tch::{Kind, Tensor};
 
 use super::bytes;
 use crate::Error;
+use crate::runtime::dtype_name;
 
 pub use self::metadata::{Metadata, Value};
 
 mod blocks;
+mod header;
 mod metadata;
+
+use self::header::{HeaderReader, TableEntry};
 
 const MAGIC: &[u8; 4] = b"GGUF";
 /// Tensors a file may declare: 70B models have under a thousand.
@@ -161,7 +165,7 @@ impl Gguf {
     /// [`Error::Io`] if the file cannot be read, [`Error::Field`] if anything in it is not as GGUF
     /// has it, or beyond this crate's limits.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path)?;
+        let file = arete_records::files::open_regular(path)?;
         let file_bytes = file.metadata()?.len();
         let mut reader = HeaderReader::new(path, BufReader::new(&file), file_bytes);
 
@@ -236,7 +240,8 @@ impl Gguf {
     ///
     /// # Errors
     ///
-    /// [`Error::MissingTensor`], or [`Error::Io`] if the file cannot be read.
+    /// [`Error::MissingTensor`], [`Error::Io`] if the file cannot be read, or [`Error::Field`] naming the tensor if a number in
+    /// it is NaN or infinite.
     ///
     /// # Source
     ///
@@ -308,10 +313,13 @@ impl Gguf {
     ) -> Result<Tensor, Error> {
         match kind {
             Kind::Float => bytes::filled::<f32>(shape, kind, |out| {
-                self.fill_parts(parts, out, |entry, row, out| entry.ggml_type.to_f32(row, out))
+                self.fill_parts(parts, kind, out, |entry, row, out| {
+                    entry.ggml_type.to_f32(row, out);
+                    out.iter().fold(true, |all, number| all & number.is_finite())
+                })
             }),
             Kind::BFloat16 | Kind::Half => bytes::filled::<u16>(shape, kind, |out| {
-                self.fill_parts(parts, out, |entry, row, out| {
+                self.fill_parts(parts, kind, out, |entry, row, out| {
                     if entry.ggml_type.kind() == kind {
                         for (out, stored) in out.iter_mut().zip(row.as_chunks::<2>().0) {
                             *out = u16::from_le_bytes(*stored);
@@ -321,6 +329,8 @@ impl Gguf {
                         entry.ggml_type.to_f32(row, &mut wide);
                         blocks::round(&wide, kind, out);
                     }
+                    let exponent = if kind == Kind::Half { 0x7C00 } else { 0x7F80 };
+                    out.iter().fold(true, |all, bits| all & (bits & exponent != exponent))
                 })
             }),
             other => Err(Error::Invalid {
@@ -334,15 +344,21 @@ impl Gguf {
     fn fill_parts<T: bytes::Plain>(
         &self,
         parts: &[(&str, Option<usize>)],
+        kind: Kind,
         mut out: &mut [T],
-        convert: impl Fn(&GgufTensor, &[u8], &mut [T]) + Sync,
+        convert: impl Fn(&GgufTensor, &[u8], &mut [T]) -> bool + Sync,
     ) -> Result<(), Error> {
         for (name, unpermute_heads) in parts {
             let entry = self.entry(name)?;
             let n: i64 = entry.shape.iter().product();
             let (part, rest) = out.split_at_mut(n as usize);
             let head_rows = self.head_rows(name, entry, *unpermute_heads)?;
-            self.fill(entry, head_rows, part, |row, out| convert(entry, row, out))?;
+            let all_finite =
+                self.fill(entry, head_rows, part, |row, out| convert(entry, row, out))?;
+            if !all_finite {
+                let expected = format!("finite numbers that fit {}", dtype_name(kind));
+                return Err(Error::field(&self.path, *name, expected, "NaN or an infinity"));
+            }
             out = rest;
         }
         Ok(())
@@ -385,7 +401,8 @@ impl Gguf {
             .ok_or_else(|| Error::MissingTensor { path: self.path.clone(), name: name.to_owned() })
     }
 
-    /// Reads the rows of `entry` and converts each into its place in `out`, on every core.
+    /// Reads the rows of `entry` and converts each into its place in `out`, on every core; whether `convert` found all numbers
+    /// finite.
     ///
     /// Within each group of `head_rows` rows, pairs become halves (no effect for groups of 1).
     fn fill<T: bytes::Plain>(
@@ -393,8 +410,8 @@ impl Gguf {
         entry: &GgufTensor,
         head_rows: usize,
         out: &mut [T],
-        convert: impl Fn(&[u8], &mut [T]) + Sync,
-    ) -> Result<(), Error> {
+        convert: impl Fn(&[u8], &mut [T]) -> bool + Sync,
+    ) -> Result<bool, Error> {
         /// Small enough for the cache, large enough to amortise a read.
         const TARGET_BYTES: usize = 1 << 20;
         /// Below this, starting a thread costs more than it saves.
@@ -404,8 +421,8 @@ impl Gguf {
         let group_bytes = row_bytes * head_rows;
         let groups_per_read = (TARGET_BYTES / group_bytes.max(1)).max(1);
 
-        let convert_span = |first_row: usize, out: &mut [T]| -> Result<(), Error> {
-            let mut stored = Vec::new();
+        let convert_span = |first_row: usize, out: &mut [T]| -> Result<bool, Error> {
+            let (mut stored, mut all_finite) = (Vec::new(), true);
             let mut row = first_row;
             for out in out.chunks_mut(groups_per_read * head_rows * n_cols) {
                 let n_rows = out.len() / n_cols;
@@ -414,11 +431,11 @@ impl Gguf {
                 bytes::read_at(&self.file, offset, &mut stored)?;
                 for (i, stored) in stored.chunks_exact(row_bytes).enumerate() {
                     let place = halves_place(i, head_rows);
-                    convert(stored, &mut out[place * n_cols..(place + 1) * n_cols]);
+                    all_finite &= convert(stored, &mut out[place * n_cols..(place + 1) * n_cols]);
                 }
                 row += n_rows;
             }
-            Ok(())
+            Ok(all_finite)
         };
 
         let n_groups = out.len() / (head_rows * n_cols).max(1);
@@ -438,9 +455,9 @@ impl Gguf {
                 .enumerate()
                 .map(|(i, out)| scope.spawn(move || convert_span(i * rows_per_thread, out)))
                 .collect();
-            threads
-                .into_iter()
-                .try_for_each(|thread| thread.join().expect("row conversion does not panic"))
+            threads.into_iter().try_fold(true, |all, thread| {
+                Ok(thread.join().expect("row conversion does not panic")? && all)
+            })
         })
     }
 }
@@ -477,15 +494,6 @@ fn alignment(metadata: &Metadata) -> Result<u64, Error> {
     Ok(alignment)
 }
 
-/// One entry of the tensor table, before its place in the file is checked.
-struct TableEntry {
-    name: String,
-    shape: Vec<i64>,
-    ggml_type: GgmlType,
-    offset: u64,
-    n_bytes: u64,
-}
-
 /// Checks that every tensor lies within the file, once.
 fn place_tensors(
     path: &Path,
@@ -516,167 +524,6 @@ fn place_tensors(
         }
     }
     Ok(tensors)
-}
-
-/// Reads the header field by field; no count is believed before the bytes for it are known to exist.
-struct HeaderReader<'a, R> {
-    path: &'a Path,
-    reader: R,
-    position: u64,
-    file_bytes: u64,
-    array_elements: u64,
-}
-
-impl<'a, R: Read> HeaderReader<'a, R> {
-    fn new(path: &'a Path, reader: R, file_bytes: u64) -> Self {
-        Self { path, reader, position: 0, file_bytes, array_elements: 0 }
-    }
-
-    fn error(&self, field: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
-        let field: String = field.chars().take(120).collect();
-        Error::field(self.path, field, expected, found)
-    }
-
-    fn left(&self) -> u64 {
-        self.file_bytes.min(MAX_HEADER_BYTES).saturating_sub(self.position)
-    }
-
-    /// Fills `out` with the next bytes.
-    fn fill(&mut self, field: &str, out: &mut [u8]) -> Result<(), Error> {
-        let n = out.len();
-        self.expect_left(field, n as u64)?;
-        self.reader.read_exact(out).map_err(|error| {
-            self.error(field, format!("{n} bytes"), format!("a read error: {error}"))
-        })?;
-        self.position += n as u64;
-        Ok(())
-    }
-
-    fn expect_left(&self, field: &str, n: u64) -> Result<(), Error> {
-        if n > self.left() {
-            let expected = format!("at most {} bytes (the rest of the header)", self.left());
-            return Err(self.error(field, expected, format!("{n} bytes")));
-        }
-        Ok(())
-    }
-
-    fn array<const N: usize>(&mut self, field: &str) -> Result<[u8; N], Error> {
-        let mut out = [0; N];
-        self.fill(field, &mut out)?;
-        Ok(out)
-    }
-
-    fn u32(&mut self, field: &str) -> Result<u32, Error> {
-        Ok(u32::from_le_bytes(self.array(field)?))
-    }
-
-    fn u64(&mut self, field: &str) -> Result<u64, Error> {
-        Ok(u64::from_le_bytes(self.array(field)?))
-    }
-
-    /// A count of things that take at least `min_bytes` each.
-    fn count(&mut self, field: &str, limit: u64, min_bytes: u64) -> Result<usize, Error> {
-        let count = self.u64(field)?;
-        let limit = limit.min(self.left() / min_bytes);
-        if count > limit {
-            return Err(self.error(field, format!("at most {limit}"), count.to_string()));
-        }
-        Ok(count as usize)
-    }
-
-    fn string(&mut self, field: &str, limit: u64) -> Result<String, Error> {
-        let n = self.u64(field)?;
-        if n > limit {
-            return Err(self.error(field, format!("at most {limit} bytes"), format!("{n} bytes")));
-        }
-        // Before the allocation, so that a length is no larger than what the file has.
-        self.expect_left(field, n)?;
-        let mut out = vec![0; n as usize];
-        self.fill(field, &mut out)?;
-        String::from_utf8(out).map_err(|_| self.error(field, "UTF-8 text", "other bytes"))
-    }
-
-    fn value(&mut self, key: &str, value_type: u32, nesting: usize) -> Result<Value, Error> {
-        Ok(match value_type {
-            0 => Value::Unsigned(u64::from(self.array::<1>(key)?[0])),
-            1 => Value::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
-            2 => Value::Unsigned(u64::from(u16::from_le_bytes(self.array(key)?))),
-            3 => Value::Signed(i64::from(i16::from_le_bytes(self.array(key)?))),
-            4 => Value::Unsigned(u64::from(self.u32(key)?)),
-            5 => Value::Signed(i64::from(i32::from_le_bytes(self.array(key)?))),
-            6 => Value::Float(f64::from(f32::from_le_bytes(self.array(key)?))),
-            7 => match self.array::<1>(key)?[0] {
-                0 => Value::Bool(false),
-                1 => Value::Bool(true),
-                other => return Err(self.error(key, "0 or 1", other.to_string())),
-            },
-            8 => Value::String(self.string(key, MAX_STRING_BYTES)?),
-            9 => {
-                if nesting == MAX_NESTING {
-                    let expected = format!("at most {MAX_NESTING} levels of arrays");
-                    return Err(self.error(key, expected, "more"));
-                }
-                let element_type = self.u32(key)?;
-                let n = self.count(key, MAX_ARRAY_ELEMENTS, 1)?;
-                self.array_elements += n as u64;
-                if self.array_elements > MAX_ARRAY_ELEMENTS {
-                    let expected = format!("at most {MAX_ARRAY_ELEMENTS} array elements in all");
-                    return Err(self.error(key, expected, "more"));
-                }
-                let mut out = Vec::new();
-                for _ in 0..n {
-                    out.push(self.value(key, element_type, nesting + 1)?);
-                }
-                Value::Array(out)
-            }
-            10 => Value::Unsigned(self.u64(key)?),
-            11 => Value::Signed(i64::from_le_bytes(self.array(key)?)),
-            12 => Value::Float(f64::from_le_bytes(self.array(key)?)),
-            other => {
-                return Err(self.error(key, "a value type from 0 to 12", other.to_string()));
-            }
-        })
-    }
-
-    fn tensor(&mut self) -> Result<TableEntry, Error> {
-        let name = self.string("tensor name", MAX_NAME_BYTES)?;
-        let n_dims = self.u32(&name)?;
-        if n_dims == 0 || n_dims > MAX_DIMS {
-            let expected = format!("1 to {MAX_DIMS} dimensions");
-            return Err(self.error(&name, expected, n_dims.to_string()));
-        }
-        let mut shape = Vec::new();
-        let mut elements = 1u64;
-        for _ in 0..n_dims {
-            let size = self.u64(&name)?;
-            elements = match elements.checked_mul(size) {
-                Some(n) if size > 0 && n < 1 << 40 => n,
-                _ => {
-                    return Err(self.error(
-                        &name,
-                        "sizes above 0, below 2^40 elements",
-                        size.to_string(),
-                    ));
-                }
-            };
-            shape.push(size as i64);
-        }
-        shape.reverse(); // the file stores the innermost dimension first
-        let id = self.u32(&name)?;
-        let Some(ggml_type) = GgmlType::from_id(id) else {
-            let expected = format!("a tensor type among {}", GgmlType::supported_names());
-            return Err(self.error(&name, expected, format!("ggml type {id}")));
-        };
-        let (block, block_bytes) = ggml_type.block();
-        let columns = *shape.last().expect("at least one dimension") as u64;
-        if !columns.is_multiple_of(block as u64) {
-            let expected = format!("rows of whole blocks of {block}");
-            return Err(self.error(&name, expected, format!("{columns} columns")));
-        }
-        let n_bytes = elements / block as u64 * block_bytes as u64;
-        let offset = self.u64(&name)?;
-        Ok(TableEntry { name, shape, ggml_type, offset, n_bytes })
-    }
 }
 
 #[cfg(test)]

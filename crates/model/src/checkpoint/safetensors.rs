@@ -113,7 +113,7 @@ impl SafetensorsFile {
     /// [`Error::Io`], or [`Error::Field`] for anything that is not as the format has it: header too large, names
     /// twice, unknown dtypes, ranges that do not fit the shapes, holes, overlaps, a file cut short.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path)?;
+        let file = arete_records::files::open_regular(path)?;
         let file_bytes = file.metadata()?.len();
         let fail = |field: &str, expected: String, found: String| {
             Err(Error::field(path, field, expected, found))
@@ -192,7 +192,7 @@ impl SafetensorsFile {
         self.entries.get(name).map(|entry| entry.kind)
     }
 
-    /// Reads one tensor as stored, on the CPU.
+    /// Reads one tensor as stored, on the CPU; floats are finite, all of them.
     ///
     /// # Shapes
     ///
@@ -200,15 +200,34 @@ impl SafetensorsFile {
     ///
     /// # Errors
     ///
-    /// [`Error::MissingTensor`], or [`Error::Io`].
+    /// [`Error::MissingTensor`], [`Error::Io`], or [`Error::Field`] naming the tensor if a number in it is NaN or infinite.
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         let entry = self.entries.get(name).ok_or_else(|| Error::MissingTensor {
             path: self.path.clone(),
             name: name.to_owned(),
         })?;
-        bytes::filled::<u8>(&entry.shape, entry.kind, |out| {
+        bytes::filled::<u8>(&entry.shape, entry.kind, |out| self.read(name, entry, out))
+    }
+
+    /// The bytes of one tensor, whatever they stand for: `[n_bytes]` u8, on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MissingTensor`], or [`Error::Io`].
+    pub(crate) fn raw(&self, name: &str) -> Result<Tensor, Error> {
+        let entry = self.entries.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+        })?;
+        let n: i64 = entry.shape.iter().product();
+        let n_bytes = n * entry.kind.elt_size_in_bytes() as i64;
+        bytes::filled::<u8>(&[n_bytes], Kind::Uint8, |out| {
             bytes::read_at(&self.file, entry.offset, out)
         })
+    }
+
+    fn read(&self, name: &str, entry: &Entry, out: &mut [u8]) -> Result<(), Error> {
+        bytes::read_finite_at((&self.path, &self.file), name, entry.kind, entry.offset, out)
     }
 }
 
@@ -220,7 +239,7 @@ impl SafetensorsFile {
 ///
 /// # Errors
 ///
-/// [`Error::Io`]; `None` unless all are matrices of the same dtype and width.
+/// As [`SafetensorsFile::tensor`]; `None` unless all are matrices of the same dtype and width.
 pub(crate) fn stacked(parts: &[(&SafetensorsFile, &str)]) -> Result<Option<Tensor>, Error> {
     let entries: Option<Vec<&Entry>> =
         parts.iter().map(|(file, name)| file.entries.get(*name)).collect();
@@ -234,10 +253,10 @@ pub(crate) fn stacked(parts: &[(&SafetensorsFile, &str)]) -> Result<Option<Tenso
     }
     let rows = entries.iter().map(|entry| entry.shape[0]).sum();
     let tensor = bytes::filled::<u8>(&[rows, columns], kind, |mut out| {
-        for ((file, _), entry) in parts.iter().zip(&entries) {
+        for ((file, name), entry) in parts.iter().zip(&entries) {
             let n: i64 = entry.shape.iter().product();
             let (part, rest) = out.split_at_mut(n as usize * kind.elt_size_in_bytes());
-            bytes::read_at(&file.file, entry.offset, part)?;
+            file.read(name, entry, part)?;
             out = rest;
         }
         Ok(())

@@ -256,8 +256,8 @@ fn damaged_packed_matrices_are_refused_by_name() {
             state_of(json!({"nested_blocksize": 256, "nested_offset": 0.0})),
             ".absmax: expected 64 of Uint8",
         ),
-        (query, Tensor::zeros([7, 1], (Kind::Uint8, Device::Cpu)), "2048 of Uint8"),
-        (query, Tensor::zeros([2048, 1], (Kind::Float, Device::Cpu)), "2048 of Uint8"),
+        (query, Tensor::zeros([7, 1], (Kind::Uint8, Device::Cpu)), "2048 bytes of codes"),
+        (query, Tensor::zeros([2048, 1], (Kind::Float, Device::Cpu)), "2048 bytes of codes"),
     ];
     for (name, tensor, words) in cases {
         let mut copy = Copy::of("nf4_llama");

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use tch::Kind;
 
-use super::ModelArgs;
+use super::{ModelArgs, ranged};
 use arete_model::bench::{Table, peak_rss_bytes, products, products_per_s, read_bytes_per_s, time};
 use arete_model::generate::{self, Options, Request, Sampling, Stream};
 use arete_model::{
@@ -20,10 +20,10 @@ pub(crate) struct Bench {
     #[command(flatten)]
     model: ModelArgs,
     /// Sequences sampled at a time
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = ranged(1, 1 << 16))]
     batch: usize,
     /// New tokens per sequence
-    #[arg(long, default_value_t = 48)]
+    #[arg(long, default_value_t = 48, value_parser = ranged(1, 1 << 20))]
     new_tokens: usize,
     /// Only loading, packing to four bits, and one sequence: for a model that training does not fit beside
     #[arg(long)]

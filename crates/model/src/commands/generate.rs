@@ -10,24 +10,37 @@ use arete_stage::cli;
 use serde_json::json;
 
 use super::lines::{self, Line};
-use super::{LoadedAdapter, ModelArgs};
+use super::{LoadedAdapter, ModelArgs, ranged};
 use arete_model::generate::{self, Completion, Options, Request, Sampling, Stream};
 use arete_model::{Adapter, Error, Model};
+
+/// No model has more tokens in its vocabulary, or positions.
+const MOST_TOKENS: u64 = 1 << 24;
+
+fn parse_temperature(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "expected a number of at least 0".to_owned())
+}
+
+fn parse_top_p(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| *number > 0.0 && *number <= 1.0);
+    number.ok_or_else(|| "expected a number above 0, at most 1".to_owned())
+}
 
 /// Settings of sampling.
 #[derive(Debug, clap::Args)]
 struct SamplingArgs {
     /// Divides the logits; 0 takes the most probable token
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.7, value_parser = parse_temperature)]
     temperature: f64,
     /// Only the k most probable tokens; 0 for all
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = ranged(0, MOST_TOKENS))]
     top_k: usize,
     /// Only the smallest set of tokens with this mass; 1 for all
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = parse_top_p)]
     top_p: f64,
     /// Most new tokens
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = ranged(1, MOST_TOKENS))]
     max_new_tokens: usize,
     /// Text that ends a completion; may be repeated
     #[arg(long = "stop", value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
@@ -114,6 +127,9 @@ fn show(
         request,
         options,
         &mut |token| -> anyhow::Result<()> {
+            if options.stop_ids.contains(&token) {
+                return Ok(()); // not part of the reply, special or not
+            }
             let piece = text.push(token)?;
             // White space at the ends of a reply is not part of it (`Chat::reply_text`).
             blank.push_str(if started { &piece } else { piece.trim_start() });

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
-use crate::checkpoint::gguf;
+use crate::checkpoint::gguf::{self, Metadata};
+use crate::config::gguf::decimal;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
@@ -170,7 +171,7 @@ fn what_is_not_supported_is_named() {
         ),
         (
             json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
-            "expected nf4, found nothing",
+            "load_in_8bit: expected four-bit NF4",
         ),
     ] {
         let text = message(changes);

@@ -43,9 +43,10 @@ fn decoder(kind: Kind, packed: bool) -> Decoder {
     };
     let embedding = matrix("embedding", 1000, 576, kind);
     Decoder {
+        path: "equal rows".into(),
         device: Device::Cpu,
         kind,
-        head: embedding.shallow_clone(),
+        head: Some(embedding.shallow_clone()),
         embedding,
         layers: Layers::Held(vec![layer]),
         norm: ones(),
@@ -123,7 +124,7 @@ fn gradients(decoder: &Decoder, sequences: &[Vec<i64>]) -> (Vec<[Tensor; 2]>, Ve
     let attend = |qkv: &Tensor| decoder.attend(qkv, &positions, &batch.tables);
     let (hidden, delta) = decoder.block(0, &leaf, None, Some(&prepared), attend).unwrap();
     let out = ops::rms_norm(&hidden, Some(&delta), &decoder.norm, 1e-5).unwrap().0;
-    let found = ops::token_logprobs(&out, &decoder.head, &tokens, 0.8, false).unwrap().0;
+    let found = ops::token_logprobs(&out, decoder.head.as_ref().unwrap(), &tokens, 0.8, false).unwrap().0;
     found.sum(Kind::Float).backward();
     let grad = leaf.grad();
     let mut row = 0;

@@ -6,7 +6,9 @@
 //! these differences: `smollm` and its kin split digits one by one as the published
 //! `tokenizer.json` does (transformers' table lacks them), `add_space_prefix` is honoured, an
 //! unknown `pre` is an error instead of GPT-2's regular expression, and `llama-bpe` and `tekken`
-//! take a word that is in the vocabulary whole, as their published files and llama.cpp do.
+//! take a word that is in the vocabulary whole, as their published files and llama.cpp do. Where a
+//! file says nothing (`pre`, BOS, spaces around special tokens, tokens that end a turn), llama.cpp
+//! decides: the files are its own (`src/llama-vocab.cpp`).
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -18,15 +20,18 @@ use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
+use tokenizers::normalizers::prepend::Prepend;
 use tokenizers::normalizers::replace::Replace;
+use tokenizers::normalizers::utils::Sequence as NormalizerSequence;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::Split;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
+};
 
 use super::spelling::{METASPACE, of_bytes};
 use super::{SpecialIds, Tokenizer, drop_cutting, guarded};
@@ -38,12 +43,37 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const BYTE: i32 = 6;
 
+/// Tokens that llama.cpp takes for control tokens whatever their type, by their names (`special_eot_id`).
+const ENDS_OF_TURN: [&str; 13] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+];
+
 /// Contractions, words, digits in groups of up to three, punctuation, white space.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// As Llama 3's, digits one by one.
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Splits at changes from lower to upper case.
 const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// llama.cpp's for files that name no `pre`: punctuation apart, GPT-2's words, digits in groups, in groups of three.
+const DEFAULT_SPLITS: [&str; 4] = [
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+];
 
 const KNOWN_PRE: &str = "default, gpt-2, gpt2, phi-2, mpt, olmo, smollm, starcoder, refact, \
                          command-r, codeshell, llama-bpe, llama3, llama-v3, falcon3, dbrx, \
@@ -85,6 +115,10 @@ pub struct GgufVocabulary {
 
 pub(super) fn build(path: &Path, mut vocabulary: GgufVocabulary) -> Result<Tokenizer, Error> {
     check(path, &vocabulary)?;
+    for (id, token) in vocabulary.tokens.iter_mut().enumerate().filter(|(_, token)| token.is_empty())
+    {
+        *token = format!("[EMPTY_{id}]"); // as llama.cpp names them
+    }
     let mut tokenizer = match vocabulary.model.as_str() {
         "gpt2" => byte_level(path, &mut vocabulary)?,
         "llama" => sentencepiece(path, &mut vocabulary)?,
@@ -102,7 +136,13 @@ pub(super) fn build(path: &Path, mut vocabulary: GgufVocabulary) -> Result<Token
     let mut added: Vec<AddedToken> = Vec::new();
     for (id, token) in (0_i64..).zip(tokens) {
         let kind = usize::try_from(id).ok().and_then(|id| vocabulary.token_types.get(id));
-        let special = matches!(kind, Some(&(CONTROL | UNKNOWN))) || declared.contains(&Some(id));
+        let control = matches!(kind, Some(&(CONTROL | UNKNOWN))) || declared.contains(&Some(id));
+        let ends_turn = ENDS_OF_TURN.contains(&token.as_str());
+        if ends_turn && !control && kind.is_some() {
+            let path = path.display();
+            tracing::warn!(%path, token, "a token that ends turns, but no control token: it is taken for one, as llama.cpp does");
+        }
+        let special = control || ends_turn;
         if special || kind == Some(&USER_DEFINED) {
             added.push(AddedToken::from(token.clone(), special).normalized(false));
         }
@@ -181,27 +221,31 @@ fn byte_level(
     vocabulary: &mut GgufVocabulary,
 ) -> Result<tokenizers::Tokenizer, Error> {
     let pre = vocabulary.pre.as_deref().unwrap_or("default");
-    let split = |pattern: &str| -> Result<PreTokenizerWrapper, Error> {
-        let pattern = SplitPattern::Regex(pattern.to_owned());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-            .expect("this file's own regular expressions compile");
-        Ok(Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into())
-    };
+    if pre == "default" {
+        let path = path.display();
+        tracing::warn!(
+            %path,
+            "tokenizer.ggml.pre does not say how the text is split into words: llama.cpp's own default is taken, which is none of \
+             the published models'; convert the file anew"
+        );
+    }
     let gpt2 = ByteLevel::new(false, true, true);
     let (pre_tokenizer, ignore_merges): (PreTokenizerWrapper, bool) = match pre {
-        "default" | "gpt-2" | "gpt2" | "phi-2" | "mpt" | "olmo" => (gpt2.into(), false),
+        "default" => (split_in_turn(&DEFAULT_SPLITS), false),
+        "gpt-2" | "gpt2" | "phi-2" | "mpt" | "olmo" => (gpt2.into(), false),
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
             (Sequence::new(vec![Digits::new(true).into(), gpt2.into()]).into(), false)
         }
-        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (split(LLAMA3_SPLIT)?, true),
-        "dbrx" | "smaug-bpe" => (split(LLAMA3_SPLIT)?, false),
-        "qwen2" | "deepseek-r1-qwen" | "stablelm2" => (split(QWEN2_SPLIT)?, false),
-        "tekken" => (split(TEKKEN_SPLIT)?, true),
+        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (split_in_turn(&[LLAMA3_SPLIT]), true),
+        "dbrx" | "smaug-bpe" => (split_in_turn(&[LLAMA3_SPLIT]), false),
+        "qwen2" | "deepseek-r1-qwen" | "stablelm2" => (split_in_turn(&[QWEN2_SPLIT]), false),
+        "tekken" => (split_in_turn(&[TEKKEN_SPLIT]), true),
         other => return Err(Error::field(path, "tokenizer.ggml.pre", KNOWN_PRE, other)),
     };
     if vocabulary.add_bos.is_none() {
         // llama.cpp's default for files from before the flag.
-        vocabulary.add_bos = Some(matches!(pre, "llama-bpe" | "llama3" | "llama-v3" | "falcon3"));
+        let own = ["llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"];
+        vocabulary.add_bos = Some(own.contains(&pre));
     }
 
     let types = &vocabulary.token_types;
@@ -239,6 +283,18 @@ fn byte_level(
     Ok(tokenizer)
 }
 
+/// Cuts text by each expression in turn, what it matches apart, and spells the words in bytes.
+fn split_in_turn(patterns: &[&str]) -> PreTokenizerWrapper {
+    let split = |pattern: &&str| -> PreTokenizerWrapper {
+        let pattern = SplitPattern::Regex((*pattern).to_owned());
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+            .expect("this file's own regular expressions compile")
+            .into()
+    };
+    let bytes = PreTokenizerWrapper::from(ByteLevel::new(false, true, false));
+    Sequence::new(patterns.iter().map(split).chain([bytes]).collect()).into()
+}
+
 /// SentencePiece BPE with byte fallback, as Llama's and Mistral's.
 fn sentencepiece(
     path: &Path,
@@ -256,9 +312,15 @@ fn sentencepiece(
         None => model,
     };
     let mut tokenizer = tokenizers::Tokenizer::new(build_bpe(path, model)?);
+    // Every run of text between special tokens begins with a space of its own, whatever it begins with itself.
     let add_prefix = vocabulary.add_space_prefix.unwrap_or(true);
-    let scheme = if add_prefix { PrependScheme::First } else { PrependScheme::Never };
-    tokenizer.with_pre_tokenizer(Some(Metaspace::new('▁', scheme, false)));
+    let spaces = Replace::new(" ", METASPACE).expect("a literal pattern compiles");
+    let prefix = add_prefix.then(|| Prepend::new(METASPACE.to_owned()).into());
+    let normalizers = prefix.into_iter().chain([NormalizerWrapper::from(spaces)]).collect();
+    guarded(path, || {
+        let normalizer = NormalizerSequence::new(normalizers);
+        tokenizer.with_normalizer(Some(normalizer)).map(drop).map_err(|error| error.to_string())
+    })?;
     let metaspace = Replace::new(METASPACE, " ").expect("a literal pattern compiles");
     let mut decoders: Vec<DecoderWrapper> =
         vec![metaspace.into(), ByteFallback::new().into(), Fuse::new().into()];

@@ -188,7 +188,12 @@ fn read_columns<T: DeserializeOwned>(
 }
 
 fn parquet_error(path: &Path, reason: &dyn std::fmt::Display) -> Error {
-    Error::Parquet { path: path.to_owned(), reason: reason.to_string() }
+    let reason = reason.to_string();
+    // The library hands on what the system refused (too many open files, …) as text, in the standard library's words.
+    match reason.contains("(os error ") {
+        true => Error::Io(std::io::Error::other(format!("{}: {reason}", path.display()))),
+        false => Error::Parquet { path: path.to_owned(), reason },
+    }
 }
 
 #[cfg(test)]
