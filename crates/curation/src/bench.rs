@@ -78,9 +78,10 @@ fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
         max_of_split: [0; 3],
         max_chars: 400,
         source: None,
+        columns: Vec::new(),
         seed: 0,
     };
-    let (rows, _) = prompts::gather(std::slice::from_ref(&config.prompts), &selection)?;
+    let rows = prompts::gather(std::slice::from_ref(&config.prompts), &selection)?.rows;
     let questions: Vec<String> =
         Aspect::ALL.iter().filter_map(|aspect| aspect.question()).map(str::to_owned).collect();
     let chain = |(key, row): (u64, arete_records::rows::PromptRow)| Chain {

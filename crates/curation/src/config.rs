@@ -86,16 +86,18 @@ pub enum Truncated {
 }
 
 /// The settings that results depend on, for `run.json`: without paths of inputs (their contents are
-/// hashed), without how a server is talked to, without what is not set.
+/// hashed), without where a server stands and how it is talked to, without what is not set.
 ///
 /// # Panics
 ///
 /// Never: the configurations serialise to tables.
 pub fn recorded(config: &impl Serialize) -> Value {
-    const LEFT_OUT: [&str; 7] = [
+    const LEFT_OUT: [&str; 9] = [
         "constitution",
         "exemplars",
         "judge_adapter",
+        "engine_url",
+        "judge_url",
         "concurrency",
         "attempts",
         "timeout_s",

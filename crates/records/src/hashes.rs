@@ -79,8 +79,10 @@ fn sha256_tree(
     Ok(hex(&hasher.finalize()))
 }
 
-/// Every file under a directory, links followed, hidden directories and those that `skip` names
+/// Every file under a directory, links followed, hidden files and directories and those directories that `skip` names
 /// left out: paths relative to it with `/` between names, sorted.
+///
+/// What is hidden is not even looked at: an editor's lock is a link that leads nowhere, by design.
 ///
 /// # Errors
 ///
@@ -99,9 +101,12 @@ pub fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>, Err
         for entry in fs_err::read_dir(dir)? {
             let path = entry?.path();
             let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+            if name.starts_with('.') {
+                continue;
+            }
             let relative = format!("{prefix}{name}");
             if fs_err::metadata(&path)?.is_dir() {
-                if !name.starts_with('.') && !skip(&path) {
+                if !skip(&path) {
                     visit(&path, &format!("{relative}/"), depth + 1, skip, files)?;
                 }
             } else {

@@ -6,21 +6,25 @@
 
 pub mod atomic;
 mod class;
-#[cfg(feature = "parquet")]
 mod error;
 pub mod hashes;
 pub mod jsonl;
+#[cfg(feature = "parquet")]
+pub mod left_out;
 mod message;
 #[cfg(feature = "parquet")]
 pub mod parquet;
 pub mod progress;
+pub mod redact;
 pub mod rows;
 pub mod score_stats;
 pub mod stats;
+#[cfg(feature = "parquet")]
+pub mod table;
 mod vocabulary;
 
 pub use class::{At, Class, Classified, Refusal, class_of};
 pub use error::Error;
-pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
+pub use message::{Message, Role, fill_splits, hex, normalise, prompt_id, split_of};
 pub use score_stats::ScoreStats;
 pub use vocabulary::{Aspect, FinishReason, Split, Virtue};

@@ -9,7 +9,7 @@ use arete_chain::{CutReply, Reading, Transcript, aspect_conversation};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, left_out, parquet, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::order::Plan;
@@ -17,7 +17,7 @@ use arete_training::{AdamW, Outcome, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
-use crate::data::{self, Pair, Pairs, Preference, Rendering};
+use crate::data::{self, Pair, Pairs, Rendering};
 use crate::evaluation::{self, write_json};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
@@ -153,7 +153,9 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         };
         let mut files = vec![("train".to_owned(), train.clone())];
         if aspect.is_some() {
-            files.push(("validation".to_owned(), validation.clone()));
+            if validation.exists() {
+                files.push(("validation".to_owned(), validation.clone()));
+            }
             files.extend(
                 conversations.iter().map(|file| ("conversations".to_owned(), file.clone())),
             );
@@ -287,14 +289,26 @@ impl Base<'_> {
         };
         let (mut train, validation, validation_name) = if job.aspect.is_some() {
             let train = data::read_preferences(&job.train)?;
-            (train, data::read_preferences(&job.validation)?, Split::Validation.name())
+            // Of few prompts none may be left of this split: the stage before writes no file of it then.
+            let validation = if job.validation.is_file() {
+                data::read_preferences(&job.validation)?
+            } else {
+                tracing::warn!(
+                    file = %job.validation.display(),
+                    "no pairs of the validation split: the reward model is not evaluated"
+                );
+                Vec::new()
+            };
+            (train, validation, Split::Validation.name())
         } else {
-            let (pairs, n_unfinished) = data::read_pairs(&job.train)?;
-            if n_unfinished > 0 {
-                tracing::warn!(n_unfinished, "pairs left out: a side does not end with a reply");
+            let columns = config.column.as_deref().unwrap_or_default();
+            let (pairs, left_out) = data::read_pairs(&job.train, columns)?;
+            left_out::write(job.run.output(), &left_out)?;
+            let splits = data::splits_of_pairs(&pairs);
+            let (mut train, mut held_out) = (Vec::new(), Vec::new());
+            for (pair, split) in pairs.into_iter().zip(splits) {
+                if split == Split::Train { train.push(pair) } else { held_out.push(pair) }
             }
-            let is_train = |pair: &Preference| data::split_of_pair(pair) == Split::Train;
-            let (train, held_out): (Vec<_>, Vec<_>) = pairs.into_iter().partition(is_train);
             if config.all_pairs {
                 ([train, held_out.clone()].concat(), held_out, "held-out (trained on as well)")
             } else {

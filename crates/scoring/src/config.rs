@@ -3,6 +3,7 @@
 use arete_model::LoadOptions;
 use arete_model::generate::Sampling;
 use arete_model::runtime::{self, Dtype};
+use arete_records::table::Column;
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,10 @@ pub struct ScoreConfig {
     /// Most labelled pairs of --pairs to use, the first of the file; 0 = all of them
     #[arg(long, default_value_t = 200, value_name = "N")]
     pub max_pairs: usize,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// Redraws of every bootstrap
     #[arg(long, default_value_t = 10_000, value_name = "N")]
     pub draws: usize,

@@ -6,6 +6,7 @@
 pub mod cli;
 mod error;
 pub mod exit;
+pub mod inputs;
 pub mod interrupt;
 pub mod metrics;
 mod progress;

@@ -18,9 +18,9 @@ use sha2::{Digest, Sha256};
 
 pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
-use arete_records::{atomic, hex};
+use arete_records::{atomic, hex, redact};
 
-use crate::Error;
+use crate::{Error, inputs};
 
 /// What the names of checkpoint directories begin with.
 pub const CHECKPOINT_PREFIX: &str = "checkpoint-";
@@ -87,6 +87,9 @@ pub struct RunJson {
     pub fingerprint: String,
     /// Every file the stage made, by its path inside the directory.
     pub outputs: BTreeMap<String, OutputFile>,
+    /// SHA-256 of everything above, in hex: damage to this file itself shows. None in files of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 impl RunJson {
@@ -96,7 +99,31 @@ impl RunJson {
     ///
     /// [`Error::Io`] if there is none, [`Error::Records`] if it is damaged.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self, Error> {
-        read_json(&dir.as_ref().join(RUN_JSON))
+        let path = dir.as_ref().join(RUN_JSON);
+        let run: Self = read_json(&path)?;
+        run.check(&path)?;
+        Ok(run)
+    }
+
+    /// Hash of all but itself.
+    fn digest(&self) -> String {
+        let bare = Self { sha256: None, ..self.clone() };
+        let json = serde_json::to_vec(&bare).expect("maps with string keys always serialise");
+        hex(&Sha256::digest(json))
+    }
+
+    /// Refuses a file whose contents are not those that were written.
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        match &self.sha256 {
+            Some(expected) if *expected != self.digest() => Err(arete_records::Error::Damaged {
+                path: path.to_owned(),
+                what: "SHA-256 of its contents".to_owned(),
+                expected: expected.clone(),
+                got: format!("{}: damaged; run the stage that made it again", self.digest()),
+            }
+            .into()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -147,6 +174,18 @@ struct StageJson {
     foreign: Vec<String>,
 }
 
+impl StageJson {
+    /// Refuses a mark whose contents are not those that were written.
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        let got = self.origin.fingerprint();
+        if got == self.fingerprint {
+            return Ok(());
+        }
+        let (path, what) = (path.to_owned(), "fingerprint".to_owned());
+        Err(arete_records::Error::Damaged { path, what, expected: self.fingerprint.clone(), got }.into())
+    }
+}
+
 /// Locks the output directory, hashes the inputs, and says whether there is work to do.
 ///
 /// Results of other settings or inputs are moved to `OUTPUT.old-N` first, and the log says what changed; partial
@@ -157,7 +196,7 @@ struct StageJson {
 /// [`Error::Locked`] if another process works in the directory; [`Error::ForeignOutput`] if it
 /// holds files but no stage made them; [`Error::OtherStage`] if another stage did;
 /// [`Error::StaleCheckpoints`] if an unfinished run left checkpoints and an input has changed since;
-/// [`Error::Io`]; [`Error::Records`] if `run.json` is another program's. Nothing is removed, in any case.
+/// [`Error::ChangedInput`] if an input is not as the stage that made it left it; [`Error::Io`]; [`Error::Records`] if `run.json` is another program's. Nothing is removed, in any case.
 pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     let output = spec.output;
     fs_err::create_dir_all(output)?;
@@ -166,8 +205,9 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
     let origin = Origin::of(&spec, &mut cache)?;
     let fingerprint = origin.fingerprint();
 
-    let (complete, run_damaged) = read_own::<RunJson>(&output.join(RUN_JSON))?;
-    let (partial, stage_damaged) = read_own::<StageJson>(&output.join(STAGE_JSON))?;
+    let (complete, run_damaged) =
+        read_own(&output.join(RUN_JSON), |run: &RunJson, path| run.check(path))?;
+    let (partial, stage_damaged) = read_own(&output.join(STAGE_JSON), StageJson::check)?;
     let owner = complete.as_ref().map(|run| &run.stage);
     if let Some(owner) = owner.or_else(|| partial.as_ref().map(|partial| &partial.origin.stage))
         && owner != spec.stage
@@ -284,7 +324,7 @@ impl StageRun {
         let fingerprint = self.fingerprint;
         let Origin { stage, config, seed, inputs, versions } = self.origin;
         let Completion { device, dtype, counts } = done;
-        let run = RunJson {
+        let mut run = RunJson {
             stage,
             config,
             seed,
@@ -295,7 +335,9 @@ impl StageRun {
             counts,
             fingerprint,
             outputs,
+            sha256: None,
         };
+        run.sha256 = Some(run.digest());
         write_json(&self.output.join(RUN_JSON), &run)?;
         fs_err::remove_file(self.output.join(STAGE_JSON))?;
         self.cache.save();
@@ -320,10 +362,15 @@ impl Origin {
         let mut inputs = BTreeMap::new();
         for (name, path) in &spec.inputs {
             inputs.insert(name.clone(), cache.sha256_path(path)?);
+            inputs::check_with(path, cache)?;
         }
         Ok(Self {
             stage: spec.stage.to_owned(),
-            config: sorted(&spec.config),
+            config: {
+                let mut config = sorted(&spec.config);
+                redact::redact_json(&mut config);
+                config
+            },
             seed: spec.seed,
             inputs,
             versions: BTreeMap::from([
@@ -450,8 +497,27 @@ fn lock(output: &Path) -> Result<File, Error> {
             }
             Err(Error::Locked { path: output.to_owned(), pid })
         }
-        Err(TryLockError::Error(error)) => Err(Error::Io(error)),
+        // Network file systems without a lock service (NFS without lockd, Lustre without `-o flock`): no other process
+        // can be told apart there, and the user is told so once.
+        Err(TryLockError::Error(error)) if is_without_locks(&error) => {
+            tracing::warn!(
+                file = %path.display(), %error,
+                "the file system has no locks: take care that no second process works in this directory"
+            );
+            Ok(file)
+        }
+        Err(TryLockError::Error(error)) => {
+            let message = format!("{}: cannot be locked: {error}", path.display());
+            Err(Error::Io(std::io::Error::new(error.kind(), message)))
+        }
     }
+}
+
+/// Whether a lock was refused because the file system has none: ENOLCK, ENOSYS, EOPNOTSUPP, EINVAL on Linux.
+fn is_without_locks(error: &std::io::Error) -> bool {
+    const WITHOUT: [i32; 4] = [37, 38, 95, 22];
+    error.kind() == std::io::ErrorKind::Unsupported
+        || atomic::os_code(error).is_some_and(|code| WITHOUT.contains(&code))
 }
 
 /// Directories of other stages, which live their own life.
@@ -587,9 +653,18 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
 }
 
 /// Reads a mark of ours; none if there is none. True if it is damaged beyond reading: then the stage begins anew.
-fn read_own<T: DeserializeOwned>(path: &Path) -> Result<(Option<T>, bool), Error> {
+fn read_own<T: DeserializeOwned>(
+    path: &Path,
+    check: impl FnOnce(&T, &Path) -> Result<(), Error>,
+) -> Result<(Option<T>, bool), Error> {
     match read_json(path) {
-        Ok(mark) => Ok((Some(mark), false)),
+        Ok(mark) => match check(&mark, path) {
+            Ok(()) => Ok((Some(mark), false)),
+            Err(error) => {
+                tracing::warn!(%error, "what is there is set aside, the stage begins anew");
+                Ok((None, true))
+            }
+        },
         Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok((None, false)),
         Err(Error::Records(error @ arete_records::Error::Json { .. })) => {
             if !was_ours(path)? {
@@ -603,7 +678,7 @@ fn read_own<T: DeserializeOwned>(path: &Path) -> Result<(Option<T>, bool), Error
 }
 
 /// Whether a file that cannot be read as a mark was one: no JSON any more, or JSON with some of its keys.
-fn was_ours(path: &Path) -> Result<bool, Error> {
+pub(crate) fn was_ours(path: &Path) -> Result<bool, Error> {
     const KEYS: [&str; 4] = ["stage", "fingerprint", "inputs", "versions"];
     let found = serde_json::from_slice::<Value>(&fs_err::read(path)?);
     Ok(found.map_or(true, |value| KEYS.iter().filter(|key| value.get(*key).is_some()).count() >= 2))

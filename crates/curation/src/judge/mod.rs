@@ -5,7 +5,7 @@ pub mod verdict;
 mod config;
 
 use arete_chain::dialogue;
-use arete_records::{Aspect, Message, Role, Virtue};
+use arete_records::{Aspect, Message, Role, Virtue, left_out};
 
 use self::verdict::{LabelMass, Verdict};
 use crate::Error;
@@ -17,6 +17,9 @@ pub use self::config::{JudgeConfig, Method, Orders, PAIRWISE_TEMPLATE, POINTWISE
 
 /// Where a template's question ends and the beginning of the judge's reply follows.
 const REPLY: &str = "{reply}";
+
+/// Questions enough to tell a judge that never answers from one that abstains now and then.
+const FEWEST_ASKED: usize = 20;
 
 /// Two samples of one prompt, each through the reply that is judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +69,51 @@ impl<'a> Judge<'a> {
     ///
     /// The engine's.
     pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+        let n_refused = self.engine.n_refused();
+        let verdicts = self.asked(pairs)?;
+        let n_refused = self.engine.n_refused() - n_refused;
+        let n_asked = pairs.len() * Virtue::ALL.len() * self.questions.askings();
+        if !left_out::is_share(n_refused, n_asked) {
+            // A server that answers like this is at fault: nothing of these verdicts is kept.
+            return Err(Error::Server {
+                url: self.name().to_owned(),
+                what: "verdicts",
+                reason: format!(
+                    "{n_refused} of {n_asked} questions refused, or answered with nonsense (see the warnings above)"
+                ),
+            });
+        }
+        let is_silent =
+            |verdict: &Verdict| [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none);
+        if n_asked >= FEWEST_ASKED && verdicts.iter().flatten().all(is_silent) {
+            return Err(self.silent(n_asked));
+        }
+        Ok(verdicts)
+    }
+
+    /// What to say of a judge that never answers.
+    fn silent(&self, n_asked: usize) -> Error {
+        let labels = match self.questions.method {
+            Method::PointwiseLogits => Labels::YES_NO,
+            _ => Labels::AB,
+        };
+        let instead: Vec<String> = (self.engine.instead().into_iter().take(5))
+            .map(|(token, n)| format!("{token:?} ({n})"))
+            .collect();
+        let found = if instead.is_empty() { "none of them".to_owned() } else { instead.join(", ") };
+        Error::Setting {
+            name: "judge",
+            expected: format!(
+                "a judge whose replies begin with {} or {}; in {n_asked} of {n_asked} questions it gave them too little \
+                 probability, or none (a model that thinks first, or decorates its answer, needs --method pairwise-text \
+                 with verdict_tokens enough)",
+                labels.first, labels.second
+            ),
+            got: found,
+        }
+    }
+
+    fn asked(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
         match self.questions.method {
             Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
             Method::PointwiseLogits => self.pointwise(pairs),

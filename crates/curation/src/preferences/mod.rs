@@ -66,7 +66,8 @@ pub fn run(
     work.check(&run)?;
     for aspect in Aspect::ALL {
         // Better now than after hours of judging.
-        candidates.check(aspect, candidates.n_left(aspect), config)?;
+        let dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
+        candidates.check(aspect, candidates.n_left(aspect), &dropped, config)?;
     }
     let shard = config.shard;
     let units = Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard };
@@ -115,7 +116,7 @@ pub fn run(
     counts.insert("judgements".to_owned(), json!(rows.len()));
     for aspect in Aspect::ALL {
         let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, config);
-        candidates.check(aspect, pairs.len(), config)?;
+        candidates.check(aspect, pairs.len(), &dropped, config)?;
         write_splits(output, aspect, &prompts, &pairs)?;
         counts.insert(aspect.name().to_owned(), summary(aspect, &rows, &pairs, &dropped, &prompts));
     }
@@ -332,7 +333,10 @@ fn pairs_of(
         let tally = Tally::of(own.iter().copied());
         match prefer(candidate, samples, &tally, config.ties, config.truncated) {
             Some(pair) => pairs.push(pair),
-            None => dropped.ties += 1,
+            None => {
+                dropped.ties += 1;
+                dropped.abstained += usize::from(tally.p_sample0.is_none());
+            }
         }
     }
     (pairs, dropped)
