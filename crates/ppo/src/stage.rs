@@ -10,7 +10,7 @@ use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Batch, Chat, LoadOptions, Model, Source, merge};
 use arete_records::rows::RolloutRow;
 use arete_records::stats::{self, Resampling};
-use arete_records::{Aspect, ScoreStats, Split, atomic, parquet, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, atomic, left_out, parquet, score_stats};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::{interrupt, timings};
@@ -224,6 +224,7 @@ impl<'a> Stage<'a> {
             + chat.next_turn(false, "")?.len();
         let context = model.config.max_position_embeddings;
         let prompts = Prompts::read(&inputs.prompts, &chat, context, reserved)?;
+        left_out::write(&output, &prompts.left_out)?;
         let ensemble = match (&inputs.rewards, &config.programmed_reward) {
             (Some(dir), _) => Ensemble::load(dir, model, config.rollout)?,
             (None, Some(rule)) => Ensemble::programmed(rule, config.rollout),

@@ -15,6 +15,7 @@ mod message;
 #[cfg(feature = "parquet")]
 pub mod parquet;
 pub mod progress;
+pub mod proxy;
 pub mod redact;
 pub mod rows;
 pub mod score_stats;

@@ -83,11 +83,12 @@ fn read(dir: &Path) -> Result<Option<RunJson>, Error> {
     }
 }
 
-/// Compares the files at or below `path` with what the stage in `dir` recorded of them.
+/// Compares the files at or below `path` with what the stage in `dir` recorded of them: all of them, if `path` is the record.
 fn compare(path: &Path, dir: &Path, run: &RunJson, cache: &mut HashCache) -> Result<(), Error> {
+    let is_record = path == dir.join(RUN_JSON);
     for (name, recorded) in &run.outputs {
         let file = dir.join(name);
-        if !file.starts_with(path) || !file.is_file() {
+        if !(is_record || file.starts_with(path)) || !file.is_file() {
             continue;
         }
         let got = cache.sha256_file(&file)?;
@@ -135,7 +136,7 @@ mod tests {
         finished(dir.path());
         let reward = dir.path().join("reward");
         for (file, inputs) in [
-            ("adapter/weights", ["adapter/weights", "adapter", ""]),
+            ("adapter/weights", ["adapter/weights", "run.json", ""]),
             ("stats.json", ["stats.json", "", "."]),
             ("action/adapter/weights", ["action/adapter", "action", ""]),
         ] {

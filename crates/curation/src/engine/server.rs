@@ -8,7 +8,6 @@
 //! one that was cut. Requests run in threads of their own, so that a signal is answered while a server hangs.
 
 mod answer;
-mod proxy;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +15,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arete_records::proxy;
 use arete_records::redact::{self, redacted};
 use arete_records::{FinishReason, Message};
 use arete_stage::interrupt;

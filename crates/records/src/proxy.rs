@@ -4,7 +4,8 @@
 use std::net::IpAddr;
 
 /// The proxy for an address: the variable that names it, and its value.
-pub(super) fn of(url: &str, variable: impl Fn(&str) -> Option<String>) -> Option<(String, String)> {
+#[must_use]
+pub fn of(url: &str, variable: impl Fn(&str) -> Option<String>) -> Option<(String, String)> {
     let (scheme, rest) = url.split_once("://")?;
     let authority = rest.split(['/', '?', '#']).next()?;
     let authority = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
