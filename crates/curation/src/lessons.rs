@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::pairs::{self, Parts};
 use arete_records::table::{self, Column};
 use arete_records::{Aspect, At, Message, atomic, split_of};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::constitution::Constitution;
 use crate::judge::Questions;
@@ -126,6 +126,7 @@ fn through(exemplar: &Exemplar, aspect: Aspect) -> Option<Parts> {
 #[cfg(test)]
 mod tests {
     use clap::{Args, FromArgMatches};
+    use serde_json::Value;
 
     use super::*;
 

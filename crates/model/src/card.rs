@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use arete_records::redact::redacted;
 use arete_stage::run::{RUN_JSON, RunJson};
 use serde_json::{Map, Value};
 

@@ -292,9 +292,8 @@ pub fn leave_out(
     n_records: usize,
 ) -> Result<Vec<LeftOut>, Error> {
     let n_wrong = wrong.len();
-    if !left_out::is_share(n_wrong, n_records)
-        && let Some((row, error)) = wrong.into_iter().next()
-    {
+    if !left_out::is_share(n_wrong, n_records) {
+        let (row, error) = wrong.into_iter().next().expect("more than none");
         let FieldError { field, expected, got } = error;
         let got = match n_wrong {
             1 => got,
