@@ -57,6 +57,7 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
     let questions = Questions::new(&config.judge, &constitution, &shots, config.method, true)?;
     let (mut text, mut n_pairs, mut n_long) = (String::new(), 0, 0);
     for path in pairs {
+        arete_stage::inputs::check(path)?;
         for (question, better, worse) in teaching(path, config.column.as_deref().unwrap_or_default())? {
             let sides = [better.as_slice(), worse.as_slice()];
             let n_chars: usize = (question.iter().chain(&better).chain(&worse))

@@ -118,8 +118,8 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<NumberedObject>, Error> {
     let path = path.as_ref();
     match Format::of(path) {
         Some(Format::Parquet) => Ok((1..).zip(parquet::read_json(path)?).collect()),
-        Some(Format::Csv) => separated(path, b','),
-        Some(Format::Tsv) => separated(path, b'\t'),
+        Some(Format::Csv) => separated(path, ','),
+        Some(Format::Tsv) => separated(path, '\t'),
         Some(Format::Text) => lines(path),
         Some(Format::Json) | None => {
             let object = |(line, value)| match value {
@@ -180,30 +180,81 @@ fn lines(path: &Path) -> Result<Vec<NumberedObject>, Error> {
 
 /// Cells between separators, quoted as RFC 4180 says. As pandas reads it, and with it `datasets`: an empty cell is null,
 /// and a column of which every other cell is a number holds numbers.
-fn separated(path: &Path, separator: u8) -> Result<Vec<NumberedObject>, Error> {
+fn separated(path: &Path, separator: char) -> Result<Vec<NumberedObject>, Error> {
     let text = jsonl::read_text(path)?;
-    let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(text.as_bytes());
-    let wrong = |error: csv::Error| {
-        let line = error.position().map_or(1, |position| usize::try_from(position.line()).unwrap_or(1));
-        Error::Json {
-            path: path.to_owned(),
-            line,
-            expected: "as many cells as the head has names".to_owned(),
-            got: error.to_string(),
-        }
+    let wrong = |line, expected: String, got: String| Error::Json {
+        path: path.to_owned(),
+        line,
+        expected,
+        got,
     };
-    let names: Vec<String> = reader.headers().map_err(wrong)?.iter().map(str::to_owned).collect();
+    let mut records = cells(&text, separator)
+        .map_err(|line| wrong(line, "a quote that closes".to_owned(), "none to the end".to_owned()))?
+        .into_iter();
+    let Some((_, names)) = records.next() else { return Ok(Vec::new()) };
     let mut rows: Vec<Vec<Value>> = Vec::new();
-    for record in reader.records() {
-        let record = record.map_err(wrong)?;
-        let cell = |cell: &str| if cell.is_empty() { Value::Null } else { cell.into() };
-        rows.push(record.iter().map(cell).collect());
+    for (line, record) in records {
+        if record.len() != names.len() {
+            let expected = format!("{} cells, as the head has names", names.len());
+            return Err(wrong(line, expected, record.len().to_string()));
+        }
+        let cell = |cell: String| if cell.is_empty() { Value::Null } else { cell.into() };
+        rows.push(record.into_iter().map(cell).collect());
     }
     for column in 0..names.len() {
         numbers(rows.iter_mut().filter_map(|row| row.get_mut(column)));
     }
     let record = |row: Vec<Value>| names.iter().cloned().zip(row).collect::<Map<_, _>>();
     Ok((1..).zip(rows.into_iter().map(record)).collect())
+}
+
+/// The cells of every record, with the number of its first line; blank lines are none.
+///
+/// A quote that stands first in a cell opens it, two inside are one, and what separates cells and lines is text until the
+/// quote closes.
+///
+/// # Errors
+///
+/// The line of a quote that never closes.
+///
+/// # Source
+///
+/// RFC 4180, section 2; line ends of every system.
+fn cells(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>, usize> {
+    let (mut records, mut record, mut cell) = (Vec::new(), Vec::new(), String::new());
+    let (mut line, mut first_line) = (1, 1);
+    let (mut is_quoted, mut was_quoted) = (false, false);
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        line += usize::from(c == '\n');
+        match c {
+            '"' if is_quoted && chars.peek() == Some(&'"') => cell.extend(chars.next()),
+            '"' if is_quoted => is_quoted = false,
+            c if is_quoted => cell.push(c),
+            '"' if cell.is_empty() && !was_quoted => (is_quoted, was_quoted) = (true, true),
+            c if c == separator => {
+                record.push(std::mem::take(&mut cell));
+                was_quoted = false;
+            }
+            '\r' if chars.peek() == Some(&'\n') => {}
+            '\n' => {
+                if !record.is_empty() || !cell.is_empty() || was_quoted {
+                    record.push(std::mem::take(&mut cell));
+                    records.push((first_line, std::mem::take(&mut record)));
+                }
+                (was_quoted, first_line) = (false, line);
+            }
+            c => cell.push(c),
+        }
+    }
+    if is_quoted {
+        return Err(first_line);
+    }
+    if !record.is_empty() || !cell.is_empty() || was_quoted {
+        record.push(cell);
+        records.push((first_line, record));
+    }
+    Ok(records)
 }
 
 /// Makes a column's cells numbers if all of them are.
@@ -240,4 +291,51 @@ pub fn shortened(value: &Value) -> String {
 #[must_use]
 pub fn refuse(path: &Path, row: usize, field: &str, expected: &str, got: &str) -> Refusal {
     Refusal::at(path, At::Row(row), field, expected, got)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_are_those_of_rfc_4180() {
+        let read = |text: &str| {
+            let records = cells(text, ',').unwrap();
+            records.into_iter().map(|(line, cells)| (line, cells.join("|"))).collect::<Vec<_>>()
+        };
+        let text = "a,b\r\n1,\"x, \"\"y\"\"\n z\"\n\n,\n\"\",say \"hi\"";
+        let expected = [(1, "a|b"), (2, "1|x, \"y\"\n z"), (5, "|"), (6, "|say \"hi\"")];
+        assert_eq!(read(text), expected.map(|(line, text)| (line, text.to_owned())));
+        assert_eq!(read(""), []);
+        assert_eq!(cells("a\n\"open\n", ','), Err(2));
+    }
+
+    #[test]
+    fn a_name_says_how_a_file_is_kept() {
+        for (name, stem, format) in [
+            ("a.b.jsonl", "a.b", Some(Format::Json)),
+            ("a.JSONL.gz", "a", Some(Format::Json)),
+            ("a.csv.gz", "a", Some(Format::Csv)),
+            ("a.parquet", "a", Some(Format::Parquet)),
+            ("a.parquet.gz", "a.parquet.gz", None),
+            ("a.gz", "a.gz", None),
+            ("a", "a", None),
+        ] {
+            assert_eq!(split_name(Path::new(name)), (stem.to_owned(), format), "{name}");
+        }
+    }
+
+    #[test]
+    fn columns_can_change_places() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.csv");
+        fs_err::write(&path, "a,b\n1,x\n").unwrap();
+        let columns: Vec<Column> = ["a=b", "b=a"].map(|text| text.parse().unwrap()).into();
+        let (_, record) = read_renamed(&path, &columns).unwrap().remove(0);
+        assert_eq!((&record["a"], &record["b"]), (&"x".into(), &1.into()));
+        assert!("a".parse::<Column>().is_err() && "=b".parse::<Column>().is_err());
+        fs_err::write(&path, "a,b\n1\n").unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("x.csv:2: expected 2 cells"), "{error}");
+    }
 }

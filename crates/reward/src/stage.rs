@@ -246,6 +246,13 @@ impl Base<'_> {
         reading.write(&output)?;
         let stats = self.score_stats(&job, &data, &scores, &chat, (&adapter, &head, &reading))?;
         write_json(&output.join(score_stats::FILE), &stats)?;
+        if stats.std == 0.0 {
+            tracing::warn!(
+                score = stats.mean, replies = stats.n,
+                "every reply has the same score: this reward model tells nothing apart, and PPO will not take it; \
+                 a lower learning_rate, or more pairs, would help"
+            );
+        }
         if !scores.is_empty() {
             let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
             let report = &evaluation::report(data.validation_name, &pairs, &scores, config.seed);

@@ -144,6 +144,8 @@ fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
     }
     let bytes = fs_err::read(path)?;
     let text = String::from_utf8(bytes).map_err(|error| recipe_error(error.to_string()))?;
+    // TOML leaves it to the reader what a line end is; the text of a template is the same on every system.
+    let text = text.replace("\r\n", "\n");
     let document: toml::Table =
         toml::from_str(&text).map_err(|error| recipe_error(error.to_string()))?;
     let mut tables = Tables::new();
