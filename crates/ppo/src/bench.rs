@@ -11,12 +11,13 @@ use arete_records::Message;
 use arete_training::runtime::{self, Dtype};
 use clap::{Args, FromArgMatches};
 
-use crate::config::{RolloutKind, Value};
+use crate::config::{CriticKind, RolloutKind};
 use crate::iteration::{Iteration, Outcome, Phase};
+use crate::models::Models;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Sampler};
-use crate::scorer::Ensemble;
-use crate::update::{Models, Optimisers, Rates};
+use crate::scorer::RewardModels;
+use crate::update::{Optimisers, Rates};
 use crate::{Config, Error};
 
 /// Which iteration is measured.
@@ -108,7 +109,7 @@ fn config(case: Case, arguments: &Arguments) -> Config {
         epochs: 2,
         value_warmup: 0,
         target_kl: 0.0,
-        value: if case == Case::Adapter { Value::Adapter } else { Value::Trunk },
+        value: if case == Case::Adapter { CriticKind::Adapter } else { CriticKind::Trunk },
         ..defaults.expect("every setting has a default")
     }
 }
@@ -134,14 +135,14 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
     };
     let reading = Reading::whole(model, CutReply::Trim);
     let models = [reward(1)?, reward(2)?, reward(3)?];
-    let ensemble = Ensemble::of_models(models, &reading, config.rollout);
+    let rewards = RewardModels::of_models(models, &reading, config.rollout);
     let models = Models::new(&model.decoder, config)?;
     let mut optimisers = Optimisers::new(&models, config)?;
     let work = Iteration {
         config,
         model,
         chat: &chat,
-        ensemble: &ensemble,
+        rewards: &rewards,
         sampler: &sampler,
         iteration: 1,
         kl_coef: config.kl_coef,
@@ -196,7 +197,7 @@ impl Ceiling {
     /// Seconds that a phase's products would take.
     fn of(&self, what: &str, config: &Config, n_own: usize, n_tokens: usize, n_read: usize) -> f64 {
         // A critic with an adapter of its own goes through the blocks once more, there and back.
-        let passes = if config.value == Value::Adapter { 2 } else { 1 };
+        let passes = if config.value == CriticKind::Adapter { 2 } else { 1 };
         match what {
             "sampling" => n_own as f64 / self.decoding + self.seconds(n_tokens - n_own, 0),
             "scoring" => self.seconds(n_read, 0),
@@ -262,7 +263,7 @@ mod tests {
         assert!(close(of("reference", &config), 1.1));
         assert!(close(of("first pass", &config), 1.2));
         assert!(close(of("update", &config), 3.2));
-        let own = Config { value: Value::Adapter, epochs: 1, ..config };
+        let own = Config { value: CriticKind::Adapter, epochs: 1, ..config };
         assert!(close(of("first pass", &own), 2.2));
         assert!(close(of("update", &own), 2.0));
     }

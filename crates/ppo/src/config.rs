@@ -35,7 +35,7 @@ impl RolloutKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
-pub enum Value {
+pub enum CriticKind {
     /// A head on the policy's hidden states; its gradients reach the policy's adapter too.
     Trunk,
     /// A head on the policy's hidden states that leaves the adapter to the policy.
@@ -195,8 +195,8 @@ pub struct Config {
     #[arg(long, default_value_t = 10.0)]
     pub score_clip: f64,
     /// Where the critic reads its values
-    #[arg(long, value_enum, default_value_t = Value::Trunk)]
-    pub value: Value,
+    #[arg(long, value_enum, default_value_t = CriticKind::Trunk)]
+    pub value: CriticKind,
     /// The shape of the policy's adapter, and of the critic's if it has one.
     #[command(flatten)]
     #[serde(flatten)]

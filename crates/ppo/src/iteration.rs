@@ -11,12 +11,12 @@ use tch::{Device, Kind};
 use crate::assess::{self, Assessment};
 use crate::gae::estimate_advantages;
 use crate::journal::Journal;
+use crate::models::{Learning, Models};
+use crate::packs::{FirstPass, PackedRollout};
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
-use crate::scorer::Ensemble;
-use crate::update::{
-    FirstPass, Learning, Lessons, Models, Optimisers, Rates, Targets, UpdateReport, update,
-};
+use crate::scorer::RewardModels;
+use crate::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use crate::whiten::{rescale, whiten};
 use crate::{Config, Error};
 
@@ -30,7 +30,7 @@ pub(crate) struct Iteration<'a> {
     /// Its chat template.
     pub(crate) chat: &'a Chat<'a>,
     /// The reward models.
-    pub(crate) ensemble: &'a Ensemble,
+    pub(crate) rewards: &'a RewardModels,
     /// How conversations are sampled.
     pub(crate) sampler: &'a Sampler,
     /// Which iteration, from 1.
@@ -106,11 +106,11 @@ impl Iteration<'_> {
         let scores = timed(&mut phases, "scoring", || {
             let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
             let prompt_id = |c: &Conversation| prompts[c.prompt].prompt_id.clone();
-            let scores = self.ensemble.scores(base, &conversations, iteration, prompt_id)?;
+            let scores = self.rewards.scores(base, &conversations, iteration, prompt_id)?;
             let n_read = scores.n_tokens;
             Ok((scores, n_read))
         })?;
-        for (aspect, column) in self.ensemble.learned_columns(&scores.raw) {
+        for (aspect, column) in self.rewards.learned_columns(&scores.raw) {
             check_variance(&format!("scores of the {aspect} reward model"), &column, iteration)?;
         }
         interrupt::check()?;
@@ -120,9 +120,9 @@ impl Iteration<'_> {
             Ok((out, n_tokens))
         })?;
         interrupt::check()?;
-        let lessons = Lessons::new(&conversations, config, iteration)?;
+        let packed = PackedRollout::new(&conversations, config, iteration)?;
         let first = timed(&mut phases, "first pass", || {
-            Ok((lessons.first_pass(models, learning)?, n_tokens))
+            Ok((packed.first_pass(models, learning)?, n_tokens))
         })?;
 
         let layout = Layout::new(&conversations);
@@ -137,13 +137,13 @@ impl Iteration<'_> {
         let report = timed(&mut phases, "update", || {
             let rates = self.rates;
             let report = update(
-                models, optimisers, &lessons, first, &targets, config, learning, rates, iteration,
+                models, optimisers, &packed, first, &targets, config, learning, rates, iteration,
             )?;
             let n_passes = report.n_steps.div_ceil(config.n_minibatches as u64) as usize;
             Ok((report, n_tokens * n_passes))
         })?;
         let aspects: Vec<Aspect> =
-            self.ensemble.members.iter().map(|member| member.aspect).collect();
+            self.rewards.members.iter().map(|member| member.aspect).collect();
         metrics.extend(of_update(&report));
         metrics.extend(assess::describe(&conversations, &aspects, &assessment.scores));
         // The policy takes no step while the critic warms up.

@@ -5,7 +5,7 @@
 //! policy and the critic are adapters over it, the reward models too, and the reference is the base with no adapter.
 //!
 //! An iteration samples a rollout ([`rollout`]), scores it ([`scorer`]), turns scores and KL into token rewards
-//! ([`reward`]), estimates advantages ([`gae`], [`whiten`]) and takes a few clipped steps ([`loss`], [`update`]). Where
+//! ([`reward`]), estimates advantages ([`gae`], [`whiten`]) and takes a few clipped steps ([`models`], [`packs`], [`loss`], [`update`]). Where
 //! PPO implementations differ, this one chooses:
 //! - old log-probabilities come from the trainer's own forward pass, so the first ratio is exactly 1 (TRL takes the
 //!   sampler's); with one minibatch that pass is also the first update's;
@@ -32,6 +32,8 @@ mod iteration;
 pub mod journal;
 pub mod kl;
 pub mod loss;
+pub mod models;
+pub mod packs;
 pub mod probe;
 pub mod prompts;
 pub mod reward;

@@ -14,7 +14,7 @@ use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
-use crate::scorer::{Ensemble, Yardstick};
+use crate::scorer::{RewardModels, Yardstick};
 
 /// What is probed, and with what.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub struct Probe<'a> {
     /// Its chat template.
     pub chat: &'a Chat<'a>,
     /// The reward models.
-    pub ensemble: &'a Ensemble,
+    pub rewards: &'a RewardModels,
     /// One more, beside them.
     pub yardstick: Option<&'a Yardstick>,
     /// The prompts.
@@ -64,7 +64,7 @@ impl Probe<'_> {
     ///
     /// # Errors
     ///
-    /// As [`Sampler::sample`] and [`Ensemble::scores`].
+    /// As [`Sampler::sample`] and [`RewardModels::scores`].
     pub fn run(
         &self,
         policy: &Adapter,
@@ -85,7 +85,7 @@ impl Probe<'_> {
         let budget = config.micro_batch_tokens;
         let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
         let prompt_id = |c: &Conversation| self.prompts[c.prompt].prompt_id.clone();
-        let scores = self.ensemble.scores(base, &conversations, iteration, prompt_id)?;
+        let scores = self.rewards.scores(base, &conversations, iteration, prompt_id)?;
         // The KL of what is sampled here; greedy answers have none, and are measured as if they had been sampled.
         let sampled = self.sampler.temperature > 0.0;
         let temperature = if sampled { self.sampler.temperature } else { config.temperature };
@@ -95,7 +95,7 @@ impl Probe<'_> {
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
 
         let aspects: Vec<Aspect> =
-            self.ensemble.members.iter().map(|member| member.aspect).collect();
+            self.rewards.members.iter().map(|member| member.aspect).collect();
         let mut metrics: Vec<(String, f64)> =
             describe(&conversations, &aspects, &assessment.scores)
                 .into_iter()

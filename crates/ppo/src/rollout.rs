@@ -1,15 +1,15 @@
 //! Rollouts: conversations sampled by the policy, and their log-probabilities under any adapter.
 
-use arete_chain::batches::{self, Packed};
 use arete_chain::sample::{self, Start};
 use arete_model::generate::{self, Sampling, Stream};
-use arete_model::{Adapter, Batch, Chat, Decoder, Model, Tensor, logprobs};
+use arete_model::{Adapter, Chat, Decoder, Model, Tensor, logprobs};
 use arete_stage::interrupt;
 use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::RolloutKind;
 use crate::journal::Journal;
+use crate::packs::Pack;
 use crate::prompts::Prompt;
 
 pub use arete_chain::sample::{Reply, SampledChain as Conversation};
@@ -121,47 +121,6 @@ impl Sampler {
             stop_strings: Vec::new(),
             max_rows: self.max_rows,
         }
-    }
-}
-
-/// Conversations packed into one forward pass.
-#[derive(Debug)]
-pub(crate) struct Pack {
-    /// Which conversations, by index.
-    pub(crate) conversations: Vec<usize>,
-    /// Their tokens.
-    pub(crate) batch: Batch,
-    /// Rows of the policy's own tokens.
-    pub(crate) rows: Vec<usize>,
-    /// `[n]` i64: the row before each, whose hidden state holds the token's value.
-    pub(crate) states: Tensor,
-}
-
-impl Pack {
-    /// Packs the conversations of `order` into passes of at most `budget` tokens, in that order.
-    pub(crate) fn all(
-        conversations: &[Conversation],
-        order: &[usize],
-        budget: usize,
-    ) -> Result<Vec<Self>, Error> {
-        let n_tokens: Vec<usize> =
-            order.iter().map(|&idx| conversations[idx].token_ids.len()).collect();
-        let runs = batches::micro_batches(&n_tokens, budget)?;
-        Ok(runs.into_iter().map(|run| Self::new(conversations, order[run].to_vec())).collect())
-    }
-
-    fn new(all: &[Conversation], conversations: Vec<usize>) -> Self {
-        let sequences: Vec<&[i64]> =
-            conversations.iter().map(|&idx| all[idx].token_ids.as_slice()).collect();
-        // The prompt's last token stays with each conversation: its state comes before the first own token.
-        let n_prompt = conversations.iter().map(|&idx| all[idx].n_prompt).min().unwrap_or(0);
-        let packed = Packed::new(&sequences, n_prompt.saturating_sub(1));
-        let mut rows = Vec::new();
-        for (place, &idx) in conversations.iter().enumerate() {
-            rows.extend(all[idx].own_tokens().map(|token| packed.row(place, token)));
-        }
-        let states: Vec<i64> = rows.iter().map(|&row| row as i64 - 1).collect();
-        Self { conversations, batch: packed.batch, rows, states: Tensor::from_slice(&states) }
     }
 }
 

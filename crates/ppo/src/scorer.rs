@@ -13,24 +13,24 @@ use crate::rollout::Conversation;
 
 /// What gives a score.
 #[derive(Debug)]
-enum Judge {
+enum Scorer {
     Model(RewardModel),
     Rule(ProgrammedReward),
 }
 
-/// One member of the ensemble.
+/// One of the reward models.
 #[derive(Debug)]
 pub struct Member {
     /// What it scores.
     pub aspect: Aspect,
-    judge: Judge,
+    scorer: Scorer,
     /// What its scores are standardised with; none until they are known.
     pub stats: Option<ScoreStats>,
 }
 
-/// The ensemble.
+/// The reward models of a run.
 #[derive(Debug)]
-pub struct Ensemble {
+pub struct RewardModels {
     /// Its members, in the order of aspects.
     pub members: Vec<Member>,
     kind: RolloutKind,
@@ -60,7 +60,7 @@ impl Scores {
     }
 }
 
-impl Ensemble {
+impl RewardModels {
     /// Loads the reward models of a directory: `<aspect>/adapter`, `<aspect>/score_stats.json`.
     ///
     /// # Errors
@@ -74,7 +74,7 @@ impl Ensemble {
                 let dir = dir.join(aspect.name());
                 let reward = RewardModel::over(&dir.join("adapter"), aspect.name(), model)?;
                 let stats = read_stats(&dir, Some(&model.base_sha256))?;
-                Ok(Member { aspect, judge: Judge::Model(reward), stats })
+                Ok(Member { aspect, scorer: Scorer::Model(reward), stats })
             })
             .collect::<Result<_, Error>>()?;
         Ok(Self { members, kind })
@@ -91,7 +91,7 @@ impl Ensemble {
             .zip(models)
             .map(|(aspect, (adapter, head))| Member {
                 aspect,
-                judge: Judge::Model(RewardModel::of(Some(adapter), head, reading.clone())),
+                scorer: Scorer::Model(RewardModel::of(Some(adapter), head, reading.clone())),
                 stats: Some(ScoreStats {
                     mean: 0.0,
                     std: 1.0,
@@ -111,7 +111,7 @@ impl Ensemble {
         let members = Aspect::ALL
             .into_iter()
             .take(kind.n_turns())
-            .map(|aspect| Member { aspect, judge: Judge::Rule(rule.clone()), stats: None })
+            .map(|aspect| Member { aspect, scorer: Scorer::Rule(rule.clone()), stats: None })
             .collect();
         Self { members, kind }
     }
@@ -139,14 +139,14 @@ impl Ensemble {
         let mut n_tokens = 0;
         for member in &self.members {
             let turn = self.turn_of(member);
-            let scores = match &member.judge {
-                Judge::Model(reward) => {
+            let scores = match &member.scorer {
+                Scorer::Model(reward) => {
                     let (scores, n_read) =
                         reward.scores(base, &transcripts(conversations, turn))?;
                     n_tokens += n_read;
                     scores
                 }
-                Judge::Rule(rule) => conversations.iter().map(|c| rule.score(c, turn)).collect(),
+                Scorer::Rule(rule) => conversations.iter().map(|c| rule.score(c, turn)).collect(),
             };
             out.iter_mut().zip(scores).for_each(|(row, score)| row.push(score));
         }
@@ -157,7 +157,7 @@ impl Ensemble {
     ///
     /// # Errors
     ///
-    /// As [`Ensemble::raw_scores`], and [`Error::NonFiniteScore`].
+    /// As [`RewardModels::raw_scores`], and [`Error::NonFiniteScore`].
     ///
     /// # Panics
     ///
@@ -188,7 +188,7 @@ impl Ensemble {
     pub(crate) fn learned_columns(&self, raw: &[Vec<f64>]) -> Vec<(Aspect, Vec<f64>)> {
         let members = self.members.iter().enumerate();
         members
-            .filter(|(_, member)| matches!(member.judge, Judge::Model(_)))
+            .filter(|(_, member)| matches!(member.scorer, Scorer::Model(_)))
             .map(|(idx, member)| (member.aspect, column(raw, idx)))
             .collect()
     }
@@ -290,7 +290,7 @@ impl Yardstick {
     ///
     /// # Errors
     ///
-    /// As [`Ensemble::scores`].
+    /// As [`RewardModels::scores`].
     pub fn scores(
         &self,
         base: Base<'_>,
@@ -394,14 +394,14 @@ mod tests {
 
     #[test]
     fn members_are_calibrated_once_and_must_vary() {
-        let mut ensemble =
-            Ensemble::programmed(&ProgrammedReward::Letter('e'), RolloutKind::Answer);
-        assert_eq!(ensemble.members.len(), 1);
-        let error = ensemble.calibrate(&[vec![0.5], vec![0.5]], "validation", "x").unwrap_err();
+        let mut rewards =
+            RewardModels::programmed(&ProgrammedReward::Letter('e'), RolloutKind::Answer);
+        assert_eq!(rewards.members.len(), 1);
+        let error = rewards.calibrate(&[vec![0.5], vec![0.5]], "validation", "x").unwrap_err();
         assert!(error.to_string().contains("got 0.5 for all 2"), "{error}");
-        ensemble.calibrate(&[vec![1.0], vec![3.0]], "validation", "x").unwrap();
-        ensemble.calibrate(&[vec![100.0], vec![300.0]], "validation", "x").unwrap();
-        let stats = ensemble.members[0].stats.as_ref().unwrap();
+        rewards.calibrate(&[vec![1.0], vec![3.0]], "validation", "x").unwrap();
+        rewards.calibrate(&[vec![100.0], vec![300.0]], "validation", "x").unwrap();
+        let stats = rewards.members[0].stats.as_ref().unwrap();
         assert_eq!((stats.mean, stats.std, stats.n), (2.0, 1.0, 2));
     }
 }

@@ -1,311 +1,14 @@
-//! The learning half of an iteration: forward passes of policy and critic, and the clipped steps.
+//! The learning half of an iteration: the clipped steps.
 
-use arete_model::{Adapter, Decoder, LoraConfig, Pass, ScalarHead, Tensor, logprobs};
-use arete_training::order::permutation;
-use arete_training::{AdamW, AdamWConfig};
-use serde::{Deserialize, Serialize};
+use arete_model::Tensor;
+use arete_training::{AdamW, AdamWConfig, LossScale};
 use tch::{Device, Kind};
 
-use crate::config::{Config, Value};
+use crate::Error;
+use crate::config::Config;
 use crate::loss::{policy_loss, value_loss};
-use crate::rollout::{Conversation, Pack};
-use crate::{Error, config};
-
-/// First loss scale of an f16 run, and the steps without overflow after which it doubles (PyTorch's `GradScaler`).
-const FIRST_LOSS_SCALE: f64 = 65536.0;
-const LOSS_SCALE_GROWTH_STEPS: u64 = 2000;
-
-/// What estimates the value of a state.
-#[derive(Debug)]
-pub enum Critic {
-    /// A head on the policy's hidden states.
-    Trunk {
-        /// The head.
-        head: ScalarHead,
-        /// Whether its gradients stop there.
-        detached: bool,
-    },
-    /// A head on an adapter of its own.
-    Adapter {
-        /// The adapter.
-        adapter: Adapter,
-        /// The head.
-        head: ScalarHead,
-    },
-}
-
-/// Policy and critic over one base.
-#[derive(Debug)]
-pub struct Models<'a> {
-    /// The base.
-    pub decoder: &'a Decoder,
-    /// The policy's adapter.
-    pub policy: Adapter,
-    /// The critic.
-    pub critic: Critic,
-    temperature: f64,
-    recompute: bool,
-}
-
-/// Which of the two learn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Learning {
-    /// Policy and critic.
-    Both,
-    /// The critic alone, while it warms up.
-    Critic,
-    /// Neither: values only.
-    Neither,
-}
-
-/// What the policy says of a pack.
-struct PolicyPass<'a> {
-    /// `[N, D]`: hidden states, for a critic on the same trunk.
-    hidden: Tensor,
-    /// `[n]` f32 on the CPU.
-    logprob: Tensor,
-    /// `[n]` f32 on the CPU; empty unless asked for.
-    entropy: Tensor,
-    /// For the backward pass, if the policy learns.
-    pass: Option<Pass<'a>>,
-}
-
-/// What the critic says of a pack.
-struct CriticPass<'a> {
-    /// `[n]` f32 on the CPU.
-    value: Tensor,
-    /// For the backward pass through an adapter of its own, if that learns.
-    pass: Option<Pass<'a>>,
-}
-
-/// Forward passes over a pack, kept for their backward passes.
-struct Graph<'a> {
-    policy: PolicyPass<'a>,
-    /// None: computed when the policy's pass is over and its memory free again.
-    critic: Option<CriticPass<'a>>,
-}
-
-impl<'a> Models<'a> {
-    /// A policy that is the reference still, and a critic that says 0.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Model`] if the adapter's shape is impossible.
-    pub fn new(decoder: &'a Decoder, config: &Config) -> Result<Self, Error> {
-        let lora: LoraConfig = config.lora.config();
-        let (model, device) = (decoder.config(), decoder.device());
-        let adapter = |name| -> Result<Adapter, Error> {
-            let mut adapter = Adapter::new(name, model, &lora, config.seed, device)?;
-            adapter.set_trainable(true);
-            Ok(adapter)
-        };
-        let mut head = ScalarHead::zeros(model.hidden_size, device);
-        head.set_trainable(true);
-        let critic = match config.value {
-            Value::Trunk => Critic::Trunk { head, detached: false },
-            Value::TrunkDetached => Critic::Trunk { head, detached: true },
-            config::Value::Adapter => Critic::Adapter { adapter: adapter("value")?, head },
-        };
-        Ok(Self {
-            decoder,
-            policy: adapter("policy")?,
-            critic,
-            temperature: config.temperature,
-            recompute: config.compute.recompute,
-        })
-    }
-
-    fn policy_pass<'s>(
-        &'s self,
-        pack: &'s Pack,
-        learning: Learning,
-        want_entropy: bool,
-    ) -> Result<PolicyPass<'s>, Error> {
-        let batch = &pack.batch;
-        let (hidden, pass) = if learning == Learning::Both {
-            let pass = self.decoder.pass(batch, &self.policy, self.recompute)?;
-            (pass.hidden.shallow_clone(), Some(pass))
-        } else {
-            let _guard = tch::no_grad_guard();
-            (self.decoder.forward(batch, Some(&self.policy))?, None)
-        };
-        let out = logprobs::of_rows(
-            self.decoder,
-            &hidden,
-            batch,
-            &pack.rows,
-            self.temperature,
-            want_entropy,
-        )?;
-        Ok(PolicyPass {
-            hidden,
-            logprob: out.logprob.to_device(Device::Cpu),
-            entropy: out.entropy.to_device(Device::Cpu),
-            pass,
-        })
-    }
-
-    /// `trunk`: the policy's hidden states of the same pack.
-    fn critic_pass<'s>(
-        &'s self,
-        pack: &'s Pack,
-        trunk: &Tensor,
-        learns: bool,
-    ) -> Result<CriticPass<'s>, Error> {
-        let _guard = (!learns).then(tch::no_grad_guard);
-        let (hidden, head, pass) = match &self.critic {
-            Critic::Trunk { head, detached: false } => (trunk.shallow_clone(), head, None),
-            Critic::Trunk { head, detached: true } => (trunk.detach(), head, None),
-            Critic::Adapter { adapter, head } if learns => {
-                let pass = self.decoder.pass(&pack.batch, adapter, self.recompute)?;
-                (pass.hidden.shallow_clone(), head, Some(pass))
-            }
-            Critic::Adapter { adapter, head } => {
-                (self.decoder.forward(&pack.batch, Some(adapter))?, head, None)
-            }
-        };
-        let states = pack.states.to_device(self.decoder.device());
-        let value = head.forward(&hidden.index_select(0, &states)).to_device(Device::Cpu);
-        Ok(CriticPass { value, pass })
-    }
-
-    /// The critic's pass shares nothing with the policy's, and both learn: one after the other, memory holds one alone.
-    fn in_turn(&self, learning: Learning) -> bool {
-        learning == Learning::Both && matches!(self.critic, Critic::Adapter { .. })
-    }
-
-    /// The tensors that learn as policy, and as critic.
-    fn parameters(&self) -> [Vec<(String, Tensor)>; 2] {
-        let (head, mut critic) = match &self.critic {
-            Critic::Trunk { head, .. } => (head, Vec::new()),
-            Critic::Adapter { adapter, head } => (head, adapter.parameters()),
-        };
-        critic.push(("score.weight".to_owned(), head.weight.shallow_clone()));
-        [self.policy.parameters(), critic]
-    }
-}
-
-/// The minibatches of one pass over a rollout, packed.
-#[derive(Debug)]
-struct Epoch {
-    minibatches: Vec<Vec<Pack>>,
-}
-
-/// The rollout as the policy and the critic saw it before any step.
-pub struct FirstPass<'a> {
-    /// `[n]` f32: log P of every own token, in the order of conversations; nats.
-    pub old_logprob: Tensor,
-    /// `[n]` f32: value of the state before each.
-    pub old_value: Tensor,
-    /// `[n]` f32: entropy of the policy there; nats.
-    pub entropy: Tensor,
-    /// Kept for the first update.
-    graphs: Option<Vec<Graph<'a>>>,
-}
-
-impl std::fmt::Debug for FirstPass<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FirstPass").field("keeps_graphs", &self.graphs.is_some()).finish()
-    }
-}
-
-/// A rollout, packed for learning.
-#[derive(Debug)]
-pub struct Lessons {
-    epochs: Vec<Epoch>,
-    /// Flat places of each conversation's own tokens: from, to.
-    own: Vec<(usize, usize)>,
-    /// The first pass can be kept for the first update.
-    keep: bool,
-}
-
-impl Lessons {
-    /// Packs a rollout for every epoch; a fresh order each, where there are several minibatches.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Training`] if the token budget is 0.
-    pub fn new(
-        conversations: &[Conversation],
-        config: &Config,
-        iteration: u64,
-    ) -> Result<Self, Error> {
-        let n = conversations.len();
-        let epochs = (0..config.epochs)
-            .map(|epoch| {
-                let order = if config.n_minibatches == 1 {
-                    (0..n).collect()
-                } else {
-                    permutation(config.seed, &format!("minibatches/{iteration}/{epoch}"), n)
-                };
-                let minibatches = order
-                    .chunks(n / config.n_minibatches)
-                    .map(|part| Pack::all(conversations, part, config.micro_batch_tokens))
-                    .collect::<Result<_, Error>>()?;
-                Ok(Epoch { minibatches })
-            })
-            .collect::<Result<_, Error>>()?;
-        let mut at = 0;
-        let own = conversations
-            .iter()
-            .map(|conversation| {
-                let from = at;
-                at += conversation.n_own();
-                (from, at)
-            })
-            .collect();
-        let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
-        let keep = config.n_minibatches == 1 && n_tokens <= config.keep_graph_tokens;
-        Ok(Self { epochs, own, keep })
-    }
-
-    /// Own tokens in all.
-    pub fn n_own(&self) -> usize {
-        self.own.last().map_or(0, |(_, end)| *end)
-    }
-
-    /// `[n]` i64: flat places of a pack's own tokens.
-    fn places(&self, pack: &Pack) -> Tensor {
-        let places: Vec<i64> = pack
-            .conversations
-            .iter()
-            .flat_map(|&idx| self.own[idx].0 as i64..self.own[idx].1 as i64)
-            .collect();
-        Tensor::from_slice(&places)
-    }
-
-    /// What policy and critic say before any step; keeps the graphs if they are the first update's.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Model`] if memory runs out.
-    pub fn first_pass<'s>(
-        &'s self,
-        models: &'s Models<'_>,
-        learning: Learning,
-    ) -> Result<FirstPass<'s>, Error> {
-        let learning = if self.keep { learning } else { Learning::Neither };
-        let empty = || Tensor::zeros([self.n_own() as i64], (Kind::Float, Device::Cpu));
-        let (mut old_logprob, mut old_value, mut entropy) = (empty(), empty(), empty());
-        let mut graphs = Vec::new();
-        let in_turn = models.in_turn(learning);
-        for pack in self.epochs[0].minibatches.iter().flatten() {
-            let policy = models.policy_pass(pack, learning, true)?;
-            let learns = learning != Learning::Neither && !in_turn;
-            let critic = models.critic_pass(pack, &policy.hidden, learns)?;
-            let places = self.places(pack);
-            let _guard = tch::no_grad_guard();
-            let _ = old_logprob.index_copy_(0, &places, &policy.logprob);
-            let _ = old_value.index_copy_(0, &places, &critic.value);
-            let _ = entropy.index_copy_(0, &places, &policy.entropy);
-            if self.keep {
-                graphs.push(Graph { policy, critic: (!in_turn).then_some(critic) });
-            }
-        }
-        let graphs = self.keep.then_some(graphs);
-        Ok(FirstPass { old_logprob, old_value, entropy, graphs })
-    }
-}
+use crate::models::{Graph, Learning, Models};
+use crate::packs::{FirstPass, Pack, PackedRollout};
 
 /// What the steps learn from, beside the first pass; `[n]` f32 each, in the order of conversations.
 #[derive(Debug)]
@@ -327,15 +30,6 @@ pub struct Optimisers {
     pub scale: LossScale,
 }
 
-/// Factor of the loss in f16, whose small gradients would vanish otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LossScale {
-    /// The factor; none in other formats.
-    pub factor: Option<f64>,
-    /// Steps since it last changed.
-    pub n_good: u64,
-}
-
 /// Learning rates of an iteration.
 #[derive(Clone, Copy, Debug)]
 pub struct Rates {
@@ -354,11 +48,10 @@ impl Optimisers {
     pub fn new(models: &Models<'_>, config: &Config) -> Result<Self, Error> {
         let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
         let [policy, critic] = models.parameters();
-        let scaled = models.decoder.kind() == Kind::Half;
         Ok(Self {
             policy: AdamW::new(policy, adamw)?,
             critic: AdamW::new(critic, adamw)?,
-            scale: LossScale { factor: scaled.then_some(FIRST_LOSS_SCALE), n_good: 0 },
+            scale: LossScale::new(models.decoder.kind() == Kind::Half),
         })
     }
 
@@ -386,16 +79,13 @@ impl Optimisers {
                     Err(error) => return Err(error.into()),
                 }
             }
-            if overflow && factor > 1.0 {
+            if overflow && self.scale.can_fall() {
                 tracing::warn!(iteration, factor, "overflow in f16, step skipped");
                 self.zero_grad();
-                self.scale = LossScale { factor: Some(0.5 * factor), n_good: 0 };
+                self.scale = self.scale.after_overflow();
                 return Ok(None);
             }
-            self.scale.n_good += 1;
-            if self.scale.n_good == LOSS_SCALE_GROWTH_STEPS {
-                self.scale = LossScale { factor: Some(2.0 * factor), n_good: 0 };
-            }
+            self.scale = self.scale.after_step();
         }
         // Both are looked at before either changes.
         self.critic.gradient_norm(iteration)?;
@@ -475,7 +165,7 @@ impl Sums {
 pub fn update(
     models: &Models<'_>,
     optimisers: &mut Optimisers,
-    lessons: &Lessons,
+    rollout: &PackedRollout,
     first: FirstPass<'_>,
     targets: &Targets,
     config: &Config,
@@ -488,7 +178,7 @@ pub fn update(
     let mut total = Sums::default();
     let mut n_minibatches = 0.0;
     let max_norm = (config.max_grad_norm > 0.0).then_some(config.max_grad_norm);
-    'epochs: for (epoch, minibatches) in lessons.epochs.iter().enumerate() {
+    'epochs: for (epoch, minibatches) in rollout.epochs.iter().enumerate() {
         for (place, packs) in minibatches.minibatches.iter().enumerate() {
             let is_first = epoch == 0 && place == 0;
             let n_tokens: usize = packs.iter().map(|pack| pack.rows.len()).sum();
@@ -501,14 +191,14 @@ pub fn update(
                         Graph { policy: models.policy_pass(pack, learning, false)?, critic: None }
                     }
                 };
-                let places = lessons.places(pack);
+                let places = rollout.places(pack);
                 let part = Part {
                     old_logprob: old_logprob.index_select(0, &places),
                     old_value: old_value.index_select(0, &places),
                     advantage: targets.advantage.index_select(0, &places),
                     returns: targets.returns.index_select(0, &places),
                 };
-                let scale = optimisers.scale.factor.unwrap_or(1.0);
+                let scale = optimisers.scale.factor();
                 let pass = PackPass { models, pack, learning, config, scale, iteration };
                 pass.learn(graph, &part, &mut sums)?;
             }
@@ -598,12 +288,10 @@ impl PackPass<'_> {
 
     /// The policy's loss, scaled for the backward pass.
     fn policy_loss(&self, logprob: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
-        let valid = part.old_logprob.ones_like().to_kind(Kind::Bool); // [n]: own tokens only
         let policy = policy_loss(
             logprob,
             &part.old_logprob,
             &part.advantage,
-            &valid,
             self.config.clip_range,
             sums.n_tokens,
         )?;
@@ -619,12 +307,10 @@ impl PackPass<'_> {
 
     /// The critic's loss, weighted and scaled for the backward pass.
     fn value_loss(&self, value: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
-        let valid = part.old_value.ones_like().to_kind(Kind::Bool); // [n]: own tokens only
         let critic = value_loss(
             value,
             &part.old_value,
             &part.returns,
-            &valid,
             self.config.value_clip_range,
             sums.n_tokens,
         )?;

@@ -1,7 +1,7 @@
 //! What Arete's training stages share: optimiser, schedule, data order, checkpoints and the step loop.
 //!
 //! SFT and reward modelling describe their loss as an [`Objective`] and hand it to [`train`]; PPO, whose loop is its
-//! own, uses the parts: [`AdamW`], [`Schedule`], [`order`], [`CheckpointStore`], [`config`], [`runtime`].
+//! own, uses the parts: [`AdamW`], [`LossScale`], [`Schedule`], [`order`], [`CheckpointStore`], [`config`], [`runtime`].
 //!
 //! Method and its deviations from the usual trainers:
 //! - Batches are packed: token sequences lie one after the other without padding (`arete_model::batch`), so the linear
@@ -18,6 +18,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+mod loss_scale;
 pub mod optimiser;
 pub mod order;
 pub mod runtime;
@@ -27,6 +28,7 @@ mod trainer;
 pub use checkpoint::{CheckpointStore, forget_harmless};
 pub use config::{ComputeArgs, LoopArgs, LoraArgs};
 pub use error::{Error, class_of};
+pub use loss_scale::LossScale;
 pub use optimiser::{AdamW, AdamWConfig, check_settings};
 pub use schedule::{Schedule, ScheduleKind};
 pub use trainer::{

@@ -8,13 +8,10 @@ use arete_stage::{interrupt, timings};
 use serde::{Deserialize, Serialize};
 
 use crate::order::Plan;
-use crate::{AdamW, CheckpointStore, Error, Schedule};
+use crate::{AdamW, CheckpointStore, Error, LossScale, Schedule};
 
 /// The optimiser's name inside checkpoints.
 const OPTIMISER: &str = "optimiser";
-/// First loss scale of an f16 run, and the steps without overflow after which it doubles (PyTorch's `GradScaler`).
-const FIRST_LOSS_SCALE: f64 = 65536.0;
-const LOSS_SCALE_GROWTH_STEPS: u64 = 2000;
 
 /// What a step computed.
 #[derive(Debug, Default)]
@@ -137,7 +134,7 @@ pub fn train(
             global_step: 0,
             num_tokens: 0,
             best: None,
-            loss_scale: (if config.scale_loss { FIRST_LOSS_SCALE } else { 1.0 }, 0),
+            loss_scale: (LossScale::new(config.scale_loss).factor(), 0),
         },
     };
     let metrics = MetricsWriter::open_at(output, resumed_at)?;
@@ -217,29 +214,23 @@ impl Run<'_> {
 
     /// Takes the gradients at hand; returns their norm (infinite if an f16 overflow made this step be skipped).
     fn update(&mut self, learning_rate: f64, step: u64) -> Result<f64, Error> {
-        let (loss_scale, n_good) = self.state.loss_scale;
-        if self.config.scale_loss {
-            self.optimiser.scale_gradients(1.0 / loss_scale);
+        let (factor, n_good) = self.state.loss_scale;
+        let scale = LossScale { factor: self.config.scale_loss.then_some(factor), n_good };
+        if scale.factor.is_some() {
+            self.optimiser.scale_gradients(1.0 / factor);
         }
-        match self.optimiser.step(learning_rate, self.config.max_grad_norm, step) {
-            Ok(norm) => {
-                if self.config.scale_loss {
-                    self.state.loss_scale = if n_good + 1 == LOSS_SCALE_GROWTH_STEPS {
-                        (2.0 * loss_scale, 0)
-                    } else {
-                        (loss_scale, n_good + 1)
-                    };
-                }
-                Ok(norm)
-            }
-            Err(Error::NonFinite { what, .. }) if self.config.scale_loss && loss_scale > 1.0 => {
-                tracing::warn!(step, what, loss_scale, "overflow in f16, step skipped");
+        let (norm, next) = match self.optimiser.step(learning_rate, self.config.max_grad_norm, step)
+        {
+            Ok(norm) => (norm, scale.after_step()),
+            Err(Error::NonFinite { what, .. }) if scale.can_fall() => {
+                tracing::warn!(step, what, loss_scale = factor, "overflow in f16, step skipped");
                 self.optimiser.zero_grad();
-                self.state.loss_scale = (0.5 * loss_scale, 0);
-                Ok(f64::INFINITY)
+                (f64::INFINITY, scale.after_overflow())
             }
-            Err(error) => Err(error),
-        }
+            Err(error) => return Err(error),
+        };
+        self.state.loss_scale = (next.factor(), next.n_good);
+        Ok(norm)
     }
 
     /// Logs the validation metrics; whether they are the best so far.

@@ -9,11 +9,11 @@ use arete_model::{Kind, Model, ScalarHead, Tensor, adapter_files};
 use arete_ppo::Config;
 use arete_ppo::gae::estimate_advantages;
 use arete_ppo::loss::{policy_loss, value_loss};
+use arete_ppo::models::{Critic, Learning, Models};
+use arete_ppo::packs::PackedRollout;
 use arete_ppo::reward::{place, token_rewards};
 use arete_ppo::rollout::{Conversation, Reply};
-use arete_ppo::update::{
-    Critic, Learning, Lessons, Models, Optimisers, Rates, Targets, UpdateReport, update,
-};
+use arete_ppo::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use arete_ppo::whiten::{rescale, whiten};
 use arete_records::FinishReason;
 use tch::Device;
@@ -77,10 +77,12 @@ fn losses_and_their_gradients_are_trls() {
     let valid = of("valid");
     let n_tokens = number(&valid.sum(Kind::Float));
     let logprob = of("new_logprob").copy().set_requires_grad(true);
-    let policy = policy_loss(&logprob, of("old_logprob"), of("advantages"), valid, 0.2, n_tokens);
-    let policy = policy.unwrap();
+    let own = |tensor: &Tensor| tensor.masked_select(valid); // [n]
+    let (old, advantage) = (own(of("old_logprob")), own(of("advantages")));
+    let policy = policy_loss(&own(&logprob), &old, &advantage, 0.2, n_tokens).unwrap();
     let value = of("new_value").copy().set_requires_grad(true);
-    let critic = value_loss(&value, of("old_value"), of("target"), valid, 0.3, n_tokens).unwrap();
+    let (old, target) = (own(of("old_value")), own(of("target")));
+    let critic = value_loss(&own(&value), &old, &target, 0.3, n_tokens).unwrap();
     policy.loss.backward();
     critic.loss.backward();
     assert_close("policy_loss", number(&policy.loss), number(of("policy_loss")));
@@ -145,8 +147,8 @@ fn three_steps(
     let model = tiny_model();
     let models = policy_and_critic(&model, golden, config);
     let mut optimisers = Optimisers::new(&models, config).unwrap();
-    let lessons = Lessons::new(&conversations(golden), config, 1).unwrap();
-    let first = lessons.first_pass(&models, Learning::Both).unwrap();
+    let packed = PackedRollout::new(&conversations(golden), config, 1).unwrap();
+    let first = packed.first_pass(&models, Learning::Both).unwrap();
     for (name, ours) in [
         ("old_logprob", &first.old_logprob),
         ("old_value", &first.old_value),
@@ -159,8 +161,7 @@ fn three_steps(
         Targets { advantage: golden["advantage"].copy(), returns: golden["returns"].copy() };
     let rates = Rates { policy: 0.003, critic: 0.03 };
     let both = Learning::Both;
-    let report =
-        update(&models, &mut optimisers, &lessons, first, &targets, config, both, rates, 1);
+    let report = update(&models, &mut optimisers, &packed, first, &targets, config, both, rates, 1);
     let mut tensors = models.policy.parameters();
     let Critic::Trunk { head, .. } = &models.critic else { unreachable!("made above") };
     tensors.push(("head".to_owned(), head.weight.shallow_clone()));

@@ -8,11 +8,11 @@ use crate::common::{adapter_sum, config, metric, prepared, tiny_model, tiny_mode
 use crate::goldens::{conversations, number, policy_and_critic, tensors};
 use crate::resume::{start, start_and_kill_in_the_third_rollout};
 use arete_model::{Kind, Model, Tensor};
-use arete_ppo::update::{
-    Learning, Lessons, LossScale, Models, Optimisers, Rates, Targets, UpdateReport, update,
-};
+use arete_ppo::models::{Learning, Models};
+use arete_ppo::packs::PackedRollout;
+use arete_ppo::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use arete_ppo::{Config, Error};
-use arete_training::CheckpointStore;
+use arete_training::{CheckpointStore, LossScale};
 use serde_json::{Value, json};
 
 /// The golden policy and critic with their optimisers, and what they learn from.
@@ -36,8 +36,8 @@ impl<'a> Learner<'a> {
 
     /// Learns from advantages and errors of the value that are `size` times the golden ones: so are the gradients.
     fn update(&mut self, size: f64) -> Result<UpdateReport, Error> {
-        let lessons = Lessons::new(&conversations(&self.golden), &self.config, 1)?;
-        let first = lessons.first_pass(&self.models, Learning::Both)?;
+        let packed = PackedRollout::new(&conversations(&self.golden), &self.config, 1)?;
+        let first = packed.first_pass(&self.models, Learning::Both)?;
         let error = &self.golden["returns"] - &first.old_value;
         let targets = Targets {
             advantage: &self.golden["advantage"] * size,
@@ -46,7 +46,7 @@ impl<'a> Learner<'a> {
         let rates = Rates { policy: 0.003, critic: 0.03 };
         let (models, optimisers, config) = (&self.models, &mut self.optimisers, &self.config);
         let both = Learning::Both;
-        update(models, optimisers, &lessons, first, &targets, config, both, rates, 1)
+        update(models, optimisers, &packed, first, &targets, config, both, rates, 1)
     }
 
     /// Weights, moments and step counts.

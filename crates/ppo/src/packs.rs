@@ -1,0 +1,174 @@
+//! A rollout cut into forward passes, a fresh order an epoch, and its first pass before any step.
+
+use arete_chain::batches::{self, Packed};
+use arete_model::{Batch, Tensor};
+use arete_training::order::permutation;
+use tch::{Device, Kind};
+
+use crate::Error;
+use crate::config::Config;
+use crate::models::{Graph, Learning, Models};
+use crate::rollout::Conversation;
+
+/// Conversations packed into one forward pass.
+#[derive(Debug)]
+pub(crate) struct Pack {
+    /// Which conversations, by index.
+    pub(crate) conversations: Vec<usize>,
+    /// Their tokens.
+    pub(crate) batch: Batch,
+    /// Rows of the policy's own tokens.
+    pub(crate) rows: Vec<usize>,
+    /// `[n]` i64: the row before each, whose hidden state holds the token's value.
+    pub(crate) states: Tensor,
+}
+
+impl Pack {
+    /// Packs the conversations of `order` into passes of at most `budget` tokens, in that order.
+    pub(crate) fn all(
+        conversations: &[Conversation],
+        order: &[usize],
+        budget: usize,
+    ) -> Result<Vec<Self>, Error> {
+        let n_tokens: Vec<usize> =
+            order.iter().map(|&idx| conversations[idx].token_ids.len()).collect();
+        let runs = batches::micro_batches(&n_tokens, budget)?;
+        Ok(runs.into_iter().map(|run| Self::new(conversations, order[run].to_vec())).collect())
+    }
+
+    fn new(all: &[Conversation], conversations: Vec<usize>) -> Self {
+        let sequences: Vec<&[i64]> =
+            conversations.iter().map(|&idx| all[idx].token_ids.as_slice()).collect();
+        // The prompt's last token stays with each conversation: its state comes before the first own token.
+        let n_prompt = conversations.iter().map(|&idx| all[idx].n_prompt).min().unwrap_or(0);
+        let packed = Packed::new(&sequences, n_prompt.saturating_sub(1));
+        let mut rows = Vec::new();
+        for (place, &idx) in conversations.iter().enumerate() {
+            rows.extend(all[idx].own_tokens().map(|token| packed.row(place, token)));
+        }
+        let states: Vec<i64> = rows.iter().map(|&row| row as i64 - 1).collect();
+        Self { conversations, batch: packed.batch, rows, states: Tensor::from_slice(&states) }
+    }
+}
+
+/// The minibatches of one pass over a rollout, packed.
+#[derive(Debug)]
+pub(crate) struct Epoch {
+    pub(crate) minibatches: Vec<Vec<Pack>>,
+}
+
+/// The rollout as the policy and the critic saw it before any step.
+pub struct FirstPass<'a> {
+    /// `[n]` f32: log P of every own token, in the order of conversations; nats.
+    pub old_logprob: Tensor,
+    /// `[n]` f32: value of the state before each.
+    pub old_value: Tensor,
+    /// `[n]` f32: entropy of the policy there; nats.
+    pub entropy: Tensor,
+    /// Kept for the first update.
+    pub(crate) graphs: Option<Vec<Graph<'a>>>,
+}
+
+impl std::fmt::Debug for FirstPass<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FirstPass").field("keeps_graphs", &self.graphs.is_some()).finish()
+    }
+}
+
+/// A rollout, packed for learning.
+#[derive(Debug)]
+pub struct PackedRollout {
+    pub(crate) epochs: Vec<Epoch>,
+    /// Flat places of each conversation's own tokens: from, to.
+    own: Vec<(usize, usize)>,
+    /// The first pass can be kept for the first update.
+    keep: bool,
+}
+
+impl PackedRollout {
+    /// Packs a rollout for every epoch; a fresh order each, where there are several minibatches.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Training`] if the token budget is 0.
+    pub fn new(
+        conversations: &[Conversation],
+        config: &Config,
+        iteration: u64,
+    ) -> Result<Self, Error> {
+        let n = conversations.len();
+        let epochs = (0..config.epochs)
+            .map(|epoch| {
+                let order = if config.n_minibatches == 1 {
+                    (0..n).collect()
+                } else {
+                    permutation(config.seed, &format!("minibatches/{iteration}/{epoch}"), n)
+                };
+                let minibatches = order
+                    .chunks(n / config.n_minibatches)
+                    .map(|part| Pack::all(conversations, part, config.micro_batch_tokens))
+                    .collect::<Result<_, Error>>()?;
+                Ok(Epoch { minibatches })
+            })
+            .collect::<Result<_, Error>>()?;
+        let mut at = 0;
+        let own = conversations
+            .iter()
+            .map(|conversation| {
+                let from = at;
+                at += conversation.n_own();
+                (from, at)
+            })
+            .collect();
+        let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
+        let keep = config.n_minibatches == 1 && n_tokens <= config.keep_graph_tokens;
+        Ok(Self { epochs, own, keep })
+    }
+
+    /// Own tokens in all.
+    pub fn n_own(&self) -> usize {
+        self.own.last().map_or(0, |(_, end)| *end)
+    }
+
+    /// `[n]` i64: flat places of a pack's own tokens.
+    pub(crate) fn places(&self, pack: &Pack) -> Tensor {
+        let places: Vec<i64> = pack
+            .conversations
+            .iter()
+            .flat_map(|&idx| self.own[idx].0 as i64..self.own[idx].1 as i64)
+            .collect();
+        Tensor::from_slice(&places)
+    }
+
+    /// What policy and critic say before any step; keeps the graphs if they are the first update's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Model`] if memory runs out.
+    pub fn first_pass<'s>(
+        &'s self,
+        models: &'s Models<'_>,
+        learning: Learning,
+    ) -> Result<FirstPass<'s>, Error> {
+        let learning = if self.keep { learning } else { Learning::Neither };
+        let empty = || Tensor::zeros([self.n_own() as i64], (Kind::Float, Device::Cpu));
+        let (mut old_logprob, mut old_value, mut entropy) = (empty(), empty(), empty());
+        let mut graphs = Vec::new();
+        let in_turn = models.in_turn(learning);
+        for pack in self.epochs[0].minibatches.iter().flatten() {
+            let policy = models.policy_pass(pack, learning, true)?;
+            let learns = learning != Learning::Neither && !in_turn;
+            let critic = models.critic_pass(pack, &policy.hidden, learns)?;
+            let places = self.places(pack);
+            let _guard = tch::no_grad_guard();
+            let _ = old_logprob.index_copy_(0, &places, &policy.logprob);
+            let _ = old_value.index_copy_(0, &places, &critic.value);
+            let _ = entropy.index_copy_(0, &places, &policy.entropy);
+            if self.keep {
+                graphs.push(Graph { policy, critic: (!in_turn).then_some(critic) });
+            }
+        }
+        let graphs = self.keep.then_some(graphs);
+        Ok(FirstPass { old_logprob, old_value, entropy, graphs })
+    }
+}
