@@ -14,7 +14,7 @@ use arete_records::rows::RolloutRow;
 use arete_records::{Aspect, left_out, parquet, score_stats, stats};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
-use arete_stage::{interrupt, timings};
+use arete_stage::{interrupt, seal, timings};
 use arete_training::{CheckpointStore, Select, runtime};
 use serde_json::{Map, Value};
 
@@ -220,6 +220,9 @@ impl<'a> Stage<'a> {
         );
         if let Some((iteration, _)) = saved {
             journal::remove_through(&output.join(ROLLOUTS), iteration)?;
+            for dir in [ROLLOUTS, "completions"] {
+                seal::check_all(&output.join(dir))?;
+            }
         }
         if yardstick.is_none() {
             tracing::info!("no yardstick: nothing watches for over-optimisation");
@@ -436,7 +439,8 @@ fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
     if let Some(dir) = path.parent() {
         fs_err::create_dir_all(dir)?;
     }
-    Ok(parquet::write(path, rows)?)
+    parquet::write(path, rows)?;
+    Ok(seal::write(path)?)
 }
 
 /// Mean standardised score of a conversation.

@@ -12,6 +12,7 @@ pub mod metrics;
 mod progress;
 pub mod recipe;
 pub mod run;
+pub mod seal;
 mod tfevents;
 pub mod timings;
 pub mod units;

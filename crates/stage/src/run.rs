@@ -20,7 +20,7 @@ pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
 use arete_records::{atomic, hex, redact};
 
-use crate::{Error, inputs};
+use crate::{Error, inputs, seal};
 
 /// What the names of checkpoint directories begin with.
 pub const CHECKPOINT_PREFIX: &str = "checkpoint-";
@@ -340,6 +340,7 @@ impl StageRun {
         run.sha256 = Some(run.digest());
         write_json(&self.output.join(RUN_JSON), &run)?;
         fs_err::remove_file(self.output.join(STAGE_JSON))?;
+        seal::remove_all(&self.output, &is_stage_dir)?; // run.json vouches from now on
         self.cache.save();
         Ok(())
     }

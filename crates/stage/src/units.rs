@@ -7,13 +7,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use arete_records::hashes::sha256_file;
 use arete_records::left_out::{self, LeftOut};
 use arete_records::parquet::{self, Row};
 use arete_records::{Refusal, atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::seal::Seal;
 
 /// Prompts in a unit.
 pub const UNIT: usize = 32;
@@ -70,44 +70,6 @@ impl From<Shard> for String {
 impl fmt::Display for Shard {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.part, self.parts)
-    }
-}
-
-/// What vouches for a file of rows, in a hidden file beside it.
-#[derive(Debug, Serialize, Deserialize)]
-struct Seal {
-    /// SHA-256 of the file.
-    sha256: String,
-    /// Items of the unit that are not among its rows, with the reasons.
-    #[serde(default)]
-    left_out: Vec<LeftOut>,
-}
-
-impl Seal {
-    fn path(file: &Path) -> PathBuf {
-        let name = file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-        file.with_file_name(format!(".{name}.seal"))
-    }
-
-    fn write(file: &Path, left_out: &[LeftOut]) -> Result<(), Error> {
-        let seal = Self { sha256: sha256_file(file)?, left_out: left_out.to_vec() };
-        let json = serde_json::to_vec(&seal).expect("plain data always serialises");
-        Ok(atomic::write(Self::path(file), &json)?)
-    }
-
-    /// The seal of a file that is there and whole.
-    fn of(file: &Path) -> Option<Self> {
-        let seal: Self = serde_json::from_slice(&fs_err::read(Self::path(file)).ok()?).ok()?;
-        (sha256_file(file).ok()? == seal.sha256).then_some(seal)
-    }
-
-    /// [`Seal::of`], with a warning where the file is there and not whole.
-    fn of_own(file: &Path) -> Option<Self> {
-        let seal = Self::of(file);
-        if seal.is_none() && file.exists() {
-            tracing::warn!(file = %file.display(), "damaged, or its hash was not written: it is made anew");
-        }
-        seal
     }
 }
 
