@@ -351,4 +351,15 @@ mod tests {
         assert_eq!(names(dir.path()), ["model", "other"]);
         assert_eq!(fs_err::read(dir.path().join("model/weights")).unwrap(), b"w");
     }
+
+    /// CIFS, sshfs and some of FUSE answer EINVAL when a directory is to be flushed; a disk that fails answers EIO.
+    #[test]
+    fn what_a_file_system_does_not_know_is_told_from_what_fails() {
+        for (code, unknown) in [(22, true), (95, true), (38, true), (5, false), (28, false)] {
+            let error = std::io::Error::from_raw_os_error(code);
+            assert_eq!(is_unknown_call(&error), unknown, "{code}");
+        }
+        let missing = fs_err::File::open("no/such/file").unwrap_err();
+        assert_eq!((os_code(&missing), is_unknown_call(&missing)), (Some(2), false));
+    }
 }

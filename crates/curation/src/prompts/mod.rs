@@ -179,7 +179,14 @@ fn localised(inputs: &[String]) -> Result<Vec<PathBuf>, Error> {
         if path.exists() || !is_hub_id(input) {
             out.push(path);
         } else {
-            out.extend(of_splits(files(&[arete_model::hub::data_set(input)?])?));
+            let found = arete_model::hub::data_set(input).map_err(|error| match error {
+                arete_model::Error::Hub { what, reason } => {
+                    let reason = format!("{reason}; and here is no file or directory `{input}`");
+                    arete_model::Error::Hub { what, reason }
+                }
+                other => other,
+            })?;
+            out.extend(of_splits(files(&[found])?));
         }
     }
     Ok(out)
