@@ -67,8 +67,9 @@ $(ARETE)-curation: $(COMMON) $(MODEL_SOURCES) $(call sources,curation)
 $(ARETE)-scoring: $(COMMON) $(MODEL_SOURCES) $(call sources,scoring)
 $(ARETE)-sft: $(COMMON) $(TRAINING_SOURCES) $(call sources,sft)
 $(ARETE)-reward: $(COMMON) $(TRAINING_SOURCES) $(call sources,reward)
+$(ARETE)-dpo: $(COMMON) $(TRAINING_SOURCES) $(call sources,dpo)
 $(ARETE)-ppo: $(COMMON) $(TRAINING_SOURCES) $(call sources,ppo)
-BINARIES := $(addprefix $(ARETE)-,model curation scoring sft reward ppo)
+BINARIES := $(addprefix $(ARETE)-,model curation scoring sft reward dpo ppo)
 $(BINARIES):
 	cargo build --release --workspace --bins
 	@touch $@
@@ -110,6 +111,7 @@ bench: $(BINARIES) ## speed of every stage beside what the hardware allows
 	$(ARETE)-curation bench --model $(SMOLLM2)
 	$(ARETE)-sft bench --model $(SMOLLM2)
 	$(ARETE)-reward bench --model $(SMOLLM2)
+	$(ARETE)-dpo bench --model $(SMOLLM2)
 	$(ARETE)-ppo bench --model $(SMOLLM2)
 
 MISTRAL_7B := .deps/mistral-7b-random
@@ -148,6 +150,7 @@ run_sft = $(ARETE)-sft train $(STAGE_FLAGS) --demonstrations $(RUN)/demonstratio
 run_conversations = $(ARETE)-curation conversations $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE)$(if $(SFT_ENABLED), --original $(MODEL)) --output $(RUN)/conversations
 run_preferences = $(ARETE)-curation preferences $(STAGE_FLAGS) --conversations $(RUN)/conversations --judge $(or $(JUDGE),$(BASE)) --output $(RUN)/preferences
 run_reward = $(ARETE)-reward train $(STAGE_FLAGS) --aspect all --preferences $(RUN)/preferences --conversations $(RUN)/conversations --model $(BASE) --output $(RUN)/reward
+run_dpo = $(ARETE)-dpo train $(STAGE_FLAGS) --preferences $(RUN)/preferences --model $(BASE) --output $(RUN)/dpo
 run_ppo = $(ARETE)-ppo train $(STAGE_FLAGS) --prompts $(RUN)/prompts --model $(BASE) --reward $(RUN)/reward$(YARDSTICK_FLAG) --output $(RUN)/ppo
 run_scoring = $(ARETE)-scoring score $(STAGE_FLAGS) --prompts $(RUN)/prompts --original $(MODEL)$(if $(SFT_ENABLED), --sft $(BASE)) --final $(RUN)/ppo --reward $(RUN)/reward$(YARDSTICK_FLAG)$(PAIRS_FLAG) --output $(RUN)/scoring
 run_report = $(ARETE)-scoring report $(RECIPE_FLAG) --run $(RUN) --output $(RUN)/report
@@ -173,18 +176,20 @@ $(eval $(call stage,sft,sft,$(call done,demonstrations) $(MODEL_FILE)))
 $(eval $(call stage,conversations,curation,$(call done,prompts) $(BASE_DONE) $(MODEL_FILE) $(call constitution,conversations)))
 $(eval $(call stage,preferences,curation,$(call done,conversations) $(BASE_DONE) $(JUDGE_FILE) $(call exemplars,preferences) $(call constitution,preferences)))
 $(eval $(call stage,reward,reward,$(call done,preferences) $(call done,conversations) $(BASE_DONE)))
+$(eval $(call stage,dpo,dpo,$(call done,preferences) $(BASE_DONE)))
 $(eval $(call stage,ppo,ppo,$(YARDSTICK_FILE) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
 $(eval $(call stage,scoring,scoring,$(YARDSTICK_FILE) $(call files,$(PAIRS)) $(call done,ppo) $(call done,reward) $(call done,prompts) $(BASE_DONE)))
 $(eval $(call stage,report,scoring,$(call done,scoring) $(wildcard $(RUN)/calibration/run.json $(RUN)/best-of/run.json)))
 
 .PRECIOUS: $(RUN)/%/run.json $(RUN)/%/.done
-.PHONY: prompts demonstrations sft conversations preferences reward ppo scoring report doctor best-of all demo
+.PHONY: prompts demonstrations sft conversations preferences reward dpo ppo scoring report doctor best-of all demo
 prompts: $(call done,prompts) ## choose prompts and split them into train, validation, test
 demonstrations: $(call done,demonstrations) ## answers criticised and revised under the constitution
 sft: $(call done,sft) ## fine-tune the model on the demonstrations
 conversations: $(call done,conversations) ## two samples of answer, motivation, consequence for each prompt
 preferences: $(call done,preferences) ## the judge's votes: five virtues, three aspects, both orders
 reward: $(call done,reward) ## train the three reward models
+dpo: $(call done,dpo) ## train a policy on the preferences themselves, beside PPO
 ppo: $(call done,ppo) ## train the policy against them
 scoring: $(call done,scoring) ## Score of the original, the SFT and the final model
 report: $(call done,report) ## report.html

@@ -21,6 +21,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
     ),
     (
+        "arete-dpo",
+        &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+    ),
+    (
         "arete-ppo",
         &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
     ),

@@ -13,7 +13,6 @@ pub mod bench;
 pub mod config;
 pub mod data;
 mod error;
-pub mod evaluation;
 pub mod loss;
 pub mod model;
 pub mod objective;

@@ -34,11 +34,6 @@ pub fn bradley_terry(
     loss + center * (chosen + rejected).square()
 }
 
-/// P(chosen wins) of each pair: σ(chosen − rejected), in f64.
-pub fn win_probability(chosen: f64, rejected: f64) -> f64 {
-    1.0 / (1.0 + (rejected - chosen).exp())
-}
-
 /// A `[n]` f32 tensor.
 pub(crate) fn column(values: &[f32], device: tch::Device) -> Tensor {
     Tensor::from_slice(values).to_kind(Kind::Float).to_device(device)
@@ -80,11 +75,5 @@ mod tests {
     fn centring_penalises_the_sum() {
         // + 0.01 · (1.5 + 0.5)² = 0.04
         assert!((losses(1.5, 0.5, 1.0, 0.0, 0.01) - 0.353_261_687_518_222_9).abs() < 1e-6);
-    }
-
-    #[test]
-    fn win_probabilities() {
-        assert!((win_probability(1.0, 0.0) - 0.731_058_578_630_004_9).abs() < 1e-12);
-        assert_eq!(win_probability(2.0, 2.0), 0.5);
     }
 }

@@ -12,13 +12,13 @@ use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, ScoreStats, Split, left_out, parquet, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
+use arete_training::evaluation::{self, write_json};
 use arete_training::order::Plan;
 use arete_training::{AdamW, Outcome, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
 use crate::data::{self, Pair, Pairs, Rendering};
-use crate::evaluation::{self, write_json};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::{Config, Error};
@@ -254,8 +254,10 @@ impl Base<'_> {
             );
         }
         if !scores.is_empty() {
-            let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
-            let report = &evaluation::report(data.validation_name, &pairs, &scores, config.seed);
+            let lengths: Vec<[usize; 2]> = (data.validation.pairs.iter())
+                .map(|pair| [pair.chosen.n_own_tokens, pair.rejected.n_own_tokens])
+                .collect();
+            let report = &evaluation::report(data.validation_name, &lengths, &scores, config.seed);
             write_json(&output.join("evaluation.json"), report)?;
             tracing::info!(
                 n = report.n,

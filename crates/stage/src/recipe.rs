@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use crate::Error;
 
 /// The tables a recipe may hold: one a stage, and `run` for what stages share.
-pub const TABLES: [&str; 12] = [
+pub const TABLES: [&str; 13] = [
     "prompts",
     "demonstrations",
     "sft",
@@ -23,6 +23,7 @@ pub const TABLES: [&str; 12] = [
     "calibrate",
     "reward",
     "ppo",
+    "dpo",
     "scoring",
     "run",
     "yardstick",

@@ -1,6 +1,6 @@
 //! What Arete's training stages share: optimiser, schedule, data order, checkpoints and the step loop.
 //!
-//! SFT and reward modelling describe their loss as an [`Objective`] and hand it to [`train`]; PPO, whose loop is its
+//! SFT, reward modelling and DPO describe their loss as an [`Objective`] and hand it to [`train`]; PPO, whose loop is its
 //! own, uses the parts: [`AdamW`], [`LossScale`], [`Schedule`], [`order`], [`CheckpointStore`], [`config`], [`runtime`].
 //!
 //! Method and its deviations from the usual trainers:
@@ -18,6 +18,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod evaluation;
 mod loss_scale;
 pub mod optimiser;
 pub mod order;

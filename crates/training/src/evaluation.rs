@@ -1,4 +1,4 @@
-//! How good a reward model is on pairs it has not seen, and where its scores lie.
+//! How good a reward model, or a policy's implicit reward, is on pairs it has not seen, and where its scores lie.
 
 use std::path::Path;
 
@@ -7,8 +7,6 @@ use arete_records::stats::{self, CalibrationBin, Interval, Resampling};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::data::Pair;
-use crate::loss::win_probability;
 
 /// 95 %, two-sided.
 const Z: f64 = 1.96;
@@ -40,17 +38,24 @@ pub struct Report {
     pub mean_margin: f64,
 }
 
-/// Compares the scores of pairs (`[chosen, rejected]`) with which side was chosen.
+/// P(chosen wins) of a pair: σ(chosen − rejected), in f64.
+pub fn win_probability(chosen: f64, rejected: f64) -> f64 {
+    1.0 / (1.0 + (rejected - chosen).exp())
+}
+
+/// Compares the scores of pairs (`[chosen, rejected]`) with which side was chosen; `n_own_tokens` are the lengths of both
+/// sides in the model's own tokens.
 ///
 /// # Panics
 ///
 /// If there is no pair, or not one score pair each.
-pub fn report(split: &str, pairs: &[&Pair], scores: &[[f64; 2]], seed: u64) -> Report {
-    assert!(!pairs.is_empty() && pairs.len() == scores.len(), "one pair of scores a pair");
+pub fn report(split: &str, n_own_tokens: &[[usize; 2]], scores: &[[f64; 2]], seed: u64) -> Report {
+    let n = n_own_tokens.len();
+    assert!(n > 0 && n == scores.len(), "one pair of scores a pair");
     let wins: Vec<f64> = scores.iter().map(|[c, r]| f64::from(u8::from(c > r))).collect();
-    let shorter: Vec<f64> = pairs
+    let shorter: Vec<f64> = n_own_tokens
         .iter()
-        .map(|pair| match pair.chosen.n_own_tokens.cmp(&pair.rejected.n_own_tokens) {
+        .map(|[chosen, rejected]| match chosen.cmp(rejected) {
             std::cmp::Ordering::Less => 1.0,
             std::cmp::Ordering::Equal => 0.5,
             std::cmp::Ordering::Greater => 0.0,
@@ -63,10 +68,7 @@ pub fn report(split: &str, pairs: &[&Pair], scores: &[[f64; 2]], seed: u64) -> R
         .collect();
     let is_right: Vec<bool> = wins.iter().map(|&win| win > 0.0).collect();
     #[expect(clippy::cast_precision_loss, reason = "token counts are small")]
-    let lengths: Vec<f64> = pairs
-        .iter()
-        .flat_map(|pair| [pair.chosen.n_own_tokens as f64, pair.rejected.n_own_tokens as f64])
-        .collect();
+    let lengths: Vec<f64> = n_own_tokens.iter().flatten().map(|&length| length as f64).collect();
     let flat: Vec<f64> = scores.iter().flatten().copied().collect();
     let margins: Vec<f64> = scores.iter().map(|[c, r]| c - r).collect();
     let cluster = |values: &[f64]| -> Vec<Vec<f64>> { values.iter().map(|&v| vec![v]).collect() };
@@ -78,7 +80,7 @@ pub fn report(split: &str, pairs: &[&Pair], scores: &[[f64; 2]], seed: u64) -> R
     );
     Report {
         split: split.to_owned(),
-        n: pairs.len(),
+        n,
         accuracy: proportion(&wins),
         shorter_answer: proportion(&shorter),
         lead_over_shorter_answer: lead.interval,
@@ -125,26 +127,13 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Sequence;
-
-    fn pair(chosen_length: usize, rejected_length: usize) -> Pair {
-        let side = |n_own_tokens| Sequence { token_ids: vec![1, 2], n_own_tokens };
-        Pair {
-            chosen: side(chosen_length),
-            rejected: side(rejected_length),
-            n_shared: 0,
-            chosen_prob: 1.0,
-            margin: 0.0,
-        }
-    }
 
     #[test]
     fn a_report_by_hand() {
-        let pairs = [pair(5, 9), pair(9, 5), pair(7, 7), pair(3, 4)];
-        let pairs: Vec<&Pair> = pairs.iter().collect();
+        let lengths = [[5, 9], [9, 5], [7, 7], [3, 4]];
         // Wins: yes, no, tie, yes.
         let scores = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 0.0]];
-        let report = report("validation", &pairs, &scores, 0);
+        let report = report("validation", &lengths, &scores, 0);
         assert_eq!(report.n, 4);
         assert_eq!(report.accuracy.estimate, 0.5);
         // Wilson at 2 of 4, z = 1.96: centre 0.5, half-width 0.3499…
@@ -161,5 +150,11 @@ mod tests {
         assert!((report.calibration[1].stated - 0.731_058_579).abs() < 1e-8);
         assert_eq!(report.mean_margin, 0.5);
         assert!(report.pearson_score_length.is_some());
+    }
+
+    #[test]
+    fn win_probabilities() {
+        assert!((win_probability(1.0, 0.0) - 0.731_058_578_630_004_9).abs() < 1e-12);
+        assert_eq!(win_probability(2.0, 2.0), 0.5);
     }
 }

@@ -1,0 +1,309 @@
+//! The stage: from files to files.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::{Adapter, Chat, LoadOptions, Model, Source, merge};
+use arete_records::Split;
+use arete_stage::run::{self, Completion, StageSpec, Start};
+use arete_stage::timings;
+use arete_training::evaluation::{self, Report};
+use arete_training::order::Plan;
+use arete_training::{AdamW, Outcome, runtime, train as train_loop};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::data::{self, AspectFiles, Pair, Pairs, Rendering};
+use crate::loss::LossSettings;
+use crate::model::pair_logprobs;
+use crate::objective::DirectPreference;
+use crate::{Config, Error};
+
+/// Pairs whose log-probabilities are compared between the merged model and the adapter.
+const N_COMPARED: usize = 4;
+
+/// The contents of `evaluation.json`: how often the policy's implicit reward (beta times the log-ratio of a whole reply)
+/// tells the better side of pairs it has not seen.
+#[derive(Debug, Serialize)]
+struct Evaluations {
+    /// All pairs.
+    #[serde(flatten)]
+    all: Report,
+    /// Those of each aspect.
+    aspects: BTreeMap<String, Report>,
+}
+
+/// Trains on the pairs of `preferences` and writes adapter and merged model into `output`.
+///
+/// # Errors
+///
+/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
+pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), Error> {
+    check(config)?;
+    let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
+    let source = Source::fetch(name)?;
+    let aspects = data::aspects(preferences, &config.aspects)?;
+    let mut inputs = Vec::new();
+    for AspectFiles { aspect, train, validation } in &aspects {
+        inputs.push((format!("{aspect}/train"), train.clone()));
+        inputs.push((format!("{aspect}/validation"), validation.clone()));
+    }
+    let mut recorded = config.clone();
+    if let Some(path) = source.local_path() {
+        inputs.push(("model".to_owned(), path.to_owned()));
+        recorded.model = None; // its contents are an input; where they lie changes nothing
+    }
+    let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
+    arete_training::forget_harmless(&mut recorded, &[]);
+    let spec = StageSpec { stage: "dpo", output, config: recorded, seed: config.seed, inputs };
+    let run = match run::begin(spec)? {
+        Start::UpToDate(_) => {
+            tracing::info!(output = %output.display(), "up to date");
+            return Ok(());
+        }
+        Start::Run(run) => run,
+    };
+
+    let options = config.compute.start()?;
+    let model = Model::load(&source, &options)?;
+    let data = Data::read(config, &aspects, &model.chat()?)?;
+    data.report();
+    data.check(config, preferences)?;
+    let mut adapter =
+        Adapter::new("dpo", &model.config, &config.lora.config(), config.seed, options.device)?;
+    adapter.set_trainable(true);
+    let (outcome, evaluated) =
+        optimise(config, &model, &adapter, &data, (output, run.fingerprint()))?;
+    adapter.set_trainable(false);
+    if let Some(rewards) = evaluated {
+        write_evaluation(config, &aspects, &data, &rewards, output)?;
+    }
+
+    let meta = AdapterMeta::of(&model, name, Task::CausalLm);
+    adapter_files::save(&output.join("adapter"), &adapter, None, &meta)?;
+    let difference = write_merged(&source, model, &adapter, &data, &options, output)?;
+    let mut counts = data.counts(&aspects, &outcome);
+    counts.insert("max_logprob_difference_merged".to_owned(), difference.into());
+    if let Some(bytes) = runtime::peak_rss_bytes() {
+        tracing::info!(mib = bytes >> 20, "peak memory");
+        timings::log(output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
+    }
+    run.finish(Completion {
+        device: runtime::device_name(options.device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        counts,
+    })?;
+    Ok(())
+}
+
+fn setting(name: &'static str, expected: &str, got: &str) -> Error {
+    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
+}
+
+fn check(config: &Config) -> Result<(), Error> {
+    let Config { beta, label_smoothing, max_length, .. } = *config;
+    if max_length < 2 {
+        return Err(setting("max_length", "at least 2", &max_length.to_string()));
+    }
+    if !(beta.is_finite() && beta > 0.0) {
+        return Err(setting("beta", "a positive number", &beta.to_string()));
+    }
+    if !(0.0..0.5).contains(&label_smoothing) {
+        let expected = "a probability below one half";
+        return Err(setting("label_smoothing", expected, &label_smoothing.to_string()));
+    }
+    Ok(())
+}
+
+/// Pairs of both splits as tokens.
+struct Data {
+    train: Pairs,
+    validation: Pairs,
+}
+
+impl Data {
+    fn read(config: &Config, aspects: &[AspectFiles], chat: &Chat<'_>) -> Result<Self, Error> {
+        let Config { max_length, over_length, label, .. } = *config;
+        let rendering = Rendering { max_length, over_length, label };
+        let mut data = Self { train: Pairs::default(), validation: Pairs::default() };
+        for (idx, files) in aspects.iter().enumerate() {
+            for (out, path) in
+                [(&mut data.train, &files.train), (&mut data.validation, &files.validation)]
+            {
+                data::tokenize(out, path, &data::read(path)?, idx, chat, &rendering)?;
+            }
+        }
+        Ok(data)
+    }
+
+    fn sum(&self, count: fn(&Pairs) -> usize) -> usize {
+        count(&self.train) + count(&self.validation)
+    }
+
+    fn report(&self) {
+        let (cut, dropped) = (self.sum(|p| p.n_cut), self.sum(|p| p.n_dropped));
+        let (identical, empty) = (self.sum(|p| p.n_identical), self.sum(|p| p.n_empty));
+        if cut + dropped + identical + empty > 0 {
+            tracing::warn!(
+                cut,
+                dropped,
+                identical,
+                empty,
+                "pairs longer than max_length, or identical"
+            );
+        }
+        if self.validation.pairs.is_empty() {
+            tracing::warn!("no validation pairs: the run is not evaluated");
+        }
+    }
+
+    fn check(&self, config: &Config, preferences: &Path) -> Result<(), Error> {
+        let Pairs { pairs, n_dropped, n_identical, n_empty, .. } = &self.train;
+        let expected = config.min_pairs.max(1);
+        if pairs.len() >= expected {
+            return Ok(());
+        }
+        let reason = format!(
+            "{n_dropped} dropped for their length, {n_identical} identical after cutting, {n_empty} with nothing left to compare"
+        );
+        Err(Error::TooFewPairs { path: preferences.to_owned(), expected, got: pairs.len(), reason })
+    }
+
+    fn counts(&self, aspects: &[AspectFiles], outcome: &Outcome) -> Map<String, Value> {
+        let of_aspect = |idx: usize| self.train.pairs.iter().filter(|p| p.aspect == idx).count();
+        let by_aspect: Map<String, Value> = (aspects.iter().enumerate())
+            .map(|(idx, files)| (files.aspect.clone(), of_aspect(idx).into()))
+            .collect();
+        let numbers: [(&str, Value); 11] = [
+            ("train", self.train.pairs.len().into()),
+            ("validation", self.validation.pairs.len().into()),
+            ("train_of_aspect", by_aspect.into()),
+            ("cut", self.sum(|p| p.n_cut).into()),
+            ("dropped", self.sum(|p| p.n_dropped).into()),
+            ("identical", self.sum(|p| p.n_identical).into()),
+            ("empty", self.sum(|p| p.n_empty).into()),
+            ("open", self.sum(|p| p.n_open).into()),
+            ("steps", outcome.state.global_step.into()),
+            ("num_tokens", outcome.state.num_tokens.into()),
+            ("selected_step", outcome.selected_step.into()),
+        ];
+        numbers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
+/// Rewards of the chosen and the rejected side, one entry a pair.
+type PairRewards = Vec<[f64; 2]>;
+
+/// Trains; also the rewards of the validation pairs with the weights it ends with.
+fn optimise(
+    config: &Config,
+    model: &Model,
+    adapter: &Adapter,
+    data: &Data,
+    (output, fingerprint): (&Path, &str),
+) -> Result<(Outcome, Option<PairRewards>), Error> {
+    let mut optimiser = AdamW::new(adapter.parameters(), config.steps.adamw())?;
+    let plan = Plan {
+        n_examples: data.train.pairs.len(),
+        batch_size: config.batch_size,
+        epochs: config.epochs,
+        max_steps: config.steps.max_steps,
+        seed: config.seed,
+    };
+    plan.check()?;
+    let n_steps = plan.total_steps();
+    let dtype = model.decoder.kind();
+    tracing::info!(
+        pairs = data.train.pairs.len(),
+        steps = n_steps,
+        parameters = optimiser.n_parameters(),
+        dtype = runtime::dtype_name(dtype),
+        nf4 = config.compute.nf4,
+        "training"
+    );
+    let Config { learning_rate, warmup_ratio, loss_type, beta, label_smoothing, .. } = *config;
+    let loop_config = config.steps.loop_config(learning_rate, warmup_ratio, n_steps, dtype)?;
+    let mut objective = DirectPreference::new(
+        &model.decoder,
+        adapter,
+        (&data.train.pairs, &data.validation.pairs),
+        LossSettings { loss_type, beta, label_smoothing },
+        (config.steps.micro_batch_tokens, config.compute.recompute),
+    );
+    let outcome =
+        train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, fingerprint)?;
+    if outcome.selected_step != outcome.state.global_step || objective.evaluated.is_none() {
+        // The weights are others than those last evaluated, or the run was continued after its last step.
+        arete_training::Objective::evaluate(&mut objective)?;
+    }
+    Ok((outcome, objective.evaluated))
+}
+
+fn write_evaluation(
+    config: &Config,
+    aspects: &[AspectFiles],
+    data: &Data,
+    rewards: &[[f64; 2]],
+    output: &Path,
+) -> Result<(), Error> {
+    let pairs = &data.validation.pairs;
+    let report = |is_wanted: &dyn Fn(&Pair) -> bool| {
+        let (lengths, rewards): (Vec<[usize; 2]>, Vec<[f64; 2]>) = (pairs.iter().zip(rewards))
+            .filter(|(pair, _)| is_wanted(pair))
+            .map(|(p, rewards)| ([p.chosen.n_own_tokens, p.rejected.n_own_tokens], *rewards))
+            .unzip();
+        (!lengths.is_empty())
+            .then(|| evaluation::report(Split::Validation.name(), &lengths, &rewards, config.seed))
+    };
+    let Some(all) = report(&|_| true) else { return Ok(()) };
+    tracing::info!(
+        n = all.n,
+        accuracy = all.accuracy.estimate,
+        low = all.accuracy.low,
+        high = all.accuracy.high,
+        shorter_answer = all.shorter_answer.estimate,
+        "evaluated on pairs not trained on"
+    );
+    let aspects = (aspects.iter().enumerate())
+        .filter_map(|(idx, files)| {
+            Some((files.aspect.clone(), report(&|pair| pair.aspect == idx)?))
+        })
+        .collect();
+    let evaluations = Evaluations { all, aspects };
+    Ok(evaluation::write_json(&output.join("evaluation.json"), &evaluations)?)
+}
+
+/// Writes the merged model; the largest difference between its log-probabilities of whole replies and the adapter's, in
+/// nats a token.
+fn write_merged(
+    source: &Source,
+    model: Model,
+    adapter: &Adapter,
+    data: &Data,
+    options: &LoadOptions,
+    output: &Path,
+) -> Result<f64, Error> {
+    let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
+    let pairs: Vec<&Pair> = pairs.pairs.iter().take(N_COMPARED).collect();
+    // One pass: a streamed model reads its weights again for each.
+    let unmerged = pair_logprobs(&model.decoder, Some(adapter), &pairs, usize::MAX)?;
+    drop(model);
+    let merged = output.join("merged");
+    let dtype = merge::output_dtype(source, options.dtype)?;
+    // Into what the adapter was trained over: packed, if that was packed.
+    merge::write_model(source, Some(adapter), None, &merged, dtype, options.nf4, Map::new())?;
+    let options = LoadOptions { nf4: None, ..*options };
+    let merged = Model::streamed(&Source::Directory(merged), &options)?;
+    let merged = pair_logprobs(&merged.decoder, None, &pairs, usize::MAX)?;
+    #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
+    let differences = pairs.iter().zip(unmerged.iter().zip(&merged)).flat_map(|(pair, (a, b))| {
+        [pair.chosen.counted.len(), pair.rejected.counted.len()]
+            .into_iter()
+            .zip(a.iter().zip(b))
+            .map(|(n, (a, b))| (a - b).abs() / n as f64)
+    });
+    let difference = differences.fold(0.0, f64::max);
+    tracing::info!(difference, "largest |Δlogprob| a token between merged model and adapter");
+    Ok(difference)
+}

@@ -1,0 +1,297 @@
+//! The program itself: preferences to a policy, kills, signals, and every kind of bad input.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use arete_records::rows::PreferenceRow;
+use arete_records::{Message, parquet};
+use rand_chacha::rand_core::Rng;
+use serde_json::Value;
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
+}
+
+fn pair(i: usize) -> PreferenceRow {
+    let endings = ["with care.", "today.", "in plain words.", "and listen."];
+    let side = |text: &str| vec![Message::assistant(format!("{text} {}", endings[i % 4]))];
+    PreferenceRow {
+        prompt: vec![Message::user(format!("Question number {i}?"))],
+        chosen: side("I would rather ask first"),
+        rejected: side("You can steal it"),
+        score_chosen: 4,
+        score_rejected: 1,
+        chosen_prob: 0.8,
+        prompt_id: format!("{i:016x}"),
+        truncated_chosen: false,
+        truncated_rejected: i.is_multiple_of(7),
+    }
+}
+
+/// A pair of the chain's second turn: what comes before it differs as well.
+fn motivation(i: usize) -> PreferenceRow {
+    let PreferenceRow { mut chosen, mut rejected, .. } = pair(i);
+    for (side, reply) in [(&mut chosen, "It is kind."), (&mut rejected, "It is easy.")] {
+        side.push(Message::user("What is the motivation behind the answer?"));
+        side.push(Message::assistant(reply));
+    }
+    PreferenceRow { chosen, rejected, truncated_rejected: false, ..pair(i) }
+}
+
+/// `preferences/{action,motivation}/` with 30 and 10 pairs to train on, 10 and 4 to evaluate.
+fn preferences(dir: &Path) -> PathBuf {
+    let out = dir.join("preferences");
+    write_pairs(&out, "action/train", (0..30).map(pair));
+    write_pairs(&out, "action/validation", (30..40).map(pair));
+    write_pairs(&out, "motivation/train", (0..10).map(motivation));
+    write_pairs(&out, "motivation/validation", (30..34).map(motivation));
+    out
+}
+
+fn write_pairs(preferences: &Path, name: &str, rows: impl Iterator<Item = PreferenceRow>) {
+    let path = preferences.join(format!("{name}.parquet"));
+    fs_err::create_dir_all(path.parent().unwrap()).unwrap();
+    parquet::write(path, &rows.collect::<Vec<_>>()).unwrap();
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn train(preferences: &Path, output: &Path, more: &[&str]) -> Command {
+    train_on(&model(), preferences, output, more)
+}
+
+fn train_on(model: &Path, preferences: &Path, output: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-dpo"));
+    command.args(["train", "--rank", "2", "--batch-size", "5", "--epochs", "3"]);
+    command.args(["--learning-rate", "5e-3", "--micro-batch-tokens", "150", "--dtype", "f32"]);
+    command.args(["--checkpoint-every", "2", "--threads", "1", "--model", &text(model)]);
+    command.args(["--preferences", &text(preferences), "--output", &text(output)]);
+    for (flag, value) in [("--beta", "0.5"), ("--eval-every", "4")] {
+        if !more.contains(&flag) {
+            command.args([flag, value]);
+        }
+    }
+    command.args(more).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn message(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn succeed(mut command: Command) -> Output {
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{}", message(&done));
+    done
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs_err::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Every file whose bytes are promised.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    for entry in fs_err::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            let inner = files(&path).into_iter();
+            out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if !name.starts_with('.') && name != "timings.jsonl" && !name.contains("tfevents") {
+            out.insert(name, fs_err::read(&path).unwrap());
+        }
+    }
+    out
+}
+
+fn assert_same_files(a: &Path, b: &Path) {
+    let (a, b) = (files(a), files(b));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, bytes) in &a {
+        assert!(bytes == &b[name], "{name} differs");
+    }
+    assert!(a.contains_key("run.json") && a.contains_key("adapter/adapter_model.safetensors"));
+}
+
+fn number(value: &Value, key: &str) -> f64 {
+    value[key].as_f64().unwrap_or_else(|| panic!("{key} of {value}"))
+}
+
+#[test]
+fn preferences_become_a_policy() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let output = dir.path().join("dpo");
+    succeed(train(&preferences, &output, &[]));
+    let run = json(&output.join("run.json"));
+    assert_eq!(run["stage"], "dpo");
+    let counts = &run["counts"];
+    assert_eq!((&counts["train"], &counts["validation"]), (&40.into(), &14.into()));
+    assert_eq!(counts["train_of_aspect"], serde_json::json!({"action": 30, "motivation": 10}));
+    assert_eq!(counts["open"], 6); // rows 0, 7, 14, 21, 28 of train, 35 of validation
+    assert_eq!(counts["steps"], 24);
+    // The merged model is rounded to bf16, as its source is.
+    assert!(number(counts, "max_logprob_difference_merged") < 1e-2, "{counts}");
+
+    let lines = lines(&output.join("metrics.jsonl"));
+    let first = lines.iter().find(|line| line["step"] == 1).unwrap();
+    // B is 0: policy and reference are the same, whatever the labels.
+    assert!((number(first, "loss") - std::f64::consts::LN_2).abs() < 1e-6, "{first}");
+    assert_eq!(number(first, "rewards/margins"), 0.0);
+    let evaluations: Vec<&Value> = lines.iter().filter(|l| l.get("eval_loss").is_some()).collect();
+    assert_eq!(evaluations.len(), 6);
+    let (early, late) = (evaluations[0], evaluations[5]);
+    assert!(number(late, "eval_loss") < number(early, "eval_loss"), "{early} {late}");
+    assert!(number(late, "eval_rewards/margins") > number(early, "eval_rewards/margins"));
+    for name in ["chosen", "rejected"] {
+        assert!(late.get(format!("eval_rewards/{name}")).is_some());
+        assert!(late.get(format!("eval_logps/{name}")).is_some());
+    }
+
+    let evaluation = json(&output.join("evaluation.json"));
+    assert_eq!((&evaluation["split"], &evaluation["n"]), (&"validation".into(), &14.into()));
+    assert_eq!(evaluation["accuracy"]["estimate"], late["eval_rewards/accuracies"]);
+    assert_eq!(evaluation["aspects"]["motivation"]["n"], 4);
+    let margin = number(&evaluation, "mean_margin");
+    assert!((margin - number(late, "eval_rewards/margins")).abs() < 1e-12);
+
+    // Nothing left to do.
+    assert!(message(&succeed(train(&preferences, &output, &[]))).contains("up to date"));
+    // The merged model is the policy, and a base of its own.
+    let again = dir.path().join("again");
+    succeed(train_on(&output.join("merged"), &preferences, &again, &["--max-steps", "1"]));
+}
+
+/// Each of these settings changes what is learned, or what it is learned from.
+#[test]
+fn settings_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let adapter = |name: &str, more: &[&str]| {
+        let output = dir.path().join(name);
+        let arguments = [&["--max-steps", "3", "--eval-every", "0"], more].concat();
+        succeed(train(&preferences, &output, &arguments));
+        (files(&output).remove("adapter/adapter_model.safetensors").unwrap(), output)
+    };
+    let mut seen: Vec<(Vec<u8>, &str)> = vec![(adapter("plain", &[]).0, "plain")];
+    for (name, more) in [
+        ("ipo", vec!["--loss-type", "ipo"]),
+        ("norm", vec!["--loss-type", "sigmoid_norm"]),
+        ("beta", vec!["--beta", "0.1"]),
+        ("smoothing", vec!["--label-smoothing", "0.1"]),
+        ("label", vec!["--label", "hard"]),
+        ("aspects", vec!["--aspects", "action"]),
+        ("length", vec!["--max-length", "30"]),
+        ("right", vec!["--max-length", "30", "--over-length", "truncate-right"]),
+        ("seed", vec!["--seed", "5"]),
+    ] {
+        let (bytes, output) = adapter(name, &more);
+        for (other, whose) in &seen {
+            assert!(&bytes != other, "{name} makes no difference to {whose}");
+        }
+        if name == "aspects" {
+            let counts = &json(&output.join("run.json"))["counts"];
+            assert_eq!(counts["train_of_aspect"], serde_json::json!({"action": 30}));
+        }
+        seen.push((bytes, name));
+    }
+    // A recipe's table is read, and a flag goes before it.
+    let recipe = dir.path().join("recipe.toml");
+    fs_err::write(&recipe, "[dpo]\nloss_type = \"ipo\"\naspects = [\"action\", \"motivation\"]\n")
+        .unwrap();
+    let from_recipe = adapter("recipe", &["--recipe", &text(&recipe)]).0;
+    assert!(from_recipe == seen[1].0, "the recipe's loss");
+}
+
+/// Three kills; `make torture` kills twenty times.
+#[test]
+fn torture_by_kills_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let more = ["--select", "best"];
+    let whole = dir.path().join("whole");
+    succeed(train(&preferences, &whole, &more));
+    let n_kills: usize = if std::env::var_os("ARETE_TORTURE").is_some() { 20 } else { 3 };
+    let n_lines = lines(&whole.join("metrics.jsonl")).len();
+    let mut rng = arete_model::random::stream(12, "kills");
+    let killed = dir.path().join("killed");
+    let mut n_interrupted = 0;
+    for kill in 0..n_kills {
+        // Anywhere: while starting, in a step, while a checkpoint is written, while the results are.
+        let mut child = train(&preferences, &killed, &more).spawn().unwrap();
+        wait_for_lines(&mut child, &killed, n_lines * kill / n_kills);
+        std::thread::sleep(Duration::from_micros(rng.next_u64() % 30_000));
+        child.kill().unwrap();
+        n_interrupted += usize::from(child.wait().unwrap().signal() == Some(9));
+    }
+    assert!(2 * n_interrupted > n_kills, "{n_interrupted} of {n_kills} were killed in time");
+    succeed(train(&preferences, &killed, &more));
+    assert_same_files(&whole, &killed);
+}
+
+fn wait_for_lines(child: &mut std::process::Child, output: &Path, n: usize) {
+    let started = Instant::now();
+    let metrics = output.join("metrics.jsonl");
+    while lines(&metrics).len() < n && child.try_wait().unwrap().is_none() {
+        assert!(started.elapsed() < Duration::from_secs(120), "no progress");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_signal_ends_it_with_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let output = dir.path().join("run");
+    let mut child = train(&preferences, &output, &[]).spawn().unwrap();
+    wait_for_lines(&mut child, &output, 3);
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(143), "{}", message(&done));
+    succeed(train(&preferences, &output, &[]));
+    let whole = dir.path().join("whole");
+    succeed(train(&preferences, &whole, &[]));
+    assert_same_files(&whole, &output);
+}
+
+#[test]
+fn bad_input_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let output = dir.path().join("run");
+    let refuse = |more: &[&str], code: i32, expected: &str| {
+        let done = train(&preferences, &output, more).output().unwrap();
+        assert_eq!(done.status.code(), Some(code), "{}", message(&done));
+        assert!(message(&done).contains(expected), "{}", message(&done));
+        assert!(!output.join("run.json").exists());
+    };
+    refuse(&["--beta", "0"], 2, "beta: expected a positive number, got 0");
+    refuse(
+        &["--label-smoothing", "0.5"],
+        2,
+        "label_smoothing: expected a probability below one half",
+    );
+    refuse(&["--max-length", "1"], 2, "max_length: expected at least 2");
+    refuse(&["--aspects", "courage"], 2, "action, motivation, got courage");
+    refuse(&["--min-pairs", "41"], 65, "expected at least 41 pairs to train on, got 40");
+    refuse(&["--max-length", "20", "--over-length", "drop"], 65, "40 dropped for their length");
+    refuse(&["--loss-type", "hinge"], 2, "sigmoid_norm");
+    let empty = dir.path().join("empty");
+    fs_err::create_dir_all(&empty).unwrap();
+    let none = train(&empty, &output, &[]).output().unwrap();
+    assert!(message(&none).contains("<aspect>/train.parquet"), "{}", message(&none));
+}
