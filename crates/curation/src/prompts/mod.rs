@@ -2,6 +2,7 @@
 //! prompts; then normalising, deduplicating, spreading and splitting them.
 
 mod config;
+mod inputs;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::time::Instant;
 use arete_chain::pairs::{self, FieldError};
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PromptRow;
-use arete_records::table::{self, Column, Format};
+use arete_records::table::{self, Column};
 use arete_records::{Message, Role, Split, fill_splits, normalise, parquet, prompt_id, split_of};
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value};
@@ -20,6 +21,7 @@ use crate::Error;
 use crate::stage::{self, Estimate, Place};
 
 pub use self::config::PromptsConfig;
+use self::inputs::{Local, files};
 
 /// How much of a conversation becomes the prompt.
 #[derive(
@@ -98,7 +100,8 @@ pub const STAGE: &str = "prompts";
 /// Those of [`gather`], a hub that cannot be reached, a full disk.
 pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(), Error> {
     let started = Instant::now();
-    let paths = localised(inputs)?;
+    let local = Local::of(inputs)?;
+    let paths = &local.paths;
     let mut files: Vec<(String, PathBuf)> = Vec::new();
     for (idx, path) in paths.iter().enumerate() {
         files.push((format!("input_{idx}"), path.clone()));
@@ -107,7 +110,7 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
     let spec =
         StageSpec { stage: STAGE, output, config: settings, seed: config.seed, inputs: files };
     let Some(run) = stage::begin(spec)? else { return Ok(()) };
-    let Gathered { rows, counts, left_out } = gather(&paths, &selection(config))?;
+    let Gathered { rows, counts, left_out } = gather(paths, &selection(config))?;
     let (sources, splits) = tally(&rows);
     for split in [Split::Train, Split::Validation, Split::Test] {
         if !splits.contains_key(&split) {
@@ -151,7 +154,7 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
 ///
 /// As [`run`]; nothing is written.
 pub fn estimate(config: &PromptsConfig, inputs: &[String]) -> Result<Estimate, Error> {
-    let counts = gather(&localised(inputs)?, &selection(config))?.counts;
+    let counts = gather(&Local::of(inputs)?.paths, &selection(config))?.counts;
     let counts = match serde_json::to_value(counts) {
         Ok(Value::Object(counts)) => counts,
         _ => unreachable!("counts are a table"),
@@ -169,59 +172,6 @@ fn selection(config: &PromptsConfig) -> Selection {
         columns: config.column.clone().unwrap_or_default(),
         seed: config.seed,
     }
-}
-
-/// Inputs as paths: what exists here as it is, what looks like a hub id downloaded.
-fn localised(inputs: &[String]) -> Result<Vec<PathBuf>, Error> {
-    let mut out = Vec::new();
-    for input in inputs {
-        let path = PathBuf::from(input);
-        if path.exists() || !is_hub_id(input) {
-            out.push(path);
-        } else {
-            let found = arete_model::hub::data_set(input).map_err(|error| match error {
-                arete_model::Error::Hub { what, reason } => {
-                    let reason = format!("{reason}; and here is no file or directory `{input}`");
-                    arete_model::Error::Hub { what, reason }
-                }
-                other => other,
-            })?;
-            out.extend(of_splits(files(&[found])?));
-        }
-    }
-    Ok(out)
-}
-
-/// Of a data set's files those that belong to a split by their name, or all if none does: as
-/// `datasets.load_dataset` takes them. hh-rlhf holds transcripts of another form beside its pairs.
-fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
-    const SPLITS: [&str; 8] =
-        ["train", "training", "validation", "valid", "dev", "val", "test", "eval"];
-    let names_split = |path: &PathBuf| {
-        let stem = table::stem(path).to_lowercase();
-        let mut words = stem.split(|c: char| !c.is_ascii_alphabetic());
-        words.any(|word| SPLITS.contains(&word))
-    };
-    let (chosen, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(names_split);
-    if chosen.is_empty() {
-        return others;
-    }
-    for path in others {
-        tracing::warn!(file = %path.display(), "left out: its name is that of no split");
-    }
-    chosen
-}
-
-/// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a
-/// directory here, which makes it a mistyped path.
-fn is_hub_id(text: &str) -> bool {
-    let plain = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c))
-    };
-    let parts: Vec<&str> = text.split('/').collect();
-    parts.len() >= 2 && parts.iter().all(|part| plain(part)) && !Path::new(parts[0]).exists()
 }
 
 /// Reads every input (a file of any format that [`table`] reads, or a directory of them) into prompts. Records that cannot
@@ -339,65 +289,6 @@ pub fn tally(rows: &[PromptRow]) -> (BTreeMap<String, usize>, BTreeMap<Split, us
     (sources, splits)
 }
 
-/// The files named, directories replaced by the data files in them at any depth, sorted by path.
-fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
-    let mut out = Vec::new();
-    for input in inputs {
-        if !input.is_dir() {
-            out.push(input.clone());
-            continue;
-        }
-        let mut inside = Vec::new();
-        collect(input, MAX_DEPTH, &mut inside)?;
-        if inside.is_empty() {
-            return Err(Error::File {
-                path: input.clone(),
-                field: "directory".to_owned(),
-                expected: format!("at least one file: {}", table::READABLE),
-                found: "none".to_owned(),
-            });
-        }
-        inside.sort();
-        out.extend(inside);
-    }
-    Ok(out)
-}
-
-/// Directories inside directories that are looked into: the hub's data sets have two levels.
-const MAX_DEPTH: usize = 4;
-
-/// Names of files beside a data set's that hold no records, as `datasets` leaves them out, and our own marks.
-const NO_DATA: [&str; 8] = [
-    "config.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "run.json",
-    "stage.json",
-    left_out::FILE,
-];
-
-fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), Error> {
-    for entry in fs_err::read_dir(dir)? {
-        let path = entry?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase());
-        // Copies that editors and systems keep, which no reader of data sets takes for data.
-        if name.as_ref().is_some_and(|name| name.starts_with(['.', '_'])) {
-            continue;
-        }
-        if path.is_dir() && depth > 1 {
-            collect(&path, depth - 1, out)?;
-        } else if path.is_file() && !name.is_some_and(|name| NO_DATA.contains(&name.as_str())) {
-            // A text in a directory is a licence or a note as often as not: it is named to be read.
-            if Format::of(&path).is_some_and(|format| format != Format::Text) {
-                out.push(path);
-            }
-        }
-    }
-    Ok(())
-}
-
 fn spread_key(seed: u64, prompt_id: &str) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(seed.to_le_bytes());
@@ -457,6 +348,7 @@ mod tests {
 
     use arete_chain::dialogue;
 
+    use super::inputs::of_splits;
     use super::*;
 
     /// Rows and counts, as most tests want them.
@@ -650,6 +542,26 @@ mod tests {
         let few = Selection { limit: 3, ..selection() };
         let (rows, _) = gather(&[file(&dir, "x.jsonl", &lines)], &few).unwrap();
         assert_eq!(tally(&rows).1.len(), 3);
+    }
+
+    /// A pipe can be read once, and is hashed first: it is copied.
+    #[test]
+    fn a_pipe_is_an_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("questions.csv");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        let writer = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs_err::write(pipe, "prompt\nIs it fair?\n").unwrap()
+        });
+        let local = Local::of(&[pipe.to_str().unwrap().to_owned()]).unwrap();
+        writer.join().unwrap();
+        for _ in 0..2 {
+            let (rows, _) = gather(&local.paths, &selection()).unwrap();
+            assert_eq!(contents(&rows), ["\n\nHuman: Is it fair?"]);
+            assert_eq!(rows[0].source, "questions");
+        }
     }
 
     #[test]
