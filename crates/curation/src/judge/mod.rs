@@ -83,16 +83,22 @@ impl<'a> Judge<'a> {
                 ),
             });
         }
-        let is_silent =
-            |verdict: &Verdict| [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none);
-        if n_asked >= FEWEST_ASKED && verdicts.iter().flatten().all(is_silent) {
-            return Err(self.silent(n_asked));
-        }
         Ok(verdicts)
     }
 
-    /// What to say of a judge that never answers.
-    fn silent(&self, n_asked: usize) -> Error {
+    /// Fails if a judge has answered none of many questions, and says what it said instead: better now than when all
+    /// pairs have been asked about.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for the judge.
+    pub fn check_heard(&self, verdicts: &[[Verdict; 5]]) -> Result<(), Error> {
+        let is_silent =
+            |verdict: &Verdict| [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none);
+        let n_asked = verdicts.len() * Virtue::ALL.len() * self.questions.askings();
+        if n_asked < FEWEST_ASKED || !verdicts.iter().flatten().all(is_silent) {
+            return Ok(());
+        }
         let labels = match self.questions.method {
             Method::PointwiseLogits => Labels::YES_NO,
             _ => Labels::AB,
@@ -101,7 +107,7 @@ impl<'a> Judge<'a> {
             .map(|(token, n)| format!("{token:?} ({n})"))
             .collect();
         let found = if instead.is_empty() { "none of them".to_owned() } else { instead.join(", ") };
-        Error::Setting {
+        Err(Error::Setting {
             name: "judge",
             expected: format!(
                 "a judge whose replies begin with {} or {}; in {n_asked} of {n_asked} questions it gave them too little \
@@ -110,7 +116,7 @@ impl<'a> Judge<'a> {
                 labels.first, labels.second
             ),
             got: found,
-        }
+        })
     }
 
     fn asked(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {

@@ -257,7 +257,9 @@ fn judgements(
         Some(judge) => {
             let pairs: Vec<Pair> =
                 candidates.iter().map(|candidate| candidate.pair.clone()).collect();
-            judge.verdicts(&pairs)?
+            let verdicts = judge.verdicts(&pairs)?;
+            judge.check_heard(&verdicts)?;
+            verdicts
         }
         None => candidates
             .iter()

@@ -125,6 +125,9 @@ pub(super) fn candidates(answer: &Value) -> Result<Vec<(String, f64)>, String> {
             candidates.push(read);
         }
     }
+    if candidates.is_empty() {
+        return Err(format!("{at}: expected a candidate with a probability, got none"));
+    }
     Ok(candidates)
 }
 
