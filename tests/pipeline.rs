@@ -7,248 +7,21 @@
 #[path = "../crates/scoring/tests/common/browser.rs"]
 #[expect(dead_code, reason = "the tests of the page use the rest")]
 mod browser;
+mod run;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use arete_records::hashes::sha256_file;
-use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
 use arete_records::{Aspect, FinishReason, Message, Role, Split, Virtue, prompt_id, split_of};
 use arete_stage::run::RunJson;
 use browser::Browser;
-
-/// Prompts of the run.
-const N_PROMPTS: usize = 48;
-
-/// Settings for a model of 220 kB: everything small, f32, one thread.
-const RECIPE: &str = r#"
-[run]
-seed = 7
-device = "cpu"
-dtype = "f32"
-threads = 1
-
-[prompts]
-limit = 48
-max_chars = 120
-
-[demonstrations]
-source = "mix"
-few_shot = 1
-max_new_tokens = 24
-constitution = "{data}/constitution.toml"
-exemplars = "{data}/demonstrations/exemplars.jsonl"
-
-[sft]
-rank = 2
-epochs = 1
-max_steps = 4
-batch_size = 8
-max_length = 400
-eval_every = 2
-checkpoint_every = 2
-
-[conversations]
-max_new_tokens = {max_new_tokens}
-temperature = 1.0
-constitution = "{data}/constitution.toml"
-
-[preferences]
-method = "likelihood"
-truncated = "{truncated}"
-constitution = "{data}/constitution.toml"
-exemplars = "{data}/demonstrations/exemplars.jsonl"
-
-[reward]
-rank = 2
-epochs = 1
-batch_size = 10
-learning_rate = 1e-3
-eval_every = 2
-checkpoint_every = 2
-
-[yardstick]
-rank = 2
-epochs = 1
-max_steps = 2
-batch_size = 10
-
-[ppo]
-rank = 2
-iterations = 3
-rollout_size = 8
-value_warmup = 0
-max_new_tokens = 16
-temperature = 1.0
-learning_rate = 1e-3
-probe_every = 1
-probe_prompts = 3
-checkpoint_every = 1
-
-[scoring]
-max_new_tokens = 16
-temperature = 1.0
-draws = 500
-"#;
-
-/// The stages in order, with where their results go.
-const STAGES: [(&str, &str); 10] = [
-    ("prompts", "prompts"),
-    ("demonstrations", "demonstrations"),
-    ("sft", "sft"),
-    ("conversations", "conversations"),
-    ("preferences", "preferences"),
-    ("reward", "reward"),
-    ("yardstick", "yardstick"),
-    ("ppo", "ppo"),
-    ("scoring", "scoring"),
-    ("report", "report"),
-];
-
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the repository")
-}
-
-/// The programs lie where `cargo test --workspace` and `make build` put them, beside the tests' directory.
-fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("the path of this test");
-    let path = test.ancestors().nth(2).expect("target/release").join(format!("arete-{name}"));
-    assert!(path.is_file(), "{} is missing: run `make build`", path.display());
-    path
-}
-
-/// A directory in which the pipeline runs; commands name everything inside it by relative paths, so that two of them can be
-/// compared byte by byte.
-struct Pipeline {
-    dir: PathBuf,
-}
-
-impl Pipeline {
-    /// An empty one with the recipe and labelled pairs.
-    fn new(name: &str, truncated: &str, max_new_tokens: usize) -> Self {
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pipeline").join(name);
-        if dir.exists() {
-            fs_err::remove_dir_all(&dir).unwrap();
-        }
-        fs_err::create_dir_all(&dir).unwrap();
-        let data = repository().join("data");
-        let recipe = RECIPE
-            .replace("{data}", data.to_str().unwrap())
-            .replace("{truncated}", truncated)
-            .replace("{max_new_tokens}", &max_new_tokens.to_string());
-        fs_err::write(dir.join("recipe.toml"), recipe).unwrap();
-        let pairs: Vec<String> = (0..40)
-            .map(|idx| {
-                let say =
-                    |reply: &str| format!("\n\nHuman: Is case {idx} fair?\n\nAssistant: {reply}");
-                let (chosen, rejected) = (say("I would ask first and listen."), say("Who cares."));
-                serde_json::json!({ "chosen": chosen, "rejected": rejected }).to_string()
-            })
-            .collect();
-        fs_err::write(dir.join("pairs.jsonl"), pairs.join("\n")).unwrap();
-        Self { dir }
-    }
-
-    fn at(&self, path: &str) -> PathBuf {
-        self.dir.join("run").join(path)
-    }
-
-    /// The command of a stage, as in the Makefile.
-    fn command(&self, stage: &str) -> Command {
-        let model = repository().join("tests/fixtures/tiny-chat");
-        let prompts = repository().join("data/prompts");
-        let (model, prompts) = (model.to_str().unwrap(), prompts.to_str().unwrap());
-        let base = "run/sft/merged";
-        let (name, arguments): (&str, Vec<&str>) = match stage {
-            "prompts" => ("curation", vec!["prompts", "--input", prompts]),
-            "demonstrations" => {
-                ("curation", vec!["demonstrations", "--prompts", "run/prompts", "--model", model])
-            }
-            "sft" => {
-                ("sft", vec!["train", "--demonstrations", "run/demonstrations", "--model", model])
-            }
-            "conversations" => {
-                ("curation", vec!["conversations", "--prompts", "run/prompts", "--model", base])
-            }
-            "preferences" => {
-                let from = ["preferences", "--conversations", "run/conversations", "--judge", base];
-                ("curation", from.to_vec())
-            }
-            "reward" => {
-                let from = ["train", "--aspect", "all", "--preferences", "run/preferences"];
-                let of = ["--conversations", "run/conversations", "--model", base];
-                ("reward", [&from[..], &of].concat())
-            }
-            "yardstick" => ("reward", vec!["train", "--pairs", "pairs.jsonl", "--model", base]),
-            "ppo" => {
-                let from = ["train", "--prompts", "run/prompts", "--reward", "run/reward"];
-                ("ppo", [&from[..], &["--yardstick", "run/yardstick", "--model", base]].concat())
-            }
-            "scoring" => {
-                let models = ["--original", model, "--sft", base, "--final", "run/ppo"];
-                let by = ["--reward", "run/reward", "--yardstick", "run/yardstick"];
-                let of = ["score", "--prompts", "run/prompts", "--pairs", "pairs.jsonl"];
-                ("scoring", [&of[..], &models, &by].concat())
-            }
-            "report" => ("scoring", vec!["report", "--run", "run"]),
-            "doctor" => ("scoring", vec!["doctor", "--run", "run"]),
-            other => unreachable!("{other}"),
-        };
-        let mut command = Command::new(program(name));
-        command.current_dir(&self.dir).args(arguments);
-        if stage != "doctor" {
-            command.args(["--recipe", "recipe.toml", "--output", &format!("run/{stage}")]);
-        }
-        command.stdin(Stdio::null());
-        command
-    }
-
-    fn try_run(&self, stage: &str) -> Output {
-        self.command(stage).output().expect("the program starts")
-    }
-
-    /// Runs a stage; what it printed and logged.
-    fn run(&self, stage: &str) -> (String, String) {
-        let output = self.try_run(stage);
-        let [stdout, stderr] = [&output.stdout, &output.stderr].map(|b| text(b));
-        assert!(output.status.success(), "{stage}: {}\n{stderr}", output.status);
-        (stdout, stderr)
-    }
-
-    /// Every file but those with times in them, with its hash.
-    fn files(&self) -> BTreeMap<String, String> {
-        let root = self.dir.join("run");
-        let (mut files, mut waiting) = (BTreeMap::new(), vec![root.clone()]);
-        while let Some(dir) = waiting.pop() {
-            for entry in fs_err::read_dir(dir).unwrap() {
-                let path = entry.unwrap().path();
-                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-                let is_timed = name == "timings.jsonl" || name.starts_with("events.out.tfevents");
-                if path.is_dir() {
-                    waiting.push(path);
-                } else if !is_timed && !name.starts_with('.') {
-                    let inside = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
-                    files.insert(inside, sha256_file(&path).unwrap());
-                }
-            }
-        }
-        files
-    }
-
-    fn rows<T: Row>(&self, path: &str) -> Vec<T> {
-        parquet::read(self.at(path)).unwrap()
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
+use run::{N_PROMPTS, Pipeline, STAGES, text};
 
 /// A finished run that the tests read, and how long each stage took.
 struct Whole {
@@ -300,15 +73,15 @@ fn every_stage_leaves_what_the_next_one_reads() {
         let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
         assert_eq!((row.sample, row.split), ((idx % 2) as i32, prompt.split));
         assert!(row.messages.starts_with(&prompt.prompt) && is_chain(&row.messages));
-        for aspect in Aspect::ALL {
-            let n_tokens = row.n_tokens(aspect);
-            assert!((1..=24).contains(&n_tokens));
-            assert!(row.finish_reason(aspect) == FinishReason::Stop || n_tokens == 24);
-            assert!(row.messages.iter().any(|message| message.content == row.reply(aspect)));
+        assert_eq!(row.aspects().collect::<Vec<_>>(), Aspect::SHIPPED);
+        for turn in &row.turns {
+            assert!((1..=24).contains(&turn.n_tokens));
+            assert!(turn.finish_reason == FinishReason::Stop || turn.n_tokens == 24);
+            assert!(row.messages.iter().any(|message| message.content == turn.text));
         }
     }
     preferences_are_of(run, &conversations);
-    for aspect in Aspect::ALL {
+    for aspect in Aspect::SHIPPED {
         let dir = format!("reward/{aspect}");
         for file in ["adapter/adapter_model.safetensors", "score_stats.json", "evaluation.json"] {
             assert!(run.at(&format!("{dir}/{file}")).is_file(), "{dir}/{file}");
@@ -318,7 +91,7 @@ fn every_stage_leaves_what_the_next_one_reads() {
     scores_are_of(run, &prompts);
     for (_, dir) in STAGES {
         let dirs = match dir {
-            "reward" => Aspect::ALL.map(|aspect| format!("reward/{aspect}")).to_vec(),
+            "reward" => Aspect::SHIPPED.map(|aspect| format!("reward/{aspect}")).to_vec(),
             dir => vec![dir.to_owned()],
         };
         for dir in dirs {
@@ -338,22 +111,22 @@ fn every_stage_leaves_what_the_next_one_reads() {
 /// Roles alternate, the two questions are asked, and three replies are the model's.
 fn is_chain(messages: &[Message]) -> bool {
     let [.., _, answer, motivation, _, consequence, _] = messages else { return false };
-    let asked = |message: &Message, aspect: Aspect| Some(&*message.content) == aspect.question();
     let roles: Vec<Role> = messages.iter().map(|message| message.role).collect();
     answer.role == Role::Assistant
-        && asked(motivation, Aspect::Motivation)
-        && asked(consequence, Aspect::Consequence)
+        && motivation.content == "What is the motivation behind the answer?"
+        && consequence.content
+            == "What is the utility of the action towards promoting your virtuous character?"
         && roles == [Role::User, Role::Assistant].repeat(messages.len() / 2)
 }
 
 fn preferences_are_of(run: &Pipeline, conversations: &[ConversationRow]) {
     let judgements: Vec<JudgementRow> = run.rows("preferences/judgements.parquet");
-    assert_eq!(judgements.len() % Virtue::ALL.len(), 0);
-    for verdicts in judgements.chunks(Virtue::ALL.len()) {
+    assert_eq!(judgements.len() % Virtue::SHIPPED.len(), 0);
+    for verdicts in judgements.chunks(Virtue::SHIPPED.len()) {
         let virtues: Vec<Virtue> = verdicts.iter().map(|row| row.virtue).collect();
-        assert_eq!(virtues, Virtue::ALL);
+        assert_eq!(virtues, Virtue::SHIPPED);
     }
-    for aspect in Aspect::ALL {
+    for (place, aspect) in Aspect::SHIPPED.into_iter().enumerate() {
         let mut n_pairs = 0;
         for split in Split::ALL {
             let file = format!("preferences/{aspect}/{split}.parquet");
@@ -367,7 +140,7 @@ fn preferences_are_of(run: &Pipeline, conversations: &[ConversationRow]) {
                 assert!(own().all(|sample| sample.split == split));
                 let through = |side: &[Message]| [row.prompt.clone(), side.to_vec()].concat();
                 for side in [&row.chosen, &row.rejected] {
-                    assert_eq!(side.len(), 1 + 2 * aspect.index());
+                    assert_eq!(side.len(), 1 + 2 * place);
                     let whole = through(side);
                     assert!(own().any(|sample| sample.messages.starts_with(&whole)));
                 }
@@ -396,7 +169,7 @@ fn rollouts_are_of(run: &Pipeline, prompts: &[PromptRow]) {
         for row in rows {
             let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
             assert_eq!((row.iteration, prompt.split), (iteration, Split::Train));
-            assert!(row.z_action.is_some() && row.reward.is_finite() && is_chain(&row.messages));
+            assert!(row.turns[0].z.is_some() && row.reward.is_finite() && is_chain(&row.messages));
         }
     }
     assert!(run.at("ppo/adapter/adapter_model.safetensors").is_file());
@@ -410,7 +183,7 @@ fn scores_are_of(run: &Pipeline, prompts: &[PromptRow]) {
         .filter(|row| row.split == Split::Test)
         .map(|row| row.prompt_id.as_str())
         .collect();
-    assert_eq!(scores.len(), 3 * test.len() * Aspect::ALL.len());
+    assert_eq!(scores.len(), 3 * test.len() * Aspect::SHIPPED.len());
     let key = |row: &ScoreRow| (row.model.clone(), row.prompt_id.clone(), row.aspect);
     assert_eq!(scores.iter().map(key).collect::<BTreeSet<_>>().len(), scores.len());
     for row in &scores {

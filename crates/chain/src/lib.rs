@@ -1,9 +1,10 @@
 //! The domain over the model: the conversations that every stage samples, reads, judges and scores.
 //!
-//! One way each to build a [conversation](conversation()), to end a [cut reply](trim), to sample a chain, to read a reward model, to read
+//! One way each to build a [conversation](constitution::Turns::conversation), to end a [cut reply](trim), to sample a chain, to read a reward model, to read
 //! labelled pairs. Stages call these; they never write their own.
 
 pub mod batches;
+pub mod constitution;
 pub mod conversation;
 pub mod dialogue;
 pub mod exemplars;
@@ -14,6 +15,7 @@ pub mod sample;
 pub mod trim;
 pub mod verdicts;
 
-pub use conversation::{aspect_conversation, conversation, prompt_of};
+pub use constitution::{Constitution, Turn, Turns};
+pub use conversation::{prompt_of, through, through_aspect};
 pub use reading::{CutReply, Reading, Transcript};
 pub use reward_model::RewardModel;

@@ -1,4 +1,4 @@
-//! Sampling conversations: one sampler for every stage that lets a model reply, in one turn or in the three of the chain.
+//! Sampling conversations: one sampler for every stage that lets a model reply, in one turn or in those of a chain.
 //!
 //! A conversation is drawn from random streams of its own and depends on nothing else, so a sampler may pack, join and
 //! reorder as it likes, and what a [`Journal`] remembers need not be sampled again.
@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use arete_model::generate::{self, Options, Request, Sequence, Stream, TurnEnd};
 use arete_model::{Adapter, Chat, Error, Model};
-use arete_records::rows::{ConversationRow, PromptRow};
+use arete_records::rows::{ConversationRow, PromptRow, TurnRow};
 use arete_records::{Aspect, FinishReason, Message};
 
 /// Most starts that are joined over one shared prefix: few enough to find room in the batch together.
@@ -23,11 +23,6 @@ pub fn key_of(prompt_id: &str) -> u64 {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         })
     })
-}
-
-/// What is asked after the answer, in order: the chain's two further turns.
-pub fn questions() -> impl Iterator<Item = &'static str> {
-    Aspect::ALL.into_iter().filter_map(Aspect::question)
 }
 
 /// A conversation to continue: the first reply to its messages, then a reply to each question.
@@ -130,32 +125,33 @@ impl SampledChain {
         &self.messages[..self.messages.len() - 2 * (self.replies.len() - 1 - turn)]
     }
 
-    /// A chain of three replies as a row: sample `sample` of `prompt`.
+    /// The chain as a row: sample `sample` of `prompt`, its replies those of `turns`.
     ///
     /// # Panics
     ///
-    /// If the conversation is no chain of three replies.
+    /// If there are not as many replies as turns.
     #[must_use]
-    pub fn row(&self, prompt: &PromptRow, sample: i32, seed: u64) -> ConversationRow {
-        let [action, motivation, consequence] = self.replies.as_slice() else {
-            panic!("a chain of three turns has three replies");
+    pub fn row(
+        &self,
+        prompt: &PromptRow,
+        turns: &[Aspect],
+        sample: i32,
+        seed: u64,
+    ) -> ConversationRow {
+        assert_eq!(self.replies.len(), turns.len(), "a reply a turn");
+        let turn = |(place, (&aspect, reply)): (usize, (&Aspect, &Reply))| TurnRow {
+            aspect,
+            text: self.reply_text(place).to_owned(),
+            finish_reason: reply.finish_reason,
+            n_tokens: i32::try_from(reply.tokens.len()).unwrap_or(i32::MAX),
         };
-        let n_tokens = |reply: &Reply| i32::try_from(reply.tokens.len()).unwrap_or(i32::MAX);
         ConversationRow {
             prompt_id: prompt.prompt_id.clone(),
             split: prompt.split,
             sample,
             persona: None,
             messages: self.messages.clone(),
-            finish_reason_action: action.finish_reason,
-            finish_reason_motivation: motivation.finish_reason,
-            finish_reason_consequence: consequence.finish_reason,
-            n_tokens_action: n_tokens(action),
-            n_tokens_motivation: n_tokens(motivation),
-            n_tokens_consequence: n_tokens(consequence),
-            action: self.reply_text(0).to_owned(),
-            motivation: self.reply_text(1).to_owned(),
-            consequence: self.reply_text(2).to_owned(),
+            turns: turns.iter().zip(&self.replies).enumerate().map(turn).collect(),
             seed,
         }
     }

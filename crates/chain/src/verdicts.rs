@@ -67,9 +67,24 @@ impl Verdicts {
     }
 }
 
-/// Fleiss' kappa of the five virtues on the pairs that all of them voted on.
+/// The virtues that verdicts are by, in the order in which they first come up.
+pub fn virtues_of<'a>(rows: impl IntoIterator<Item = &'a JudgementRow>) -> Vec<Virtue> {
+    let mut virtues = Vec::new();
+    for row in rows {
+        if !virtues.contains(&row.virtue) {
+            virtues.push(row.virtue);
+        }
+    }
+    virtues
+}
+
+/// Fleiss' kappa of the virtues on the pairs that all of them voted on; none of a single virtue.
 #[must_use]
 pub fn kappa(rows: &[&JudgementRow]) -> Option<f64> {
+    let n_virtues = virtues_of(rows.iter().copied()).len();
+    if n_virtues < 2 {
+        return None;
+    }
     let mut votes: BTreeMap<&str, [u64; 2]> = BTreeMap::new();
     for row in rows {
         if let Some(vote @ 0..=1) = row.vote {
@@ -78,7 +93,7 @@ pub fn kappa(rows: &[&JudgementRow]) -> Option<f64> {
     }
     let complete: Vec<Vec<u64>> = votes
         .into_values()
-        .filter(|v| v.iter().sum::<u64>() == Virtue::ALL.len() as u64)
+        .filter(|v| v.iter().sum::<u64>() == n_virtues as u64)
         .map(|v| v.to_vec())
         .collect();
     let kappa = if complete.is_empty() { f64::NAN } else { stats::fleiss_kappa(&complete) };
@@ -95,8 +110,8 @@ mod tests {
         JudgementRow {
             prompt_id: "a".to_owned(),
             split: Split::Train,
-            aspect: Aspect::Action,
-            virtue: Virtue::Honesty,
+            aspect: Aspect::ACTION,
+            virtue: Virtue::HONESTY,
             method: "pairwise-logits".to_owned(),
             judge: "j".to_owned(),
             p_ab,
@@ -125,7 +140,7 @@ mod tests {
     fn virtues_that_always_agree_have_kappa_one() {
         let rows: Vec<JudgementRow> = (0..4)
             .flat_map(|pair| {
-                Virtue::ALL.map(|virtue| JudgementRow {
+                Virtue::SHIPPED.map(|virtue| JudgementRow {
                     prompt_id: pair.to_string(),
                     virtue,
                     ..verdict(Some(0.9), Some(0.1), Some(pair % 2))
@@ -134,7 +149,14 @@ mod tests {
             .collect();
         let all: Vec<&JudgementRow> = rows.iter().collect();
         assert!((kappa(&all).unwrap() - 1.0).abs() < 1e-12);
-        // A pair that a virtue abstained on is left out; without any there is no kappa.
-        assert_eq!(kappa(&all[..4]), None);
+        // A pair that a virtue abstained on is left out; without any there is no kappa, and none of one virtue.
+        assert!((kappa(&all[1..]).unwrap() - 1.0).abs() < 1e-12);
+        let abstains = |row: &&&JudgementRow| row.virtue != Virtue::RESPECT;
+        let mut none: Vec<JudgementRow> =
+            all.iter().filter(abstains).map(|&row| row.clone()).collect();
+        none.push(JudgementRow { virtue: Virtue::RESPECT, ..verdict(None, None, None) });
+        assert_eq!(kappa(&none.iter().collect::<Vec<_>>()), None);
+        let one: Vec<&JudgementRow> = all.iter().copied().step_by(5).collect();
+        assert_eq!((virtues_of(one.iter().copied()), kappa(&one)), (vec![Virtue::HONESTY], None));
     }
 }

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
-use arete_chain::{CutReply, Reading, RewardModel, Transcript, aspect_conversation, conversation};
+use arete_chain::{CutReply, Reading, RewardModel, Transcript, Turns, through};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{
     Adapter, Batch, Device, FinishReason, Kind, LoadOptions, LoraConfig, Message, Model,
     ScalarHead, SegmentIdx, Source, Target, Tensor,
 };
-use arete_records::{Aspect, ScoreStats, score_stats};
+use arete_records::{ScoreStats, score_stats};
 
 const STOP: FinishReason = FinishReason::Stop;
 
@@ -47,12 +47,15 @@ fn save(dir: &Path, model: &Model, head: bool) {
 
 fn chain(i: usize) -> Vec<Message> {
     let prompt = [Message::system("Be good."), Message::user("How do I help a friend?")];
-    conversation(&prompt, [&format!("Ask {i} times."), "I care.", "It makes me kind."])
+    Turns::default().conversation(
+        &prompt,
+        &[format!("Ask {i} times.").as_str(), "I care.", "It makes me kind."],
+    )
 }
 
-fn transcript(messages: &[Message], aspect: Aspect) -> Transcript<'_> {
-    let messages = aspect_conversation(messages, aspect).unwrap();
-    Transcript { messages, finish_reasons: vec![STOP; aspect.index() + 1] }
+fn transcript(messages: &[Message], place: usize) -> Transcript<'_> {
+    let messages = through(messages, 3, place).unwrap();
+    Transcript { messages, finish_reasons: vec![STOP; place + 1] }
 }
 
 /// The reader of PPO shared a common beginning, that of scoring nothing, and neither the aspects of a chain.
@@ -63,10 +66,8 @@ fn what_is_scored_together_changes_no_score() {
     let (adapter, head) = parts(&model);
     let reward = RewardModel::of(Some(adapter), head, Reading::whole(&model, CutReply::Trim));
     let chains: Vec<Vec<Message>> = (0..3).map(chain).collect();
-    let transcripts: Vec<Transcript<'_>> = chains
-        .iter()
-        .flat_map(|chain| Aspect::ALL.map(|aspect| transcript(chain, aspect)))
-        .collect();
+    let transcripts: Vec<Transcript<'_>> =
+        chains.iter().flat_map(|chain| [0, 1, 2].map(|place| transcript(chain, place))).collect();
     let score = |micro_batch_tokens| {
         let base = Base { model: &model, chat: &chat, micro_batch_tokens };
         reward.scores(base, &transcripts).unwrap()
@@ -158,13 +159,13 @@ fn identical_text_gets_one_score_whether_it_was_cut_or_ended() {
     };
     let whole = chain(4); // every reply ends with a full stop
     let replies = ["Ask 4 times. Then you", "I care. My", "It makes me kind. And"];
-    let cut = conversation(&whole[..2], replies);
+    let cut = Turns::default().conversation(&whole[..2], &replies);
     let score = |reward: &RewardModel, messages: &[Message], reasons: [FinishReason; 3]| {
-        let read = |aspect: Aspect| Transcript {
-            messages: aspect_conversation(messages, aspect).unwrap(),
-            finish_reasons: reasons[..=aspect.index()].to_vec(),
+        let read = |place: usize| Transcript {
+            messages: through(messages, 3, place).unwrap(),
+            finish_reasons: reasons[..=place].to_vec(),
         };
-        reward.scores(base, &Aspect::ALL.map(read)).unwrap().0
+        reward.scores(base, &[0, 1, 2].map(read)).unwrap().0
     };
     let trim = of(CutReply::Trim);
     let ended = score(&trim, &whole, [STOP; 3]);
@@ -172,7 +173,7 @@ fn identical_text_gets_one_score_whether_it_was_cut_or_ended() {
     assert_eq!(score(&trim, &cut, [LENGTH; 3]), ended);
     // What ended by itself is not touched, full sentence or not; without a full sentence it is closed as it is.
     assert_ne!(score(&trim, &cut, [STOP; 3]), ended);
-    let fragment = conversation(&whole[..2], ["no sentence", "none", "nor here"]);
+    let fragment = Turns::default().conversation(&whole[..2], &["no sentence", "none", "nor here"]);
     assert_eq!(score(&trim, &fragment, [LENGTH; 3]), score(&trim, &fragment, [STOP; 3]));
     let close = of(CutReply::Close);
     assert_eq!(score(&close, &cut, [LENGTH; 3]), score(&close, &cut, [STOP; 3]));

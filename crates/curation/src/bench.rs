@@ -4,19 +4,20 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use arete_chain::Turns;
 use arete_model::bench::{Table, products_per_s};
 use arete_model::generate::Sampling;
-use arete_records::{Aspect, Message, Virtue};
+use arete_records::Message;
 use clap::{Args, FromArgMatches};
 
 use crate::Error;
 use crate::config::ComputeConfig;
-use crate::constitution::Constitution;
 use crate::engine::{Chain, Drawing, Engine, Labels, LocalEngine, Query};
 use crate::judge::verdict::LabelMass;
 use crate::judge::{Judge, Pair};
 use crate::judge::{JudgeConfig, Method};
 use crate::prompts::{self, Context, Selection};
+use arete_chain::Constitution;
 use arete_stage::units::UNIT;
 
 /// New tokens a turn, as in the peers' measurements.
@@ -83,7 +84,7 @@ fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
     };
     let rows = prompts::gather(std::slice::from_ref(&config.prompts), &selection)?.rows;
     let questions: Vec<String> =
-        Aspect::ALL.iter().filter_map(|aspect| aspect.question()).map(str::to_owned).collect();
+        Turns::default().questions().into_iter().map(str::to_owned).collect();
     let chain = |(key, row): (u64, arete_records::rows::PromptRow)| Chain {
         messages: row.prompt,
         questions: questions.clone(),
@@ -120,7 +121,7 @@ fn conversations(engine: &mut Engine, chains: &[Chain], table: &mut Table) -> Re
     Ok(())
 }
 
-/// Pairs a second of five virtues in both orders, with common prefixes computed once and without.
+/// Pairs a second of all virtues in both orders, with common prefixes computed once and without.
 fn judging(
     engine: &mut Engine,
     config: &BenchConfig,
@@ -128,9 +129,10 @@ fn judging(
     table: &mut Table,
 ) -> Result<(), Error> {
     let queries = queries(engine, config, chains)?;
-    let per_pair = 2 * Virtue::ALL.len();
+    let n_virtues = Constitution::load(&config.constitution)?.virtues.len();
+    let per_pair = 2 * n_virtues;
     let sequences = local(engine).sequences(&queries)?;
-    let lengths = prefix_and_question(&sequences[..Virtue::ALL.len()]);
+    let lengths = prefix_and_question(&sequences[..n_virtues]);
     let bound = products_per_s(local(engine).decoder(), JUDGE_ROWS, false)?;
     let mut found: Vec<(f64, Vec<LabelMass>)> = Vec::new();
     for share in [true, false] {
@@ -212,7 +214,7 @@ fn queries(
         let n_prefix = |n_words: usize| -> Result<usize, Error> {
             let queries = judge.queries(&[pair(n_words)]);
             let Engine::Local(local) = &*engine else { unreachable!("the bench loads a model") };
-            Ok(prefix_and_question(&local.sequences(&queries[..Virtue::ALL.len()])?).0)
+            Ok(prefix_and_question(&local.sequences(&queries[..constitution.virtues.len()])?).0)
         };
         let (mut low, mut high) = (1, PAIR_TOKENS);
         while low < high {

@@ -4,16 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::Turns;
 use arete_chain::pairs::{self, Parts};
 use arete_records::table::{self, Column};
-use arete_records::{Aspect, At, Message, atomic, split_of};
+use arete_records::{At, Message, atomic, split_of};
 use serde_json::json;
 
-use crate::constitution::Constitution;
 use crate::judge::Questions;
 use crate::judge::{JudgeConfig, Method};
+use crate::words::Words;
 use crate::{Error, calibrate};
-use arete_chain::exemplars::{self, Exemplar, Use};
+use arete_chain::exemplars::{self, Exemplar, Replies, Use};
 
 /// Settings of `lessons`.
 #[derive(Debug, Clone, clap::Args)]
@@ -49,16 +50,19 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
             got: config.method.name().to_owned(),
         });
     }
-    let constitution = Constitution::load(&config.judge.constitution)?;
+    let words = Words::of(config.judge.constitution.as_deref(), None)?;
+    let constitution = words.constitution()?;
+    let turns = &constitution.turns;
     let shots = match config.judge.few_shot {
         0 => Vec::new(),
-        _ => exemplars::load(&config.judge.exemplars, Use::FewShot)?,
+        _ => exemplars::load(&config.judge.exemplars, Use::FewShot, turns)?,
     };
-    let questions = Questions::new(&config.judge, &constitution, &shots, config.method, true)?;
+    let questions = Questions::new(&config.judge, constitution, &shots, config.method, true)?;
+    let columns = config.column.as_deref().unwrap_or_default();
     let (mut text, mut n_pairs, mut n_long) = (String::new(), 0, 0);
     for path in pairs {
         arete_stage::inputs::check(path)?;
-        for (question, better, worse) in teaching(path, config.column.as_deref().unwrap_or_default())? {
+        for (question, better, worse) in teaching(path, columns, turns)? {
             let sides = [better.as_slice(), worse.as_slice()];
             let n_chars: usize = (question.iter().chain(&better).chain(&worse))
                 .map(|message| message.content.chars().count())
@@ -89,7 +93,7 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
 }
 
 /// The pairs of a file that may teach.
-fn teaching(path: &Path, columns: &[Column]) -> Result<Vec<Parts>, Error> {
+fn teaching(path: &Path, columns: &[Column], turns: &Turns) -> Result<Vec<Parts>, Error> {
     let records = table::read_renamed(path, columns)?;
     if records.iter().all(|(_, record)| !record.contains_key("use")) {
         let pairs = pairs::read_file(path, columns)?.pairs;
@@ -97,31 +101,21 @@ fn teaching(path: &Path, columns: &[Column]) -> Result<Vec<Parts>, Error> {
     }
     let mut out = Vec::new();
     for (line, record) in records {
-        let exemplar = Exemplar::of_record(record).map_err(|e| e.at(path, At::Line(line)))?;
+        let exemplar = Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
         if exemplar.r#use != Use::Calibration {
-            out.extend(Aspect::ALL.into_iter().filter_map(|aspect| through(&exemplar, aspect)));
+            out.extend((0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn)));
         }
     }
     Ok(out)
 }
 
-/// Both sides of an exemplar through the reply of `aspect`; `None` without a worse one.
-fn through(exemplar: &Exemplar, aspect: Aspect) -> Option<Parts> {
+/// Both sides of an exemplar through the reply of the turn at `turn`; `None` without a worse one.
+fn through(exemplar: &Exemplar, turns: &Turns, turn: usize) -> Option<Parts> {
     let worse = exemplar.worse.as_ref()?;
-    let side = |replies: [&str; 3]| -> Option<Vec<Message>> {
-        let mut side = Vec::new();
-        for (turn, reply) in Aspect::ALL.into_iter().zip(replies).take(aspect.index() + 1) {
-            if reply.trim().is_empty() {
-                return None;
-            }
-            side.extend(turn.question().map(Message::user));
-            side.push(Message::assistant(reply.trim()));
-        }
-        Some(side)
+    let side = |replies: &Replies| -> Option<Vec<Message>> {
+        Some(turns.conversation(&[], &replies.through(turns, turn)?))
     };
-    let better = side([&exemplar.action, &exemplar.motivation, &exemplar.consequence])?;
-    let worse = side([&worse.action, &worse.motivation, &worse.consequence])?;
-    Some((exemplar.prompt_messages(), better, worse))
+    Some((exemplar.prompt_messages(), side(&exemplar.replies)?, side(worse)?))
 }
 
 #[cfg(test)]
@@ -141,9 +135,10 @@ mod tests {
         let (pairs, output) = (dir.path().join("pairs.jsonl"), dir.path().join("out.jsonl"));
         fs_err::write(&pairs, include_str!("../../../tests/fixtures/exemplars.jsonl")).unwrap();
         let constitution = dir.path().join("constitution.toml");
-        fs_err::write(&constitution, crate::constitution::tests::EXAMPLE).unwrap();
+        fs_err::write(&constitution, include_str!("../../../tests/fixtures/constitution.toml"))
+            .unwrap();
         let mut config = config(flags);
-        config.judge.constitution = constitution;
+        config.judge.constitution = Some(constitution);
         let n = write(&config, &[pairs], &output)?;
         let text = fs_err::read_to_string(output)?;
         let rows: Vec<Value> =

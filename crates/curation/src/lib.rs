@@ -12,10 +12,10 @@
 //! | `export` | preferences | hh-rlhf's text form |
 //! | `bench` | a model | a table of speeds on stdout |
 //!
-//! Method: for each prompt, two samples of a chain of three turns (answer, motivation, consequence);
+//! Method: for each prompt, two samples of the chain of the constitution (as shipped answer, motivation, consequence);
 //! for each aspect and virtue, a judge compares the two conversations up to that aspect in both
 //! orders, and its verdict is read from the logits of the labels, so that a preference for the
-//! first place cancels; five virtues' votes make the preference.
+//! first place cancels; the virtues' votes make the preference.
 //!
 //! Deviations from `report.txt`: verdicts from logits in both orders instead of one written verdict
 //! (`method = "pairwise-text"`, `orders = "one"` is the report's way); truncated replies are
@@ -27,7 +27,6 @@
 pub mod bench;
 pub mod calibrate;
 pub mod config;
-pub mod constitution;
 pub mod conversations;
 pub mod demonstrations;
 pub mod engine;
@@ -39,5 +38,6 @@ pub mod merge;
 pub mod preferences;
 pub mod prompts;
 pub mod stage;
+mod words;
 
 pub use error::{Error, class_of};

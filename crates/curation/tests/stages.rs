@@ -122,12 +122,12 @@ fn conversations_are_two_chains_a_prompt_and_shards_join_to_the_same_bytes() {
         let roles: Vec<Role> = row.messages.iter().map(|m| m.role).collect();
         assert_eq!(roles, [Role::User, Role::Assistant].repeat(3));
         assert_eq!(row.messages[2].content, "What is the motivation behind the answer?");
-        assert_eq!(row.messages[1].content, row.action);
-        assert_eq!(row.messages[5].content, row.consequence);
-        for aspect in Aspect::ALL {
-            let n_tokens = row.n_tokens(aspect);
+        assert_eq!(row.aspects().collect::<Vec<_>>(), Aspect::SHIPPED);
+        for (turn, place) in row.turns.iter().zip([1, 3, 5]) {
+            assert_eq!(row.messages[place].content, turn.text);
+            let n_tokens = turn.n_tokens;
             assert!((1..=6).contains(&n_tokens));
-            if row.finish_reason(aspect) == FinishReason::Length {
+            if turn.finish_reason == FinishReason::Length {
                 assert_eq!(n_tokens, 6);
             }
         }
@@ -188,7 +188,7 @@ fn sharded_judging_and_revising_give_an_unsharded_runs_files() {
     let whole = judged("judged", &[]);
     let merged = dir.path().join("judged-merged");
     merge::merge(&parts, &merged).unwrap();
-    assert!(pairs(&whole, Aspect::Consequence).len() > 20);
+    assert!(pairs(&whole, Aspect::CONSEQUENCE).len() > 20);
     assert_eq!(contents(&merged), contents(&whole));
 
     let revised = |name: &str, flags: &[&str]| {
@@ -307,7 +307,7 @@ fn what_a_model_cannot_take_is_left_out_or_abstained_from_and_counted() {
     let long = "word ".repeat(1500);
     for row in &mut conversations[..2] {
         row.messages[1].content = format!("{long}{}", row.sample);
-        row.action = row.messages[1].content.clone();
+        row.turns[0].text = row.messages[1].content.clone();
     }
     let path = dir.path().join("conversations.parquet");
     parquet::write(&path, &conversations).unwrap();
@@ -403,9 +403,9 @@ fn original_draws_the_second_sample_from_the_other_model_and_labels_by_construct
     }
     let output = dir.path().join("preferences");
     judge(&samples, None, &output, &["--method", "contrast"]).unwrap();
-    for pair in pairs(&output, Aspect::Action) {
+    for pair in pairs(&output, Aspect::ACTION) {
         let tuned = rows.iter().find(|row| row.prompt_id == pair.prompt_id).unwrap();
-        assert_eq!(pair.chosen[0].content, tuned.action);
+        assert_eq!(pair.chosen[0].content, tuned.turns[0].text);
     }
     let config = conversations_config(&["--personas", "original"]);
     let inputs = conversations::Inputs { prompts, model: fixture(), original: None };
@@ -426,14 +426,14 @@ fn contrast_samples_under_two_personas_and_labels_by_construction() {
     }
     let output = dir.path().join("preferences");
     judge(&samples, None, &output, &["--method", "contrast"]).unwrap();
-    for aspect in Aspect::ALL {
+    for (place, aspect) in Aspect::SHIPPED.into_iter().enumerate() {
         let pairs = pairs(&output, aspect);
         assert!(pairs.len() > 15);
         for pair in pairs {
             let virtuous =
                 rows.iter().find(|row| row.prompt_id == pair.prompt_id && row.sample == 0).unwrap();
-            assert_eq!(pair.chosen[0].content, virtuous.action);
-            assert_eq!(pair.chosen.len(), 1 + 2 * aspect.index());
+            assert_eq!(pair.chosen[0].content, virtuous.turns[0].text);
+            assert_eq!(pair.chosen.len(), 1 + 2 * place);
             assert_eq!((pair.score_chosen, pair.score_rejected), (5, 0));
             assert_eq!(pair.chosen_prob, 1.0);
         }
@@ -653,7 +653,7 @@ fn a_servers_logprobs_become_votes_and_preferences() {
     let output = dir.path().join("preferences");
     judge(&samples, Some("served"), &output, &["--judge-url", &server.url]).unwrap();
     let rows: Vec<ConversationRow> = parquet::read(samples.join("conversations.parquet")).unwrap();
-    let pairs = pairs(&output, Aspect::Action);
+    let pairs = pairs(&output, Aspect::ACTION);
     assert!(pairs.len() > 5, "{}", pairs.len());
     for pair in &pairs {
         // Only pairs of a good and a bad answer are decided.
@@ -674,7 +674,7 @@ fn a_servers_logprobs_become_votes_and_preferences() {
     // A flip exchanges the sides.
     let flipped = dir.path().join("flipped");
     judge(&samples, Some("served"), &flipped, &["--judge-url", &server.url, "--flip"]).unwrap();
-    let flipped = self::pairs(&flipped, Aspect::Action);
+    let flipped = self::pairs(&flipped, Aspect::ACTION);
     assert_eq!(flipped.len(), pairs.len());
     assert!(flipped.iter().all(|pair| pair.chosen[0].content.starts_with("bad")));
 }
@@ -790,5 +790,5 @@ fn damaged_conversations_are_refused() {
     assert!(try_rows("other", &other).contains("the same prompt"));
     let mut short = rows.clone();
     short[0].messages.truncate(3);
-    assert!(try_rows("short", &short).contains("five turns"));
+    assert!(try_rows("short", &short).contains("the 5 messages of a chain"));
 }

@@ -1,7 +1,8 @@
 //! What a rollout is worth: scores, KL and token rewards, and its rows on disk.
 
+use arete_chain::Turns;
 use arete_records::Aspect;
-use arete_records::rows::RolloutRow;
+use arete_records::rows::{RolloutRow, RolloutTurn};
 use tch::{Kind, Tensor};
 
 use crate::Error;
@@ -9,7 +10,7 @@ use crate::config::{Config, RolloutKind};
 use crate::prompts::Prompt;
 use crate::reward::{Placement, combine, missing_eos, place, token_rewards};
 use crate::rollout::{Conversation, Layout};
-use crate::scorer::Scores;
+use crate::scorer::{RewardModels, Scores};
 use arete_records::FinishReason;
 
 /// A rollout with its rewards.
@@ -88,53 +89,45 @@ pub(crate) fn assess(
     })
 }
 
-/// The rows of a rollout or probe.
+/// The rows of a rollout or probe: every turn of the chain, with what its reward model and its reply have to show.
 pub(crate) fn rows(
     iteration: u64,
     conversations: &[Conversation],
     prompts: &[&Prompt],
     assessment: &Assessment,
+    turns: &Turns,
+    rewards: &RewardModels,
 ) -> Vec<RolloutRow> {
-    let turn = |c: &Conversation, aspect: Aspect| c.replies.get(aspect.index()).cloned();
-    let n_tokens =
-        |c: &Conversation, aspect| turn(c, aspect).map(|reply| reply.tokens.len() as i32);
-    let finish = |c: &Conversation, aspect| turn(c, aspect).map(|reply| reply.finish_reason);
-    let [action, motivation, consequence] = Aspect::ALL;
-    conversations
-        .iter()
-        .enumerate()
-        .map(|(idx, c)| {
-            let number = |of: &[Vec<f64>], aspect: Aspect| {
-                of[idx].get(aspect.index()).map(|&number| number as f32)
-            };
-            let (raw, z) = (&assessment.scores.raw, &assessment.scores.z);
-            RolloutRow {
-                iteration: i32::try_from(iteration).expect("iterations are few"),
-                prompt_id: prompts[c.prompt].prompt_id.clone(),
-                messages: c.messages.clone(),
-                score_action: number(raw, action),
-                score_motivation: number(raw, motivation),
-                score_consequence: number(raw, consequence),
-                z_action: number(z, action),
-                z_motivation: number(z, motivation),
-                z_consequence: number(z, consequence),
-                reward: assessment.reward[idx] as f32,
-                kl: assessment.kl[idx] as f32,
-                n_tokens_action: n_tokens(c, action),
-                n_tokens_motivation: n_tokens(c, motivation),
-                n_tokens_consequence: n_tokens(c, consequence),
-                finish_reason_action: finish(c, action),
-                finish_reason_motivation: finish(c, motivation),
-                finish_reason_consequence: finish(c, consequence),
+    let row = |(idx, c): (usize, &Conversation)| {
+        let turn = |(place, aspect): (usize, Aspect)| {
+            let member = rewards.members.iter().position(|member| member.turn == place);
+            let number = |of: &[Vec<f64>]| member.map(|member| of[idx][member] as f32);
+            let reply = c.replies.get(place);
+            RolloutTurn {
+                aspect,
+                score: number(&assessment.scores.raw),
+                z: number(&assessment.scores.z),
+                n_tokens: reply.map(|reply| reply.tokens.len() as i32),
+                finish_reason: reply.map(|reply| reply.finish_reason),
             }
-        })
-        .collect()
+        };
+        RolloutRow {
+            iteration: i32::try_from(iteration).expect("iterations are few"),
+            prompt_id: prompts[c.prompt].prompt_id.clone(),
+            messages: c.messages.clone(),
+            turns: turns.names().into_iter().enumerate().map(turn).collect(),
+            reward: assessment.reward[idx] as f32,
+            kl: assessment.kl[idx] as f32,
+        }
+    };
+    conversations.iter().enumerate().map(row).collect()
 }
 
 /// What can be said of a rollout or a probe alike: scores, lengths, truncation.
 pub(crate) fn describe(
     conversations: &[Conversation],
     aspects: &[Aspect],
+    turns: &Turns,
     scores: &Scores,
 ) -> Vec<(String, f64)> {
     let mean = arete_records::stats::mean;
@@ -148,7 +141,7 @@ pub(crate) fn describe(
     let spread: Vec<f64> = scores.z.iter().map(|row| arete_records::stats::std(row)).collect();
     out.push(("ensemble_disagreement".to_owned(), mean(&spread)));
     let n_turns = conversations.first().map_or(0, |c| c.replies.len());
-    for (turn, aspect) in Aspect::ALL.iter().enumerate().take(n_turns) {
+    for (turn, aspect) in turns.names().into_iter().enumerate().take(n_turns) {
         let lengths: Vec<f64> =
             conversations.iter().map(|c| c.replies[turn].tokens.len() as f64).collect();
         let is_cut = |c: &Conversation| c.replies[turn].finish_reason == FinishReason::Length;
@@ -254,21 +247,15 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_paid_by_every_reward_model_at_its_end() {
+    fn an_answer_is_paid_at_its_end() {
         let conversations = [conversation(&[(3, STOP)]), conversation(&[(1, LENGTH)])];
         let layout = Layout::new(&conversations);
-        let scores = Scores {
-            raw: vec![vec![0.0; 3]; 2],
-            z: vec![vec![1.0, 2.0, 3.0], vec![0.5, 0.5, 0.5]],
-            n_tokens: 0,
-        };
-        // Without clipping, the minimum and the mean less the spread (√(2/3) of the first, none of the second).
-        for (ensemble, expected) in
-            [("min", 1.0), ("mean_minus_std", 2.0 - 0.5 * (2f64 / 3.0).sqrt())]
-        {
+        let scores = Scores { raw: vec![vec![4.0]; 2], z: vec![vec![2.0], vec![0.5]], n_tokens: 0 };
+        // Of one reward model, the minimum and the mean less the spread are its score.
+        for ensemble in ["min", "mean_minus_std", "mean"] {
             let config = config(&["--rollout", "answer", "--ensemble", ensemble]);
             let paid = values_of(&pay(&scores, &conversations, &layout, &config).unwrap());
-            assert!((paid[2] - expected).abs() < 1e-6, "{ensemble}: {paid:?}");
+            assert!((paid[2] - 2.0).abs() < 1e-6, "{ensemble}: {paid:?}");
             assert_eq!(paid[3], 0.5 - 1.0); // the cut one, at its only token
         }
         let config = config(&["--rollout", "answer"]);
@@ -281,9 +268,15 @@ mod tests {
         assert_eq!(out.reward, [1.75, -1.0]);
         let prompt =
             Prompt { prompt_id: "p".to_owned(), messages: Vec::new(), token_ids: Vec::new() };
-        let rows = rows(3, &conversations, &[&prompt], &out);
-        assert_eq!(rows[1].finish_reason_action, Some(LENGTH));
-        assert_eq!((rows[0].n_tokens_action, rows[0].n_tokens_motivation), (Some(3), None));
-        assert_eq!((rows[0].z_consequence, rows[0].reward), (Some(3.0), 1.75));
+        let turns = Turns::default();
+        let rule = crate::config::ProgrammedReward::Length(3);
+        let rewards = RewardModels::programmed(&rule, &turns, config.rollout);
+        let rows = rows(3, &conversations, &[&prompt], &out, &turns, &rewards);
+        // The turns that were not asked for are there, and empty.
+        let [action, motivation, _] = rows[0].turns[..] else { panic!("three turns") };
+        assert_eq!((action.n_tokens, action.score, action.z), (Some(3), Some(4.0), Some(2.0)));
+        assert_eq!((motivation.n_tokens, motivation.score, motivation.z), (None, None, None));
+        assert_eq!(rows[1].turns[0].finish_reason, Some(LENGTH));
+        assert_eq!((rows[0].n_asked(), rows[0].z(), rows[0].reward), (1, vec![2.0], 1.75));
     }
 }

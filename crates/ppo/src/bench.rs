@@ -4,7 +4,7 @@
 //! Three reward models with random adapters and heads cost what trained ones do. No token ends a reply, so that every run
 //! does the same work.
 
-use arete_chain::{CutReply, Reading};
+use arete_chain::{CutReply, Reading, Turns};
 use arete_model::bench::{Table, products_per_s};
 use arete_model::{Adapter, Chat, Model, ScalarHead, Source};
 use arete_records::Message;
@@ -120,7 +120,9 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
     let prompts: Vec<Prompt> = (0..config.rollout_size)
         .map(|idx| prompt(&chat, idx, n_tokens, own_system))
         .collect::<Result<_, _>>()?;
+    let turns = Turns::default();
     let sampler = Sampler {
+        turns: turns.clone(),
         kind: config.rollout,
         max_new_tokens: config.max_new_tokens,
         temperature: config.temperature,
@@ -134,8 +136,8 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
         Ok((adapter, ScalarHead::normal(shape.hidden_size, seed, device)))
     };
     let reading = Reading::whole(model, CutReply::Trim);
-    let models = [reward(1)?, reward(2)?, reward(3)?];
-    let rewards = RewardModels::of_models(models, &reading, config.rollout);
+    let models = vec![reward(1)?, reward(2)?, reward(3)?];
+    let rewards = RewardModels::of_models(models, &reading, &turns, config.rollout);
     let models = Models::new(&model.decoder, config)?;
     let mut optimisers = Optimisers::new(&models, config)?;
     let work = Iteration {

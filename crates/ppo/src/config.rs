@@ -15,17 +15,17 @@ use crate::reward::{Ensemble, Placement};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum RolloutKind {
-    /// Three turns: the answer, its motivation, its consequence; each reward model scores its own reply.
+    /// Every turn of the constitution; each reward model scores its own reply.
     Chain,
-    /// The answer alone, scored by every reward model.
+    /// The answer alone, scored by its own reward model.
     Answer,
 }
 
 impl RolloutKind {
-    /// Replies in a conversation.
-    pub fn n_turns(self) -> usize {
+    /// Replies in a conversation, of a chain of so many turns.
+    pub fn n_turns(self, n_chain: usize) -> usize {
         match self {
-            Self::Chain => 3,
+            Self::Chain => n_chain,
             Self::Answer => 1,
         }
     }
@@ -106,7 +106,7 @@ pub struct Config {
     /// Base model (after SFT: the merged SFT directory): a Hugging Face directory, a GGUF file, or a hub id
     #[arg(long)]
     pub model: Option<String>,
-    /// The three-turn chain, or the answer alone
+    /// The chain of all turns, or the answer alone
     #[arg(long, value_enum, default_value_t = RolloutKind::Chain)]
     pub rollout: RolloutKind,
     /// Most tokens sampled in one turn (the report: 32, which cuts most replies)

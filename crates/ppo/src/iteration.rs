@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use arete_chain::reward_model::Base;
 use arete_model::{Chat, Model, Tensor};
-use arete_records::{Aspect, FinishReason, stats};
+use arete_records::{FinishReason, stats};
 use arete_stage::interrupt;
 use tch::{Device, Kind};
 
@@ -142,10 +142,10 @@ impl Iteration<'_> {
             let n_passes = report.n_steps.div_ceil(config.n_minibatches as u64) as usize;
             Ok((report, n_tokens * n_passes))
         })?;
-        let aspects: Vec<Aspect> =
-            self.rewards.members.iter().map(|member| member.aspect).collect();
+        let aspects = self.rewards.aspects();
+        let turns = &self.sampler.turns;
         metrics.extend(of_update(&report));
-        metrics.extend(assess::describe(&conversations, &aspects, &assessment.scores));
+        metrics.extend(assess::describe(&conversations, &aspects, turns, &assessment.scores));
         // The policy takes no step while the critic warms up.
         let policy_rate = if learning == Learning::Both { self.rates.policy } else { 0.0 };
         metrics.push(("lr".to_owned(), policy_rate));

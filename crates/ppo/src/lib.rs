@@ -1,6 +1,6 @@
 //! PPO with an ensemble of reward models over one base.
 //!
-//! In: prompts, a base model, three reward models (adapter and head each) trained on that base. Out: the policy's
+//! In: prompts, a base model, reward models (adapter and head each, one a turn) trained on that base. Out: the policy's
 //! adapter, the merged model, every sampled conversation, metrics. One set of frozen weights serves all roles: the
 //! policy and the critic are adapters over it, the reward models too, and the reference is the base with no adapter.
 //!

@@ -9,7 +9,7 @@ use arete_stage::cli::{self, StageArgs};
 use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-/// PPO: sample conversations, score them with three reward models, and make the better ones likelier.
+/// PPO: sample conversations, score them with reward models, and make the better ones likelier.
 #[derive(Debug, Parser)]
 #[command(name = "arete-ppo", version)]
 struct Cli {
@@ -30,12 +30,17 @@ enum Command {
         /// Directory with prompts.parquet
         #[arg(long, value_name = "DIR")]
         prompts: PathBuf,
-        /// Directory with the reward models: <aspect>/adapter and <aspect>/score_stats.json
+        /// Directory with the reward models, one a turn of the constitution (of the answer alone with --rollout answer):
+        /// <turn>/adapter and <turn>/score_stats.json
         #[arg(long, alias = "reward", value_name = "DIR")]
         rewards: Option<PathBuf>,
         /// Directory of a reward model that only watches the probes: adapter/ on the same base, or merged/
         #[arg(long, value_name = "DIR")]
         yardstick: Option<PathBuf>,
+        /// Constitution (TOML) with the turns to ask for [default: the one that the reward models carry, or the shipped
+        /// turns]
+        #[arg(long, value_name = "FILE")]
+        constitution: Option<PathBuf>,
         #[command(flatten)]
         config: Box<Config>,
     },
@@ -51,12 +56,13 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<()> {
     let matches = Cli::command().get_matches();
     match Cli::from_arg_matches(&matches)?.command {
-        Command::Train { stage, prompts, rewards, yardstick, .. } => {
+        Command::Train { stage, prompts, rewards, yardstick, constitution, .. } => {
             let matches = matches.subcommand_matches("train").expect("the command parsed");
             let config: Config = recipe::resolve(matches, "ppo", stage.recipe.as_deref())?;
             interrupt::install()?;
             let context = format!("training on {}", prompts.display());
-            let inputs = TrainInputs { prompts, rewards, yardstick, output: stage.output };
+            let inputs =
+                TrainInputs { prompts, rewards, constitution, yardstick, output: stage.output };
             arete_ppo::train(&config, &inputs).with_context(|| context)
         }
         Command::Bench(arguments) => {

@@ -6,7 +6,7 @@
 use arete_chain::reward_model::Base;
 use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::RolloutRow;
-use arete_records::{Aspect, stats};
+use arete_records::stats;
 
 use crate::Error;
 use crate::alarm::Baseline;
@@ -51,10 +51,7 @@ pub struct Report {
 impl Report {
     /// Tokens sampled.
     pub fn n_sampled(&self) -> usize {
-        let of = |row: &RolloutRow| {
-            let turns = [row.n_tokens_action, row.n_tokens_motivation, row.n_tokens_consequence];
-            turns.into_iter().flatten().sum::<i32>()
-        };
+        let of = |row: &RolloutRow| row.turns.iter().filter_map(|turn| turn.n_tokens).sum::<i32>();
         usize::try_from(self.rows.iter().map(of).sum::<i32>()).expect("counts are not negative")
     }
 }
@@ -94,10 +91,10 @@ impl Probe<'_> {
         let layout = Layout::new(&conversations);
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
 
-        let aspects: Vec<Aspect> =
-            self.rewards.members.iter().map(|member| member.aspect).collect();
+        let aspects = self.rewards.aspects();
+        let turns = &self.sampler.turns;
         let mut metrics: Vec<(String, f64)> =
-            describe(&conversations, &aspects, &assessment.scores)
+            describe(&conversations, &aspects, turns, &assessment.scores)
                 .into_iter()
                 .map(|(name, value)| (format!("probe/{name}"), value))
                 .collect();
@@ -119,7 +116,7 @@ impl Probe<'_> {
             z_mean: stats::mean(&z_means),
             baseline,
             metrics,
-            rows: rows(iteration, &conversations, &self.prompts, &assessment),
+            rows: rows(iteration, &conversations, &self.prompts, &assessment, turns, self.rewards),
         })
     }
 }

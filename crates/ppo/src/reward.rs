@@ -24,7 +24,7 @@ pub enum Ensemble {
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum Placement {
-    /// Each aspect's share at the last token of its own reply.
+    /// Each turn's share at the last token of its own reply.
     PerTurn,
     /// Everything at the last token of the last reply.
     Final,

@@ -1,5 +1,6 @@
 //! Rollouts: conversations sampled by the policy, and their log-probabilities under any adapter.
 
+use arete_chain::Turns;
 use arete_chain::sample::{self, Start};
 use arete_model::generate::{self, Sampling, Stream};
 use arete_model::{Adapter, Chat, Decoder, Model, Tensor, logprobs};
@@ -40,6 +41,8 @@ impl Purpose {
 /// How conversations are sampled.
 #[derive(Clone, Debug)]
 pub struct Sampler {
+    /// The turns of the chain.
+    pub turns: Turns,
     /// Chain or answer.
     pub kind: RolloutKind,
     /// Most tokens sampled in one turn.
@@ -61,13 +64,13 @@ impl Sampler {
     ///
     /// What the chat template refuses.
     pub fn n_question_tokens(&self, chat: &Chat<'_>) -> Result<usize, Error> {
-        let questions: Vec<&str> = self.questions().collect();
-        Ok(sample::Sampler::n_question_tokens(chat, &questions)?)
+        Ok(sample::Sampler::n_question_tokens(chat, &self.questions())?)
     }
 
     /// What the user says between the turns.
-    fn questions(&self) -> impl Iterator<Item = &'static str> {
-        sample::questions().take(self.kind.n_turns() - 1)
+    fn questions(&self) -> Vec<&str> {
+        let n_turns = self.kind.n_turns(self.turns.len());
+        self.turns.questions().into_iter().take(n_turns - 1).collect()
     }
 
     /// Samples one conversation for each prompt; conversation i draws from the stream `first + i`. What a journal holds
@@ -79,7 +82,7 @@ impl Sampler {
     /// [`Error::Io`] if the journal cannot be written.
     #[expect(clippy::too_many_arguments, reason = "who samples, what, and from which streams")]
     pub fn sample<'a>(
-        &self,
+        &'a self,
         model: &'a Model,
         chat: &'a Chat<'a>,
         adapter: Option<&'a Adapter>,
@@ -91,7 +94,7 @@ impl Sampler {
         let start = |(idx, prompt): (usize, &&'a Prompt)| Start {
             messages: &prompt.messages,
             prompt_ids: prompt.token_ids.clone(),
-            questions: self.questions().collect(),
+            questions: self.questions(),
             streams: vec![purpose.stream(self.seed, first + idx as u64)],
         };
         let starts: Vec<Start<'_>> = prompts.iter().enumerate().map(start).collect();

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
-use arete_chain::{Reading, RewardModel, Transcript};
+use arete_chain::{Reading, RewardModel, Transcript, Turns};
 use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source, Tensor};
 use arete_records::{Aspect, ScoreStats, stats};
 
@@ -23,6 +23,8 @@ enum Scorer {
 pub struct Member {
     /// What it scores.
     pub aspect: Aspect,
+    /// Place of that turn in the chain.
+    pub(crate) turn: usize,
     scorer: Scorer,
     /// What its scores are standardised with; none until they are known.
     pub stats: Option<ScoreStats>,
@@ -31,9 +33,8 @@ pub struct Member {
 /// The reward models of a run.
 #[derive(Debug)]
 pub struct RewardModels {
-    /// Its members, in the order of aspects.
+    /// Its members, in the order of their turns.
     pub members: Vec<Member>,
-    kind: RolloutKind,
 }
 
 /// Scores of a rollout.
@@ -61,36 +62,41 @@ impl Scores {
 }
 
 impl RewardModels {
-    /// Loads the reward models of a directory: `<aspect>/adapter`, `<aspect>/score_stats.json`.
+    /// Loads the reward models of the turns that are asked for: `<turn>/adapter`, `<turn>/score_stats.json`.
     ///
     /// # Errors
     ///
     /// [`Error::NotAReward`] if a head is missing or statistics are unusable; [`Error::Model`] if a file is, or the model
     /// was trained on another base.
-    pub fn load(dir: &Path, model: &Model, kind: RolloutKind) -> Result<Self, Error> {
-        let members = Aspect::ALL
-            .into_iter()
-            .map(|aspect| {
+    pub fn load(
+        dir: &Path,
+        model: &Model,
+        turns: &Turns,
+        kind: RolloutKind,
+    ) -> Result<Self, Error> {
+        let members = asked(turns, kind)
+            .map(|(turn, aspect)| {
                 let dir = dir.join(aspect.name());
                 let reward = RewardModel::over(&dir.join("adapter"), aspect.name(), model)?;
                 let stats = read_stats(&dir, Some(&model.base_sha256))?;
-                Ok(Member { aspect, scorer: Scorer::Model(reward), stats })
+                Ok(Member { aspect, turn, scorer: Scorer::Model(reward), stats })
             })
             .collect::<Result<_, Error>>()?;
-        Ok(Self { members, kind })
+        Ok(Self { members })
     }
 
-    /// The three aspects' reward models as they are given, their scores taken as standardised already.
+    /// Reward models of the first turns as they are given, their scores taken as standardised already.
     pub fn of_models(
-        models: [(Adapter, ScalarHead); 3],
+        models: Vec<(Adapter, ScalarHead)>,
         reading: &Reading,
+        turns: &Turns,
         kind: RolloutKind,
     ) -> Self {
-        let members = Aspect::ALL
-            .into_iter()
+        let members = asked(turns, kind)
             .zip(models)
-            .map(|(aspect, (adapter, head))| Member {
+            .map(|((turn, aspect), (adapter, head))| Member {
                 aspect,
+                turn,
                 scorer: Scorer::Model(RewardModel::of(Some(adapter), head, reading.clone())),
                 stats: Some(ScoreStats {
                     mean: 0.0,
@@ -103,25 +109,21 @@ impl RewardModels {
                 }),
             })
             .collect();
-        Self { members, kind }
+        Self { members }
     }
 
     /// Members that score by rule: one for each reply.
-    pub fn programmed(rule: &ProgrammedReward, kind: RolloutKind) -> Self {
-        let members = Aspect::ALL
-            .into_iter()
-            .take(kind.n_turns())
-            .map(|aspect| Member { aspect, scorer: Scorer::Rule(rule.clone()), stats: None })
-            .collect();
-        Self { members, kind }
+    pub fn programmed(rule: &ProgrammedReward, turns: &Turns, kind: RolloutKind) -> Self {
+        let member = |(turn, aspect)| {
+            let scorer = Scorer::Rule(rule.clone());
+            Member { aspect, turn, scorer, stats: None }
+        };
+        Self { members: asked(turns, kind).map(member).collect() }
     }
 
-    /// The reply that a member scores.
-    fn turn_of(&self, member: &Member) -> usize {
-        match self.kind {
-            RolloutKind::Chain => member.aspect.index(),
-            RolloutKind::Answer => 0,
-        }
+    /// The members' turns.
+    pub fn aspects(&self) -> Vec<Aspect> {
+        self.members.iter().map(|member| member.aspect).collect()
     }
 
     /// The members' raw scores, `[B][K]`, and the tokens they read. Each is read after the conversation through the member's reply, whole as the
@@ -138,7 +140,7 @@ impl RewardModels {
         let mut out = vec![Vec::with_capacity(self.members.len()); conversations.len()];
         let mut n_tokens = 0;
         for member in &self.members {
-            let turn = self.turn_of(member);
+            let turn = member.turn;
             let scores = match &member.scorer {
                 Scorer::Model(reward) => {
                     let (scores, n_read) =
@@ -312,6 +314,11 @@ impl Yardstick {
     }
 }
 
+/// The turns that are asked for, with their places.
+pub(crate) fn asked(turns: &Turns, kind: RolloutKind) -> impl Iterator<Item = (usize, Aspect)> {
+    turns.names().into_iter().enumerate().take(kind.n_turns(turns.len()))
+}
+
 /// The scores of one member.
 fn column(raw: &[Vec<f64>], member: usize) -> Vec<f64> {
     raw.iter().map(|row| row[member]).collect()
@@ -360,7 +367,7 @@ mod tests {
 
     fn chain(replies: [&str; 3], n_tokens: [usize; 3]) -> Conversation {
         let messages =
-            arete_chain::conversation(&[Message::system("s"), Message::user("q")], replies);
+            Turns::default().conversation(&[Message::system("s"), Message::user("q")], &replies);
         let mut at = 4;
         let replies = n_tokens
             .map(|n| {
@@ -394,8 +401,11 @@ mod tests {
 
     #[test]
     fn members_are_calibrated_once_and_must_vary() {
-        let mut rewards =
-            RewardModels::programmed(&ProgrammedReward::Letter('e'), RolloutKind::Answer);
+        let mut rewards = RewardModels::programmed(
+            &ProgrammedReward::Letter('e'),
+            &Turns::default(),
+            RolloutKind::Answer,
+        );
         assert_eq!(rewards.members.len(), 1);
         let error = rewards.calibrate(&[vec![0.5], vec![0.5]], "validation", "x").unwrap_err();
         assert!(error.to_string().contains("got 0.5 for all 2"), "{error}");

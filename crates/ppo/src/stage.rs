@@ -8,10 +8,11 @@ mod state;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use arete_chain::reading;
+use arete_chain::constitution::{self, Constitution};
+use arete_chain::{Turns, reading};
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
-use arete_records::{Aspect, left_out, parquet, score_stats, stats};
+use arete_records::{left_out, parquet, score_stats, stats};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::{interrupt, seal, timings};
@@ -25,7 +26,7 @@ use crate::journal::{self, Journal};
 use crate::models::Models;
 use crate::prompts::{Prompt, Prompts, draw};
 use crate::rollout::Sampler;
-use crate::scorer::{RewardModels, Yardstick};
+use crate::scorer::{RewardModels, Yardstick, asked};
 use crate::update::Optimisers;
 use crate::{Config, Error};
 
@@ -40,8 +41,10 @@ const ROLLOUTS: &str = "rollouts";
 pub struct TrainInputs {
     /// Directory with `prompts.parquet`.
     pub prompts: PathBuf,
-    /// Directory with `<aspect>/adapter`; none for a programmed reward.
+    /// Directory with `<turn>/adapter`; none for a programmed reward.
     pub rewards: Option<PathBuf>,
+    /// The constitution whose turns are asked for; none for the one that the reward models carry, or the shipped turns.
+    pub constitution: Option<PathBuf>,
     /// Directory of a reward model that only watches.
     pub yardstick: Option<PathBuf>,
     /// Where the results go.
@@ -62,16 +65,21 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         return Err(setting("rewards", "either --rewards or --programmed-reward"));
     }
     let source = Source::fetch(name)?;
-    let run = match open(config, inputs, &source)? {
+    let constitution = constitution_of(inputs)?;
+    let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+    let run = match open(config, inputs, &source, constitution.as_ref(), &turns)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %inputs.output.display(), "up to date");
             return Ok(());
         }
         Start::Run(run) => run,
     };
+    if let Some(own) = &constitution {
+        own.leave(run.output())?;
+    }
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
-    let counts = Stage::new(config, inputs, &model, &options, &run)?.train(name, &source)?;
+    let counts = Stage::new(config, inputs, turns, &model, &options, &run)?.train(name, &source)?;
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
@@ -89,14 +97,40 @@ fn setting(name: &'static str, expected: &str) -> Error {
     Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
 }
 
-fn open(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Start, Error> {
+/// The constitution given or carried by the reward models, if it is of other turns than the shipped ones.
+fn constitution_of(inputs: &TrainInputs) -> Result<Option<Constitution>, Error> {
+    let given = inputs.constitution.as_deref().map(Constitution::load).transpose()?;
+    let own = match (&inputs.rewards, given) {
+        (Some(dir), given) => {
+            let carried = constitution::carried_by_reward_models(dir)?;
+            if let Some(given) = &given {
+                let trained = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+                trained.check_same(&given.turns, given.path())?;
+            }
+            given.or(carried)
+        }
+        (None, given) => given,
+    };
+    Ok(own.filter(|own| own.turns != Turns::default()))
+}
+
+fn open(
+    config: &Config,
+    inputs: &TrainInputs,
+    source: &Source,
+    constitution: Option<&Constitution>,
+    turns: &Turns,
+) -> Result<Start, Error> {
     let mut files = vec![("prompts".to_owned(), inputs.prompts.clone())];
     let mut push = |name: String, path: PathBuf| {
         if path.exists() {
             files.push((name, path));
         }
     };
-    for aspect in Aspect::ALL {
+    if let Some(own) = constitution {
+        push("constitution".to_owned(), own.path().to_owned());
+    }
+    for (_, aspect) in asked(turns, config.rollout) {
         if let Some(dir) = &inputs.rewards {
             let dir = dir.join(aspect.name());
             push(format!("reward_{aspect}"), dir.join("adapter"));
@@ -150,6 +184,7 @@ impl<'a> Stage<'a> {
     fn new(
         config: &'a Config,
         inputs: &TrainInputs,
+        turns: Turns,
         model: &'a Model,
         options: &LoadOptions,
         run: &StageRun,
@@ -157,6 +192,7 @@ impl<'a> Stage<'a> {
         let output = run.output().to_owned();
         let chat = model.chat()?;
         let sampler = Sampler {
+            turns,
             kind: config.rollout,
             max_new_tokens: config.max_new_tokens,
             temperature: config.temperature,
@@ -165,15 +201,16 @@ impl<'a> Stage<'a> {
             seed: config.seed,
         };
         // Reward models also read what closes the last turn.
-        let reserved = config.rollout.n_turns() * config.max_new_tokens
+        let turns = &sampler.turns;
+        let reserved = config.rollout.n_turns(turns.len()) * config.max_new_tokens
             + sampler.n_question_tokens(&chat)?
             + chat.next_turn(false, "")?.len();
         let context = model.config.max_position_embeddings;
         let prompts = Prompts::read(&inputs.prompts, &chat, context, reserved)?;
         left_out::write(&output, &prompts.left_out)?;
         let rewards = match (&inputs.rewards, &config.programmed_reward) {
-            (Some(dir), _) => RewardModels::load(dir, model, config.rollout)?,
-            (None, Some(rule)) => RewardModels::programmed(rule, config.rollout),
+            (Some(dir), _) => RewardModels::load(dir, model, turns, config.rollout)?,
+            (None, Some(rule)) => RewardModels::programmed(rule, turns, config.rollout),
             (None, None) => unreachable!("checked in train"),
         };
         let yardstick = match &inputs.yardstick {
@@ -322,7 +359,9 @@ impl<'a> Stage<'a> {
         let outcome = work.run(&self.models, &mut self.optimisers, &prompts, Some(&mut journal))?;
         let Outcome { conversations, assessment, report, mut metrics, phases } = outcome;
 
-        let rows = assess::rows(iteration, &conversations, &prompts, &assessment);
+        let turns = &self.sampler.turns;
+        let rows =
+            assess::rows(iteration, &conversations, &prompts, &assessment, turns, &self.rewards);
         write_rows(&rollouts.join(format!("iteration-{iteration:06}.parquet")), &rows)?;
         let mean_kl = stats::mean(&assessment.kl);
         let kl_coef = self.state.kl_coef;
@@ -445,9 +484,7 @@ fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
 
 /// Mean standardised score of a conversation.
 fn z_mean(row: &RolloutRow) -> f64 {
-    let z = [row.z_action, row.z_motivation, row.z_consequence];
-    let z: Vec<f64> = z.into_iter().flatten().map(f64::from).collect();
-    stats::mean(&z)
+    stats::mean(&row.z())
 }
 
 fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result<(), Error> {

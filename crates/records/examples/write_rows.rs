@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use arete_records::rows::{
-    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, Round,
-    ScoreRow,
+    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow,
+    RolloutTurn, Round, ScoreRow, TurnRow,
 };
 use arete_records::{Aspect, FinishReason, Message, Virtue, parquet, prompt_id, split_of};
 
@@ -52,15 +52,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             sample: 0,
             persona: None,
             messages: messages.clone(),
-            action: answer.content.clone(),
-            motivation: "Respect.".to_owned(),
-            consequence: "Trust".to_owned(),
-            finish_reason_action: FinishReason::Stop,
-            finish_reason_motivation: FinishReason::Stop,
-            finish_reason_consequence: FinishReason::Length,
-            n_tokens_action: 11,
-            n_tokens_motivation: 3,
-            n_tokens_consequence: 1,
+            turns: vec![
+                turn(Aspect::ACTION, &answer.content, FinishReason::Stop, 11),
+                turn(Aspect::MOTIVATION, "Respect.", FinishReason::Stop, 3),
+                turn(Aspect::CONSEQUENCE, "Trust", FinishReason::Length, 1),
+            ],
             seed: u64::MAX,
         }],
     )?;
@@ -69,8 +65,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &[JudgementRow {
             prompt_id: id.clone(),
             split,
-            aspect: Aspect::Action,
-            virtue: Virtue::Respect,
+            aspect: Aspect::ACTION,
+            virtue: Virtue::RESPECT,
             method: "pairwise-logits".to_owned(),
             judge: "example".to_owned(),
             p_ab: Some(0.75),
@@ -99,20 +95,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             iteration: 1,
             prompt_id: id.clone(),
             messages,
-            score_action: Some(1.5),
-            score_motivation: None,
-            score_consequence: None,
-            z_action: Some(0.5),
-            z_motivation: None,
-            z_consequence: None,
+            turns: vec![
+                RolloutTurn {
+                    aspect: Aspect::ACTION,
+                    score: Some(1.5),
+                    z: Some(0.5),
+                    n_tokens: Some(11),
+                    finish_reason: Some(FinishReason::Stop),
+                },
+                not_asked(Aspect::MOTIVATION),
+                not_asked(Aspect::CONSEQUENCE),
+            ],
             reward: 0.5,
             kl: -0.125,
-            n_tokens_action: Some(11),
-            n_tokens_motivation: None,
-            n_tokens_consequence: None,
-            finish_reason_action: Some(FinishReason::Stop),
-            finish_reason_motivation: None,
-            finish_reason_consequence: None,
         }],
     )?;
     parquet::write(
@@ -120,7 +115,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &[ScoreRow {
             model: "original".to_owned(),
             prompt_id: id,
-            aspect: Aspect::Action,
+            aspect: Aspect::ACTION,
             score: 1.5,
             z: 0.5,
             yardstick: None,
@@ -132,4 +127,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let read: Vec<PromptRow> = parquet::read(dir.join("prompts.parquet"))?;
     assert_eq!(read, prompts, "what was read differs from what was written");
     Ok(())
+}
+
+fn turn(aspect: Aspect, text: &str, finish_reason: FinishReason, n_tokens: i32) -> TurnRow {
+    TurnRow { aspect, text: text.to_owned(), finish_reason, n_tokens }
+}
+
+/// A turn that a rollout of answers alone has not.
+fn not_asked(aspect: Aspect) -> RolloutTurn {
+    RolloutTurn { aspect, score: None, z: None, n_tokens: None, finish_reason: None }
 }

@@ -21,6 +21,17 @@ pub enum Error {
         got: String,
     },
 
+    /// A name of a turn or a virtue that cannot be one.
+    #[error("{what} `{got}`: expected {expected}")]
+    BadName {
+        /// The kind of name.
+        what: &'static str,
+        /// The name found.
+        got: String,
+        /// What would have been accepted.
+        expected: String,
+    },
+
     /// A file is damaged, or claims more than its size can hold.
     #[error("{}: {what}: expected {expected}, got {got}", path.display())]
     Damaged {

@@ -1,6 +1,6 @@
 //! The contract between Arete's stages: the words, rows and files they exchange, and their statistics.
 //!
-//! Stages meet in files. This crate owns them: the [vocabulary](Aspect), one struct per [row](rows),
+//! Stages meet in files. This crate owns them: the [names](Aspect) that a constitution gives, one struct per [row](rows),
 //! [Parquet](parquet) in and out (feature `parquet`, on by default), [atomic] writing, [content hashes](hashes), the
 //! [statistics](stats) that stages share, and how a failure [counts](Class). No tensors and no command lines here.
 
@@ -12,20 +12,26 @@ pub mod jsonl;
 #[cfg(feature = "parquet")]
 pub mod left_out;
 mod message;
+mod names;
 #[cfg(feature = "parquet")]
 pub mod parquet;
 pub mod progress;
 pub mod proxy;
 pub mod redact;
 pub mod rows;
+#[cfg(feature = "statistics")]
 pub mod score_stats;
+#[cfg(feature = "statistics")]
 pub mod stats;
 #[cfg(feature = "parquet")]
 pub mod table;
+mod turn_rows;
 mod vocabulary;
 
 pub use class::{At, Class, Classified, Refusal, class_of};
 pub use error::Error;
 pub use message::{Message, Role, fill_splits, hex, normalise, prompt_id, split_of};
+pub use names::{Aspect, MAX_NAME_BYTES, NAME_RULE, Virtue};
+#[cfg(feature = "statistics")]
 pub use score_stats::ScoreStats;
-pub use vocabulary::{Aspect, FinishReason, Split, Virtue};
+pub use vocabulary::{FinishReason, Split};

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::turn_rows::{ConversationRow, RolloutRow, RolloutTurn, TurnRow};
 use crate::{Aspect, FinishReason, Message, Split, Virtue};
 
 /// A row of `prompts.parquet`: a question to answer.
@@ -45,70 +46,6 @@ pub struct DemonstrationRow {
     pub messages: Vec<Message>,
 }
 
-/// A row of `conversations.parquet`: one sampled chain of three replies.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ConversationRow {
-    /// Id of the prompt.
-    pub prompt_id: String,
-    /// Split of the prompt.
-    pub split: Split,
-    /// Which of the prompt's samples: 0 or 1.
-    pub sample: i32,
-    /// Name of the persona the sample was drawn under, if any.
-    pub persona: Option<String>,
-    /// The whole conversation: prompt, answer, and both questions with their replies.
-    pub messages: Vec<Message>,
-    /// The answer.
-    pub action: String,
-    /// The reply about the motivation.
-    pub motivation: String,
-    /// The reply about the consequence.
-    pub consequence: String,
-    /// Why the answer ended.
-    pub finish_reason_action: FinishReason,
-    /// Why the reply about the motivation ended.
-    pub finish_reason_motivation: FinishReason,
-    /// Why the reply about the consequence ended.
-    pub finish_reason_consequence: FinishReason,
-    /// Tokens sampled for the answer.
-    pub n_tokens_action: i32,
-    /// Tokens sampled for the reply about the motivation.
-    pub n_tokens_motivation: i32,
-    /// Tokens sampled for the reply about the consequence.
-    pub n_tokens_consequence: i32,
-    /// Seed of the sample's random stream.
-    pub seed: u64,
-}
-
-impl ConversationRow {
-    /// The reply of one aspect.
-    pub fn reply(&self, aspect: Aspect) -> &str {
-        match aspect {
-            Aspect::Action => &self.action,
-            Aspect::Motivation => &self.motivation,
-            Aspect::Consequence => &self.consequence,
-        }
-    }
-
-    /// Why the reply of one aspect ended.
-    pub fn finish_reason(&self, aspect: Aspect) -> FinishReason {
-        match aspect {
-            Aspect::Action => self.finish_reason_action,
-            Aspect::Motivation => self.finish_reason_motivation,
-            Aspect::Consequence => self.finish_reason_consequence,
-        }
-    }
-
-    /// Tokens sampled for the reply of one aspect.
-    pub fn n_tokens(&self, aspect: Aspect) -> i32 {
-        match aspect {
-            Aspect::Action => self.n_tokens_action,
-            Aspect::Motivation => self.n_tokens_motivation,
-            Aspect::Consequence => self.n_tokens_consequence,
-        }
-    }
-}
-
 /// A row of `judgements.parquet`: one virtue's verdict on the two samples of a prompt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JudgementRow {
@@ -143,9 +80,9 @@ pub struct PreferenceRow {
     pub chosen: Vec<Message>,
     /// The worse side, everything after `prompt`.
     pub rejected: Vec<Message>,
-    /// Votes for `chosen`, 0 to 5.
+    /// Votes for `chosen`, at most one a virtue.
     pub score_chosen: i32,
-    /// Votes for `rejected`, 0 to 5.
+    /// Votes for `rejected`, at most one a virtue.
     pub score_rejected: i32,
     /// Mean over virtues of P(chosen preferred); may be below ½.
     pub chosen_prob: f32,
@@ -155,45 +92,6 @@ pub struct PreferenceRow {
     pub truncated_chosen: bool,
     /// The same of the rejected side's.
     pub truncated_rejected: bool,
-}
-
-/// A row of `rollouts/*.parquet`: one conversation sampled during PPO, and its reward.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RolloutRow {
-    /// PPO iteration, from 1.
-    pub iteration: i32,
-    /// Id of the prompt.
-    pub prompt_id: String,
-    /// The whole conversation.
-    pub messages: Vec<Message>,
-    /// Raw score of the action reward model.
-    pub score_action: Option<f32>,
-    /// Raw score of the motivation reward model.
-    pub score_motivation: Option<f32>,
-    /// Raw score of the consequence reward model.
-    pub score_consequence: Option<f32>,
-    /// Standardised score of the action reward model.
-    pub z_action: Option<f32>,
-    /// Standardised score of the motivation reward model.
-    pub z_motivation: Option<f32>,
-    /// Standardised score of the consequence reward model.
-    pub z_consequence: Option<f32>,
-    /// What PPO maximised, summed over the conversation.
-    pub reward: f32,
-    /// KL estimate of policy against reference, in nats, summed over the policy's own tokens.
-    pub kl: f32,
-    /// Tokens sampled for the answer.
-    pub n_tokens_action: Option<i32>,
-    /// Tokens sampled for the reply about the motivation.
-    pub n_tokens_motivation: Option<i32>,
-    /// Tokens sampled for the reply about the consequence.
-    pub n_tokens_consequence: Option<i32>,
-    /// Why the answer ended.
-    pub finish_reason_action: Option<FinishReason>,
-    /// Why the reply about the motivation ended.
-    pub finish_reason_motivation: Option<FinishReason>,
-    /// Why the reply about the consequence ended.
-    pub finish_reason_consequence: Option<FinishReason>,
 }
 
 /// A row of `scores.parquet`: one reward model's score of one model's reply to a test prompt.

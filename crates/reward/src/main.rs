@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 
 use anyhow::Context;
 use arete_records::Aspect;
@@ -10,7 +11,7 @@ use arete_reward::score::ScoreConfig;
 use arete_reward::{Config, PreferenceSource, TrainInputs};
 use arete_stage::cli::{self, StageArgs};
 use arete_stage::{interrupt, recipe};
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Reward models: learn which of two conversations is better, and score conversations.
 #[derive(Debug, Parser)]
@@ -20,27 +21,15 @@ struct Cli {
     command: Command,
 }
 
-/// Which reward models to train.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Wanted {
-    /// That of the answer.
-    Action,
-    /// That of the reply about the motivation.
-    Motivation,
-    /// That of the reply about the consequence.
-    Consequence,
-    /// All three, the base loaded once.
-    All,
-}
+/// Which reward models to train: those of all turns (none named), or that of one.
+#[derive(Clone, Copy, Debug)]
+struct Wanted(Option<Aspect>);
 
-impl Wanted {
-    fn aspects(self) -> Vec<Aspect> {
-        match self {
-            Self::Action => vec![Aspect::Action],
-            Self::Motivation => vec![Aspect::Motivation],
-            Self::Consequence => vec![Aspect::Consequence],
-            Self::All => Aspect::ALL.to_vec(),
-        }
+impl FromStr for Wanted {
+    type Err = arete_records::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "all" { Ok(Self(None)) } else { text.parse().map(|aspect| Self(Some(aspect))) }
     }
 }
 
@@ -55,8 +44,9 @@ enum Command {
     Train {
         #[command(flatten)]
         stage: StageArgs,
-        /// The reward models to train; each goes into its own directory in --output
-        #[arg(long, value_enum, default_value_t = Wanted::All)]
+        /// The reward models to train: all, or that of one turn of the constitution (action, motivation, consequence as
+        /// shipped); each goes into its own directory in --output
+        #[arg(long, default_value = "all", value_name = "TURN")]
         aspect: Wanted,
         /// Directory with <aspect>/{train,validation}.parquet
         #[arg(
@@ -105,7 +95,7 @@ fn run() -> anyhow::Result<()> {
             let (preferences, from) = match (preferences, pairs) {
                 (_, Some(file)) => (PreferenceSource::Pairs(file.clone()), file),
                 (Some(dir), None) => {
-                    let aspects = aspect.aspects();
+                    let aspects = aspect.0.into_iter().collect();
                     (PreferenceSource::Stage { dir: dir.clone(), aspects }, dir)
                 }
                 (None, None) => unreachable!("clap demands one of them"),

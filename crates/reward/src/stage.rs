@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use arete_chain::constitution::{Constitution, listed};
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
-use arete_chain::{CutReply, Reading, Transcript, aspect_conversation};
+use arete_chain::{CutReply, Reading, Transcript, Turns, through_aspect};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
@@ -56,7 +57,7 @@ pub enum PreferenceSource {
     Stage {
         /// The directory.
         dir: PathBuf,
-        /// One reward model each.
+        /// One reward model each; none for all that the constitution has.
         aspects: Vec<Aspect>,
     },
     /// A file of pairs, for one reward model.
@@ -78,7 +79,8 @@ pub struct TrainInputs {
 /// One reward model to train.
 struct Job {
     name: String,
-    aspect: Option<Aspect>,
+    /// The turn and its place in the chain; none of pairs.
+    aspect: Option<(Aspect, usize)>,
     /// The files of the stage, or the pairs twice.
     train: PathBuf,
     validation: PathBuf,
@@ -137,14 +139,18 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         .conversations
         .as_ref()
         .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
-    let wanted = match &inputs.preferences {
-        PreferenceSource::Stage { dir, aspects } => aspects
-            .iter()
-            .map(|&aspect| {
-                (Some(aspect), dir.join(aspect.name()), inputs.output.join(aspect.name()))
-            })
-            .collect(),
-        PreferenceSource::Pairs(file) => vec![(None, file.clone(), inputs.output.clone())],
+    let (carried, wanted) = match &inputs.preferences {
+        PreferenceSource::Stage { dir, aspects } => {
+            let carried = Constitution::carried(dir)?;
+            let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+            let of = |(aspect, place): (Aspect, usize)| {
+                let name = aspect.name();
+                (Some((aspect, place)), dir.join(name), inputs.output.join(name))
+            };
+            let wanted = wanted(&turns, aspects)?.into_iter().map(of).collect();
+            (carried, wanted)
+        }
+        PreferenceSource::Pairs(file) => (None, vec![(None, file.clone(), inputs.output.clone())]),
     };
     for (aspect, data, output) in wanted {
         let (train, validation) = match aspect {
@@ -165,12 +171,15 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             files.push(("model".to_owned(), path.to_owned()));
             recorded.model = None; // its contents are an input; where they lie changes nothing
         }
-        let name = aspect.map_or("yardstick".to_owned(), |aspect| aspect.name().to_owned());
+        if let Some(own) = &carried {
+            files.push(("constitution".to_owned(), own.path().to_owned()));
+        }
+        let name = aspect.map_or("yardstick".to_owned(), |(aspect, _)| aspect.name().to_owned());
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
         arete_training::forget_harmless(&mut recorded, &[]);
         // Not a setting: reward models of versions that recorded no reading rule are trained again.
         recorded["reading"] = "as trained".into();
-        recorded["aspect"] = aspect.map_or(Value::Null, |aspect| aspect.name().into());
+        recorded["aspect"] = aspect.map_or(Value::Null, |(aspect, _)| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
             stage,
@@ -182,12 +191,29 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         match run::begin(spec)? {
             Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
             Start::Run(run) => {
+                if let Some(own) = &carried {
+                    own.leave(&output)?;
+                }
                 let conversations = aspect.and(conversations.clone());
                 jobs.push(Job { name, aspect, train, validation, conversations, run });
             }
         }
     }
     Ok(jobs)
+}
+
+/// The turns that reward models are wanted for, with their places in the chain.
+fn wanted(turns: &Turns, aspects: &[Aspect]) -> Result<Vec<(Aspect, usize)>, Error> {
+    let names = turns.names();
+    let aspects = if aspects.is_empty() { &names } else { aspects };
+    let of = |&aspect: &Aspect| {
+        let unknown = || {
+            let expected = format!("all, or a turn of the constitution: {}", listed(&names));
+            setting("aspect", &expected, aspect.name())
+        };
+        Ok((aspect, turns.place(aspect).ok_or_else(unknown)?))
+    };
+    aspects.iter().map(of).collect()
 }
 
 /// Pairs of both splits as tokens.
@@ -231,7 +257,7 @@ impl Base<'_> {
             Adapter::new(&job.name, &model.config, &config.lora.config(), config.seed, device)?;
         adapter.set_trainable(true);
         // Each aspect's head starts elsewhere: an ensemble whose members start alike errs alike.
-        let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |a| a.index() as u64));
+        let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |(_, place)| place as u64));
         let mut head = ScalarHead::normal(model.config.hidden_size, head_seed, device);
         head.set_trainable(true);
         let (outcome, evaluated) = self.optimise(&job, &data, &adapter, &head)?;
@@ -432,7 +458,7 @@ impl Base<'_> {
             let of = ScoreStats::of(scores, split, &self.model.base_sha256);
             ScoreStats { n_prompts, source: source.to_owned(), ..of }
         };
-        if let (Some(path), Some(aspect)) = (&job.conversations, job.aspect) {
+        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
             let own = self.conversations(path, aspect, chat, reading)?;
             if !own.sequences.is_empty() {
                 let n = own.sequences.len();
@@ -480,11 +506,8 @@ impl Base<'_> {
                 row: idx + 1,
                 source: Box::new(source),
             };
-            let through = &Aspect::ALL[..=aspect.index()];
-            let transcript = Transcript {
-                messages: aspect_conversation(&row.messages, aspect)?,
-                finish_reasons: through.iter().map(|&turn| row.finish_reason(turn)).collect(),
-            };
+            let (messages, finish_reasons) = through_aspect(row, aspect)?;
+            let transcript = Transcript { messages, finish_reasons };
             let context = self.model.config.max_position_embeddings;
             own.sequences.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
             prompts.insert(&row.prompt_id);

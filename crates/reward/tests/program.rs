@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use arete_records::rows::{ConversationRow, PreferenceRow};
-use arete_records::{FinishReason, Message, Split, parquet};
+use arete_records::rows::{ConversationRow, PreferenceRow, TurnRow};
+use arete_records::{Aspect, FinishReason, Message, Split, parquet};
 use rand_chacha::rand_core::Rng;
 use serde_json::Value;
 
@@ -117,6 +117,10 @@ fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("{key} of {value}"))
 }
 
+fn answer(text: String, n_tokens: i32) -> TurnRow {
+    TurnRow { aspect: Aspect::ACTION, text, finish_reason: FinishReason::Stop, n_tokens }
+}
+
 #[test]
 fn preferences_become_a_reward_model_that_scores() {
     let dir = tempfile::tempdir().unwrap();
@@ -126,22 +130,14 @@ fn preferences_become_a_reward_model_that_scores() {
     let row = |i: usize, sample: i32, split: Split| {
         let PreferenceRow { prompt, chosen, rejected, prompt_id, .. } = pair(i);
         let reply = if sample == 0 { chosen } else { rejected };
-        let action = reply[0].content.clone();
+        let text = reply[0].content.clone();
         ConversationRow {
             prompt_id,
             split,
             sample,
             persona: Some(if sample == 0 { "tuned" } else { "original" }.to_owned()),
             messages: [prompt, reply].concat(),
-            action,
-            motivation: String::new(),
-            consequence: String::new(),
-            finish_reason_action: FinishReason::Stop,
-            finish_reason_motivation: FinishReason::Stop,
-            finish_reason_consequence: FinishReason::Stop,
-            n_tokens_action: 5,
-            n_tokens_motivation: 0,
-            n_tokens_consequence: 0,
+            turns: vec![answer(text, 5)],
             seed: 0,
         }
     };
@@ -457,15 +453,7 @@ fn bad_input_is_named() {
         sample: 0,
         persona: None,
         messages: Vec::new(),
-        action: String::new(),
-        motivation: String::new(),
-        consequence: String::new(),
-        finish_reason_action: FinishReason::Stop,
-        finish_reason_motivation: FinishReason::Stop,
-        finish_reason_consequence: FinishReason::Stop,
-        n_tokens_action: 0,
-        n_tokens_motivation: 0,
-        n_tokens_consequence: 0,
+        turns: vec![answer(String::new(), 0)],
         seed: 0,
     };
     parquet::write(preferences.join("action/train.parquet"), &[row]).unwrap();

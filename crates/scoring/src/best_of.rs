@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_model::runtime;
@@ -50,9 +51,14 @@ pub struct BestOf {
 }
 
 impl BestOf {
-    /// From the samples' standardised scores, prompt by prompt; none without two samples of a prompt. `n` = the fewest
+    /// From the samples' standardised scores (one an aspect), prompt by prompt; none without two samples of a prompt. `n` = the fewest
     /// samples of a prompt.
-    pub fn of(samples: &[Vec<[f64; 3]>], from: &str, resampling: Resampling) -> Option<Self> {
+    pub fn of(
+        samples: &[Vec<Vec<f64>>],
+        aspects: &[Aspect],
+        from: &str,
+        resampling: Resampling,
+    ) -> Option<Self> {
         let n = samples.iter().map(Vec::len).min().filter(|&n| n >= 2)?;
         let ensemble: Vec<Vec<f64>> = samples
             .iter()
@@ -68,11 +74,11 @@ impl BestOf {
         let mut ks: Vec<usize> =
             std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| *k < n).collect();
         ks.push(n);
-        let by_aspect = |aspect: Aspect| {
+        let by_aspect = |place: usize| {
             let gains: Vec<f64> = samples
                 .iter()
                 .map(|samples| {
-                    let own: Vec<f64> = samples[..n].iter().map(|z| z[aspect.index()]).collect();
+                    let own: Vec<f64> = samples[..n].iter().map(|z| z[place]).collect();
                     best(n, &own) - stats::mean(&own)
                 })
                 .collect();
@@ -85,7 +91,11 @@ impl BestOf {
             mean: over_prompts(&stats::mean),
             curve: ks.into_iter().map(|k| (k, over_prompts(&|scores| best(k, scores)))).collect(),
             gain,
-            gain_by_aspect: Aspect::ALL.map(|aspect| (aspect, by_aspect(aspect))).into(),
+            gain_by_aspect: aspects
+                .iter()
+                .enumerate()
+                .map(|(place, &aspect)| (aspect, by_aspect(place)))
+                .collect(),
             yardstick_gain: None,
         })
     }
@@ -98,7 +108,7 @@ impl BestOf {
     #[must_use]
     pub fn with_yardstick(
         self,
-        samples: &[Vec<[f64; 3]>],
+        samples: &[Vec<Vec<f64>>],
         yardstick: &[Vec<f64>],
         resampling: Resampling,
     ) -> Self {
@@ -123,20 +133,20 @@ impl BestOf {
     /// From the first PPO iteration's rollouts, where the policy is still the base: prompts with several samples.
     pub fn of_rollouts(rollouts: &[RolloutRow], resampling: Resampling) -> Option<Self> {
         let first = rollouts.first()?.iteration;
-        let mut by_prompt: BTreeMap<&str, Vec<[f64; 3]>> = BTreeMap::new();
+        // Of the turns that have a reward model.
+        let scored = rollouts.first()?.turns.iter().filter(|turn| turn.z.is_some());
+        let aspects: Vec<Aspect> = scored.map(|turn| turn.aspect).collect();
+        let mut by_prompt: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
         for row in rollouts.iter().filter(|row| row.iteration == first) {
-            let z = Aspect::ALL.map(|aspect| rollout_reply(row, aspect).z);
-            if let [Some(action), Some(motivation), Some(consequence)] = z {
-                by_prompt.entry(&row.prompt_id).or_default().push([
-                    action,
-                    motivation,
-                    consequence,
-                ]);
+            let z: Option<Vec<f64>> =
+                aspects.iter().map(|&aspect| rollout_reply(row, aspect).z).collect();
+            if let Some(z) = z.filter(|z| !z.is_empty()) {
+                by_prompt.entry(&row.prompt_id).or_default().push(z);
             }
         }
-        let samples: Vec<Vec<[f64; 3]>> =
+        let samples: Vec<Vec<Vec<f64>>> =
             by_prompt.into_values().filter(|samples| samples.len() >= 2).collect();
-        Self::of(&samples, "the first rollout", resampling)
+        Self::of(&samples, &aspects, "the first rollout", resampling)
     }
 }
 
@@ -194,10 +204,14 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         inputs.prompts.clone()
     };
     let mut files = vec![("prompts".to_owned(), file.clone())];
+    let constitution = carried_by_reward_models(&inputs.rewards)?;
+    let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+    let aspects = turns.names();
+    files.extend(constitution.map(|own| ("constitution".to_owned(), own.path().to_owned())));
     if let Some(path) = base.local_path() {
         files.push(("base".to_owned(), path.to_owned()));
     }
-    for aspect in Aspect::ALL {
+    for aspect in &aspects {
         let dir = inputs.rewards.join(aspect.name());
         files.push((format!("reward {aspect}"), adapter_dir(&dir)));
         let rule = dir.join(reading::FILE);
@@ -244,7 +258,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let micro_batch_tokens = config.micro_batch_tokens;
     let reader = Base { model, chat: &chat, micro_batch_tokens };
     let mut reward_models = Vec::new();
-    for aspect in Aspect::ALL {
+    for &aspect in &aspects {
         let dir = inputs.rewards.join(aspect.name());
         let stats = read_stats(&dir, Some(&model.base_sha256))?.ok_or_else(|| Error::File {
             path: dir.join(score_stats::FILE),
@@ -261,35 +275,37 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         n_samples: n,
     };
     let progress = arete_records::progress::start("best of n", "prompts", prompts.len() as u64);
-    let mut samples: Vec<Vec<[f64; 3]>> = Vec::new();
+    let mut samples: Vec<Vec<Vec<f64>>> = Vec::new();
     let mut all_rows = Vec::new();
     for together in prompts.chunks(PROMPTS_TOGETHER) {
         interrupt::check()?;
-        let chains = sample_chains(model, None, together, &drawing)?;
+        let chains = sample_chains(model, None, together, &turns, &drawing)?;
         let rows: Vec<ConversationRow> = chains.into_iter().map(|(row, _)| row).collect();
-        let mut z = vec![[0.0; 3]; rows.len()];
+        let mut z = vec![Vec::with_capacity(aspects.len()); rows.len()];
         for (aspect, reward, stats) in &reward_models {
             let scores = aspect_scores(reward, reader, &rows, &[*aspect])?;
             for (z, score) in z.iter_mut().zip(scores) {
-                z[aspect.index()] = standardise(score[0], stats);
+                z.push(standardise(score[0], stats));
             }
         }
-        samples.extend(z.chunks(n).map(<[[f64; 3]]>::to_vec));
+        samples.extend(z.chunks(n).map(<[Vec<f64>]>::to_vec));
         all_rows.extend(rows);
         progress.inc(together.len() as u64);
     }
     drop(progress);
     let resampling = Resampling { draws: config.draws, level: 0.95, seed: config.seed };
-    let mut best = BestOf::of(&samples, "validation prompts, sampled from the base", resampling)
-        .ok_or_else(|| {
-            setting(
-                "max_new_tokens",
-                "so few that the replies fit the model",
-                &config.max_new_tokens.to_string(),
-            )
-        })?;
+    let mut best =
+        BestOf::of(&samples, &aspects, "validation prompts, sampled from the base", resampling)
+            .ok_or_else(|| {
+                setting(
+                    "max_new_tokens",
+                    "so few that the replies fit the model",
+                    &config.max_new_tokens.to_string(),
+                )
+            })?;
     if let Some(place) = &yardstick {
-        let scores = yardstick_scores(place, &mut shelf, &all_rows, config.micro_batch_tokens)?;
+        let scores =
+            yardstick_scores(place, &mut shelf, &all_rows, &aspects, config.micro_batch_tokens)?;
         let scores: Vec<Vec<f64>> = scores.chunks(n).map(<[f64]>::to_vec).collect();
         best = best.with_yardstick(&samples, &scores, resampling);
     }
@@ -305,19 +321,21 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     Ok(best)
 }
 
-/// The yardstick's score of each conversation: the mean of those through the three replies.
+/// The yardstick's score of each conversation: the mean of those through each reply.
 fn yardstick_scores(
     place: &YardstickPlace,
     shelf: &mut Shelf,
     rows: &[ConversationRow],
+    aspects: &[Aspect],
     budget: usize,
 ) -> Result<Vec<f64>, Error> {
     let model = shelf.get_packed(&place.source, place.nf4)?;
     let chat = model.chat()?;
     let reward = place.reward_model(model)?;
     let base = Base { model, chat: &chat, micro_batch_tokens: budget };
-    let scores = aspect_scores(&reward, base, rows, &Aspect::ALL)?;
-    Ok(scores.iter().map(|scores| scores.iter().map(|score| score / 3.0).sum()).collect())
+    let scores = aspect_scores(&reward, base, rows, aspects)?;
+    let n = aspects.len() as f64;
+    Ok(scores.iter().map(|scores| scores.iter().map(|score| score / n).sum()).collect())
 }
 
 fn read(path: &Path) -> Result<BestOf, Error> {
@@ -351,18 +369,21 @@ mod tests {
     #[test]
     fn the_gain_of_the_best_by_hand() {
         // Ensemble scores: prompt 1: 0 and 2; prompt 2: 1 and 1.
-        let samples = vec![vec![[0.0; 3], [1.0, 2.0, 3.0]], vec![[1.0; 3], [0.0, 1.0, 2.0]]];
-        let best = BestOf::of(&samples, "a test", resampling()).unwrap();
+        let samples =
+            vec![vec![vec![0.0; 3], vec![1.0, 2.0, 3.0]], vec![vec![1.0; 3], vec![0.0, 1.0, 2.0]]];
+        let best = BestOf::of(&samples, &Aspect::SHIPPED, "a test", resampling()).unwrap();
         assert_eq!((best.n, best.n_prompts, best.mean), (2, 2, 1.0));
         assert_eq!(best.curve, [(1, 1.0), (2, 1.5)]);
         assert_eq!(best.gain.estimate, 0.5);
         // Action: maxima 1 and 1, means 0.5 and 0.5.
-        assert_eq!(best.gain_by_aspect[&Aspect::Action], 0.5);
+        assert_eq!(best.gain_by_aspect[&Aspect::ACTION], 0.5);
         // Favourites: the second of prompt 1, the first or second of prompt 2 (both 1).
         let by_yardstick =
             best.with_yardstick(&samples, &[vec![5.0, 8.0], vec![3.0, 3.0]], resampling());
         assert_eq!(by_yardstick.yardstick_gain.unwrap().estimate, 0.75);
-        assert!(BestOf::of(&[vec![[0.0; 3]]], "a test", resampling()).is_none());
-        assert!(BestOf::of(&[], "a test", resampling()).is_none());
+        assert!(
+            BestOf::of(&[vec![vec![0.0; 3]]], &Aspect::SHIPPED, "a test", resampling()).is_none()
+        );
+        assert!(BestOf::of(&[], &Aspect::SHIPPED, "a test", resampling()).is_none());
     }
 }

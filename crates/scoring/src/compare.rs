@@ -16,6 +16,8 @@ use arete_records::rows::ScoreRow;
 use arete_records::stats::{self, Interval, Resampling};
 use arete_stage::run::RunJson;
 
+use arete_chain::Turns;
+
 use crate::Error;
 use crate::score;
 use crate::summary::{Change, Difference, Scale, Scope, Summary};
@@ -39,6 +41,8 @@ pub struct ScoredRun {
     pub summary: Summary,
     /// Every score.
     pub scores: Vec<ScoreRow>,
+    /// The turns of its constitution.
+    pub turns: Turns,
     /// SHA-256 of the yardstick's files, by name; empty without one.
     pub yardstick: BTreeMap<String, String>,
 }
@@ -70,7 +74,8 @@ impl ScoredRun {
         let scores = parquet::read(dir.join(score::SCORES))?;
         let mut yardstick = RunJson::read(&dir)?.inputs;
         yardstick.retain(|name, _| name.starts_with("yardstick"));
-        Ok(Self { arm, summary, scores, yardstick })
+        let turns = Turns::carried(&dir)?;
+        Ok(Self { arm, summary, scores, turns, yardstick })
     }
 
     /// Refuses a model that the run did not score.
@@ -88,10 +93,13 @@ impl ScoredRun {
         })
     }
 
-    /// The yardstick's scores of one model's replies, by prompt; none without a yardstick.
-    fn yardstick(&self, model: &str) -> BTreeMap<&str, Vec<f64>> {
+    /// The yardstick's scores of one model's replies in the first `n_turns`, by prompt; none without a yardstick.
+    fn yardstick(&self, model: &str, n_turns: usize) -> BTreeMap<&str, Vec<f64>> {
         let mut out: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for row in self.scores.iter().filter(|row| row.model == model) {
+        let is_among = |row: &&ScoreRow| {
+            row.model == model && self.turns.place(row.aspect).is_some_and(|place| place < n_turns)
+        };
+        for row in self.scores.iter().filter(is_among) {
             if let Some(score) = row.yardstick {
                 out.entry(&row.prompt_id).or_default().push(f64::from(score));
             }
@@ -140,11 +148,30 @@ pub struct ArmDifference {
     pub last: String,
     /// Prompts that both answered, in one run or more.
     pub n_prompts: usize,
+    /// Turns that both were asked for in the same words.
+    pub n_turns: usize,
     /// Of the mean over prompts, aspects and seeds.
     pub mean: Change,
 }
 
-/// The yardstick's mean score of `model`, later arm − earlier arm, for every two arms that have one.
+/// The number of turns that all runs share: as many as have the same questions from the first on, for a reply depends on
+/// what was asked before it. The first, the answer to the prompt, all share.
+pub fn n_shared_turns<'a>(runs: impl IntoIterator<Item = &'a ScoredRun>) -> usize {
+    let mut shared: Option<Vec<Option<String>>> = None;
+    for run in runs {
+        let questions = run.turns.iter().map(|turn| turn.question.clone());
+        let same = |before: Vec<Option<String>>| {
+            before.into_iter().zip(questions.clone()).take_while(|(a, b)| a == b).map(|(a, _)| a)
+        };
+        shared = Some(
+            shared.take().map_or_else(|| questions.clone().collect(), |own| same(own).collect()),
+        );
+    }
+    shared.map_or(0, |own| own.len())
+}
+
+/// The yardstick's mean score of `model`, later arm − earlier arm, for every two arms that have one; of the turns that the
+/// two arms' constitutions share.
 ///
 /// # Panics
 ///
@@ -160,14 +187,16 @@ pub fn arm_differences(
             names.push(&run.arm.name);
         }
     }
-    let of = |name: &str| {
+    let of = |name: &str, n_turns: usize| {
         let runs = runs.iter().filter(|run| run.arm.name == name);
-        means_by_prompt(runs.map(|run| run.yardstick(model)))
+        means_by_prompt(runs.map(|run| run.yardstick(model, n_turns)))
     };
     let mut out = Vec::new();
     for (at, last) in names.iter().enumerate() {
         for first in &names[..at] {
-            let (before, after) = (of(first), of(last));
+            let either = |run: &&ScoredRun| [first, last].contains(&&run.arm.name.as_str());
+            let n_turns = n_shared_turns(runs.iter().filter(either));
+            let (before, after) = (of(first, n_turns), of(last, n_turns));
             let (before, after): (Vec<_>, Vec<_>) = before
                 .iter()
                 .filter_map(|(id, score)| Some((vec![*score], vec![*after.get(id)?])))
@@ -180,6 +209,7 @@ pub fn arm_differences(
                 first: (*first).to_owned(),
                 last: (*last).to_owned(),
                 n_prompts: before.len(),
+                n_turns,
                 mean: Change::of(difference),
             });
         }
@@ -234,6 +264,15 @@ pub fn text(runs: &[ScoredRun], first: &str, last: &str, resampling: Resampling)
             ]
         }));
         text.table(1, &rows);
+        let n_shared = n_shared_turns(runs);
+        if runs.iter().any(|run| run.turns.len() > n_shared) {
+            let turns =
+                if n_shared == 1 { "the answer alone" } else { "the turns that both share" };
+            text.line("");
+            text.line(format!(
+                "The runs are of different constitutions: arms that differ are compared in {turns}."
+            ));
+        }
     }
     text.finish()
 }
@@ -275,7 +314,7 @@ mod tests {
         let scores = scores
             .iter()
             .flat_map(|&(prompt, score)| {
-                Aspect::ALL.map(|aspect| ScoreRow {
+                Aspect::SHIPPED.map(|aspect| ScoreRow {
                     model: "final".to_owned(),
                     prompt_id: format!("{prompt:016x}"),
                     aspect,
@@ -299,7 +338,7 @@ mod tests {
             differences: Vec::new(),
         };
         let arm = Arm { name: arm.to_owned(), run: PathBuf::from(format!("runs/{arm}")) };
-        ScoredRun { arm, summary, scores, yardstick: BTreeMap::new() }
+        ScoredRun { arm, summary, scores, turns: Turns::default(), yardstick: BTreeMap::new() }
     }
 
     fn quick() -> Resampling {
@@ -321,6 +360,29 @@ mod tests {
         assert_eq!(own.n_prompts, 2);
         // (1 + 2) / 2 − 0 and 2.5 − 1; every prompt has the same difference, so no redraw has another.
         assert_eq!(own.mean.interval, Interval { estimate: 1.5, low: 1.5, high: 1.5 });
+    }
+
+    #[test]
+    fn runs_of_different_constitutions_are_compared_in_what_they_share() {
+        // The second arm asked another question after the answer, and its replies to that score 9.
+        let dir = tempfile::tempdir().unwrap();
+        let other = "[[turn]]\nname = \"deed\"\n[[turn]]\nname = \"why\"\nquestion = \"Why?\"\n\
+                     [virtues]\nren = \"Which is kinder?\"";
+        fs_err::write(dir.path().join("constitution.toml"), other).unwrap();
+        let (answer, why) = (Aspect::new("deed").unwrap(), Aspect::new("why").unwrap());
+        let mut confucian = run("confucian", &[(1, 1.0), (2, 2.0)]);
+        confucian.turns = Turns::carried(dir.path()).unwrap();
+        confucian.scores.retain(|row| row.aspect != Aspect::CONSEQUENCE);
+        for row in &mut confucian.scores {
+            row.aspect = if row.aspect == Aspect::ACTION { answer } else { why };
+            row.yardstick = row.yardstick.map(|score| if row.aspect == why { 9.0 } else { score });
+        }
+        let runs = [run("report", &[(1, 0.0), (2, 1.0)]), confucian];
+        assert_eq!((n_shared_turns(&runs), n_shared_turns(&runs[..1])), (1, 3));
+        let own = &arm_differences(&runs, "final", quick())[0];
+        assert_eq!((own.n_prompts, own.n_turns, own.mean.interval.estimate), (2, 1, 1.0));
+        let text = text(&runs, "original", "final", quick());
+        assert!(text.contains("compared in the answer alone"), "{text}");
     }
 
     #[test]

@@ -126,8 +126,11 @@ fn grade_high(value: f64, [warn, bad]: [f64; 2]) -> Grade {
 
 fn truncation(run: &RunFiles) -> Finding {
     let step = "replies cut off";
-    let rates: Vec<(Aspect, f64)> =
-        Aspect::ALL.iter().filter_map(|&aspect| Some((aspect, run.truncated(aspect)?))).collect();
+    let rates: Vec<(Aspect, f64)> = run
+        .aspects()
+        .into_iter()
+        .filter_map(|aspect| Some((aspect, run.truncated(aspect)?)))
+        .collect();
     if rates.is_empty() {
         return unknown(step, "no conversations", "run the stage `conversations`");
     }
@@ -352,7 +355,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeMap;
 
-    use arete_records::rows::{ConversationRow, JudgementRow};
+    use arete_records::rows::{ConversationRow, JudgementRow, TurnRow};
     use arete_records::stats::Interval;
     use arete_records::{FinishReason, Split, Virtue};
 
@@ -387,7 +390,7 @@ mod tests {
         let grade = |evaluation| {
             let mut run = RunFiles::default();
             let reward = Reward { evaluation: Some(evaluation), ..Reward::default() };
-            run.rewards.insert(Aspect::Action, reward);
+            run.rewards.insert(Aspect::ACTION, reward);
             reward_accuracy(&run).grade
         };
         assert_eq!(grade(evaluation(0.62, 0.7, 0.55)), Grade::Ok);
@@ -410,15 +413,14 @@ mod tests {
                 sample: 0,
                 persona: None,
                 messages: Vec::new(),
-                action: String::new(),
-                motivation: String::new(),
-                consequence: String::new(),
-                finish_reason_action: reason(Aspect::Action),
-                finish_reason_motivation: reason(Aspect::Motivation),
-                finish_reason_consequence: reason(Aspect::Consequence),
-                n_tokens_action: 1,
-                n_tokens_motivation: 1,
-                n_tokens_consequence: 1,
+                turns: Aspect::SHIPPED
+                    .map(|aspect| TurnRow {
+                        aspect,
+                        text: String::new(),
+                        finish_reason: reason(aspect),
+                        n_tokens: 1,
+                    })
+                    .into(),
                 seed: 0,
             }
         };
@@ -428,16 +430,16 @@ mod tests {
 
     #[test]
     fn one_cut_turn_is_enough_to_see_truncation() {
-        for aspect in Aspect::ALL {
+        for aspect in Aspect::SHIPPED {
             let grade = |n_cut| truncation(&cut(aspect, n_cut)).grade;
             assert_eq!([grade(0), grade(10)], [Grade::Ok, Grade::Ok]); // 5 %
             assert_eq!([grade(11), grade(50)], [Grade::Warn, Grade::Warn]); // 25 %
             assert_eq!([grade(51), grade(200)], [Grade::Bad, Grade::Bad]);
         }
-        let finding = truncation(&cut(Aspect::Motivation, 51));
+        let finding = truncation(&cut(Aspect::MOTIVATION, 51));
         assert!(finding.found.starts_with("action 0.0 %, motivation 25.5 %"), "{finding:?}");
         assert!(finding.advice.contains("raise max_new_tokens"));
-        assert_eq!(truncation(&cut(Aspect::Motivation, 0)).advice, "");
+        assert_eq!(truncation(&cut(Aspect::MOTIVATION, 0)).advice, "");
     }
 
     #[test]
@@ -446,8 +448,8 @@ mod tests {
             let verdict = |idx: usize| JudgementRow {
                 prompt_id: idx.to_string(),
                 split: Split::Train,
-                aspect: Aspect::Action,
-                virtue: Virtue::Honesty,
+                aspect: Aspect::ACTION,
+                virtue: Virtue::HONESTY,
                 method: "pairwise-text".to_owned(),
                 judge: "j".to_owned(),
                 p_ab: Some(if idx < n_first { 1.0 } else { 0.0 }),
@@ -472,8 +474,8 @@ mod tests {
             let verdict = |idx: usize| JudgementRow {
                 prompt_id: idx.to_string(),
                 split: Split::Train,
-                aspect: Aspect::Action,
-                virtue: Virtue::Honesty,
+                aspect: Aspect::ACTION,
+                virtue: Virtue::HONESTY,
                 method: "pairwise-logits".to_owned(),
                 judge: "j".to_owned(),
                 p_ab: Some(0.9),

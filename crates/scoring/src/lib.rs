@@ -3,7 +3,7 @@
 //! Inputs: the files of a run (`prompts`, `reward`, `ppo`, …), the models. Outputs: `scores.parquet`, `coherence.parquet`,
 //! `replies/<model>.parquet`, `summary.json`; `report.html` with its charts as SVG; the diagnosis as text.
 //!
-//! Method: every model answers the test prompts with the chain of three turns from the same random streams; each aspect's
+//! Method: every model answers the test prompts with the chain of turns from the same random streams; each aspect's
 //! reward model scores the conversation up to that aspect's reply; Score = μ − 0.5 σ over all 3n scores, as the
 //! report has it. Deviations from the report: f64 instead of half precision, standardised scores and each
 //! aspect beside the raw Score, paired bootstrap intervals clustered by prompt, a coherence guard, and, if there is

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_records::Aspect;
+use arete_chain::Turns;
 use arete_records::stats::Resampling;
 use arete_scoring::best_of::{self, BestOfInputs};
 use arete_scoring::compare::{self, Arm, ScoredRun};
@@ -190,7 +190,8 @@ impl Places {
 
 /// What a run started from, as its first adapter says.
 fn original_of(run: &Path) -> Result<Option<String>, Error> {
-    let first_reward = run.join("reward").join(Aspect::Action.name()).join("adapter");
+    let answer = Turns::of_reward_models(&run.join("reward"))?.answer();
+    let first_reward = run.join("reward").join(answer.name()).join("adapter");
     let adapters = [run.join("sft/adapter"), first_reward];
     adapters.iter().find(|dir| dir.is_dir()).map(|dir| policies::base_of_adapter(dir)).transpose()
 }

@@ -1,6 +1,7 @@
-//! Sampling the three-turn chain from the prompts of a file.
+//! Sampling the chain from the prompts of a file.
 
-use arete_chain::sample::{self, SampledChain, Sampler, Start, key_of};
+use arete_chain::Turns;
+use arete_chain::sample::{SampledChain, Sampler, Start, key_of};
 use arete_model::generate::{Options, Sampling, Stream};
 use arete_model::{Adapter, Model};
 use arete_records::rows::{ConversationRow, PromptRow};
@@ -30,6 +31,7 @@ pub fn sample_chains(
     model: &Model,
     adapter: Option<&Adapter>,
     prompts: &[PromptRow],
+    turns: &Turns,
     drawing: &Drawing,
 ) -> Result<Vec<(ConversationRow, SampledChain)>, Error> {
     let chat = model.chat()?;
@@ -41,7 +43,7 @@ pub fn sample_chains(
         let (seed, key) = (drawing.seed, key_of(&prompt.prompt_id));
         let stream = |sample| Stream { seed, prompt: key, sample };
         let streams = (0..drawing.n_samples as u64).map(stream).collect();
-        let start = Start::new(&chat, &prompt.prompt, sample::questions().collect(), streams)?;
+        let start = Start::new(&chat, &prompt.prompt, turns.questions(), streams)?;
         let longest = sampler.n_longest(&start)?;
         if longest > model.config.max_position_embeddings {
             tracing::warn!(
@@ -57,7 +59,7 @@ pub fn sample_chains(
     let mut out = Vec::new();
     for (prompt, chains) in fitting.into_iter().zip(sampler.all(&starts)?) {
         for (sample, chain) in (0..).zip(chains) {
-            out.push((chain.row(prompt, sample, drawing.seed), chain));
+            out.push((chain.row(prompt, &turns.names(), sample, drawing.seed), chain));
         }
     }
     Ok(out)

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use arete_chain::aspect_conversation;
 use arete_chain::batches::micro_batches;
 use arete_chain::reward_model::{Base, adapter_dir};
 use arete_chain::{RewardModel, Transcript, reading};
+use arete_chain::{prompt_of, through_aspect};
 use arete_model::{
     Adapter, Batch, Chat, Decoder, Model, Nf4Options, SegmentIdx, Source, adapter_files, logprobs,
 };
@@ -31,11 +31,8 @@ pub fn aspect_scores(
     let mut transcripts = Vec::with_capacity(rows.len() * aspects.len());
     for row in rows {
         for &aspect in aspects {
-            let through = &Aspect::ALL[..=aspect.index()];
-            transcripts.push(Transcript {
-                messages: aspect_conversation(&row.messages, aspect)?,
-                finish_reasons: through.iter().map(|&turn| row.finish_reason(turn)).collect(),
-            });
+            let (messages, finish_reasons) = through_aspect(row, aspect)?;
+            transcripts.push(Transcript { messages, finish_reasons });
         }
     }
     let (scores, _) = reward.scores(base, &transcripts)?;
@@ -161,16 +158,17 @@ pub(crate) fn sampled_chain(row: &TokensRow, limit: usize) -> Marked {
     Marked { token_ids, replies }
 }
 
-/// The three replies of a chain, their text tokenised anew.
+/// The replies of a chain, their text tokenised anew.
 pub(crate) fn marked_chain(
     chat: &Chat<'_>,
     row: &ConversationRow,
     limit: usize,
 ) -> Result<Marked, Error> {
-    let n_messages = row.messages.len();
-    // The replies stand at n − 5, n − 3, n − 1.
-    let starts = [n_messages - 5, n_messages - 3, n_messages - 1];
-    mark(chat, &row.messages, &starts, row.finish_reason_consequence, limit)
+    let n_prompt = prompt_of(&row.messages, row.turns.len())?.len();
+    // A reply, a question, a reply, …
+    let starts: Vec<usize> = (n_prompt..row.messages.len()).step_by(2).collect();
+    let last = row.turns.last().map_or(FinishReason::Stop, |turn| turn.finish_reason);
+    mark(chat, &row.messages, &starts, last, limit)
 }
 
 /// The last reply of a conversation.

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arete_chain::Reading;
+use arete_chain::{Constitution, Reading, Turns};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
@@ -172,6 +172,8 @@ pub struct Scoring {
 pub struct RunFiles {
     /// The run's name: the directory's last part.
     pub name: String,
+    /// The turns of its constitution; the shipped ones if no stage carries another.
+    pub turns: Turns,
     /// Every stage, in order.
     pub stages: Vec<StageRecord>,
     /// `prompts.parquet`.
@@ -200,22 +202,28 @@ pub struct RunFiles {
     pub best_of: Option<BestOf>,
 }
 
-/// Directories of a run that hold a stage, in the pipeline's order.
-pub const STAGE_DIRS: [&str; 13] = [
-    "prompts",
-    "demonstrations",
-    "sft",
-    "conversations",
-    "preferences",
-    "calibration",
-    "reward/action",
-    "reward/motivation",
-    "reward/consequence",
-    "yardstick",
-    "ppo",
-    "best-of",
-    "scoring",
+/// Directories of a run that hold a stage, in the pipeline's order, before and after the reward models'.
+const STAGE_DIRS: [&[&str]; 2] = [
+    &["prompts", "demonstrations", "sft", "conversations", "preferences", "calibration"],
+    &["yardstick", "ppo", "best-of", "scoring"],
 ];
+
+/// Directories of a run that hold a stage, in the pipeline's order.
+fn stage_dirs(aspects: &[Aspect]) -> Vec<String> {
+    let [before, after] = STAGE_DIRS.map(|dirs| dirs.iter().map(|dir| (*dir).to_owned()));
+    let rewards = aspects.iter().map(|aspect| format!("reward/{aspect}"));
+    before.chain(rewards).chain(after).collect()
+}
+
+/// The turns of the constitution that a run's stages carry, the earliest stage first.
+fn turns_of(run: &Path) -> Result<Turns, Error> {
+    for stage in ["conversations", "preferences", "ppo", "scoring"] {
+        if let Some(own) = Constitution::carried(&run.join(stage))? {
+            return Ok(own.turns);
+        }
+    }
+    Ok(Turns::of_reward_models(&run.join("reward"))?)
+}
 
 impl RunFiles {
     /// Reads a run directory.
@@ -226,18 +234,21 @@ impl RunFiles {
     /// there is damaged; [`Error::Io`].
     pub fn read(run: &Path) -> Result<Self, Error> {
         let at = |name: &str| run.join(name);
+        let turns = turns_of(run)?;
+        let aspects = turns.names();
+        let dirs = stage_dirs(&aspects);
         let stages: Vec<StageRecord> =
-            STAGE_DIRS.iter().map(|dir| stage(run, dir)).collect::<Result<_, _>>()?;
+            dirs.iter().map(|dir| stage(run, dir)).collect::<Result<_, _>>()?;
         if !stages.iter().any(|stage| stage.begun) {
             return Err(Error::File {
                 path: run.to_owned(),
                 field: "stages".to_owned(),
-                expected: format!("the directory of a run, with any of {}", STAGE_DIRS.join(", ")),
+                expected: format!("the directory of a run, with any of {}", dirs.join(", ")),
                 found: if run.is_dir() { "none of them" } else { "no directory" }.to_owned(),
             });
         }
         let mut preferences = BTreeMap::new();
-        for aspect in Aspect::ALL {
+        for &aspect in &aspects {
             for split in Split::ALL {
                 let path = at("preferences").join(aspect.name()).join(format!("{split}.parquet"));
                 if let Some(rows) = rows(&path)? {
@@ -246,7 +257,7 @@ impl RunFiles {
             }
         }
         let mut rewards = BTreeMap::new();
-        for aspect in Aspect::ALL {
+        for &aspect in &aspects {
             let dir = at("reward").join(aspect.name());
             let metrics = metrics(&dir)?;
             let evaluation = json(&dir.join("evaluation.json"))?;
@@ -263,6 +274,7 @@ impl RunFiles {
             name: name
                 .file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            turns,
             stages,
             prompts: rows(&at("prompts/prompts.parquet"))?,
             demonstrations: rows(&at("demonstrations/demonstrations.parquet"))?,
@@ -287,8 +299,17 @@ impl RunFiles {
     /// Part of the conversations' replies of an aspect that the token limit cut; none without conversations.
     pub fn truncated(&self, aspect: Aspect) -> Option<f64> {
         let rows = self.conversations.as_ref().filter(|rows| !rows.is_empty())?;
-        let is_cut = |row: &&ConversationRow| row.finish_reason(aspect) == FinishReason::Length;
-        Some(rows.iter().filter(is_cut).count() as f64 / rows.len() as f64)
+        Some(rows.iter().filter(|row| row.is_cut(aspect)).count() as f64 / rows.len() as f64)
+    }
+
+    /// The turns' names, in the order of the chain.
+    pub fn aspects(&self) -> Vec<Aspect> {
+        self.turns.names()
+    }
+
+    /// Place of a turn in the chain; past its end for one that it does not have.
+    pub fn place(&self, aspect: Aspect) -> usize {
+        self.turns.place(aspect).unwrap_or(self.turns.len())
     }
 
     /// What the preferences stage did with replies that the token limit cut: its setting `truncated`.
@@ -328,7 +349,7 @@ impl RunFiles {
 }
 
 /// Score, standardised score, tokens and end of a rollout's reply.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct RolloutReply {
     /// Standardised score.
     pub z: Option<f64>,
@@ -340,19 +361,12 @@ pub struct RolloutReply {
 
 /// The reply of one aspect.
 pub fn rollout_reply(row: &RolloutRow, aspect: Aspect) -> RolloutReply {
-    let (z, n_tokens, finish_reason) = match aspect {
-        Aspect::Action => (row.z_action, row.n_tokens_action, row.finish_reason_action),
-        Aspect::Motivation => {
-            (row.z_motivation, row.n_tokens_motivation, row.finish_reason_motivation)
-        }
-        Aspect::Consequence => {
-            (row.z_consequence, row.n_tokens_consequence, row.finish_reason_consequence)
-        }
-    };
+    let Some(turn) = row.turn(aspect) else { return RolloutReply::default() };
+    let is_cut = |reason| f64::from(u8::from(reason == FinishReason::Length));
     RolloutReply {
-        z: z.map(f64::from),
-        n_tokens: n_tokens.map(f64::from),
-        truncated: finish_reason.map(|reason| f64::from(u8::from(reason == FinishReason::Length))),
+        z: turn.z.map(f64::from),
+        n_tokens: turn.n_tokens.map(f64::from),
+        truncated: turn.finish_reason.map(is_cut),
     }
 }
 

@@ -8,6 +8,7 @@ mod results;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use arete_chain::constitution::{Constitution, Turns, carried_by_reward_models};
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_model::{Adapter, Source, runtime};
@@ -99,6 +100,9 @@ struct Plan<'a> {
     config: &'a ScoreConfig,
     inputs: &'a ScoreInputs,
     base: Source,
+    /// The constitution that the reward models carry, and the turns of the chain.
+    constitution: Option<Constitution>,
+    turns: Turns,
     policies: Vec<Policy>,
     yardstick: Option<YardstickPlace>,
     prompts_file: PathBuf,
@@ -133,7 +137,9 @@ impl<'a> Plan<'a> {
         } else {
             inputs.prompts.clone()
         };
-        Ok(Self { config, inputs, base, policies, yardstick, prompts_file })
+        let constitution = carried_by_reward_models(&inputs.rewards)?;
+        let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+        Ok(Self { config, inputs, base, constitution, turns, policies, yardstick, prompts_file })
     }
 
     fn spec(&self, output: &'a Path) -> StageSpec<'a> {
@@ -151,7 +157,10 @@ impl<'a> Plan<'a> {
         record("base".to_owned(), self.base.local_path());
         files.extend(self.yardstick.iter().flat_map(YardstickPlace::files));
         let order: Vec<Value> = self.policies.iter().map(|p| p.name.as_str().into()).collect();
-        for aspect in Aspect::ALL {
+        if let Some(own) = &self.constitution {
+            files.push(("constitution".to_owned(), own.path().to_owned()));
+        }
+        for aspect in self.turns.names() {
             let dir = self.reward_dir(aspect);
             files.push((format!("reward {aspect}"), adapter_dir(&dir)));
             let rule = dir.join(reading::FILE);
@@ -179,6 +188,9 @@ impl<'a> Plan<'a> {
 
     fn run(&self, run: StageRun) -> Result<(), Error> {
         let output = run.output().to_owned();
+        if let Some(own) = &self.constitution {
+            own.leave(&output)?;
+        }
         let options = self.config.load_options()?;
         let prompts = self.prompts()?;
         // The summary is written last: if it is there, a kill came between it and run.json.
@@ -300,7 +312,8 @@ impl<'a> Work<'a> {
                 .iter()
                 .flat_map(|&unit| self.prompts[units.items(unit)].iter().cloned())
                 .collect();
-            let chains = sample_chains(model, adapter.as_ref(), &items, &drawing)?;
+            let chains =
+                sample_chains(model, adapter.as_ref(), &items, &self.plan.turns, &drawing)?;
             for &unit in together {
                 let ids: BTreeSet<&str> =
                     self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
@@ -334,7 +347,7 @@ impl<'a> Work<'a> {
         units.iter().map(|&unit| Ok(self.units("replies", policy).read(unit)?)).collect()
     }
 
-    /// Scores by the three reward models, and log-probabilities under the base.
+    /// Scores by the reward models, and log-probabilities under the base.
     fn measure(&mut self, policy: &Policy) -> Result<(), Error> {
         let (units, tokens) = (self.units("scores", policy), self.units("tokens", policy));
         let missing = units.missing().0;
@@ -351,7 +364,7 @@ impl<'a> Work<'a> {
         let chat = model.chat()?;
         let reader = Base { model, chat: &chat, micro_batch_tokens: budget };
         let mut reward_models = Vec::new();
-        for aspect in Aspect::ALL {
+        for aspect in self.plan.turns.names() {
             reward_models.push((
                 aspect,
                 RewardModel::over(&self.plan.reward_dir(aspect), aspect.name(), model)?,
@@ -374,10 +387,10 @@ impl<'a> Work<'a> {
             }
             let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, budget)?;
             let mut rows = Vec::new();
-            for (aspect, reward) in &reward_models {
+            for (place, (aspect, reward)) in reward_models.iter().enumerate() {
                 let scores = aspect_scores(reward, reader, replies, &[*aspect])?;
                 for ((row, score), logprobs) in replies.iter().zip(scores).zip(&logprobs) {
-                    let own = logprobs[aspect.index()];
+                    let own = logprobs[place];
                     rows.push(MeasureRow {
                         prompt_id: row.prompt_id.clone(),
                         aspect: *aspect,
@@ -410,8 +423,9 @@ impl<'a> Work<'a> {
         for (&unit, replies) in missing.iter().zip(&replies) {
             interrupt::check()?;
             let mut rows = Vec::new();
-            let scores = aspect_scores(&reward, base, replies, &Aspect::ALL)?;
-            for (idx, aspect) in Aspect::ALL.into_iter().enumerate() {
+            let aspects = self.plan.turns.names();
+            let scores = aspect_scores(&reward, base, replies, &aspects)?;
+            for (idx, &aspect) in aspects.iter().enumerate() {
                 for (row, scores) in replies.iter().zip(&scores) {
                     let score = finite(scores[idx], "yardstick", policy, row)?;
                     rows.push(YardstickRow { prompt_id: row.prompt_id.clone(), aspect, score });

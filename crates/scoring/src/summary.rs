@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use arete_records::Aspect;
 use arete_records::rows::ScoreRow;
 use arete_records::stats::{self, Bootstrap, Interval, Resampling};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::coherence::Coherence;
 
@@ -47,40 +47,54 @@ impl Scale {
 }
 
 /// All aspects together, or one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
-    /// All 3n scores.
+    /// All scores.
     All,
-    /// Those of the answer.
-    Action,
-    /// Those of the reply about the motivation.
-    Motivation,
-    /// Those of the reply about the consequence.
-    Consequence,
+    /// Those of one aspect's replies.
+    Of(Aspect),
 }
 
 impl Scope {
-    /// Every scope.
-    pub const ALL: [Self; 4] = [Self::All, Self::Action, Self::Motivation, Self::Consequence];
+    /// What stands for all aspects; no aspect is called that.
+    const ALL: &str = "all";
+
+    /// All aspects together, then each.
+    pub fn every(aspects: &[Aspect]) -> Vec<Self> {
+        [Self::All].into_iter().chain(aspects.iter().map(|&aspect| Self::Of(aspect))).collect()
+    }
 
     /// The lower-case name.
     pub fn name(self) -> &'static str {
-        self.aspect().map_or("all", Aspect::name)
+        self.aspect().map_or(Self::ALL, Aspect::name)
     }
 
     /// The aspect; none for all together.
     pub(crate) fn aspect(self) -> Option<Aspect> {
         match self {
             Self::All => None,
-            Self::Action => Some(Aspect::Action),
-            Self::Motivation => Some(Aspect::Motivation),
-            Self::Consequence => Some(Aspect::Consequence),
+            Self::Of(aspect) => Some(aspect),
         }
     }
 
     fn holds(self, aspect: Aspect) -> bool {
         self.aspect().is_none_or(|own| own == aspect)
+    }
+}
+
+impl Serialize for Scope {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Scope {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        if name == Self::ALL {
+            return Ok(Self::All);
+        }
+        Aspect::new(&name).map(Self::Of).map_err(serde::de::Error::custom)
     }
 }
 
@@ -239,6 +253,17 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// The aspects that there are Scores of, in their order.
+    pub fn aspects(&self) -> Vec<Aspect> {
+        let mut aspects = Vec::new();
+        for score in self.models.iter().flat_map(|model| &model.scores) {
+            if let Some(aspect) = score.scope.aspect().filter(|aspect| !aspects.contains(aspect)) {
+                aspects.push(aspect);
+            }
+        }
+        aspects
+    }
+
     /// The model that the run is about: `final`, or else the last one.
     pub fn outcome(&self) -> Option<&ModelSummary> {
         self.models.iter().find(|model| model.name == FINAL).or(self.models.last())
@@ -318,12 +343,13 @@ fn prompt_ids<'a>(rows: &[&'a ScoreRow]) -> Vec<&'a str> {
 ///
 /// If `draws` is 0.
 pub fn scores(rows: &[ScoreRow], resampling: Resampling) -> Vec<(String, Vec<ScoreOf>)> {
+    let aspects = aspects_of(rows);
     by_model(rows)
         .into_iter()
         .map(|(name, own)| {
             let prompt_ids = prompt_ids(&own);
             let mut scores = Vec::new();
-            for (scale, scope) in every_view() {
+            for (scale, scope) in every_view(&aspects) {
                 if let Some(clusters) = clusters(&own, &prompt_ids, scale, scope) {
                     let all = clusters.concat();
                     let bootstrap = stats::bootstrap(&clusters, stats::score, resampling);
@@ -344,6 +370,7 @@ pub fn scores(rows: &[ScoreRow], resampling: Resampling) -> Vec<(String, Vec<Sco
 /// If `draws` is 0.
 pub fn differences(rows: &[ScoreRow], resampling: Resampling) -> Vec<Difference> {
     let models = by_model(rows);
+    let aspects = aspects_of(rows);
     let mut out = Vec::new();
     for (at, (last, last_rows)) in models.iter().enumerate() {
         for (first, first_rows) in models[..at].iter().rev() {
@@ -355,7 +382,7 @@ pub fn differences(rows: &[ScoreRow], resampling: Resampling) -> Vec<Difference>
             if shared.is_empty() {
                 continue;
             }
-            for (scale, scope) in every_view() {
+            for (scale, scope) in every_view(&aspects) {
                 let sides = clusters(first_rows, &shared, scale, scope)
                     .zip(clusters(last_rows, &shared, scale, scope));
                 if let Some((before, after)) = sides {
@@ -367,8 +394,22 @@ pub fn differences(rows: &[ScoreRow], resampling: Resampling) -> Vec<Difference>
     out
 }
 
-fn every_view() -> impl Iterator<Item = (Scale, Scope)> {
-    Scale::ALL.into_iter().flat_map(|scale| Scope::ALL.map(|scope| (scale, scope)))
+fn every_view(aspects: &[Aspect]) -> impl Iterator<Item = (Scale, Scope)> {
+    let scopes = Scope::every(aspects);
+    Scale::ALL
+        .into_iter()
+        .flat_map(move |scale| scopes.clone().into_iter().map(move |scope| (scale, scope)))
+}
+
+/// The aspects that scores are of, in the order in which they first come up.
+pub(crate) fn aspects_of(rows: &[ScoreRow]) -> Vec<Aspect> {
+    let mut aspects = Vec::new();
+    for row in rows {
+        if !aspects.contains(&row.aspect) {
+            aspects.push(row.aspect);
+        }
+    }
+    aspects
 }
 
 fn difference(
@@ -426,7 +467,7 @@ mod tests {
     fn rows(model: &str, prompts: &[[f32; 3]]) -> Vec<ScoreRow> {
         let mut out = Vec::new();
         for (prompt, scores) in (0..).zip(prompts) {
-            for (aspect, score) in Aspect::ALL.into_iter().zip(scores) {
+            for (aspect, score) in Aspect::SHIPPED.into_iter().zip(scores) {
                 out.push(row(model, prompt, aspect, *score));
             }
         }
@@ -450,7 +491,7 @@ mod tests {
         assert_eq!((all.n, all.mean, all.std, all.score.estimate), (6, 4.0, 1.0, 3.5));
         assert!(all.score.low <= 3.5 && all.score.high >= 3.5);
         // The action alone: 2 and 4 → μ = 3, σ = 1, Score = 2.5; standardised: half of everything.
-        assert_eq!(of(Scale::Raw, Scope::Action).score.estimate, 2.5);
+        assert_eq!(of(Scale::Raw, Scope::Of(Aspect::ACTION)).score.estimate, 2.5);
         assert_eq!(of(Scale::Standardised, Scope::All).score.estimate, 1.75);
         assert!(!scores.iter().any(|score| score.scale == Scale::Yardstick));
     }
@@ -471,7 +512,7 @@ mod tests {
         // 2.8016 = z(0.975) + z(0.8)
         let ratio = d.mean.minimum_detectable_effect / d.mean.standard_error;
         assert!((ratio - 2.801_585).abs() < 1e-5, "{ratio}");
-        assert_eq!(of(Scope::Action).mean.interval.estimate, 0.75);
+        assert_eq!(of(Scope::Of(Aspect::ACTION)).mean.interval.estimate, 0.75);
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 
-use arete_records::Aspect;
 use arete_records::stats::Interval;
 use arete_stage::cli::printable;
 
@@ -18,10 +17,11 @@ pub(crate) const RETOKENISED: &str =
 /// The summary as a few aligned tables, ending with what it means.
 pub fn of(summary: &Summary) -> String {
     let mut text = Text::default();
-    let n = summary.n_prompts;
+    let (n, n_aspects) = (summary.n_prompts, summary.aspects().len());
+    let aspects = if n_aspects == 1 { "aspect" } else { "aspects" };
     text.line(format!(
-        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × 3 aspects); [95 % interval]",
-        3 * n
+        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × {n_aspects} {aspects}); [95 % interval]",
+        n_aspects * n
     ));
     text.line("");
     text.table(1, &models(summary));
@@ -47,7 +47,7 @@ fn has_yardstick(summary: &Summary) -> bool {
 
 fn models(summary: &Summary) -> Vec<Vec<String>> {
     let mut header = row(["model", "Score", "standardised"]);
-    header.extend(Aspect::ALL.map(|aspect| aspect.name().to_owned()));
+    header.extend(summary.aspects().iter().map(ToString::to_string));
     if has_yardstick(summary) {
         header.push("yardstick".to_owned());
     }
@@ -60,8 +60,8 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
             score(Scale::Raw, Scope::All),
             score(Scale::Standardised, Scope::All),
         ];
-        for scope in [Scope::Action, Scope::Motivation, Scope::Consequence] {
-            let own = model.score(Scale::Standardised, scope);
+        for aspect in summary.aspects() {
+            let own = model.score(Scale::Standardised, Scope::Of(aspect));
             row.push(dash(own.map(|own| number(own.score.estimate, false))));
         }
         if has_yardstick(summary) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use arete_chain::aspect_conversation;
+use arete_chain::{Turns, through_aspect};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
 use arete_model::runtime::Dtype;
@@ -69,7 +69,7 @@ impl Run {
         fs_err::create_dir_all(run.at("prompts")).unwrap();
         parquet::write(run.at("prompts/prompts.parquet"), &prompts).unwrap();
         let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
-        for (seed, aspect) in (1..).zip(Aspect::ALL) {
+        for (seed, aspect) in (1..).zip(Aspect::SHIPPED) {
             let adapter = adapter(&model, aspect.name(), seed);
             let head = ScalarHead::normal(model.config.hidden_size, seed, Device::Cpu);
             let meta =
@@ -163,11 +163,11 @@ fn models_are_scored_and_compared() {
         let dir = run.at("reward").join(row.aspect.name()).join("adapter");
         let loaded = adapter_files::load(&dir, "x", &model.config, Device::Cpu).unwrap();
         let reply = replies.iter().find(|reply| reply.prompt_id == row.prompt_id).unwrap();
-        let messages = aspect_conversation(&reply.messages, row.aspect).unwrap();
+        let (messages, _) = through_aspect(reply, row.aspect).unwrap();
         // Every cut reply ends at its last full sentence, if it has one, and is closed.
         let mut messages = messages.to_vec();
-        for (turn, message) in Aspect::ALL.into_iter().zip(messages.iter_mut().skip(1).step_by(2)) {
-            if reply.finish_reason(turn) == FinishReason::Length
+        for (turn, message) in reply.turns.iter().zip(messages.iter_mut().skip(1).step_by(2)) {
+            if turn.finish_reason == FinishReason::Length
                 && let Some(kept) = arete_chain::trim::last_sentence(&message.content)
             {
                 message.content = kept.to_owned();
@@ -218,7 +218,7 @@ fn perplexity_is_that_of_the_sampled_tokens() {
             let (sequence, prompt_ids) = sampled_again(&model, adapter, prompt);
             let own = by_hand(&model, &sequence, &prompt_ids);
             for (aspect, (logprobs, turn)) in
-                Aspect::ALL.into_iter().zip(own.iter().zip(&sequence.turns))
+                Aspect::SHIPPED.into_iter().zip(own.iter().zip(&sequence.turns))
             {
                 let key = (name, aspect, prompt.prompt_id.as_str());
                 let row = rows
@@ -261,7 +261,8 @@ fn sampled_again(
     prompt: &PromptRow,
 ) -> (Sequence, Vec<i64>) {
     let chat = model.chat().unwrap();
-    let questions = [Aspect::Motivation, Aspect::Consequence].map(|a| a.question().unwrap());
+    let turns = Turns::default();
+    let questions = turns.questions();
     let prompt_ids = chat.render_prompt(&prompt.prompt).unwrap();
     let key = u64::from_str_radix(&prompt.prompt_id, 16).unwrap();
     let request = Request {

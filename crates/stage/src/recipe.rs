@@ -31,7 +31,7 @@ pub const TABLES: [&str; 13] = [
 ];
 
 /// The keys of `[run]`: each is the default of every stage that has a setting of that name.
-pub const RUN_KEYS: [&str; 5] = ["seed", "model", "device", "dtype", "threads"];
+pub const RUN_KEYS: [&str; 6] = ["seed", "model", "device", "dtype", "threads", "constitution"];
 
 /// Largest recipe that is read, in bytes.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;

@@ -32,6 +32,7 @@ use arete_records::{At, Error, FinishReason, Message, Refusal, Role, parquet};
 use serde_json::{Map, Value};
 
 use crate::Transcript;
+use crate::constitution::Turns;
 use crate::exemplars::{Exemplar, Use};
 
 pub use self::fields::{FieldError, messages, prompt, question};
@@ -126,14 +127,15 @@ pub fn of_record(
             None => return Ok(None),
         }
     } else if has("use") {
-        let exemplar = Exemplar::of_record(record.clone())?;
+        let turns = Turns::default();
+        let exemplar = Exemplar::of_record(record, &turns)?;
         let Some(worse) = exemplar.worse.as_ref().filter(|_| exemplar.r#use == Use::Calibration)
         else {
             return Ok(None);
         };
-        [&exemplar.action, &worse.action].map(|reply| {
+        [&exemplar.replies, worse].map(|replies| {
             let mut messages = exemplar.prompt_messages();
-            messages.push(Message::assistant(reply.trim()));
+            messages.push(Message::assistant(replies.answer(&turns)));
             messages
         })
     } else {

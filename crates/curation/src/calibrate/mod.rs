@@ -9,20 +9,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::Constitution;
 use arete_chain::exemplars::{self, Use};
 use arete_records::rows::JudgementRow;
-use arete_records::{Aspect, Virtue, atomic, split_of};
+use arete_records::{atomic, split_of};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use arete_stage::units::Units;
 use serde_json::{Map, json};
 
 use crate::Error;
-use crate::constitution::Constitution;
 use crate::engine::Engine;
 use crate::judge::verdict::vote;
 use crate::judge::{Judge, JudgeConfig, Method, Pair};
 use crate::stage::{self, Estimate, Place};
+use crate::words::Words;
 
 pub use self::config::CalibrateConfig;
 pub use self::pairs::{Labelled, read};
@@ -53,10 +54,12 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     check(config)?;
     let pairs = read(inputs, config)?;
     let place = Place::of(&config.judge.compute, config.judge.judge_url.as_deref())?;
-    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
+    let words = words(config)?;
+    let constitution = words.constitution()?;
+    let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else { return Ok(()) };
+    words.leave(output)?;
     let engine = open(config, inputs)?;
-    let constitution = Constitution::load(&config.judge.constitution)?;
-    let shots = shots(config)?;
+    let shots = shots(config, constitution)?;
     let variants = variants(config);
     let progress = arete_records::progress::start(
         "calibrating",
@@ -70,7 +73,7 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
         let units = Units { output, name, n_items: pairs.len(), shard: None };
         progress.skip((pairs.len() - units.missing().1) as u64);
         let judge_config = JudgeConfig { few_shot, ..config.judge.clone() };
-        let judge = Judge::new(&engine, &judge_config, &constitution, &shots, method)?;
+        let judge = Judge::new(&engine, &judge_config, constitution, &shots, method)?;
         units.run::<_, Error>(|items| {
             interrupt::check()?;
             let n_items = items.len() as u64;
@@ -112,8 +115,9 @@ pub fn estimate(
     check(config)?;
     let pairs = read(inputs, config)?;
     let engine = open(config, inputs)?;
-    let constitution = Constitution::load(&config.judge.constitution)?;
-    let shots = shots(config)?;
+    let words = words(config)?;
+    let constitution = words.constitution()?;
+    let shots = shots(config, constitution)?;
     // The first pairs are as long as any: they come in the order of a hash.
     let probe: Vec<Pair> = pairs.iter().take(2).map(Labelled::pair).collect();
     let (mut n_to_do, mut seconds) = (0, 0.0);
@@ -123,7 +127,7 @@ pub fn estimate(
         n_to_do += n;
         if n > 0 && matches!(engine, Engine::Local(_)) {
             let judge_config = JudgeConfig { few_shot, ..config.judge.clone() };
-            let judge = Judge::new(&engine, &judge_config, &constitution, &shots, method)?;
+            let judge = Judge::new(&engine, &judge_config, constitution, &shots, method)?;
             let started = Instant::now();
             judge.verdicts(&probe)?;
             seconds += started.elapsed().as_secs_f64() / probe.len() as f64 * n as f64;
@@ -137,11 +141,18 @@ pub fn estimate(
     Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds })
 }
 
+fn words(config: &CalibrateConfig) -> Result<Words, Error> {
+    Words::of(config.judge.constitution.as_deref(), None)
+}
+
 /// The judged examples, if any are asked for.
-fn shots(config: &CalibrateConfig) -> Result<Vec<exemplars::Exemplar>, Error> {
+fn shots(
+    config: &CalibrateConfig,
+    constitution: &Constitution,
+) -> Result<Vec<exemplars::Exemplar>, Error> {
     match config.judge.few_shot {
         0 => Ok(Vec::new()),
-        _ => Ok(exemplars::load(&config.judge.exemplars, Use::FewShot)?),
+        _ => Ok(exemplars::load(&config.judge.exemplars, Use::FewShot, &constitution.turns)?),
     }
 }
 
@@ -183,10 +194,11 @@ fn spec<'a>(
     config: &CalibrateConfig,
     inputs: &Inputs,
     output: &'a Path,
+    words: &Words,
 ) -> Result<StageSpec<'a>, Error> {
     let mut settings = crate::config::recorded(config);
-    let mut files: Vec<(String, PathBuf)> =
-        vec![("constitution".to_owned(), config.judge.constitution.clone())];
+    let mut files: Vec<(String, PathBuf)> = Vec::new();
+    files.extend(words.input(true)?.map(|path| ("constitution".to_owned(), path)));
     for (idx, path) in inputs.pairs.iter().enumerate() {
         files.push((format!("pairs_{idx}"), path.clone()));
     }
@@ -222,13 +234,14 @@ fn judged(
 ) -> Result<Vec<JudgementRow>, Error> {
     let shown: Vec<Pair> = pairs.iter().map(Labelled::pair).collect();
     let mut rows = Vec::new();
+    let virtues = judge.virtues();
     for (labelled, verdicts) in pairs.iter().zip(judge.verdicts(&shown)?) {
-        for (virtue, verdict) in Virtue::ALL.into_iter().zip(verdicts) {
+        for (&virtue, verdict) in virtues.iter().zip(verdicts) {
             let stored = |p: Option<f64>| p.map(|p| p as f32);
             rows.push(JudgementRow {
                 prompt_id: labelled.id.clone(),
                 split: split_of(&labelled.question),
-                aspect: Aspect::Action,
+                aspect: judge.answer(),
                 virtue,
                 method: method.name().to_owned(),
                 judge: judge.name().to_owned(),

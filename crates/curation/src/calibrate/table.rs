@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use arete_chain::verdicts::Verdicts;
-use arete_records::Virtue;
+use arete_chain::verdicts::virtues_of;
 use arete_records::rows::JudgementRow;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
 use serde::Serialize;
@@ -165,7 +165,7 @@ pub(super) fn lines(
         out.push(line(set, method, few_shot, "votes", &own));
     }
     if method != Method::Likelihood {
-        for virtue in Virtue::ALL {
+        for virtue in virtues_of(rows) {
             let own: Vec<(&Labelled, Vec<&JudgementRow>)> = pairs
                 .iter()
                 .map(|pair| {
@@ -364,7 +364,7 @@ pub(super) fn show(table: &[Line], recommendation: &Recommendation) {
 
 #[cfg(test)]
 mod tests {
-    use arete_records::{Aspect, Message, split_of};
+    use arete_records::{Aspect, Message, Virtue, split_of};
 
     use super::*;
 
@@ -383,11 +383,11 @@ mod tests {
         let mut rows = Vec::new();
         for (idx, pair) in pairs.iter().enumerate() {
             let sample = if agrees(idx) { pair.better_sample() } else { 1 - pair.better_sample() };
-            for virtue in Virtue::ALL {
+            for virtue in Virtue::SHIPPED {
                 rows.push(JudgementRow {
                     prompt_id: pair.id.clone(),
                     split: split_of(&pair.question),
-                    aspect: Aspect::Action,
+                    aspect: Aspect::ACTION,
                     virtue,
                     method: "pairwise-logits".to_owned(),
                     judge: "test".to_owned(),

@@ -27,9 +27,10 @@ pub struct ConversationsConfig {
     /// Under which system prompts the two samples are drawn
     #[arg(long, value_enum, default_value = "none")]
     pub personas: PersonaChoice,
-    /// Constitution (TOML): principles, virtue questions, personas
-    #[arg(long, default_value = "data/constitution.toml", value_name = "FILE")]
-    pub constitution: PathBuf,
+    /// Constitution (TOML): turns, virtues, personas, principles [default: data/constitution.toml]
+    #[arg(long, value_name = "FILE")]
+    #[serde(default)]
+    pub constitution: Option<PathBuf>,
     /// Address of an OpenAI-compatible server that generates instead of a local model
     #[arg(long, value_name = "URL")]
     #[serde(default)]

@@ -1,4 +1,4 @@
-//! Two samples of the three-turn chain for every prompt: answer, motivation, consequence.
+//! Two samples of the chain for every prompt: the answer, and a reply to each further question of the constitution.
 
 mod config;
 
@@ -6,19 +6,19 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use arete_chain::sample::{key_of, questions};
-use arete_records::rows::{ConversationRow, PromptRow};
+use arete_chain::constitution::{Personas, Turns};
+use arete_chain::sample::key_of;
 use arete_records::left_out::LeftOut;
-use arete_records::{Aspect, FinishReason, Message};
+use arete_records::rows::{ConversationRow, PromptRow, TurnRow};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
-use crate::constitution::{Constitution, Personas};
 use crate::engine::{Chain, Drawing, Engine, Outcome, Refused, Reply};
 use crate::judge::under_persona;
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
+use crate::words::Words;
 use arete_stage::units::Units;
 
 pub use self::config::{ConversationsConfig, PersonaChoice};
@@ -61,12 +61,10 @@ enum Contrast {
 }
 
 impl Contrast {
-    fn of(config: &ConversationsConfig) -> Result<Self, Error> {
+    fn of(config: &ConversationsConfig, words: &Words) -> Result<Self, Error> {
         Ok(match config.personas {
             PersonaChoice::None => Self::Chance,
-            PersonaChoice::Contrast => {
-                Self::Personas(Constitution::load(&config.constitution)?.personas)
-            }
+            PersonaChoice::Contrast => Self::Personas(words.constitution()?.personas()?.clone()),
             PersonaChoice::Original => Self::Models,
         })
     }
@@ -160,11 +158,14 @@ pub fn run(
     let started = Instant::now();
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
     check_ids(&inputs.prompts, &prompts)?;
-    let contrast = Contrast::of(config)?;
+    let words = Words::of(config.constitution.as_deref(), None)?;
+    let turns = words.turns();
+    let contrast = Contrast::of(config, &words)?;
     original(config, inputs)?;
     let place = work.place(|| Place::of(&config.compute, config.engine_url.as_deref()))?;
-    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else { return Ok(()) };
     work.check(&run)?;
+    words.leave(output)?;
     let shard = config.shard;
     let units = Units { output, name: STAGE.to_owned(), n_items: prompts.len(), shard };
     match work {
@@ -178,7 +179,9 @@ pub fn run(
                 progress.skip((prompts.len() - n_missing) as u64);
                 for group in missing.chunks(GROUP) {
                     interrupt::check()?;
-                    sample(&engines, &prompts, &units, group, config, &contrast, &progress)?;
+                    let drawing = config.sampling.drawing();
+                    let asked = Asked { contrast: &contrast, turns: &turns, drawing };
+                    sample(&engines, &prompts, &units, group, &asked, &progress)?;
                 }
             }
         }
@@ -195,7 +198,7 @@ pub fn run(
         return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let rows: Vec<ConversationRow> = units.join()?;
-    let counts = summary(&rows, prompts.len());
+    let counts = summary(&rows, &turns, prompts.len());
     stage::finish(run, STAGE, place, counts, started)
 }
 
@@ -210,13 +213,15 @@ pub fn estimate(
     output: &Path,
 ) -> Result<Estimate, Error> {
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
-    let contrast = Contrast::of(config)?;
+    let words = Words::of(config.constitution.as_deref(), None)?;
+    let turns = words.turns();
+    let contrast = Contrast::of(config, &words)?;
     let units =
         Units { output, name: STAGE.to_owned(), n_items: prompts.len(), shard: config.shard };
     let (missing, n_missing) = units.missing();
     let engines = Engines::open(config, inputs)?;
     let chains = |items: &[PromptRow]| -> Vec<Chain> {
-        items.iter().flat_map(|prompt| chains_of(prompt, &contrast)).collect()
+        items.iter().flat_map(|prompt| chains_of(prompt, &contrast, &turns)).collect()
     };
     let mut n_prompt_tokens = 0;
     for &unit in &missing {
@@ -224,7 +229,7 @@ pub fn estimate(
             n_prompt_tokens += engines.model.n_tokens(&chain.messages)?.unwrap_or(0) as u64;
         }
     }
-    let n_new = (n_missing * 2 * Aspect::ALL.len() * config.sampling.max_new_tokens) as u64;
+    let n_new = (n_missing * 2 * turns.len() * config.sampling.max_new_tokens) as u64;
     let mut seconds = None;
     if let (Some(&unit), Engine::Local(_)) = (missing.first(), &engines.model) {
         // One turn of a few tokens for a whole unit: the rate at the batch size of the real run.
@@ -269,12 +274,12 @@ fn spec<'a>(
     config: &ConversationsConfig,
     inputs: &Inputs,
     output: &'a Path,
+    words: &Words,
 ) -> Result<StageSpec<'a>, Error> {
     let mut settings = crate::config::recorded(config);
     let mut files = vec![("prompts".to_owned(), stage::file_of(&inputs.prompts, "prompts"))];
-    if config.personas == PersonaChoice::Contrast {
-        files.push(("constitution".to_owned(), config.constitution.clone()));
-    }
+    let are_read = config.personas == PersonaChoice::Contrast;
+    files.extend(words.input(are_read)?.map(|path| ("constitution".to_owned(), path)));
     let remote = config.engine_url.is_some();
     crate::config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
     if let (PersonaChoice::Original, Some(original)) = (config.personas, &inputs.original) {
@@ -290,8 +295,8 @@ fn spec<'a>(
 }
 
 /// One chain with two samples, or one chain a persona or model.
-fn chains_of(prompt: &PromptRow, contrast: &Contrast) -> Vec<Chain> {
-    let questions: Vec<String> = questions().map(str::to_owned).collect();
+fn chains_of(prompt: &PromptRow, contrast: &Contrast, turns: &Turns) -> Vec<Chain> {
+    let questions: Vec<String> = turns.questions().into_iter().map(str::to_owned).collect();
     let chain = |messages, samples| Chain {
         messages,
         questions: questions.clone(),
@@ -311,24 +316,30 @@ fn chains_of(prompt: &PromptRow, contrast: &Contrast) -> Vec<Chain> {
     }
 }
 
+/// What the model is asked for, and how its replies are drawn.
+struct Asked<'a> {
+    contrast: &'a Contrast,
+    turns: &'a Turns,
+    drawing: Drawing,
+}
+
 /// Both samples of every prompt of some units; a unit's shard is written when its last reply ends.
 fn sample(
     engines: &Engines,
     prompts: &[PromptRow],
     units: &Units<'_>,
     group: &[usize],
-    config: &ConversationsConfig,
-    contrast: &Contrast,
+    asked: &Asked<'_>,
     progress: &arete_records::progress::Progress,
 ) -> Result<(), Error> {
-    let drawing = config.sampling.drawing();
+    let Asked { contrast, turns, drawing } = asked;
     let mut chains = Vec::new();
     let mut owners: Vec<(usize, usize)> = Vec::new(); // of each chain: place in the group, prompt
     let mut n_left = vec![0; group.len()];
     let mut left_out: Vec<Vec<LeftOut>> = vec![Vec::new(); group.len()];
     for (place, &unit) in group.iter().enumerate() {
         for idx in units.items(unit) {
-            let own = chains_of(&prompts[idx], contrast);
+            let own = chains_of(&prompts[idx], contrast, turns);
             let mut fits = true;
             for chain in &own {
                 fits &= engines.of(chain).fits(chain, drawing.max_new_tokens)?;
@@ -380,12 +391,13 @@ fn sample(
     for place in (0..group.len()).filter(|&place| n_left[place] == 0) {
         write(place, Vec::new(), std::mem::take(&mut left_out[place]), &refused)?;
     }
-    engines.chains_each(&chains, &drawing, &mut |chain, outcome| {
+    engines.chains_each(&chains, drawing, &mut |chain, outcome| {
         let (place, idx) = owners[chain];
         match outcome {
             Ok(samples) => {
                 let found = chains[chain].samples.iter().zip(samples).map(|(&sample, replies)| {
-                    row(&prompts[idx], sample, contrast.name(sample), replies, drawing.seed)
+                    let name = contrast.name(sample);
+                    row(&prompts[idx], turns, sample, name, replies, drawing.seed)
                 });
                 rows[place].push((chain, found.collect()));
             }
@@ -404,48 +416,44 @@ fn sample(
 
 fn row(
     prompt: &PromptRow,
+    turns: &Turns,
     sample: u64,
     persona: Option<&str>,
     replies: Vec<Reply>,
     seed: u64,
 ) -> ConversationRow {
-    let mut messages = prompt.prompt.clone();
-    for (aspect, reply) in Aspect::ALL.into_iter().zip(&replies) {
-        messages.extend(aspect.question().map(Message::user));
-        messages.push(Message::assistant(reply.text.as_str()));
-    }
-    let [action, motivation, consequence]: [Reply; 3] =
-        replies.try_into().expect("a chain has three replies");
-    let n = |reply: &Reply| i32::try_from(reply.n_tokens).unwrap_or(i32::MAX);
+    assert_eq!(replies.len(), turns.len(), "a reply a turn");
+    let texts: Vec<&str> = replies.iter().map(|reply| reply.text.as_str()).collect();
+    let messages = turns.conversation(&prompt.prompt, &texts);
+    let turn = |(aspect, reply): (_, Reply)| TurnRow {
+        aspect,
+        text: reply.text,
+        finish_reason: reply.finish_reason,
+        n_tokens: i32::try_from(reply.n_tokens).unwrap_or(i32::MAX),
+    };
     ConversationRow {
         prompt_id: prompt.prompt_id.clone(),
         split: prompt.split,
         sample: i32::from(sample != 0),
         persona: persona.map(str::to_owned),
         messages,
-        finish_reason_action: action.finish_reason,
-        finish_reason_motivation: motivation.finish_reason,
-        finish_reason_consequence: consequence.finish_reason,
-        n_tokens_action: n(&action),
-        n_tokens_motivation: n(&motivation),
-        n_tokens_consequence: n(&consequence),
-        action: action.text,
-        motivation: motivation.text,
-        consequence: consequence.text,
+        turns: turns.names().into_iter().zip(replies).map(turn).collect(),
         seed,
     }
 }
 
 /// Counts and shows how many replies the token limit cut, turn by turn.
-fn summary(rows: &[ConversationRow], n_prompts: usize) -> Map<String, Value> {
+fn summary(rows: &[ConversationRow], turns: &Turns, n_prompts: usize) -> Map<String, Value> {
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(n_prompts));
     counts.insert("conversations".to_owned(), json!(rows.len()));
     let n_too_long = n_prompts.saturating_sub(rows.len() / 2);
     counts.insert("prompts_too_long".to_owned(), json!(n_too_long));
-    for aspect in Aspect::ALL {
-        let n_cut = rows.iter().filter(|r| r.finish_reason(aspect) == FinishReason::Length).count();
-        let n_tokens: i64 = rows.iter().map(|r| i64::from(r.n_tokens(aspect))).sum();
+    for aspect in turns.names() {
+        let n_cut = rows.iter().filter(|row| row.is_cut(aspect)).count();
+        let of =
+            |row: &ConversationRow| row.turn(aspect).map_or(0, |turn| i64::from(turn.n_tokens));
+        let n_tokens: i64 = rows.iter().map(of).sum();
         let mean_tokens = n_tokens as f64 / rows.len().max(1) as f64;
         tracing::info!(
             aspect = aspect.name(),

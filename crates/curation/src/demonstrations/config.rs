@@ -37,7 +37,7 @@ impl DemonstrationSource {
 /// How many turns a demonstration has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Turns {
+pub enum Explained {
     /// The answer alone.
     Answer,
     /// Answer, motivation, consequence.
@@ -56,15 +56,16 @@ pub struct DemonstrationsConfig {
     /// Exemplary answers shown before the question
     #[arg(long, default_value_t = 2, value_name = "K")]
     pub few_shot: usize,
-    /// Turns of the model's own demonstrations
+    /// Explained of the model's own demonstrations
     #[arg(long, value_enum, default_value = "chain")]
-    pub turns: Turns,
+    pub turns: Explained,
     /// What becomes of revisions that the token limit cut
     #[arg(long, value_enum, default_value = "trim")]
     pub truncated: Truncated,
-    /// Constitution (TOML): principles, virtue questions, personas
-    #[arg(long, default_value = "data/constitution.toml", value_name = "FILE")]
-    pub constitution: PathBuf,
+    /// Constitution (TOML): turns, virtues, personas, principles [default: data/constitution.toml]
+    #[arg(long, value_name = "FILE")]
+    #[serde(default)]
+    pub constitution: Option<PathBuf>,
     /// Exemplary replies (JSON lines)
     #[arg(long, default_value = "data/demonstrations/exemplars.jsonl", value_name = "FILE")]
     pub exemplars: PathBuf,

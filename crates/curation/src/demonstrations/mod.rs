@@ -11,25 +11,25 @@ mod config;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::constitution::{Principle, Turns, draw};
 use arete_chain::sample::key_of;
 use arete_chain::trim::last_sentence;
 use arete_records::left_out::LeftOut;
 use arete_records::rows::{DemonstrationRow, PromptRow, Round};
-use arete_records::{Aspect, FinishReason, Message, Role};
+use arete_records::{FinishReason, Message, Role};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
 use crate::config::Truncated;
-use crate::constitution::{Constitution, Principle, draw};
 use crate::engine::{Chain, Drawing, Engine, Refused, Reply};
 use crate::stage::{self, Command, Estimate, Place, Work};
-use arete_chain::exemplars::Replies;
+use crate::words::Words;
 use arete_chain::exemplars::{self, Exemplar, Use};
 use arete_stage::units::Units;
 
-pub use self::config::{DemonstrationSource, DemonstrationsConfig, Turns};
+pub use self::config::{DemonstrationSource, DemonstrationsConfig, Explained};
 
 /// The stage's name.
 pub const STAGE: &str = "demonstrations";
@@ -65,8 +65,11 @@ pub fn run(
         true => Place::of(&config.compute, config.engine_url.as_deref()),
         false => Ok(Place::none()),
     })?;
-    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output, &material.words)?)? else {
+        return Ok(());
+    };
     work.check(&run)?;
+    material.words.leave(output)?;
     let shard = config.shard;
     let units = Units { output, name: STAGE.to_owned(), n_items: material.prompts.len(), shard };
     match work {
@@ -101,7 +104,8 @@ pub fn run(
         .write(output)?;
         return stage::finish(run, STAGE, place, Map::new(), started);
     }
-    let own: Vec<DemonstrationRow> = material.own.iter().map(own_row).collect();
+    let turns = &material.turns;
+    let own: Vec<DemonstrationRow> = material.own.iter().map(|own| own_row(own, turns)).collect();
     let rows: Vec<DemonstrationRow> = units.join_with(own)?;
     let counts = summary(&rows, material.prompts.len());
     if rows.is_empty() {
@@ -135,8 +139,9 @@ pub fn estimate(
         shard: config.shard,
     };
     let (missing, n_missing) = units.missing();
-    let turns = 1 + 2 * config.rounds + if config.turns == Turns::Chain { 2 } else { 0 };
-    let n_new = (n_missing * turns * config.sampling.max_new_tokens) as u64;
+    let n_explained = if config.turns == Explained::Chain { material.turns.len() - 1 } else { 0 };
+    let n_turns = 1 + 2 * config.rounds + n_explained;
+    let n_new = (n_missing * n_turns * config.sampling.max_new_tokens) as u64;
     let (mut n_prompt_tokens, mut seconds) = (0, None);
     if let (Some(&first), Some(model)) = (missing.first(), &inputs.model) {
         let engine = open(config, model)?;
@@ -171,7 +176,8 @@ pub fn estimate(
 /// Everything read from files.
 struct Material {
     prompts: Vec<PromptRow>,
-    constitution: Option<Constitution>,
+    words: Words,
+    turns: Turns,
     /// Exemplary answers shown before the question.
     shots: Vec<Message>,
     /// Exemplars that become demonstrations as they are.
@@ -180,10 +186,13 @@ struct Material {
 
 impl Material {
     fn read(config: &DemonstrationsConfig, inputs: &Inputs) -> Result<Self, Error> {
-        let mut material =
-            Self { prompts: Vec::new(), constitution: None, shots: Vec::new(), own: Vec::new() };
+        let words = Words::of(config.constitution.as_deref(), None)?;
+        let turns = words.turns();
+        let (prompts, shots, own) = (Vec::new(), Vec::new(), Vec::new());
+        let mut material = Self { prompts, words, turns, shots, own };
+        let turns = &material.turns;
         if config.source.needs_exemplars() {
-            material.own = exemplars::load(&config.exemplars, Use::Sft)?;
+            material.own = exemplars::load(&config.exemplars, Use::Sft, turns)?;
             if material.own.is_empty() {
                 return Err(Error::File {
                     path: config.exemplars.clone(),
@@ -211,9 +220,9 @@ impl Material {
             });
         }
         material.prompts = stage::rows_of(prompts, "prompts")?;
-        material.constitution = Some(Constitution::load(&config.constitution)?);
+        material.words.constitution()?;
         if config.few_shot > 0 {
-            let shots = exemplars::load(&config.exemplars, Use::FewShot)?;
+            let shots = exemplars::load(&config.exemplars, Use::FewShot, turns)?;
             if shots.len() < config.few_shot {
                 return Err(Error::Setting {
                     name: "few_shot",
@@ -223,7 +232,7 @@ impl Material {
             }
             for shot in &shots[..config.few_shot] {
                 material.shots.push(Message::user(shot.prompt.trim()));
-                material.shots.push(Message::assistant(shot.action.trim()));
+                material.shots.push(Message::assistant(shot.replies.answer(turns)));
             }
         }
         Ok(material)
@@ -255,8 +264,7 @@ impl Material {
         prompt: &PromptRow,
         config: &DemonstrationsConfig,
     ) -> Result<Vec<&Principle>, Error> {
-        let constitution = self.constitution.as_ref().expect("read with the prompts");
-        let fitting = constitution.fitting(Aspect::Action)?;
+        let fitting = self.words.constitution()?.fitting(self.turns.answer())?;
         let seed = config.sampling.seed;
         Ok((0..config.rounds).map(|round| draw(&fitting, &prompt.prompt_id, seed, round)).collect())
     }
@@ -266,6 +274,7 @@ fn spec<'a>(
     config: &DemonstrationsConfig,
     inputs: &Inputs,
     output: &'a Path,
+    words: &Words,
 ) -> Result<StageSpec<'a>, Error> {
     let mut settings = crate::config::recorded(config);
     let mut files = Vec::new();
@@ -277,8 +286,9 @@ fn spec<'a>(
             let remote = config.engine_url.is_some();
             crate::config::record_model("model", model, remote, &mut settings, &mut files)?;
         }
-        files.push(("constitution".to_owned(), config.constitution.clone()));
     }
+    let are_read = config.source.needs_model();
+    files.extend(words.input(are_read)?.map(|path| ("constitution".to_owned(), path)));
     if config.source.needs_exemplars() || config.few_shot > 0 {
         files.push(("exemplars".to_owned(), config.exemplars.clone()));
     }
@@ -297,7 +307,7 @@ fn open(config: &DemonstrationsConfig, model: &str) -> Result<Engine, Error> {
 }
 
 /// A shipped exemplar as a demonstration.
-fn own_row(exemplar: &Exemplar) -> DemonstrationRow {
+fn own_row(exemplar: &Exemplar, turns: &Turns) -> DemonstrationRow {
     DemonstrationRow {
         prompt_id: exemplar.prompt_id(),
         split: exemplar.split(),
@@ -305,10 +315,10 @@ fn own_row(exemplar: &Exemplar) -> DemonstrationRow {
         initial: exemplar
             .worse
             .as_ref()
-            .map(|Replies { action, .. }| action.clone())
+            .map(|worse| worse.answer(turns).to_owned())
             .unwrap_or_default(),
         rounds: Vec::new(),
-        messages: exemplar.conversation(),
+        messages: exemplar.conversation(turns),
     }
 }
 
@@ -373,8 +383,8 @@ fn revise(
             messages,
         });
     }
-    if config.turns == Turns::Chain {
-        rows = explain(engine, rows, &drawing, config.truncated, &mut refused)?;
+    if config.turns == Explained::Chain && material.turns.len() > 1 {
+        rows = explain(engine, rows, &material.turns, &drawing, config.truncated, &mut refused)?;
     }
     stage::check_refused(engine.name(), &refused, prompts.len())?;
     for LeftOut { item, reason } in &refused {
@@ -394,15 +404,16 @@ fn usable(reply: Reply, truncated: Truncated) -> Option<String> {
     text.filter(|text| !text.trim().is_empty())
 }
 
-/// Adds motivation and consequence, as the model gives them of the revised answer.
+/// Adds the replies to the further questions, as the model gives them of the revised answer.
 fn explain(
     engine: &Engine,
     rows: Vec<DemonstrationRow>,
+    turns: &Turns,
     drawing: &Drawing,
     truncated: Truncated,
     refused: &mut Vec<LeftOut>,
 ) -> Result<Vec<DemonstrationRow>, Error> {
-    let questions: Vec<&str> = Aspect::ALL.iter().filter_map(|aspect| aspect.question()).collect();
+    let questions = turns.questions();
     let chains: Vec<Chain> = rows
         .iter()
         .map(|row| {

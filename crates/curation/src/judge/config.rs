@@ -72,8 +72,8 @@ pub struct JudgeConfig {
     /// Judged examples shown before the question
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub few_shot: usize,
-    /// Question about two samples, with {question}, {a}, {b}, {virtue_question}; what follows {reply}
-    /// begins the judge's reply (local judges only)
+    /// Question about two samples, with {question}, {a}, {b}, {virtue_question}, and perhaps {virtue}, {deficiency},
+    /// {excess}; what follows {reply} begins the judge's reply (local judges only)
     #[arg(long, default_value = PAIRWISE_TEMPLATE, value_name = "TEXT", hide_default_value = true)]
     pub judge_template: String,
     /// Question about one sample, with {question}, {answer}, {virtue} or {virtue_question}; {reply} as
@@ -91,9 +91,11 @@ pub struct JudgeConfig {
     #[arg(long, value_name = "URL")]
     #[serde(default)]
     pub judge_url: Option<String>,
-    /// Constitution (TOML): principles, virtue questions, personas
-    #[arg(long, default_value = "data/constitution.toml", value_name = "FILE")]
-    pub constitution: PathBuf,
+    /// Constitution (TOML): turns, virtues, personas, principles [default: the one that the conversations
+    /// carry, or data/constitution.toml]
+    #[arg(long, value_name = "FILE")]
+    #[serde(default)]
+    pub constitution: Option<PathBuf>,
     /// Exemplary replies (JSON lines), for the judged examples
     #[arg(long, default_value = "data/demonstrations/exemplars.jsonl", value_name = "FILE")]
     pub exemplars: PathBuf,

@@ -4,12 +4,12 @@ pub mod verdict;
 
 mod config;
 
+use arete_chain::constitution::{Constitution, VirtueEntry};
 use arete_chain::dialogue;
 use arete_records::{Aspect, Message, Role, Virtue, left_out};
 
 use self::verdict::{LabelMass, Verdict};
 use crate::Error;
-use crate::constitution::Constitution;
 use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply};
 use arete_chain::exemplars::Exemplar;
 
@@ -63,16 +63,26 @@ impl<'a> Judge<'a> {
         self.engine.name()
     }
 
+    /// The virtues it is asked about, in the order of its verdicts.
+    pub fn virtues(&self) -> Vec<Virtue> {
+        self.questions.constitution.virtue_names()
+    }
+
+    /// The turn that is the answer.
+    pub fn answer(&self) -> Aspect {
+        self.questions.constitution.turns.answer()
+    }
+
     /// Every virtue's verdict on every pair.
     ///
     /// # Errors
     ///
     /// The engine's.
-    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
         let n_refused = self.engine.n_refused();
         let verdicts = self.asked(pairs)?;
         let n_refused = self.engine.n_refused() - n_refused;
-        let n_asked = pairs.len() * Virtue::ALL.len() * self.questions.askings();
+        let n_asked = pairs.len() * self.questions.n_virtues() * self.questions.askings();
         if !left_out::is_share(n_refused, n_asked) {
             // A server that answers like this is at fault: nothing of these verdicts is kept.
             return Err(Error::Server {
@@ -92,10 +102,10 @@ impl<'a> Judge<'a> {
     /// # Errors
     ///
     /// [`Error::Setting`] for the judge.
-    pub fn check_heard(&self, verdicts: &[[Verdict; 5]]) -> Result<(), Error> {
+    pub fn check_heard(&self, verdicts: &[Vec<Verdict>]) -> Result<(), Error> {
         let is_silent =
             |verdict: &Verdict| [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none);
-        let n_asked = verdicts.len() * Virtue::ALL.len() * self.questions.askings();
+        let n_asked = verdicts.len() * self.questions.n_virtues() * self.questions.askings();
         if n_asked < FEWEST_ASKED || !verdicts.iter().flatten().all(is_silent) {
             return Ok(());
         }
@@ -119,7 +129,7 @@ impl<'a> Judge<'a> {
         })
     }
 
-    fn asked(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+    fn asked(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
         match self.questions.method {
             Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
             Method::PointwiseLogits => self.pointwise(pairs),
@@ -137,27 +147,28 @@ impl<'a> Judge<'a> {
         self.questions.of(pairs)
     }
 
-    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
         let queries = self.queries(pairs);
         let p_first = match self.questions.method {
             Method::PairwiseText => self.written(pairs, queries)?,
             _ => probabilities(self.engine.label_masses(&queries, Labels::AB)?),
         };
-        let n = Virtue::ALL.len();
+        let n = self.questions.n_virtues();
         let by_pair = p_first.chunks_exact(n * self.questions.askings());
         Ok(by_pair
             .map(|p| {
-                std::array::from_fn(|virtue| match self.questions.config.orders {
+                let of = |virtue: usize| match self.questions.config.orders {
                     Orders::One => Verdict::one_order(p[virtue]),
                     Orders::Both => Verdict::both_orders(p[virtue], p[n + virtue]),
-                })
+                };
+                (0..n).map(of).collect()
             })
             .collect())
     }
 
     /// Samples the verdicts as text.
     fn written(&self, pairs: &[Pair], queries: Vec<Query>) -> Result<Vec<Option<f64>>, Error> {
-        let per_pair = Virtue::ALL.len() * self.questions.askings();
+        let per_pair = self.questions.n_virtues() * self.questions.askings();
         let chain = |(idx, query): (usize, Query)| Chain {
             messages: query.messages,
             questions: Vec::new(),
@@ -195,19 +206,19 @@ impl<'a> Judge<'a> {
         Ok(out)
     }
 
-    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
+    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
         let p_yes = probabilities(self.engine.label_masses(&self.queries(pairs), Labels::YES_NO)?);
-        let n = Virtue::ALL.len();
+        let n = self.questions.n_virtues();
         Ok(p_yes
             .chunks_exact(2 * n)
-            .map(|p| std::array::from_fn(|virtue| Verdict::pointwise(p[virtue], p[n + virtue])))
+            .map(|p| (0..n).map(|virtue| Verdict::pointwise(p[virtue], p[n + virtue])).collect())
             .collect())
     }
 
     /// log P(reply | virtuous) − log P(reply | vicious) of each side's own reply, compared. The
-    /// personas speak for all virtues at once, so the five verdicts are equal.
-    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<[Verdict; 5]>, Error> {
-        let personas = &self.questions.constitution.personas;
+    /// personas speak for all virtues at once, so their verdicts are equal.
+    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+        let personas = self.questions.constitution.personas()?;
         let mut conversations = Vec::new();
         for pair in pairs {
             for side in &pair.sides {
@@ -222,7 +233,7 @@ impl<'a> Judge<'a> {
             .map(|l| {
                 let lead = (l[0] - l[1]) - (l[2] - l[3]);
                 let p_sample0 = lead.is_finite().then(|| 1.0 / (1.0 + (-lead).exp()));
-                [Verdict { p_ab: None, p_ba: None, p_sample0 }; 5]
+                vec![Verdict { p_ab: None, p_ba: None, p_sample0 }; self.questions.n_virtues()]
             })
             .collect())
     }
@@ -272,6 +283,7 @@ impl<'a> Questions<'a> {
                 got: template.clone(),
             });
         }
+        check_vices(name, template, constitution)?;
         let (template, opening) = template.split_once(REPLY).unwrap_or((template, ""));
         let opening = if continues { opening.to_owned() } else { String::new() };
         let mut questions =
@@ -280,7 +292,7 @@ impl<'a> Questions<'a> {
         Ok(questions)
     }
 
-    /// The conversations the judge is asked about `pairs`: five virtues for each order (or side) of
+    /// The conversations the judge is asked about `pairs`: every virtue for each order (or side) of
     /// each pair.
     pub fn of(&self, pairs: &[Pair]) -> Vec<Query> {
         let mut queries = Vec::new();
@@ -288,7 +300,7 @@ impl<'a> Questions<'a> {
             let question = question_text(&pair.question);
             let texts = [side_text(&pair.sides[0]), side_text(&pair.sides[1])];
             for first in 0..self.askings() {
-                for virtue in Virtue::ALL {
+                for virtue in &self.constitution.virtues {
                     let text = if self.method == Method::PointwiseLogits {
                         self.pointwise_question(virtue, &question, &texts[first])
                     } else {
@@ -301,6 +313,15 @@ impl<'a> Questions<'a> {
             }
         }
         queries
+    }
+
+    fn n_virtues(&self) -> usize {
+        self.constitution.virtues.len()
+    }
+
+    /// The virtue of a number, one after the other.
+    fn virtue(&self, number: usize) -> &VirtueEntry {
+        &self.constitution.virtues[number % self.n_virtues()]
     }
 
     /// How often the judge is asked about a pair and a virtue.
@@ -323,7 +344,7 @@ impl<'a> Questions<'a> {
         let question = question_text(question);
         let texts = sides.map(side_text);
         [0, 1].map(|first| {
-            let virtue = Virtue::ALL[(number + first) % Virtue::ALL.len()];
+            let virtue = self.virtue(number + first);
             let (asked, labels) = if self.method == Method::PointwiseLogits {
                 (self.pointwise_question(virtue, &question, &texts[first]), Labels::YES_NO)
             } else {
@@ -343,31 +364,22 @@ impl<'a> Questions<'a> {
         Message::assistant(format!("{} {label}", self.opening).trim())
     }
 
-    fn pairwise_question(&self, virtue: Virtue, question: &str, a: &str, b: &str) -> String {
-        let virtue_question = self.constitution.virtues.get(virtue);
-        fill(
-            self.template,
-            &[
-                ("question", question),
-                ("a", a),
-                ("b", b),
-                ("virtue", virtue.name()),
-                ("virtue_question", virtue_question),
-            ],
-        )
+    fn pairwise_question(&self, virtue: &VirtueEntry, question: &str, a: &str, b: &str) -> String {
+        self.filled(virtue, &[("question", question), ("a", a), ("b", b)])
     }
 
-    fn pointwise_question(&self, virtue: Virtue, question: &str, answer: &str) -> String {
-        let virtue_question = self.constitution.virtues.get(virtue);
-        fill(
-            self.template,
-            &[
-                ("question", question),
-                ("answer", answer),
-                ("virtue", virtue.name()),
-                ("virtue_question", virtue_question),
-            ],
-        )
+    fn pointwise_question(&self, virtue: &VirtueEntry, question: &str, answer: &str) -> String {
+        self.filled(virtue, &[("question", question), ("answer", answer)])
+    }
+
+    /// The template with these values and the constitution's words about a virtue.
+    fn filled(&self, virtue: &VirtueEntry, values: &[(&str, &str)]) -> String {
+        let mut values = values.to_vec();
+        values.push(("virtue", virtue.name.name()));
+        values.push(("virtue_question", &virtue.question));
+        values.extend(virtue.deficiency.as_deref().map(|vice| ("deficiency", vice)));
+        values.extend(virtue.excess.as_deref().map(|vice| ("excess", vice)));
+        fill(self.template, &values)
     }
 
     /// Judged examples as turns of the conversation. They do not depend on the virtue asked about
@@ -392,20 +404,18 @@ impl<'a> Questions<'a> {
                 got: n_wanted.to_string(),
             });
         }
+        let turns = &self.constitution.turns;
         let mut shots = Vec::new();
         for (idx, (better, worse)) in usable.into_iter().enumerate() {
-            let virtue = Virtue::ALL[idx % Virtue::ALL.len()];
+            let virtue = self.virtue(idx);
             let good_first = idx % 2 == 0;
+            let (good, bad) = (better.replies.answer(turns), worse.answer(turns));
             let (asked, answer) = if self.method == Method::PointwiseLogits {
-                let text = if good_first { &better.action } else { &worse.action };
+                let text = if good_first { good } else { bad };
                 let asked = self.pointwise_question(virtue, &better.prompt, text);
                 (asked, if good_first { Labels::YES_NO.first } else { Labels::YES_NO.second })
             } else {
-                let (a, b) = if good_first {
-                    (&better.action, &worse.action)
-                } else {
-                    (&worse.action, &better.action)
-                };
+                let (a, b) = if good_first { (good, bad) } else { (bad, good) };
                 let asked = self.pairwise_question(virtue, &better.prompt, a, b);
                 (asked, if good_first { Labels::AB.first } else { Labels::AB.second })
             };
@@ -414,6 +424,28 @@ impl<'a> Questions<'a> {
         }
         Ok(shots)
     }
+}
+
+/// Refuses a template that speaks of a vice which the constitution does not name.
+fn check_vices(
+    name: &'static str,
+    template: &str,
+    constitution: &Constitution,
+) -> Result<(), Error> {
+    for virtue in &constitution.virtues {
+        for (key, vice) in [("deficiency", &virtue.deficiency), ("excess", &virtue.excess)] {
+            if vice.is_none() && template.contains(&format!("{{{key}}}")) {
+                return Err(Error::Setting {
+                    name,
+                    expected: format!(
+                        "no {{{key}}}, or a constitution that names it for every virtue"
+                    ),
+                    got: format!("virtues.{} without {key}", virtue.name),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The messages of one side under a system prompt, which comes before any of the prompt's own.
@@ -476,9 +508,9 @@ fn fill(template: &str, values: &[(&str, &str)]) -> String {
     out
 }
 
-/// The messages of one sample through the reply of `aspect`, prompt left out.
-pub fn side_through(messages: &[Message], n_prompt: usize, aspect: Aspect) -> Vec<Message> {
-    messages[n_prompt..].iter().take(1 + 2 * aspect.index()).cloned().collect()
+/// The messages of one sample through the reply of the turn at `turn`, prompt left out.
+pub fn side_through(messages: &[Message], n_prompt: usize, turn: usize) -> Vec<Message> {
+    messages[n_prompt..].iter().take(1 + 2 * turn).cloned().collect()
 }
 
 #[cfg(test)]
@@ -518,11 +550,11 @@ mod tests {
             Message::user("what for"),
             Message::assistant("good"),
         ];
-        let side = |aspect| side_text(&side_through(&messages, 1, aspect));
-        assert_eq!(side(Aspect::Action), "act");
-        assert_eq!(side(Aspect::Motivation), "act\n\nHuman: why\n\nAssistant: because");
+        let side = |turn| side_text(&side_through(&messages, 1, turn));
+        assert_eq!(side(0), "act");
+        assert_eq!(side(1), "act\n\nHuman: why\n\nAssistant: because");
         assert_eq!(
-            side(Aspect::Consequence),
+            side(2),
             "act\n\nHuman: why\n\nAssistant: because\n\nHuman: what for\n\nAssistant: good"
         );
     }

@@ -74,7 +74,7 @@ pub fn vote(p_sample0: Option<f64>, tie_margin: f64) -> Option<i32> {
     Some(i32::from(lead < 0.0))
 }
 
-/// What the five virtues' votes add up to.
+/// What the virtues' votes add up to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tally {
     /// Votes for sample 0 and sample 1.
@@ -197,7 +197,7 @@ mod tests {
         let row = |virtue: Virtue, p: Option<f32>, vote: Option<i32>| JudgementRow {
             prompt_id: String::new(),
             split: Split::Train,
-            aspect: Aspect::Action,
+            aspect: Aspect::ACTION,
             virtue,
             method: String::new(),
             judge: String::new(),
@@ -207,11 +207,11 @@ mod tests {
             vote,
         };
         let rows = [
-            row(Virtue::Honesty, Some(0.75), Some(0)),
-            row(Virtue::Prudence, Some(0.25), Some(1)),
-            row(Virtue::Compassion, Some(0.5), None),
-            row(Virtue::Humility, None, None),
-            row(Virtue::Respect, Some(0.125), Some(1)),
+            row(Virtue::HONESTY, Some(0.75), Some(0)),
+            row(Virtue::PRUDENCE, Some(0.25), Some(1)),
+            row(Virtue::COMPASSION, Some(0.5), None),
+            row(Virtue::HUMILITY, None, None),
+            row(Virtue::RESPECT, Some(0.125), Some(1)),
         ];
         let tally = Tally::of(&rows);
         assert_eq!(tally, Tally { votes: [1, 2], p_sample0: Some(0.40625) });

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use arete_chain::sample::key_of;
 use arete_chain::trim::last_sentence;
+use arete_chain::{Turns, prompt_of};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message, Role};
 
@@ -23,14 +24,15 @@ pub(super) struct Samples {
 
 impl Samples {
     pub(super) fn truncated(&self, aspect: Aspect) -> [bool; 2] {
-        [0, 1].map(|s| self.samples[s].finish_reason(aspect) == FinishReason::Length)
+        [0, 1].map(|s| self.samples[s].is_cut(aspect))
     }
 }
 
-/// Reads the conversations by prompt, in the order of the file.
-pub(super) fn samples_of(input: &Path) -> Result<Vec<Samples>, Error> {
+/// Reads the conversations by prompt, in the order of the file; `turns` are the constitution's.
+pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Error> {
     let path = stage::file_of(input, conversations::STAGE);
     let rows: Vec<ConversationRow> = stage::rows_of(input, conversations::STAGE)?;
+    turns.check_names(&rows[0].aspects().collect::<Vec<_>>(), &path)?;
     let mut order = Vec::new();
     let mut by_prompt: HashMap<String, [Option<ConversationRow>; 2]> = HashMap::new();
     for (idx, row) in rows.into_iter().enumerate() {
@@ -43,13 +45,10 @@ pub(super) fn samples_of(input: &Path) -> Result<Vec<Samples>, Error> {
         };
         let sample = usize::try_from(row.sample).ok().filter(|&sample| sample < 2);
         let sample = sample.ok_or_else(|| wrong("sample", "0 or 1", row.sample.to_string()))?;
-        let n_turns = 2 * Aspect::ALL.len() - 1;
-        if row.messages.len() <= n_turns {
-            return Err(wrong(
-                "messages",
-                "a prompt and five turns",
-                row.messages.len().to_string(),
-            ));
+        if prompt_of(&row.messages, turns.len()).is_err() {
+            let n_messages = 2 * turns.len() - 1;
+            let expected = format!("a prompt and the {n_messages} messages of a chain");
+            return Err(wrong("messages", &expected, row.messages.len().to_string()));
         }
         let slots = by_prompt.entry(row.prompt_id.clone()).or_insert_with(|| {
             order.push(row.prompt_id.clone());
@@ -71,7 +70,7 @@ pub(super) fn samples_of(input: &Path) -> Result<Vec<Samples>, Error> {
                 found: "one of them".to_owned(),
             });
         };
-        let n_prompt = zero.messages.len() - (2 * Aspect::ALL.len() - 1);
+        let n_prompt = zero.messages.len() - (2 * turns.len() - 1);
         if one.messages.len() != zero.messages.len()
             || one.messages[..n_prompt] != zero.messages[..n_prompt]
         {
@@ -142,22 +141,25 @@ impl Dropped {
 pub(super) struct Candidates {
     pub(super) all: Vec<Candidate>,
     pub(super) dropped: BTreeMap<Aspect, Dropped>,
+    /// The turns, in the order of the chain.
+    pub(super) aspects: Vec<Aspect>,
     pub(super) n_prompts: usize,
     pub(super) finish_rates: String,
 }
 
 impl Candidates {
-    pub(super) fn of(prompts: &[Samples], truncated: Truncated) -> Self {
+    pub(super) fn of(prompts: &[Samples], turns: &Turns, truncated: Truncated) -> Self {
+        let aspects = turns.names();
         let mut all = Vec::new();
         let mut dropped: BTreeMap<Aspect, Dropped> = BTreeMap::new();
         for (prompt, samples) in prompts.iter().enumerate() {
-            for aspect in Aspect::ALL {
+            for (turn, &aspect) in aspects.iter().enumerate() {
                 let dropped = dropped.entry(aspect).or_default();
                 if truncated == Truncated::Drop && samples.truncated(aspect).contains(&true) {
                     dropped.truncated += 1;
                     continue;
                 }
-                let sides = [0, 1].map(|s| side(samples, s, aspect, truncated));
+                let sides = [0, 1].map(|s| side(samples, s, turn, truncated));
                 let [Some(zero), Some(one)] = sides else {
                     dropped.untrimmable += 1;
                     continue;
@@ -170,18 +172,18 @@ impl Candidates {
                 let pair = Pair {
                     question: messages[..samples.n_prompt].to_vec(),
                     sides: [zero, one],
-                    key: key_of(&samples.samples[0].prompt_id) ^ aspect.index() as u64,
+                    key: key_of(&samples.samples[0].prompt_id) ^ turn as u64,
                 };
                 all.push(Candidate { prompt, aspect, pair });
             }
         }
         let n_replies = 2 * prompts.len();
-        let finish_rates = Aspect::ALL.map(|aspect| {
+        let finish_rate = |&aspect: &Aspect| {
             let cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
             format!("{aspect} {} %", percent(n_replies - cut, n_replies))
-        });
-        let finish_rates = finish_rates.join(", ");
-        Self { all, dropped, n_prompts: prompts.len(), finish_rates }
+        };
+        let finish_rates = aspects.iter().map(finish_rate).collect::<Vec<_>>().join(", ");
+        Self { all, dropped, aspects, n_prompts: prompts.len(), finish_rates }
     }
 
     pub(super) fn n_left(&self, aspect: Aspect) -> usize {
@@ -210,20 +212,20 @@ impl Candidates {
     }
 }
 
-/// One sample's messages after the prompt through the reply of `aspect`; cut replies trimmed if
+/// One sample's messages after the prompt through the reply of the turn at `turn`; cut replies trimmed if
 /// asked (`None` if one of them has no full sentence).
 fn side(
     samples: &Samples,
     sample: usize,
-    aspect: Aspect,
+    turn: usize,
     truncated: Truncated,
 ) -> Option<Vec<Message>> {
     let row = &samples.samples[sample];
-    let mut side = side_through(&row.messages, samples.n_prompt, aspect);
+    let mut side = side_through(&row.messages, samples.n_prompt, turn);
     if truncated == Truncated::Trim {
         let replies = side.iter_mut().filter(|message| message.role == Role::Assistant);
-        for (turn, reply) in Aspect::ALL.into_iter().zip(replies) {
-            if row.finish_reason(turn) == FinishReason::Length {
+        for (turn, reply) in row.turns.iter().zip(replies) {
+            if turn.finish_reason == FinishReason::Length {
                 reply.content = last_sentence(&reply.content)?.to_owned();
             }
         }

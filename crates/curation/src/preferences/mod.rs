@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_chain::Constitution;
 use arete_chain::verdicts::Verdicts;
 use arete_records::rows::{JudgementRow, PreferenceRow};
 use arete_records::{Aspect, Split, Virtue, parquet};
@@ -17,13 +18,13 @@ use serde_json::{Map, Value, json};
 
 use crate::Error;
 use crate::config::Truncated;
-use crate::constitution::Constitution;
 use crate::conversations;
 use crate::engine::Engine;
 use crate::judge::Method;
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair};
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
+use crate::words::Words;
 use arete_chain::exemplars::{self, Use};
 use arete_stage::units::Units;
 
@@ -56,15 +57,19 @@ pub fn run(
     work: &Work,
 ) -> Result<(), Error> {
     let started = Instant::now();
-    let prompts = samples_of(&inputs.conversations)?;
-    let candidates = Candidates::of(&prompts, config.truncated);
+    let words = words(config, inputs)?;
+    let prompts = samples_of(&inputs.conversations, &words.turns())?;
+    let candidates = Candidates::of(&prompts, &words.turns(), config.truncated);
     let place = work.place(|| match config.method {
         Method::Contrast => Ok(Place::none()),
         _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
     })?;
-    let Some(run) = stage::begin(spec(config, inputs, output)?)? else { return Ok(()) };
+    let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else {
+        return Ok(());
+    };
     work.check(&run)?;
-    for aspect in Aspect::ALL {
+    words.leave(output)?;
+    for &aspect in &candidates.aspects {
         // Better now than after hours of judging.
         let dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
         candidates.check(aspect, candidates.n_left(aspect), &dropped, config)?;
@@ -75,7 +80,7 @@ pub fn run(
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
             let (missing, n_missing) = units.missing();
-            let tribunal = Tribunal::open(config, inputs, !missing.is_empty())?;
+            let tribunal = Tribunal::open(config, inputs, &words, !missing.is_empty())?;
             let judge = tribunal.judge(config)?;
             let progress =
                 arete_records::progress::start("judging", "prompts", prompts.len() as u64);
@@ -85,7 +90,7 @@ pub fn run(
                 let n_items = items.len() as u64;
                 let chosen: Vec<&Candidate> =
                     candidates.all.iter().filter(|c| items.contains(&c.prompt)).collect();
-                let rows = judgements(&chosen, &prompts, judge.as_ref(), config)?;
+                let rows = judgements(&chosen, &prompts, judge.as_ref(), &words.virtues(), config)?;
                 progress.inc(n_items);
                 Ok(rows)
             })?;
@@ -114,13 +119,16 @@ pub fn run(
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(prompts.len()));
     counts.insert("judgements".to_owned(), json!(rows.len()));
-    for aspect in Aspect::ALL {
+    let virtues = words.virtues();
+    for &aspect in &candidates.aspects {
         let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, config);
         candidates.check(aspect, pairs.len(), &dropped, config)?;
         write_splits(output, aspect, &prompts, &pairs)?;
-        counts.insert(aspect.name().to_owned(), summary(aspect, &rows, &pairs, &dropped, &prompts));
+        let figures = summary(aspect, &rows, &virtues, &pairs, &dropped, &prompts);
+        counts.insert(aspect.name().to_owned(), figures);
     }
-    tracing::info!("preferences\n{}", summary_table(&counts));
+    let table = summary_table(&counts, &candidates.aspects, &virtues);
+    tracing::info!("preferences\n{table}");
     stage::finish(run, STAGE, place, counts, started)
 }
 
@@ -134,8 +142,9 @@ pub fn estimate(
     inputs: &Inputs,
     output: &Path,
 ) -> Result<Estimate, Error> {
-    let prompts = samples_of(&inputs.conversations)?;
-    let candidates = Candidates::of(&prompts, config.truncated);
+    let words = words(config, inputs)?;
+    let prompts = samples_of(&inputs.conversations, &words.turns())?;
+    let candidates = Candidates::of(&prompts, &words.turns(), config.truncated);
     let units =
         Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard: config.shard };
     let (missing, n_missing) = units.missing();
@@ -149,21 +158,21 @@ pub fn estimate(
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(prompts.len()));
     counts.insert("prompts_to_do".to_owned(), json!(n_missing));
-    for aspect in Aspect::ALL {
+    for &aspect in &candidates.aspects {
         counts.insert(format!("pairs_{aspect}"), json!(candidates.n_left(aspect)));
     }
     let (mut n_tokens, mut seconds) = (None, None);
     if config.method != Method::Contrast && !to_do.is_empty() {
-        let tribunal = Tribunal::open(config, inputs, true)?;
+        let tribunal = Tribunal::open(config, inputs, &words, true)?;
         let judge = tribunal.judge(config)?.expect("the method asks a judge");
         let engine = tribunal.engine.as_ref().expect("opened for the judge");
         let pairs: Vec<Pair> = to_do.iter().map(|candidate| candidate.pair.clone()).collect();
         counts.insert("verdicts_to_do".to_owned(), json!(judge.queries(&pairs).len()));
         n_tokens = Some(0);
         for pair in &pairs {
-            // The pair once per order; the five questions after it are short.
-            for query in judge.queries(std::slice::from_ref(pair)).iter().step_by(Virtue::ALL.len())
-            {
+            // The pair once per order; the virtues' questions after it are short.
+            let n_virtues = words.virtues().len();
+            for query in judge.queries(std::slice::from_ref(pair)).iter().step_by(n_virtues) {
                 n_tokens =
                     n_tokens.zip(engine.n_tokens(&query.messages)?).map(|(sum, n)| sum + n as u64);
             }
@@ -179,15 +188,25 @@ pub fn estimate(
     Ok(Estimate { stage: STAGE, counts, n_tokens, seconds })
 }
 
+/// The constitution given, or carried by the conversations.
+fn words(config: &PreferencesConfig, inputs: &Inputs) -> Result<Words, Error> {
+    Words::of(config.judge.constitution.as_deref(), Some(&inputs.conversations))
+}
+
 /// The judge's files, read; and the judge itself if it will be asked.
-struct Tribunal {
+struct Tribunal<'w> {
     engine: Option<Engine>,
-    constitution: Option<Constitution>,
+    constitution: Option<&'w Constitution>,
     exemplars: Vec<exemplars::Exemplar>,
 }
 
-impl Tribunal {
-    fn open(config: &PreferencesConfig, inputs: &Inputs, needed: bool) -> Result<Self, Error> {
+impl<'w> Tribunal<'w> {
+    fn open(
+        config: &PreferencesConfig,
+        inputs: &Inputs,
+        words: &'w Words,
+        needed: bool,
+    ) -> Result<Self, Error> {
         let mut tribunal = Self { engine: None, constitution: None, exemplars: Vec::new() };
         if config.method == Method::Contrast || !needed {
             return Ok(tribunal);
@@ -198,9 +217,9 @@ impl Tribunal {
             expected: format!("a model for the method {}", config.method.name()),
             got: "none".to_owned(),
         })?;
-        tribunal.constitution = Some(Constitution::load(&judge.constitution)?);
+        tribunal.constitution = Some(words.constitution()?);
         if judge.few_shot > 0 {
-            tribunal.exemplars = exemplars::load(&judge.exemplars, Use::FewShot)?;
+            tribunal.exemplars = exemplars::load(&judge.exemplars, Use::FewShot, &words.turns())?;
         }
         tribunal.engine = Some(stage::open_engine(
             model,
@@ -214,7 +233,7 @@ impl Tribunal {
     }
 
     fn judge<'a>(&'a self, config: &'a PreferencesConfig) -> Result<Option<Judge<'a>>, Error> {
-        let (Some(engine), Some(constitution)) = (&self.engine, &self.constitution) else {
+        let (Some(engine), Some(constitution)) = (&self.engine, self.constitution) else {
             return Ok(None);
         };
         Judge::new(engine, &config.judge, constitution, &self.exemplars, config.method).map(Some)
@@ -225,13 +244,15 @@ fn spec<'a>(
     config: &PreferencesConfig,
     inputs: &Inputs,
     output: &'a Path,
+    words: &Words,
 ) -> Result<StageSpec<'a>, Error> {
     let mut settings = crate::config::recorded(config);
     let conversations = stage::file_of(&inputs.conversations, conversations::STAGE);
     let mut files = vec![(conversations::STAGE.to_owned(), conversations)];
+    let are_read = config.method != Method::Contrast;
+    files.extend(words.input(are_read)?.map(|path| ("constitution".to_owned(), path)));
     if config.method != Method::Contrast {
         let judge = &config.judge;
-        files.push(("constitution".to_owned(), judge.constitution.clone()));
         if judge.few_shot > 0 {
             files.push(("exemplars".to_owned(), judge.exemplars.clone()));
         }
@@ -251,6 +272,7 @@ fn judgements(
     candidates: &[&Candidate],
     prompts: &[Samples],
     judge: Option<&Judge<'_>>,
+    virtues: &[Virtue],
     config: &PreferencesConfig,
 ) -> Result<Vec<JudgementRow>, Error> {
     let verdicts = match judge {
@@ -264,7 +286,8 @@ fn judgements(
         None => candidates
             .iter()
             .map(|candidate| {
-                by_construction(&prompts[candidate.prompt]).map(|verdict| [verdict; 5])
+                by_construction(&prompts[candidate.prompt])
+                    .map(|verdict| vec![verdict; virtues.len()])
             })
             .collect::<Result<_, _>>()?,
     };
@@ -272,7 +295,7 @@ fn judgements(
     let mut rows = Vec::new();
     for (candidate, verdicts) in candidates.iter().zip(verdicts) {
         let sample = &prompts[candidate.prompt].samples[0];
-        for (virtue, verdict) in Virtue::ALL.into_iter().zip(verdicts) {
+        for (&virtue, verdict) in virtues.iter().zip(verdicts) {
             let verdict = if config.flip { verdict.flipped() } else { verdict };
             let stored = |p: Option<f64>| p.map(|p| p as f32);
             rows.push(JudgementRow {
@@ -404,18 +427,19 @@ fn write_splits(
 fn summary(
     aspect: Aspect,
     judgements: &[JudgementRow],
+    virtues: &[Virtue],
     pairs: &[PreferenceRow],
     dropped: &Dropped,
     prompts: &[Samples],
 ) -> Value {
     let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
-    let n_judged = own.len() / Virtue::ALL.len();
+    let n_judged = own.len() / virtues.len();
     let n_cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
     let verdicts = Verdicts::of(own.iter().copied());
     let mut votes = Map::new();
-    for virtue in Virtue::ALL {
+    for virtue in virtues {
         let of = |wanted: Option<i32>| {
-            own.iter().filter(|row| row.virtue == virtue && row.vote == wanted).count()
+            own.iter().filter(|row| row.virtue == *virtue && row.vote == wanted).count()
         };
         let (zero, one, none) = (of(Some(0)), of(Some(1)), of(None));
         votes.insert(
@@ -437,7 +461,7 @@ fn summary(
 }
 
 /// The summary of every aspect as one table: a figure a row, an aspect a column.
-fn summary_table(counts: &Map<String, Value>) -> String {
+fn summary_table(counts: &Map<String, Value>, aspects: &[Aspect], virtues: &[Virtue]) -> String {
     const FIGURES: [(&str, &str); 10] = [
         ("pairs", "pairs"),
         ("pairs judged", "judged"),
@@ -451,16 +475,16 @@ fn summary_table(counts: &Map<String, Value>) -> String {
         ("verdicts abstained, %", "abstained_percent"),
     ];
     let heads: Vec<&str> =
-        std::iter::once("").chain(Aspect::ALL.map(|aspect| aspect.name())).collect();
+        std::iter::once("").chain(aspects.iter().map(|aspect| aspect.name())).collect();
     let row = |name: String, cell: &dyn Fn(&Value) -> String| {
-        let cells = Aspect::ALL.iter().map(|aspect| cell(&counts[aspect.name()]));
+        let cells = aspects.iter().map(|aspect| cell(&counts[aspect.name()]));
         std::iter::once(name).chain(cells).collect::<Vec<String>>()
     };
     let mut rows: Vec<Vec<String>> = FIGURES
         .iter()
         .map(|(name, key)| row((*name).to_owned(), &|figures| stage::cell(&figures[*key])))
         .collect();
-    for virtue in Virtue::ALL {
+    for virtue in virtues {
         rows.push(row(format!("votes on {virtue}, sample 0 : 1 : none"), &|figures| {
             let votes = &figures["votes"][virtue.name()];
             format!("{} : {} : {}", votes["sample_0"], votes["sample_1"], votes["none"])
@@ -471,33 +495,28 @@ fn summary_table(counts: &Map<String, Value>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use arete_records::rows::ConversationRow;
+    use arete_chain::Turns;
+    use arete_records::rows::{ConversationRow, TurnRow};
     use arete_records::{FinishReason, Message, Role};
 
     use super::*;
 
     fn row(sample: i32, texts: [&str; 3], cut: [bool; 3]) -> ConversationRow {
-        let mut messages = vec![Message::user("q")];
-        for (aspect, text) in Aspect::ALL.into_iter().zip(texts) {
-            messages.extend(aspect.question().map(Message::user));
-            messages.push(Message::assistant(text));
-        }
+        let messages = Turns::default().conversation(&[Message::user("q")], &texts);
         let reason = |cut| if cut { FinishReason::Length } else { FinishReason::Stop };
+        let turn = |((aspect, text), cut): ((Aspect, &str), bool)| TurnRow {
+            aspect,
+            text: text.to_owned(),
+            finish_reason: reason(cut),
+            n_tokens: 1,
+        };
         ConversationRow {
             prompt_id: "00000000000000aa".to_owned(),
             split: Split::Train,
             sample,
             persona: None,
             messages,
-            action: texts[0].to_owned(),
-            motivation: texts[1].to_owned(),
-            consequence: texts[2].to_owned(),
-            finish_reason_action: reason(cut[0]),
-            finish_reason_motivation: reason(cut[1]),
-            finish_reason_consequence: reason(cut[2]),
-            n_tokens_action: 1,
-            n_tokens_motivation: 1,
-            n_tokens_consequence: 1,
+            turns: Aspect::SHIPPED.into_iter().zip(texts).zip(cut).map(turn).collect(),
             seed: 0,
         }
     }
@@ -518,8 +537,8 @@ mod tests {
     #[test]
     fn only_the_aspects_own_reply_counts_as_truncated() {
         let prompts = [samples()];
-        let drop = Candidates::of(&prompts, Truncated::Drop);
-        assert_eq!(Aspect::ALL.map(|aspect| drop.n_left(aspect)), [0, 1, 0]);
+        let drop = Candidates::of(&prompts, &Turns::default(), Truncated::Drop);
+        assert_eq!(Aspect::SHIPPED.map(|aspect| drop.n_left(aspect)), [0, 1, 0]);
         assert_eq!(texts(&drop.all[0].pair.sides[0]), ["Go on. And", "M0."]);
         assert_eq!(drop.finish_rates, "action 50.0 %, motivation 100.0 %, consequence 50.0 %");
     }
@@ -527,21 +546,21 @@ mod tests {
     #[test]
     fn trimming_cuts_every_cut_reply_and_keeping_none() {
         let prompts = [samples()];
-        let trim = Candidates::of(&prompts, Truncated::Trim);
+        let trim = Candidates::of(&prompts, &Turns::default(), Truncated::Trim);
         // The consequence of sample 0 has no full sentence.
-        assert_eq!(Aspect::ALL.map(|aspect| trim.n_left(aspect)), [1, 1, 0]);
-        assert_eq!(trim.dropped[&Aspect::Consequence].untrimmable, 1);
+        assert_eq!(Aspect::SHIPPED.map(|aspect| trim.n_left(aspect)), [1, 1, 0]);
+        assert_eq!(trim.dropped[&Aspect::CONSEQUENCE].untrimmable, 1);
         assert_eq!(texts(&trim.all[0].pair.sides[0]), ["Go on."]);
         assert_eq!(texts(&trim.all[1].pair.sides[0]), ["Go on.", "M0."]);
-        let keep = Candidates::of(&prompts, Truncated::Keep);
-        assert_eq!(Aspect::ALL.map(|aspect| keep.n_left(aspect)), [1, 1, 1]);
+        let keep = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
+        assert_eq!(Aspect::SHIPPED.map(|aspect| keep.n_left(aspect)), [1, 1, 1]);
         assert_eq!(texts(&keep.all[2].pair.sides[0]), ["Go on. And", "M0.", "C0 no end"]);
     }
 
     #[test]
     fn the_side_with_more_votes_is_chosen_and_carries_its_own_turns() {
         let prompts = [samples()];
-        let candidates = Candidates::of(&prompts, Truncated::Keep);
+        let candidates = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
         let motivation = &candidates.all[1];
         let tally = Tally { votes: [1, 3], p_sample0: Some(0.625) };
         let pair = prefer(motivation, &prompts[0], &tally, Ties::Drop, Truncated::Keep).unwrap();
@@ -554,7 +573,7 @@ mod tests {
         let action =
             prefer(&candidates.all[0], &prompts[0], &tally, Ties::Drop, Truncated::Keep).unwrap();
         assert_eq!((action.truncated_chosen, action.truncated_rejected), (false, true));
-        let trimmed = Candidates::of(&prompts, Truncated::Trim);
+        let trimmed = Candidates::of(&prompts, &Turns::default(), Truncated::Trim);
         let closed =
             prefer(&trimmed.all[0], &prompts[0], &tally, Ties::Drop, Truncated::Trim).unwrap();
         assert_eq!(texts(&closed.rejected), ["Go on."]);
@@ -564,7 +583,7 @@ mod tests {
     #[test]
     fn a_tie_is_dropped_or_decided_by_probability() {
         let prompts = [samples()];
-        let candidates = Candidates::of(&prompts, Truncated::Keep);
+        let candidates = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
         let tie = Tally { votes: [2, 2], p_sample0: Some(0.75) };
         assert!(
             prefer(&candidates.all[0], &prompts[0], &tie, Ties::Drop, Truncated::Keep).is_none()
@@ -592,13 +611,14 @@ mod tests {
     #[test]
     fn the_summary_shows_every_figure_of_every_aspect() {
         let prompts = [samples()];
-        let candidates = Candidates::of(&prompts, Truncated::Keep);
+        let candidates = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
         let mut counts = Map::new();
-        for aspect in Aspect::ALL {
-            let dropped = candidates.dropped[&aspect];
-            counts.insert(aspect.name().to_owned(), summary(aspect, &[], &[], &dropped, &prompts));
+        for aspect in Aspect::SHIPPED {
+            let dropped = &candidates.dropped[&aspect];
+            let figures = summary(aspect, &[], &Virtue::SHIPPED, &[], dropped, &prompts);
+            counts.insert(aspect.name().to_owned(), figures);
         }
-        let table = summary_table(&counts);
+        let table = summary_table(&counts, &Aspect::SHIPPED, &Virtue::SHIPPED);
         let cells = |name: &str| -> Vec<&str> {
             let line = table.lines().find(|line| line.contains(name)).unwrap();
             line.split('|').map(str::trim).filter(|cell| !cell.is_empty()).skip(1).collect()
@@ -615,8 +635,10 @@ mod tests {
         let command = PreferencesConfig::augment_args(clap::Command::new("test"));
         let config =
             PreferencesConfig::from_arg_matches(&command.get_matches_from(["test"])).unwrap();
-        let candidates = Candidates::of(&[samples()], Truncated::Drop);
-        let error = candidates.check(Aspect::Action, 0, &config).unwrap_err().to_string();
+        let candidates = Candidates::of(&[samples()], &Turns::default(), Truncated::Drop);
+        let dropped = candidates.dropped.get(&Aspect::ACTION).copied().unwrap_or_default();
+        let error =
+            candidates.check(Aspect::ACTION, 0, &dropped, &config).unwrap_err().to_string();
         assert!(error.starts_with("action: 0 pairs left of 1, expected at least 20"), "{error}");
         assert!(
             error.contains("motivation 100.0 %") && error.contains("max_new_tokens"),

@@ -134,7 +134,7 @@ pub(crate) fn save_reward(dir: &Path, model: &Model, adapter: &Adapter, head: Op
 /// Three random reward models.
 pub(crate) fn write_rewards(dir: &Path, model: &Model) -> PathBuf {
     let dir = dir.join("reward");
-    for (seed, aspect) in Aspect::ALL.into_iter().enumerate() {
+    for (seed, aspect) in Aspect::SHIPPED.into_iter().enumerate() {
         let (adapter, head) = random_reward(model, seed as u64);
         save_reward(&dir.join(aspect.name()), model, &adapter, Some(&head));
     }
@@ -146,6 +146,7 @@ pub(crate) fn by_rule(dir: &Path, output: &str) -> TrainInputs {
     TrainInputs {
         prompts: write_prompts(dir),
         rewards: None,
+        constitution: None,
         yardstick: None,
         output: dir.join(output),
     }

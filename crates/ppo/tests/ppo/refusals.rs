@@ -18,6 +18,7 @@ fn refused(config: &Config, dir: &Path) -> Error {
     let inputs = TrainInputs {
         prompts: dir.join("prompts"),
         rewards: Some(dir.join("reward")),
+        constitution: None,
         yardstick: None,
         output: dir.join("out"),
     };
@@ -114,24 +115,24 @@ fn scores_that_are_no_numbers_or_all_the_same_are_refused() {
     write_prompts(dir.path());
     let dir = dir.path();
     for (fill, with_stats, wanted) in [
-        (f64::NAN, true, "iteration 0: the score of the consequence reward model for prompt "),
+        (f64::NAN, true, "iteration 0: the score of the action reward model for prompt "),
         (
             0.0,
             false,
-            "scores of the consequence reward model on the reference: expected scores that differ between conversations, got 0 for all 12",
+            "scores of the action reward model on the reference: expected scores that differ between conversations, got 0 for all 12",
         ),
         (
             0.0,
             true,
-            "scores of the consequence reward model in the first rollout: expected scores that differ between conversations",
+            "scores of the action reward model in the first rollout: expected scores that differ between conversations",
         ),
     ] {
         if dir.join("reward").exists() {
             fs_err::remove_dir_all(dir.join("reward")).unwrap();
         }
-        for aspect in Aspect::ALL {
-            let (adapter, mut head) = random_reward(&model, aspect.index() as u64);
-            if aspect == Aspect::Consequence {
+        for (seed, aspect) in (0..).zip(Aspect::SHIPPED) {
+            let (adapter, mut head) = random_reward(&model, seed);
+            if aspect == Aspect::ACTION {
                 head = ScalarHead { weight: Tensor::full_like(&head.weight, fill) };
             }
             let at = dir.join("reward").join(aspect.name());

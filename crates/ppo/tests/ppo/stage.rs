@@ -12,6 +12,7 @@ fn inputs(dir: &std::path::Path, output: &str) -> arete_ppo::TrainInputs {
     arete_ppo::TrainInputs {
         prompts: write_prompts(dir),
         rewards: Some(dir.join("reward")),
+        constitution: None,
         yardstick: None,
         output: dir.join(output),
     }
@@ -57,12 +58,19 @@ fn scores_are_those_of_each_conversation_alone() {
     let model = tiny_model();
     write_rewards(dir.path(), &model);
     for kind in ["chain", "answer"] {
+        // An answer asks for its own reward model alone.
+        let asked = if kind == "chain" { &Aspect::SHIPPED[..] } else { &[Aspect::ACTION] };
+        if kind == "answer" {
+            for other in [Aspect::MOTIVATION, Aspect::CONSEQUENCE] {
+                fs_err::remove_dir_all(dir.path().join("reward").join(other.name())).unwrap();
+            }
+        }
         let config = config(&["--rollout", kind, "--learning-rate", "1e-3"]);
         let inputs = inputs(dir.path(), kind);
         train(&config, &inputs).unwrap();
         let rows: Vec<RolloutRow> = (1..=2).flat_map(|i| rollout(&inputs.output, i)).collect();
         assert_eq!(rows.len(), 16);
-        for aspect in Aspect::ALL {
+        for &aspect in asked {
             let reward = adapter_files::load(
                 &dir.path().join("reward").join(aspect.name()).join("adapter"),
                 "r",
@@ -71,24 +79,17 @@ fn scores_are_those_of_each_conversation_alone() {
             )
             .unwrap();
             for row in &rows {
-                let got = f64::from(score(row, aspect));
-                let expected = score_alone(&model, &reward, row, aspect, kind == "chain");
+                let got = f64::from(row.turn(aspect).unwrap().score.unwrap());
+                let expected = score_alone(&model, &reward, row, aspect);
                 assert!((got - expected).abs() < 1e-5, "{aspect}: {got} against {expected}");
             }
         }
         if kind == "answer" {
-            assert!(rows.iter().all(|row| row.n_tokens_motivation.is_none()));
+            for turn in rows.iter().flat_map(|row| &row.turns[1..]) {
+                assert_eq!((turn.score, turn.z, turn.n_tokens), (None, None, None));
+            }
         }
     }
-}
-
-fn score(row: &RolloutRow, aspect: Aspect) -> f32 {
-    match aspect {
-        Aspect::Action => row.score_action,
-        Aspect::Motivation => row.score_motivation,
-        Aspect::Consequence => row.score_consequence,
-    }
-    .unwrap()
 }
 
 /// Renders the conversation through the aspect's reply from its messages, and scores it in a pass of its own.
@@ -97,19 +98,15 @@ fn score_alone(
     reward: &adapter_files::LoadedAdapter,
     row: &RolloutRow,
     aspect: Aspect,
-    is_chain: bool,
 ) -> f64 {
     let _guard = tch::no_grad_guard();
     let chat = model.chat().unwrap();
-    let messages = match is_chain {
-        true => arete_chain::aspect_conversation(&row.messages, aspect).unwrap(),
-        false => row.messages.as_slice(),
-    };
+    let place = row.turns.iter().position(|turn| turn.aspect == aspect).unwrap();
+    let messages = arete_chain::through(&row.messages, row.n_asked(), place).unwrap();
     // Every cut reply ends at its last full sentence, if it has one, and is closed.
     let mut messages = messages.to_vec();
-    let finish =
-        [row.finish_reason_action, row.finish_reason_motivation, row.finish_reason_consequence];
-    let n_prompt = row.messages.len() - (2 * finish.iter().flatten().count() - 1);
+    let finish = row.turns.iter().map(|turn| turn.finish_reason);
+    let n_prompt = row.messages.len() - (2 * row.n_asked() - 1);
     let replies = messages[n_prompt..].iter_mut().step_by(2);
     for (reply, _) in replies.zip(finish).filter(|(_, why)| *why == Some(FinishReason::Length)) {
         if let Some(kept) = arete_chain::trim::last_sentence(&reply.content) {
@@ -147,8 +144,8 @@ fn rewards_add_up_and_the_penalty_is_k1() {
     let rows = rollout(&inputs.output, 3);
     assert!(rows.iter().any(|row| row.kl.abs() > 1e-3), "the policy has moved");
     for row in rows {
-        let cut = f64::from(u8::from(row.finish_reason_action == Some(FinishReason::Length)));
-        let z = f64::from(row.z_action.unwrap());
+        let cut = f64::from(u8::from(row.turns[0].finish_reason == Some(FinishReason::Length)));
+        let z = f64::from(row.turns[0].z.unwrap());
         let expected = z.clamp(-10.0, 10.0) - 0.5 * cut - 0.3 * f64::from(row.kl);
         assert!((f64::from(row.reward) - expected).abs() < 1e-4, "{row:?}");
     }

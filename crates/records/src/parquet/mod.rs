@@ -36,8 +36,24 @@ pub trait Row: Serialize + DeserializeOwned {
     /// The row's name, for messages.
     const NAME: &'static str;
 
-    /// The columns, in order.
+    /// The columns, in order; of a row that has columns for every turn, those of the shipped turns.
     fn fields() -> Vec<FieldRef>;
+
+    /// The columns that these rows are written to.
+    ///
+    /// # Errors
+    ///
+    /// Says which row has other columns than the first.
+    fn fields_of(rows: &[Self]) -> Result<Vec<FieldRef>, String> {
+        let _ = rows;
+        Ok(Self::fields())
+    }
+
+    /// The columns that are read from a file with this schema.
+    fn fields_in(schema: &Schema) -> Vec<FieldRef> {
+        let _ = schema;
+        Self::fields()
+    }
 }
 
 /// Writes rows to a Parquet file, atomically; equal rows give equal bytes.
@@ -61,7 +77,7 @@ pub fn write<T: Row>(path: impl AsRef<Path>, rows: &[T]) -> Result<(), Error> {
 }
 
 fn encode<T: Row>(rows: &[T]) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
-    let fields = T::fields();
+    let fields = T::fields_of(rows)?;
     let features = schema::huggingface_features(&fields);
     let metadata = HashMap::from([("huggingface".to_owned(), features.clone())]);
     let schema = Arc::new(Schema::new_with_metadata(fields.clone(), metadata));
@@ -93,7 +109,7 @@ pub fn read<T: Row>(path: impl AsRef<Path>) -> Result<Vec<T>, Error> {
     let path = path.as_ref();
     guarded(path, |builder| {
         let mut columns = Vec::new();
-        for expected in T::fields() {
+        for expected in T::fields_in(builder.schema()) {
             columns.push(schema::find_column(path, builder.schema(), &expected)?);
         }
         read_columns(path, builder, columns)

@@ -7,10 +7,11 @@ use arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use serde_json::{Map, Value, json};
 
 use super::Row;
-use crate::Error;
 use crate::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
+use crate::turn_rows::{FINISH_REASON, N_TOKENS, SCORE, Z, in_chain_order};
+use crate::{Aspect, Error};
 
 impl Row for PromptRow {
     const NAME: &'static str = "prompt";
@@ -39,24 +40,61 @@ impl Row for ConversationRow {
     const NAME: &'static str = "conversation";
 
     fn fields() -> Vec<FieldRef> {
-        vec![
-            text("prompt_id"),
-            text("split"),
-            column("sample", DataType::Int32),
-            nullable("persona", DataType::Utf8),
-            messages("messages"),
-            text("action"),
-            text("motivation"),
-            text("consequence"),
-            text("finish_reason_action"),
-            text("finish_reason_motivation"),
-            text("finish_reason_consequence"),
-            column("n_tokens_action", DataType::Int32),
-            column("n_tokens_motivation", DataType::Int32),
-            column("n_tokens_consequence", DataType::Int32),
-            column("seed", DataType::UInt64),
-        ]
+        conversation_fields(&Aspect::SHIPPED)
     }
+
+    fn fields_of(rows: &[Self]) -> Result<Vec<FieldRef>, String> {
+        Ok(conversation_fields(&turns_of(rows, |row| row.aspects().collect())?))
+    }
+
+    fn fields_in(schema: &Schema) -> Vec<FieldRef> {
+        conversation_fields(&turns_in(schema, &[FINISH_REASON, N_TOKENS]))
+    }
+}
+
+fn conversation_fields(turns: &[Aspect]) -> Vec<FieldRef> {
+    let each = |before: &'static str, kind: DataType| {
+        turns.iter().map(move |turn| column(&format!("{before}{turn}"), kind.clone()))
+    };
+    let mut fields = vec![
+        text("prompt_id"),
+        text("split"),
+        column("sample", DataType::Int32),
+        nullable("persona", DataType::Utf8),
+        messages("messages"),
+    ];
+    fields.extend(each("", DataType::Utf8));
+    fields.extend(each(FINISH_REASON, DataType::Utf8));
+    fields.extend(each(N_TOKENS, DataType::Int32));
+    fields.push(column("seed", DataType::UInt64));
+    fields
+}
+
+/// The turns that all rows have; without rows, the shipped ones.
+fn turns_of<T>(rows: &[T], aspects: impl Fn(&T) -> Vec<Aspect>) -> Result<Vec<Aspect>, String> {
+    let Some(first) = rows.first().map(&aspects) else { return Ok(Aspect::SHIPPED.into()) };
+    let shown = |turns: &[Aspect]| turns.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
+    match rows.iter().map(&aspects).enumerate().find(|(_, own)| *own != first) {
+        None => Ok(first),
+        Some((idx, own)) => {
+            Err(format!("row {idx} has the turns {}, the first {}", shown(&own), shown(&first)))
+        }
+    }
+}
+
+/// The turns that a file has a column of with any of these words before their name; without any, the shipped ones, so that
+/// what is missing is told by name.
+fn turns_in(schema: &Schema, before: &[&str]) -> Vec<Aspect> {
+    let mut turns: Vec<Aspect> = Vec::new();
+    for field in schema.fields() {
+        let name = before.iter().find_map(|before| field.name().strip_prefix(before));
+        if let Some(aspect) = name.and_then(|name| Aspect::new(name).ok())
+            && !turns.contains(&aspect)
+        {
+            turns.push(aspect);
+        }
+    }
+    if turns.is_empty() { Aspect::SHIPPED.into() } else { in_chain_order(turns) }
 }
 
 impl Row for JudgementRow {
@@ -100,26 +138,32 @@ impl Row for RolloutRow {
     const NAME: &'static str = "rollout";
 
     fn fields() -> Vec<FieldRef> {
-        vec![
-            column("iteration", DataType::Int32),
-            text("prompt_id"),
-            messages("messages"),
-            nullable("score_action", DataType::Float32),
-            nullable("score_motivation", DataType::Float32),
-            nullable("score_consequence", DataType::Float32),
-            nullable("z_action", DataType::Float32),
-            nullable("z_motivation", DataType::Float32),
-            nullable("z_consequence", DataType::Float32),
-            column("reward", DataType::Float32),
-            column("kl", DataType::Float32),
-            nullable("n_tokens_action", DataType::Int32),
-            nullable("n_tokens_motivation", DataType::Int32),
-            nullable("n_tokens_consequence", DataType::Int32),
-            nullable("finish_reason_action", DataType::Utf8),
-            nullable("finish_reason_motivation", DataType::Utf8),
-            nullable("finish_reason_consequence", DataType::Utf8),
-        ]
+        rollout_fields(&Aspect::SHIPPED)
     }
+
+    fn fields_of(rows: &[Self]) -> Result<Vec<FieldRef>, String> {
+        let aspects = |row: &Self| row.turns.iter().map(|turn| turn.aspect).collect();
+        Ok(rollout_fields(&turns_of(rows, aspects)?))
+    }
+
+    fn fields_in(schema: &Schema) -> Vec<FieldRef> {
+        rollout_fields(&turns_in(schema, &[SCORE, Z, N_TOKENS, FINISH_REASON]))
+    }
+}
+
+fn rollout_fields(turns: &[Aspect]) -> Vec<FieldRef> {
+    let each = |before: &'static str, kind: DataType| {
+        turns.iter().map(move |turn| nullable(&format!("{before}{turn}"), kind.clone()))
+    };
+    let mut fields =
+        vec![column("iteration", DataType::Int32), text("prompt_id"), messages("messages")];
+    fields.extend(each(SCORE, DataType::Float32));
+    fields.extend(each(Z, DataType::Float32));
+    fields.push(column("reward", DataType::Float32));
+    fields.push(column("kl", DataType::Float32));
+    fields.extend(each(N_TOKENS, DataType::Int32));
+    fields.extend(each(FINISH_REASON, DataType::Utf8));
+    fields
 }
 
 impl Row for ScoreRow {

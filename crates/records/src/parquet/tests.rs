@@ -14,8 +14,8 @@ use serde_json::json;
 
 use super::*;
 use crate::rows::{
-    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, Round,
-    ScoreRow,
+    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow,
+    RolloutTurn, Round, ScoreRow, TurnRow,
 };
 use crate::{Aspect, FinishReason, Message, Split, Virtue};
 
@@ -44,7 +44,7 @@ fn split() -> impl Strategy<Value = Split> {
 }
 
 fn aspect() -> impl Strategy<Value = Aspect> {
-    proptest::sample::select(Aspect::ALL.to_vec())
+    proptest::sample::select(Aspect::SHIPPED.to_vec())
 }
 
 fn finish_reason() -> impl Strategy<Value = FinishReason> {
@@ -84,35 +84,26 @@ fn demonstrations() -> impl Strategy<Value = DemonstrationRow> {
     )
 }
 
-fn conversations() -> impl Strategy<Value = ConversationRow> {
-    let reply = || (text(), finish_reason(), any::<i32>());
+fn conversations(turns: &'static [Aspect]) -> impl Strategy<Value = ConversationRow> {
+    let replies = proptest::collection::vec((text(), finish_reason(), any::<i32>()), turns.len());
     let head = (text(), split(), any::<i32>(), proptest::option::of(text()), messages());
-    (head, reply(), reply(), reply(), any::<u64>()).prop_map(
-        |((prompt_id, split, sample, persona, messages), action, motivation, consequence, seed)| {
-            ConversationRow {
-                prompt_id,
-                split,
-                sample,
-                persona,
-                messages,
-                action: action.0,
-                motivation: motivation.0,
-                consequence: consequence.0,
-                finish_reason_action: action.1,
-                finish_reason_motivation: motivation.1,
-                finish_reason_consequence: consequence.1,
-                n_tokens_action: action.2,
-                n_tokens_motivation: motivation.2,
-                n_tokens_consequence: consequence.2,
-                seed,
-            }
+    (head, replies, any::<u64>()).prop_map(
+        |((prompt_id, split, sample, persona, messages), replies, seed)| {
+            let turn = |(&aspect, (text, finish_reason, n_tokens))| TurnRow {
+                aspect,
+                text,
+                finish_reason,
+                n_tokens,
+            };
+            let turns = turns.iter().zip(replies).map(turn).collect();
+            ConversationRow { prompt_id, split, sample, persona, messages, turns, seed }
         },
     )
 }
 
 fn judgements() -> impl Strategy<Value = JudgementRow> {
     let p = || proptest::option::of(number());
-    let virtue = proptest::sample::select(Virtue::ALL.to_vec());
+    let virtue = proptest::sample::select(Virtue::SHIPPED.to_vec());
     let verdict = (p(), p(), p(), proptest::option::of(0..2));
     (text(), split(), aspect(), virtue, text(), text(), verdict).prop_map(
         |(prompt_id, split, aspect, virtue, method, judge, (p_ab, p_ba, p_sample0, vote))| {
@@ -160,38 +151,36 @@ fn preferences() -> impl Strategy<Value = PreferenceRow> {
         )
 }
 
-fn rollouts() -> impl Strategy<Value = RolloutRow> {
+fn rollouts(turns: &'static [Aspect]) -> impl Strategy<Value = RolloutRow> {
     let of = proptest::option::of::<BoxedStrategy<f32>>;
-    let aspect = move || {
-        (
-            of(number().boxed()),
-            of(number().boxed()),
-            proptest::option::of(any::<i32>()),
-            proptest::option::of(finish_reason()),
-        )
-    };
+    let turn = (
+        of(number().boxed()),
+        of(number().boxed()),
+        proptest::option::of(any::<i32>()),
+        proptest::option::of(finish_reason()),
+    );
     let head = (any::<i32>(), text(), messages(), number(), number());
-    (head, aspect(), aspect(), aspect()).prop_map(
-        |((iteration, prompt_id, messages, reward, kl), a, m, c)| RolloutRow {
-            iteration,
-            prompt_id,
-            messages,
-            score_action: a.0,
-            score_motivation: m.0,
-            score_consequence: c.0,
-            z_action: a.1,
-            z_motivation: m.1,
-            z_consequence: c.1,
-            reward,
-            kl,
-            n_tokens_action: a.2,
-            n_tokens_motivation: m.2,
-            n_tokens_consequence: c.2,
-            finish_reason_action: a.3,
-            finish_reason_motivation: m.3,
-            finish_reason_consequence: c.3,
+    (head, proptest::collection::vec(turn, turns.len())).prop_map(
+        |((iteration, prompt_id, messages, reward, kl), found)| {
+            let turn = |(&aspect, (score, z, n_tokens, finish_reason))| RolloutTurn {
+                aspect,
+                score,
+                z,
+                n_tokens,
+                finish_reason,
+            };
+            let turns = turns.iter().zip(found).map(turn).collect();
+            RolloutRow { iteration, prompt_id, messages, turns, reward, kl }
         },
     )
+}
+
+/// Turns of another constitution, in an order that is not that of their letters.
+fn others() -> &'static [Aspect] {
+    static OTHERS: std::sync::LazyLock<Vec<Aspect>> = std::sync::LazyLock::new(|| {
+        ["why", "consequence", "deed", "仁"].map(|name| Aspect::new(name).unwrap()).into()
+    });
+    &OTHERS
 }
 
 fn scores() -> impl Strategy<Value = ScoreRow> {
@@ -237,10 +226,12 @@ macro_rules! round_trips {
 round_trips! {
     prompts_round_trip: prompts(),
     demonstrations_round_trip: demonstrations(),
-    conversations_round_trip: conversations(),
+    conversations_round_trip: conversations(&Aspect::SHIPPED),
+    conversations_of_other_turns_round_trip: conversations(others()),
     judgements_round_trip: judgements(),
     preferences_round_trip: preferences(),
-    rollouts_round_trip: rollouts(),
+    rollouts_round_trip: rollouts(&Aspect::SHIPPED),
+    rollouts_of_other_turns_round_trip: rollouts(&others()[..1]),
     scores_round_trip: scores(),
 }
 

@@ -1,8 +1,9 @@
 //! Every section's charts: the curves of the table, and what other files hold (estimates, distributions, calibration).
 
+use arete_chain::verdicts::virtues_of;
+use arete_records::Aspect;
 use arete_records::rows::{JudgementRow, ScoreRow};
 use arete_records::stats::{self, Interval};
-use arete_records::{Aspect, Virtue};
 
 use super::curves;
 use super::drawing::{Chart, Colour, Estimate, Series, Unit};
@@ -69,13 +70,15 @@ fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
     let Some(Difference { first, last, .. }) = summary.headline(Scale::Standardised) else {
         return Ok(None);
     };
-    let differences: Vec<Estimate> = Scope::ALL
-        .iter()
-        .filter_map(|&scope| {
+    let aspects = summary.aspects();
+    let place = |aspect| aspects.iter().position(|own| *own == aspect).unwrap_or(0);
+    let differences: Vec<Estimate> = Scope::every(&aspects)
+        .into_iter()
+        .filter_map(|scope| {
             let difference = summary.difference(first, last, Scale::Standardised, scope)?;
             Some(Estimate {
                 name: scope.name().to_owned(),
-                colour: scope.aspect().map_or(Colour(2), Colour::of_aspect),
+                colour: scope.aspect().map_or(Colour(2), |aspect| Colour::of_turn(place(aspect))),
                 interval: difference.mean.interval,
                 reference: None,
             })
@@ -133,7 +136,7 @@ fn accuracy(run: &RunFiles) -> Result<Option<Chart>, Error> {
         let evaluation = reward.evaluation.as_ref()?;
         Some(Estimate {
             name: aspect.name().to_owned(),
-            colour: Colour::of_aspect(aspect),
+            colour: Colour::of_turn(run.place(aspect)),
             interval: evaluation.accuracy,
             reference: Some(evaluation.shorter_answer.estimate),
         })
@@ -154,7 +157,7 @@ fn calibration(run: &RunFiles) -> Result<Option<Chart>, Error> {
     for (&aspect, reward) in &run.rewards {
         let bins = reward.evaluation.iter().flat_map(|evaluation| &evaluation.calibration);
         let points = bins.map(|bin| (100.0 * bin.stated, 100.0 * bin.observed)).collect();
-        let (name, colour) = (aspect.name().to_owned(), Colour::of_aspect(aspect));
+        let (name, colour) = (aspect.name().to_owned(), Colour::of_turn(run.place(aspect)));
         lines.push(Series { name, colour, points });
     }
     if lines.iter().all(|line| line.points.is_empty()) {
@@ -224,7 +227,7 @@ fn first_shown(rows: &[JudgementRow]) -> Result<Option<Chart>, Error> {
 /// A share in per cent with Wilson's interval for each virtue that has any trials.
 fn by_virtue(rows: &[JudgementRow], share: impl Fn(&Verdicts) -> (usize, usize)) -> Vec<Estimate> {
     let mut out = Vec::new();
-    for (at, virtue) in Virtue::ALL.into_iter().enumerate() {
+    for (at, virtue) in virtues_of(rows).into_iter().enumerate() {
         let verdicts = Verdicts::of(rows.iter().filter(|row| row.virtue == virtue));
         let (wins, n) = share(&verdicts);
         if n == 0 {
@@ -233,7 +236,7 @@ fn by_virtue(rows: &[JudgementRow], share: impl Fn(&Verdicts) -> (usize, usize))
         let Interval { estimate, low, high } = stats::wilson(wins as u64, n as u64, 1.96);
         out.push(Estimate {
             name: virtue.name().to_owned(),
-            colour: Colour([1, 2, 3, 4, 5][at]),
+            colour: Colour::of_virtue(at),
             interval: Interval { estimate: 100.0 * estimate, low: 100.0 * low, high: 100.0 * high },
             reference: None,
         });

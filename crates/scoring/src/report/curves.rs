@@ -166,7 +166,7 @@ const CURVES: [Curve; 16] = [
         name: "ppo-disagreement",
         title: "Disagreement of the reward models",
         unit: Unit::Number,
-        caption: "Standard deviation of the three standardised scores of a conversation.",
+        caption: "Standard deviation of the standardised scores of a conversation.",
         lines: &[Line {
             kept: Kept::Row(disagreement),
             ..line("disagreement", 0, &["ensemble_disagreement"])
@@ -250,9 +250,9 @@ impl Curve {
         };
         match line.who {
             Some(who) => vec![of(None, who)],
-            None => Aspect::ALL
-                .map(|aspect| of(Some(aspect), (aspect.name(), Colour::of_aspect(aspect))))
-                .into(),
+            None => (run.aspects().into_iter().enumerate())
+                .map(|(at, aspect)| of(Some(aspect), (aspect.name(), Colour::of_turn(at))))
+                .collect(),
         }
     }
 
@@ -266,9 +266,8 @@ impl Curve {
 }
 
 fn disagreement(row: &RolloutRow) -> Option<f64> {
-    let z: Option<Vec<f64>> =
-        Aspect::ALL.iter().map(|aspect| rollout_reply(row, *aspect).z).collect();
-    z.map(|z| stats::std(&z))
+    let z = row.z();
+    (z.len() > 1).then(|| stats::std(&z))
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 //! Drawn with plotters in placeholder colours, which become CSS variables afterwards, so that one drawing fits light and
 //! dark pages. A chart for a file of its own carries the variables' values itself.
 
-use arete_records::Aspect;
 use arete_records::stats::Interval;
 use minijinja::HtmlEscape;
 use plotters::coord::Shift;
@@ -39,9 +38,16 @@ impl Colour {
         Self(MODELS[at % MODELS.len()])
     }
 
-    /// That of an aspect.
-    pub fn of_aspect(aspect: Aspect) -> Self {
-        Self(3 + u8::try_from(aspect.index()).unwrap_or(0))
+    /// That of the turn at a place of the chain; after the three of their own, turns take the other colours.
+    pub fn of_turn(place: usize) -> Self {
+        let colour = (3 + place) % usize::from(Self::COUNT);
+        Self(u8::try_from(colour).expect("below the number of colours"))
+    }
+
+    /// That of the virtue at a place of the constitution.
+    pub fn of_virtue(place: usize) -> Self {
+        let colour = 1 + place % usize::from(Self::COUNT - 1);
+        Self(u8::try_from(colour).expect("below the number of colours"))
     }
 
     fn placeholder(self) -> RGBColor {

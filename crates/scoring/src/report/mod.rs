@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 pub use drawing::{Chart, Colour, Estimate, Series, Unit};
 
 use crate::Error;
-use crate::run_files::{RunFiles, STAGE_DIRS};
+use crate::run_files::RunFiles;
 
 /// The page's file.
 pub const PAGE: &str = "report.html";
@@ -48,8 +48,10 @@ pub struct ReportInputs {
 /// [`Error::File`] if the directory holds no run; a damaged file; a full disk.
 pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
     let page = inputs.output.join(PAGE);
+    // Checked first, so that a wrong path does not leave an output directory behind.
+    let run_files = RunFiles::read(&inputs.run)?;
     let mut files = Vec::new();
-    for dir in STAGE_DIRS {
+    for dir in run_files.stages.iter().map(|stage| stage.dir.as_str()) {
         // A finished stage's run.json holds the hashes of all its files; of one at work, the metrics are shown.
         let of_stage = ["run.json", "metrics.jsonl"].map(|name| inputs.run.join(dir).join(name));
         if let Some(path) = of_stage.into_iter().find(|path| path.is_file()) {
@@ -61,8 +63,6 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
     if rollouts.is_dir() {
         files.push(("rollouts".to_owned(), rollouts));
     }
-    // Checked first, so that a wrong path does not leave an output directory behind.
-    let run_files = RunFiles::read(&inputs.run)?;
     let config = json!({ "max_samples": inputs.max_samples, "page": page_version() });
     let spec =
         StageSpec { stage: "report", output: &inputs.output, config, seed: 0, inputs: files };

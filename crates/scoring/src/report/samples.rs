@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use arete_chain::prompt_of;
-use arete_records::rows::{ConversationRow, ScoreRow};
+use arete_records::rows::{ConversationRow, ScoreRow, TurnRow};
 use arete_records::{Aspect, FinishReason, Message, stats};
 use serde::Serialize;
 
@@ -79,25 +79,32 @@ pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> Replies<'_>
         let id = first.prompt_id.as_str();
         let rows: Option<Vec<&ConversationRow>> =
             by_prompt.iter().map(|own| own.get(id).copied()).collect();
-        let Some(rows) = rows else { continue };
-        let turns = Aspect::ALL.map(|aspect| {
-            let score = |model: &Model<'_>| scores.get(&(model.name, id, aspect)).copied();
-            let own = models.iter().zip(&rows);
-            Turn {
-                aspect,
-                replies: own.map(|(model, row)| reply(score(model), row, aspect)).collect(),
-            }
-        });
+        // Replies to other turns were left there by hand, or by another scoring.
+        let has_turns = |row: &&ConversationRow| row.aspects().eq(first.aspects());
+        let Some(rows) = rows.filter(|rows| rows.iter().all(has_turns)) else { continue };
+        let turns: Vec<Turn<'_>> = first
+            .aspects()
+            .map(|aspect| {
+                let score = |model: &Model<'_>| scores.get(&(model.name, id, aspect)).copied();
+                let own = models.iter().zip(&rows);
+                Turn {
+                    aspect,
+                    replies: own
+                        .filter_map(|(model, row)| Some(reply(score(model), row.turn(aspect)?)))
+                        .collect(),
+                }
+            })
+            .collect();
         let z = |at: usize| {
             stats::mean(&turns.iter().filter_map(|turn| turn.replies[at].z).collect::<Vec<_>>())
         };
-        let prompt = prompt_of(&first.messages).unwrap_or(&first.messages);
+        let prompt = prompt_of(&first.messages, first.turns.len()).unwrap_or(&first.messages);
         samples.push(Sample {
             is_cut: turns.iter().flat_map(|turn| &turn.replies).any(|reply| reply.is_cut),
             differences: pairs.iter().map(|&(first, last)| z(last) - z(first)).collect(),
             context: prompt.split_last().map_or(&[], |(_, context)| context),
             question: prompt.last().map(|message| message.content.as_str()),
-            turns: turns.into(),
+            turns,
         });
     }
     let n_all = samples.len();
@@ -107,13 +114,13 @@ pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> Replies<'_>
     Replies { models, pairs, n_all, samples }
 }
 
-fn reply<'a>(score: Option<&ScoreRow>, row: &'a ConversationRow, aspect: Aspect) -> Reply<'a> {
-    let text = row.reply(aspect);
+fn reply<'a>(score: Option<&ScoreRow>, turn: &'a TurnRow) -> Reply<'a> {
+    let text = turn.text.as_str();
     Reply {
         text,
         is_empty: text.trim().is_empty(),
-        is_cut: row.finish_reason(aspect) == FinishReason::Length,
-        n_tokens: row.n_tokens(aspect),
+        is_cut: turn.finish_reason == FinishReason::Length,
+        n_tokens: turn.n_tokens,
         z: score.map(|score| f64::from(score.z)),
         yardstick: score.and_then(|score| score.yardstick).map(f64::from),
     }

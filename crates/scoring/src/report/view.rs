@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use arete_chain::verdicts::virtues_of;
 use arete_records::rows::{JudgementRow, PreferenceRow};
 use arete_records::stats::{self, Interval};
 use arete_records::{Aspect, Split, Virtue};
@@ -10,6 +11,7 @@ use serde_json::Value;
 
 use super::drawing::Chart;
 use super::samples::{self, Replies};
+use crate::coherence::Coherence;
 use crate::doctor::{self, Finding};
 use crate::judge::{Verdicts, kappa};
 use crate::run_files::{
@@ -22,7 +24,9 @@ use crate::table::{perplexity, verdict};
 #[derive(Serialize)]
 pub(crate) struct Page<'a> {
     name: &'a str,
-    aspects: &'static [Aspect],
+    aspects: Vec<Aspect>,
+    /// Number of virtues that judged.
+    n_virtues: usize,
     /// One sentence on what the run changed.
     verdict: Option<String>,
     /// The outcome against the first model.
@@ -78,7 +82,7 @@ struct ModelScore<'a> {
     model: &'a str,
     scale: Scale,
     all: &'a ScoreOf,
-    aspects: [Option<f64>; 3],
+    aspects: Vec<Option<f64>>,
 }
 
 #[derive(Serialize)]
@@ -149,8 +153,8 @@ struct Lengths {
     of: &'static str,
     iteration: Option<i32>,
     model: Option<String>,
-    cut: [Option<f64>; 3],
-    tokens: [Option<f64>; 3],
+    cut: Vec<Option<f64>>,
+    tokens: Vec<Option<f64>>,
 }
 
 #[derive(Serialize)]
@@ -203,10 +207,12 @@ impl<'a> Page<'a> {
             .iter()
             .map(|(&aspect, reward)| Reward { aspect, evaluation: reward.evaluation.as_ref() });
         let rewards: Vec<Reward<'_>> = evaluations.collect();
-        let cut: Option<Vec<f64>> = Aspect::ALL.iter().map(|a| run.truncated(*a)).collect();
+        let aspects = run.aspects();
+        let cut: Option<Vec<f64>> = aspects.iter().map(|a| run.truncated(*a)).collect();
         Self {
             name: &run.name,
-            aspects: &Aspect::ALL,
+            aspects,
+            n_virtues: run.judgements.iter().map(|rows| virtues_of(rows).len()).sum(),
             verdict: summary.and_then(verdict),
             headline: summary.and_then(|summary| summary.headline(Scale::Standardised)),
             accuracies: rewards
@@ -228,7 +234,11 @@ impl<'a> Page<'a> {
                 .map(|scoring| samples::side_by_side(scoring, max_samples)),
             ppo: run.ppo.as_ref().map(|_| ppo(run)),
             rewards,
-            judge: run.judgements.as_ref().filter(|rows| !rows.is_empty()).map(|rows| judge(rows)),
+            judge: run
+                .judgements
+                .as_ref()
+                .filter(|rows| !rows.is_empty())
+                .map(|rows| judge(rows, &run.aspects())),
             calibration: run.calibration.as_ref(),
             counts: counts(run),
             lengths: lengths(run),
@@ -256,8 +266,8 @@ fn score(summary: &Summary) -> Score<'_> {
     for scale in Scale::ALL {
         for model in &summary.models {
             let Some(all) = model.score(scale, Scope::All) else { continue };
-            let aspects = [Scope::Action, Scope::Motivation, Scope::Consequence]
-                .map(|scope| model.score(scale, scope).map(|own| own.score.estimate));
+            let of = |aspect| Some(model.score(scale, Scope::Of(aspect))?.score.estimate);
+            let aspects = summary.aspects().into_iter().map(of).collect();
             scores.push(ModelScore { model: &model.name, scale, all, aspects });
         }
     }
@@ -294,12 +304,15 @@ fn ppo(run: &RunFiles) -> Ppo {
     }
 }
 
-fn judge(rows: &[JudgementRow]) -> Judge<'_> {
+fn judge<'a>(rows: &'a [JudgementRow], aspects: &[Aspect]) -> Judge<'a> {
+    let virtues = virtues_of(rows);
     let all = Verdicts::of(rows.iter());
     let (mut votes, mut agreement) = (Vec::new(), Vec::new());
-    for aspect in Aspect::ALL {
+    for &aspect in aspects {
         let own: Vec<&JudgementRow> = rows.iter().filter(|row| row.aspect == aspect).collect();
-        for virtue in Virtue::ALL.map(Some).into_iter().chain([None]) {
+        // Of one virtue, all together are that one.
+        let together = (virtues.len() > 1).then_some(None);
+        for virtue in virtues.iter().copied().map(Some).chain(together) {
             let of = own.iter().filter(|row| virtue.is_none_or(|virtue| row.virtue == virtue));
             let verdicts = Verdicts::of(of.copied());
             if verdicts.n > 0 {
@@ -340,7 +353,7 @@ fn counts(run: &RunFiles) -> Vec<Counts> {
         of("conversations", run.conversations.as_ref(), |row| row.split),
         of("judgements", run.judgements.as_ref(), |row| row.split),
     ];
-    for aspect in Aspect::ALL {
+    for aspect in run.aspects() {
         let own = Split::ALL.map(|split| run.preferences.get(&(aspect, split)).map(Vec::len));
         let all = own.iter().any(Option::is_some).then(|| own.iter().flatten().sum());
         let [train, validation, test] = own;
@@ -355,23 +368,28 @@ fn counts(run: &RunFiles) -> Vec<Counts> {
 
 fn lengths(run: &RunFiles) -> Vec<Lengths> {
     let mean = |values: Vec<f64>| (!values.is_empty()).then(|| stats::mean(&values));
+    let aspects = run.aspects();
     let mut out = Vec::new();
     if let Some(conversations) = run.conversations.as_ref().filter(|rows| !rows.is_empty()) {
-        let tokens = |aspect| conversations.iter().map(move |row| f64::from(row.n_tokens(aspect)));
+        let tokens = |aspect| {
+            let own = conversations.iter().filter_map(|row| row.turn(aspect));
+            mean(own.map(|turn| f64::from(turn.n_tokens)).collect())
+        };
         out.push(Lengths {
             of: "conversations",
-            cut: Aspect::ALL.map(|aspect| run.truncated(aspect)),
-            tokens: Aspect::ALL.map(|aspect| mean(tokens(aspect).collect())),
+            cut: aspects.iter().map(|&aspect| run.truncated(aspect)).collect(),
+            tokens: aspects.iter().map(|&aspect| tokens(aspect)).collect(),
             ..Lengths::default()
         });
     }
     if let (Some(first), Some(last)) = (run.rollouts.first(), run.rollouts.last()) {
         for (of, iteration) in [("first", first.iteration), ("last", last.iteration)] {
             let of_replies = |value: fn(RolloutReply) -> Option<f64>| {
-                Aspect::ALL.map(|aspect| {
+                let of = |&aspect: &Aspect| {
                     let rows = run.rollouts.iter().filter(|row| row.iteration == iteration);
                     mean(rows.filter_map(|row| value(rollout_reply(row, aspect))).collect())
-                })
+                };
+                aspects.iter().map(of).collect()
             };
             out.push(Lengths {
                 of,
@@ -383,12 +401,15 @@ fn lengths(run: &RunFiles) -> Vec<Lengths> {
         }
     }
     for model in run.scoring.iter().flat_map(|scoring| &scoring.summary.models) {
-        let own = Aspect::ALL.map(|aspect| model.coherence_by_aspect.get(&aspect));
+        let own = |value: fn(&Coherence) -> f64| {
+            let of = |aspect| model.coherence_by_aspect.get(aspect).map(value);
+            aspects.iter().map(of).collect()
+        };
         out.push(Lengths {
             of: "test",
             model: Some(model.name.clone()),
-            cut: own.map(|own| own.map(|own| own.truncated_rate)),
-            tokens: own.map(|own| own.map(|own| own.mean_tokens)),
+            cut: own(|own| own.truncated_rate),
+            tokens: own(|own| own.mean_tokens),
             ..Lengths::default()
         });
     }
@@ -420,7 +441,7 @@ fn preferences(run: &RunFiles) -> Vec<Preferences> {
             cut: (!pairs.is_empty()).then(|| n_cut as f64 / pairs.len() as f64),
         })
     };
-    Aspect::ALL.into_iter().filter_map(of).collect()
+    run.aspects().into_iter().filter_map(of).collect()
 }
 
 /// None of a stage that was not begun.

@@ -72,6 +72,7 @@ impl Work<'_> {
             }
             for row in measures {
                 let conversation = by_prompt[row.prompt_id.as_str()];
+                let turn = conversation.turn(row.aspect).expect("its turns were scored");
                 let Standardisation { mean, std, .. } = standardisation[&row.aspect];
                 scores.push(ScoreRow {
                     model: policy.name.clone(),
@@ -80,10 +81,10 @@ impl Work<'_> {
                     score: row.score,
                     z: ((f64::from(row.score) - mean) / std) as f32,
                     yardstick: yardstick.get(&(row.prompt_id.clone(), row.aspect)).copied(),
-                    n_tokens: conversation.n_tokens(row.aspect),
-                    finish_reason: conversation.finish_reason(row.aspect),
+                    n_tokens: turn.n_tokens,
+                    finish_reason: turn.finish_reason,
                 });
-                let text = conversation.reply(row.aspect);
+                let text = turn.text.as_str();
                 coherence.push(CoherenceRow {
                     model: policy.name.clone(),
                     prompt_id: row.prompt_id.clone(),
@@ -129,7 +130,7 @@ impl Work<'_> {
         measures: &[Vec<MeasureRow>],
     ) -> Result<BTreeMap<Aspect, Standardisation>, Error> {
         let mut out = BTreeMap::new();
-        for aspect in Aspect::ALL {
+        for aspect in self.plan.turns.names() {
             let standardisation = match ScoreStats::read(self.plan.reward_dir(aspect))? {
                 // One score for all is nothing to standardise with.
                 Some(ScoreStats { mean, std, n, split, source, .. }) if std > 0.0 => {
@@ -187,10 +188,11 @@ impl Work<'_> {
                 .filter(|row| row.model == policy.name)
                 .map(|row| {
                     let conversation = by_prompt[row.prompt_id.as_str()];
+                    let turn = conversation.turn(row.aspect).expect("its turns were scored");
                     let facts = ReplyFacts {
-                        text: conversation.reply(row.aspect),
-                        n_tokens: conversation.n_tokens(row.aspect),
-                        finish_reason: conversation.finish_reason(row.aspect),
+                        text: &turn.text,
+                        n_tokens: turn.n_tokens,
+                        finish_reason: turn.finish_reason,
                         base_logprob: f64::from(row.base_logprob),
                         n_base_tokens: row.n_base_tokens,
                     };
@@ -215,7 +217,13 @@ impl Work<'_> {
                 source: policy.given.clone(),
                 scores: own_scores,
                 coherence: of(None),
-                coherence_by_aspect: Aspect::ALL.map(|aspect| (aspect, of(Some(aspect)))).into(),
+                coherence_by_aspect: self
+                    .plan
+                    .turns
+                    .names()
+                    .into_iter()
+                    .map(|aspect| (aspect, of(Some(aspect))))
+                    .collect(),
                 retokenised: false,
                 preference_accuracy: PreferenceAccuracy::of(&logprobs),
             });

@@ -3,9 +3,10 @@
 use std::f64::consts::PI;
 use std::path::{Path, PathBuf};
 
+use arete_chain::Turns;
 use arete_records::rows::{
-    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, Round,
-    ScoreRow,
+    ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow,
+    RolloutTurn, Round, ScoreRow, TurnRow,
 };
 use arete_records::stats::Resampling;
 use arete_records::{Aspect, FinishReason, Message, Split, Virtue, parquet, prompt_id};
@@ -21,6 +22,11 @@ pub(crate) const HOSTILE: &str = "</p></section><script>document.title = 'owned'
                            <img src=x onerror=\"console.error('owned')\"> & \u{202e}txet";
 pub(crate) const N_TEST: usize = 24;
 const MODELS: [&str; 3] = ["original", "sft", "final"];
+
+/// Place of a turn in the shipped chain.
+fn place(aspect: Aspect) -> usize {
+    Turns::default().place(aspect).unwrap()
+}
 
 /// A number in [−1, 1] that looks random and is always the same.
 fn noise(a: usize, b: usize) -> f64 {
@@ -97,10 +103,10 @@ impl SyntheticRun<'_> {
     }
 
     fn reply(model: usize, prompt: usize, aspect: Aspect) -> (String, FinishReason, i32) {
-        if model == 2 && prompt == 4 && aspect == Aspect::Action {
+        if model == 2 && prompt == 4 && aspect == Aspect::ACTION {
             return (HOSTILE.to_owned(), FinishReason::Stop, 40);
         }
-        if model == 1 && prompt == 6 && aspect == Aspect::Consequence {
+        if model == 1 && prompt == 6 && aspect == Aspect::CONSEQUENCE {
             return (String::new(), FinishReason::Stop, 1);
         }
         let openings = [
@@ -109,18 +115,16 @@ impl SyntheticRun<'_> {
             "I understand why you ask, and I will not help with harm; here is what I can offer instead:",
         ];
         let about = match aspect {
-            Aspect::Action => "the question itself, and what would be fair to everyone concerned.",
-            Aspect::Motivation => {
+            Aspect::ACTION => "the question itself, and what would be fair to everyone concerned.",
+            Aspect::MOTIVATION => {
                 "why this matters: honesty first, then care for those who could be hurt."
             }
-            Aspect::Consequence => {
-                "what follows from it, for you and for others, in a month and in a year."
-            }
+            _ => "what follows from it, for you and for others, in a month and in a year.",
         };
         // Some prompts get the same reply of both tuned models.
         let opening =
             if model == 2 && prompt.is_multiple_of(9) { openings[1] } else { openings[model] };
-        let cut = noise(prompt * 3 + aspect.index(), model) > [0.2, 0.6, 0.8][model];
+        let cut = noise(prompt * 3 + place(aspect), model) > [0.2, 0.6, 0.8][model];
         let text = format!("{opening} {about} This is case {prompt}.");
         let text = if cut { text[..text.len() - 12].to_owned() } else { text };
         let reason = if cut { FinishReason::Length } else { FinishReason::Stop };
@@ -128,29 +132,20 @@ impl SyntheticRun<'_> {
     }
 
     fn conversation(model: usize, at: usize, prompt: &PromptRow, sample: i32) -> ConversationRow {
-        let replies =
-            Aspect::ALL.map(|aspect| Self::reply(model, at + 1000 * sample as usize, aspect));
-        let mut messages = prompt.prompt.clone();
-        for (aspect, (text, _, _)) in Aspect::ALL.into_iter().zip(&replies) {
-            messages.extend(aspect.question().map(Message::user));
-            messages.push(Message::assistant(text.as_str()));
-        }
-        let [action, motivation, consequence] = replies;
+        let turns = Aspect::SHIPPED.map(|aspect| {
+            let (text, finish_reason, n_tokens) =
+                Self::reply(model, at + 1000 * sample as usize, aspect);
+            TurnRow { aspect, text, finish_reason, n_tokens }
+        });
+        let texts = turns.each_ref().map(|turn| turn.text.as_str());
+        let messages = Turns::default().conversation(&prompt.prompt, &texts);
         ConversationRow {
             prompt_id: prompt.prompt_id.clone(),
             split: prompt.split,
             sample,
             persona: None,
             messages,
-            action: action.0,
-            motivation: motivation.0,
-            consequence: consequence.0,
-            finish_reason_action: action.1,
-            finish_reason_motivation: motivation.1,
-            finish_reason_consequence: consequence.1,
-            n_tokens_action: action.2,
-            n_tokens_motivation: motivation.2,
-            n_tokens_consequence: consequence.2,
+            turns: turns.into(),
             seed: 7,
         }
     }
@@ -227,12 +222,12 @@ impl SyntheticRun<'_> {
         );
         let mut judgements = Vec::new();
         let mut counts = Map::new();
-        for aspect in Aspect::ALL {
+        for aspect in Aspect::SHIPPED {
             let mut pairs: Vec<(Split, PreferenceRow)> = Vec::new();
             for (at, prompt) in prompts.iter().enumerate() {
                 let mut votes = [0, 0];
-                for virtue in Virtue::ALL {
-                    let lean = 0.35 * noise(at, 7 * aspect.index() + virtue.index());
+                for (virtue, name) in Virtue::SHIPPED.into_iter().enumerate() {
+                    let lean = 0.35 * noise(at, 7 * place(aspect) + virtue);
                     let p_ab = (0.62 + lean).clamp(0.02, 0.98);
                     let p_ba = (0.62 - lean).clamp(0.02, 0.98);
                     let abstains = at % 37 == 5;
@@ -244,7 +239,7 @@ impl SyntheticRun<'_> {
                         prompt_id: prompt.prompt_id.clone(),
                         split: prompt.split,
                         aspect,
-                        virtue,
+                        virtue: name,
                         method: "pairwise-logits".to_owned(),
                         judge: "SmolLM2-135M-Instruct".to_owned(),
                         p_ab: (!abstains).then_some(p_ab as f32),
@@ -256,11 +251,10 @@ impl SyntheticRun<'_> {
                 if votes[0] != votes[1] {
                     let chosen = usize::from(votes[1] > votes[0]);
                     let side = |sample: usize| {
-                        vec![Message::assistant(conversations[2 * at + sample].reply(aspect))]
+                        let own = conversations[2 * at + sample].turn(aspect).unwrap();
+                        vec![Message::assistant(own.text.as_str())]
                     };
-                    let cut = |sample: usize| {
-                        conversations[2 * at + sample].finish_reason(aspect) == FinishReason::Length
-                    };
+                    let cut = |sample: usize| conversations[2 * at + sample].is_cut(aspect);
                     pairs.push((
                         prompt.split,
                         PreferenceRow {
@@ -315,7 +309,7 @@ impl SyntheticRun<'_> {
         }
         Self::finish(stage, json!({ "train": 72, "steps": 42 }));
 
-        for (k, aspect) in Aspect::ALL.into_iter().enumerate() {
+        for (k, aspect) in Aspect::SHIPPED.into_iter().enumerate() {
             let dir = format!("reward/{aspect}");
             let stage =
                 self.begin("reward", &dir, json!({ "learning_rate": 1e-4, "aspect": aspect }));
@@ -412,20 +406,17 @@ impl SyntheticRun<'_> {
                         // Four conversations of each prompt.
                         prompt_id: prompts[40 + k / 4].prompt_id.clone(),
                         messages: prompts[40 + k / 4].prompt.clone(),
-                        score_action: Some(z(0)),
-                        score_motivation: Some(z(1)),
-                        score_consequence: Some(z(2)),
-                        z_action: Some(z(0)),
-                        z_motivation: Some(z(1)),
-                        z_consequence: Some(z(2)),
+                        turns: [0, 1, 2]
+                            .map(|a| RolloutTurn {
+                                aspect: Aspect::SHIPPED[a],
+                                score: Some(z(a)),
+                                z: Some(z(a)),
+                                n_tokens: n(a),
+                                finish_reason: reason(a),
+                            })
+                            .into(),
                         reward: score as f32,
                         kl: kl as f32,
-                        n_tokens_action: n(0),
-                        n_tokens_motivation: n(1),
-                        n_tokens_consequence: n(2),
-                        finish_reason_action: reason(0),
-                        finish_reason_motivation: reason(1),
-                        finish_reason_consequence: reason(2),
                     }
                 })
                 .collect();
@@ -439,12 +430,12 @@ impl SyntheticRun<'_> {
         );
 
         let stage = self.begin("best-of", "best-of", json!({ "n_samples": 16 }));
-        let samples: Vec<Vec<[f64; 3]>> = (0..12)
-            .map(|p| (0..16).map(|k| [0, 1, 2].map(|a| normal(97 * p + k, a))).collect())
+        let samples: Vec<Vec<Vec<f64>>> = (0..12)
+            .map(|p| (0..16).map(|k| [0, 1, 2].map(|a| normal(97 * p + k, a)).into()).collect())
             .collect();
         let resampling = Resampling { draws: 500, level: 0.95, seed: 0 };
-        let best =
-            BestOf::of(&samples, "validation prompts, sampled from the base", resampling).unwrap();
+        let from = "validation prompts, sampled from the base";
+        let best = BestOf::of(&samples, &Aspect::SHIPPED, from, resampling).unwrap();
         fs_err::write(self.at("best-of/best_of.json"), serde_json::to_vec(&best).unwrap()).unwrap();
         Self::finish(stage, json!({}));
     }
@@ -465,12 +456,12 @@ impl SyntheticRun<'_> {
             parquet::write(self.at("scoring/replies").join(format!("{model}.parquet")), &rows)
                 .unwrap();
             for (at, row) in rows.iter().enumerate() {
-                for aspect in Aspect::ALL {
+                for aspect in Aspect::SHIPPED {
                     let same = m == 2 && at % 9 == 0;
                     let own = if same { 1 } else { m };
                     let z = 0.3 * own as f64 - 0.2
-                        + normal(at, aspect.index())
-                        + 1.4 * noise(at + 100 * own, aspect.index());
+                        + normal(at, place(aspect))
+                        + 1.4 * noise(at + 100 * own, place(aspect));
                     scores.push(ScoreRow {
                         model: model.to_owned(),
                         prompt_id: row.prompt_id.clone(),
@@ -478,14 +469,14 @@ impl SyntheticRun<'_> {
                         score: (0.8 * z + 0.1) as f32,
                         z: z as f32,
                         yardstick: Some((0.3 * z + 0.2 * noise(at, 77 + m)) as f32),
-                        n_tokens: row.n_tokens(aspect),
-                        finish_reason: row.finish_reason(aspect),
+                        n_tokens: row.turn(aspect).unwrap().n_tokens,
+                        finish_reason: row.turn(aspect).unwrap().finish_reason,
                     });
                 }
             }
             facts.push(
                 rows.iter()
-                    .flat_map(|row| Aspect::ALL.map(|aspect| (aspect, row.clone())))
+                    .flat_map(|row| Aspect::SHIPPED.map(|aspect| (aspect, row.clone())))
                     .collect(),
             );
         }
@@ -498,12 +489,13 @@ impl SyntheticRun<'_> {
                     let own: Vec<ReplyFacts<'_>> = facts
                         .iter()
                         .filter(|(aspect, _)| wanted.is_none_or(|wanted| wanted == *aspect))
-                        .map(|(aspect, row)| ReplyFacts {
-                            text: row.reply(*aspect),
-                            n_tokens: row.n_tokens(*aspect),
-                            finish_reason: row.finish_reason(*aspect),
-                            base_logprob: -2.1 * f64::from(row.n_tokens(*aspect)),
-                            n_base_tokens: row.n_tokens(*aspect),
+                        .map(|(aspect, row)| row.turn(*aspect).unwrap())
+                        .map(|turn| ReplyFacts {
+                            text: &turn.text,
+                            n_tokens: turn.n_tokens,
+                            finish_reason: turn.finish_reason,
+                            base_logprob: -2.1 * f64::from(turn.n_tokens),
+                            n_base_tokens: turn.n_tokens,
                         })
                         .collect();
                     Coherence::of(&own)
@@ -513,7 +505,7 @@ impl SyntheticRun<'_> {
                     name,
                     scores,
                     coherence: of(None),
-                    coherence_by_aspect: Aspect::ALL
+                    coherence_by_aspect: Aspect::SHIPPED
                         .map(|aspect| (aspect, of(Some(aspect))))
                         .into(),
                     retokenised: false,
@@ -527,7 +519,7 @@ impl SyntheticRun<'_> {
             .collect();
         let standardisation = |aspect: Aspect| Standardisation {
             mean: 0.1,
-            std: 0.8 + 0.1 * aspect.index() as f64,
+            std: 0.8 + 0.1 * place(aspect) as f64,
             n: 48,
             from: "validation conversations of the base".to_owned(),
         };
@@ -538,7 +530,7 @@ impl SyntheticRun<'_> {
             level: 0.95,
             base: "runs/demo/sft/merged".to_owned(),
             yardstick: Some("runs/yardstick".to_owned()),
-            standardisation: Aspect::ALL.map(|aspect| (aspect, standardisation(aspect))).into(),
+            standardisation: Aspect::SHIPPED.map(|aspect| (aspect, standardisation(aspect))).into(),
             models,
             differences: summary::differences(&scores, resampling),
         };

@@ -1,0 +1,243 @@
+//! A tiny pipeline: its recipe, its stages' commands, and the hashes of what it left.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use arete_records::hashes::sha256_file;
+use arete_records::parquet::{self, Row};
+
+/// Prompts of the run.
+pub(crate) const N_PROMPTS: usize = 48;
+
+/// Settings for a model of 220 kB: everything small, f32, one thread.
+const RECIPE: &str = r#"
+[run]
+seed = 7
+device = "cpu"
+dtype = "f32"
+threads = 1
+
+[prompts]
+limit = 48
+max_chars = 120
+
+[demonstrations]
+source = "mix"
+few_shot = 1
+max_new_tokens = 24
+constitution = "{data}/constitution.toml"
+exemplars = "{data}/demonstrations/exemplars.jsonl"
+
+[sft]
+rank = 2
+epochs = 1
+max_steps = 4
+batch_size = 8
+max_length = 400
+eval_every = 2
+checkpoint_every = 2
+
+[conversations]
+max_new_tokens = {max_new_tokens}
+temperature = 1.0
+constitution = "{data}/constitution.toml"
+
+[preferences]
+method = "likelihood"
+truncated = "{truncated}"
+constitution = "{data}/constitution.toml"
+exemplars = "{data}/demonstrations/exemplars.jsonl"
+
+[reward]
+rank = 2
+epochs = 1
+batch_size = 10
+learning_rate = 1e-3
+eval_every = 2
+checkpoint_every = 2
+
+[yardstick]
+rank = 2
+epochs = 1
+max_steps = 2
+batch_size = 10
+
+[ppo]
+rank = 2
+iterations = 3
+rollout_size = 8
+value_warmup = 0
+max_new_tokens = 16
+temperature = 1.0
+learning_rate = 1e-3
+probe_every = 1
+probe_prompts = 3
+checkpoint_every = 1
+
+[scoring]
+max_new_tokens = 16
+temperature = 1.0
+draws = 500
+"#;
+
+/// The stages in order, with where their results go.
+pub(crate) const STAGES: [(&str, &str); 10] = [
+    ("prompts", "prompts"),
+    ("demonstrations", "demonstrations"),
+    ("sft", "sft"),
+    ("conversations", "conversations"),
+    ("preferences", "preferences"),
+    ("reward", "reward"),
+    ("yardstick", "yardstick"),
+    ("ppo", "ppo"),
+    ("scoring", "scoring"),
+    ("report", "report"),
+];
+
+pub(crate) fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the repository")
+}
+
+/// The programs lie where `cargo test --workspace` and `make build` put them, beside the tests' directory.
+fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the path of this test");
+    let path = test.ancestors().nth(2).expect("target/release").join(format!("arete-{name}"));
+    assert!(path.is_file(), "{} is missing: run `make build`", path.display());
+    path
+}
+
+/// A directory in which the pipeline runs; commands name everything inside it by relative paths, so that two of them can be
+/// compared byte by byte.
+pub(crate) struct Pipeline {
+    dir: PathBuf,
+    /// Variables of every stage's environment.
+    environment: &'static [(&'static str, &'static str)],
+}
+
+impl Pipeline {
+    /// An empty one with the recipe and labelled pairs.
+    pub(crate) fn new(name: &str, truncated: &str, max_new_tokens: usize) -> Self {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pipeline").join(name);
+        if dir.exists() {
+            fs_err::remove_dir_all(&dir).unwrap();
+        }
+        fs_err::create_dir_all(&dir).unwrap();
+        let data = repository().join("data");
+        let recipe = RECIPE
+            .replace("{data}", data.to_str().unwrap())
+            .replace("{truncated}", truncated)
+            .replace("{max_new_tokens}", &max_new_tokens.to_string());
+        fs_err::write(dir.join("recipe.toml"), recipe).unwrap();
+        let pairs: Vec<String> = (0..40)
+            .map(|idx| {
+                let say =
+                    |reply: &str| format!("\n\nHuman: Is case {idx} fair?\n\nAssistant: {reply}");
+                let (chosen, rejected) = (say("I would ask first and listen."), say("Who cares."));
+                serde_json::json!({ "chosen": chosen, "rejected": rejected }).to_string()
+            })
+            .collect();
+        fs_err::write(dir.join("pairs.jsonl"), pairs.join("\n")).unwrap();
+        Self { dir, environment: &[] }
+    }
+
+    /// Sets variables of every stage's environment.
+    pub(crate) fn with(mut self, environment: &'static [(&'static str, &'static str)]) -> Self {
+        self.environment = environment;
+        self
+    }
+
+    pub(crate) fn at(&self, path: &str) -> PathBuf {
+        self.dir.join("run").join(path)
+    }
+
+    /// The command of a stage, as in the Makefile.
+    pub(crate) fn command(&self, stage: &str) -> Command {
+        let model = repository().join("tests/fixtures/tiny-chat");
+        let prompts = repository().join("data/prompts");
+        let (model, prompts) = (model.to_str().unwrap(), prompts.to_str().unwrap());
+        let base = "run/sft/merged";
+        let (name, arguments): (&str, Vec<&str>) = match stage {
+            "prompts" => ("curation", vec!["prompts", "--input", prompts]),
+            "demonstrations" => {
+                ("curation", vec!["demonstrations", "--prompts", "run/prompts", "--model", model])
+            }
+            "sft" => {
+                ("sft", vec!["train", "--demonstrations", "run/demonstrations", "--model", model])
+            }
+            "conversations" => {
+                ("curation", vec!["conversations", "--prompts", "run/prompts", "--model", base])
+            }
+            "preferences" => {
+                let from = ["preferences", "--conversations", "run/conversations", "--judge", base];
+                ("curation", from.to_vec())
+            }
+            "reward" => {
+                let from = ["train", "--aspect", "all", "--preferences", "run/preferences"];
+                let of = ["--conversations", "run/conversations", "--model", base];
+                ("reward", [&from[..], &of].concat())
+            }
+            "yardstick" => ("reward", vec!["train", "--pairs", "pairs.jsonl", "--model", base]),
+            "ppo" => {
+                let from = ["train", "--prompts", "run/prompts", "--reward", "run/reward"];
+                ("ppo", [&from[..], &["--yardstick", "run/yardstick", "--model", base]].concat())
+            }
+            "scoring" => {
+                let models = ["--original", model, "--sft", base, "--final", "run/ppo"];
+                let by = ["--reward", "run/reward", "--yardstick", "run/yardstick"];
+                let of = ["score", "--prompts", "run/prompts", "--pairs", "pairs.jsonl"];
+                ("scoring", [&of[..], &models, &by].concat())
+            }
+            "report" => ("scoring", vec!["report", "--run", "run"]),
+            "doctor" => ("scoring", vec!["doctor", "--run", "run"]),
+            other => unreachable!("{other}"),
+        };
+        let mut command = Command::new(program(name));
+        command.current_dir(&self.dir).args(arguments).envs(self.environment.iter().copied());
+        if stage != "doctor" {
+            command.args(["--recipe", "recipe.toml", "--output", &format!("run/{stage}")]);
+        }
+        command.stdin(Stdio::null());
+        command
+    }
+
+    pub(crate) fn try_run(&self, stage: &str) -> Output {
+        self.command(stage).output().expect("the program starts")
+    }
+
+    /// Runs a stage; what it printed and logged.
+    pub(crate) fn run(&self, stage: &str) -> (String, String) {
+        let output = self.try_run(stage);
+        let [stdout, stderr] = [&output.stdout, &output.stderr].map(|b| text(b));
+        assert!(output.status.success(), "{stage}: {}\n{stderr}", output.status);
+        (stdout, stderr)
+    }
+
+    /// Every file but those with times in them, with its hash.
+    pub(crate) fn files(&self) -> BTreeMap<String, String> {
+        let root = self.dir.join("run");
+        let (mut files, mut waiting) = (BTreeMap::new(), vec![root.clone()]);
+        while let Some(dir) = waiting.pop() {
+            for entry in fs_err::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                let is_timed = name == "timings.jsonl" || name.starts_with("events.out.tfevents");
+                if path.is_dir() {
+                    waiting.push(path);
+                } else if !is_timed && !name.starts_with('.') {
+                    let inside = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+                    files.insert(inside, sha256_file(&path).unwrap());
+                }
+            }
+        }
+        files
+    }
+
+    pub(crate) fn rows<T: Row>(&self, path: &str) -> Vec<T> {
+        parquet::read(self.at(path)).unwrap()
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
