@@ -200,7 +200,8 @@ fn sync_tree(dir: &Path) -> Result<(), Error> {
 /// Makes names in a directory durable. Some file systems (CIFS, sshfs, some of FUSE) do that on their own and know no
 /// such call for a directory: their refusal is passed over, as databases and git do.
 pub(crate) fn sync_dir(dir: &Path) -> std::io::Result<()> {
-    match fs_err::File::open(dir)?.sync_all() {
+    // The error as the system gave it: its number tells.
+    match fs_err::File::open(dir)?.into_parts().0.sync_all() {
         Err(error) if is_unknown_call(&error) => {
             tracing::debug!(dir = %dir.display(), %error, "the file system does not flush directories");
             Ok(())
@@ -214,21 +215,7 @@ fn is_unknown_call(error: &std::io::Error) -> bool {
     // EINVAL, ENOTSUP and ENOSYS, as libc numbers them on Linux.
     const UNKNOWN: [i32; 3] = [22, 95, 38];
     error.kind() == std::io::ErrorKind::Unsupported
-        || os_code(error).is_some_and(|code| UNKNOWN.contains(&code))
-}
-
-/// The system's number of an error, also of one that `fs_err` has put a path to.
-#[must_use]
-pub fn os_code(error: &std::io::Error) -> Option<i32> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        let io = error.downcast_ref::<std::io::Error>();
-        if let Some(code) = io.and_then(std::io::Error::raw_os_error) {
-            return Some(code);
-        }
-        cause = error.source();
-    }
-    None
+        || error.raw_os_error().is_some_and(|code| UNKNOWN.contains(&code))
 }
 
 /// Removes a file or a whole directory.
@@ -359,7 +346,5 @@ mod tests {
             let error = std::io::Error::from_raw_os_error(code);
             assert_eq!(is_unknown_call(&error), unknown, "{code}");
         }
-        let missing = fs_err::File::open("no/such/file").unwrap_err();
-        assert_eq!((os_code(&missing), is_unknown_call(&missing)), (Some(2), false));
     }
 }

@@ -20,6 +20,7 @@ pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
 use arete_records::{atomic, hex, redact};
 
+use crate::units::SHARDS;
 use crate::{Error, inputs, seal};
 
 /// What the names of checkpoint directories begin with.
@@ -340,7 +341,9 @@ impl StageRun {
         run.sha256 = Some(run.digest());
         write_json(&self.output.join(RUN_JSON), &run)?;
         fs_err::remove_file(self.output.join(STAGE_JSON))?;
-        seal::remove_all(&self.output, &is_stage_dir)?; // run.json vouches from now on
+        // run.json vouches from now on; a part of a job array keeps its units and their seals.
+        let keeps = |dir: &Path| is_stage_dir(dir) || dir.ends_with(SHARDS);
+        seal::remove_all(&self.output, &keeps)?;
         self.cache.save();
         Ok(())
     }
@@ -518,7 +521,7 @@ fn lock(output: &Path) -> Result<File, Error> {
 fn is_without_locks(error: &std::io::Error) -> bool {
     const WITHOUT: [i32; 4] = [37, 38, 95, 22];
     error.kind() == std::io::ErrorKind::Unsupported
-        || atomic::os_code(error).is_some_and(|code| WITHOUT.contains(&code))
+        || error.raw_os_error().is_some_and(|code| WITHOUT.contains(&code))
 }
 
 /// Directories of other stages, which live their own life.

@@ -280,7 +280,9 @@ fn judgements(
             let pairs: Vec<Pair> =
                 candidates.iter().map(|candidate| candidate.pair.clone()).collect();
             let verdicts = judge.verdicts(&pairs)?;
-            judge.check_heard(&verdicts)?;
+            if config.min_pairs > 0 {
+                judge.check_heard(&verdicts)?;
+            }
             verdicts
         }
         None => candidates
