@@ -20,7 +20,7 @@ use arete_model::{Device, Kind, LoadOptions};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow,
 };
-use arete_records::{Aspect, FinishReason, Message, Role, parquet};
+use arete_records::{Aspect, FinishReason, Message, Role, Split, parquet};
 use arete_stage::run::RunJson;
 use clap::{Args, FromArgMatches};
 use common::{Answer, serve};
