@@ -28,6 +28,22 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "arete-ppo",
         &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
     ),
+    (
+        "arete-pipeline",
+        &[
+            "arete-curation",
+            "arete-sft",
+            "arete-reward",
+            "arete-dpo",
+            "arete-ppo",
+            "arete-scoring",
+            "arete-training",
+            "arete-chain",
+            "arete-model",
+            "arete-stage",
+            "arete-records",
+        ],
+    ),
 ];
 
 /// Direct workspace dependencies of every workspace package (normal and build, not dev).

@@ -1,4 +1,4 @@
-//! `arete-model inspect --plan` against the programs it speaks of: their defaults, and the memory they are measured to take.
+//! `arete plan` against the programs it speaks of: their defaults, and the memory they are measured to take.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -35,7 +35,7 @@ fn run(name: &str, arguments: &[&str]) -> String {
 }
 
 fn plan(arguments: &[&str]) -> Value {
-    let text = run("arete-model", &[&["inspect", "--plan", "--json"], arguments].concat());
+    let text = run("arete", &[&["plan", "--json"], arguments].concat());
     serde_json::from_str(&text).expect("JSON")
 }
 

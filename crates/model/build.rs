@@ -3,11 +3,24 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-const INSTRUCTION_SETS: &[(&str, &[&str])] = &[
+const X86_64: &[(&str, &[&str])] = &[
+    (
+        "amx",
+        &[
+            "-march=x86-64-v4",
+            "-mavx512bf16",
+            "-mamx-tile",
+            "-mamx-bf16",
+            "-mprefer-vector-width=512",
+        ],
+    ),
     ("avx512", &["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"]),
     ("avx2", &["-march=x86-64-v3"]),
     ("baseline", &["-march=x86-64-v2"]),
 ];
+
+/// What every other kind of CPU runs, and with the feature `portable` this one too: plain loops for the compiler's own target.
+const PORTABLE: &[(&str, &[&str])] = &[("portable", &[])];
 
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
@@ -20,7 +33,10 @@ fn main() {
         );
         return;
     };
-    for (name, flags) in INSTRUCTION_SETS {
+    let portable = env::var_os("CARGO_FEATURE_PORTABLE").is_some()
+        || env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64");
+    let tables = if portable { PORTABLE } else { X86_64 };
+    for (name, flags) in tables {
         let mut build = cc::Build::new();
         build
             .cpp(true)
@@ -36,8 +52,11 @@ fn main() {
         }
         build.compile(&format!("arete_kernels_{name}"));
     }
-    cc::Build::new()
-        .cpp(true)
+    let mut ops = cc::Build::new();
+    if portable {
+        ops.define("ARETE_PORTABLE", None);
+    }
+    ops.cpp(true)
         .std("c++20")
         .opt_level(2)
         .file("csrc/ops.cpp")
@@ -48,7 +67,7 @@ fn main() {
         .flag("-Wno-psabi")
         .compile("arete_ops");
     // ops needs the kernels, so they come after it on the link line.
-    for (name, _) in INSTRUCTION_SETS {
+    for (name, _) in tables {
         println!("cargo:rustc-link-lib=static=arete_kernels_{name}");
     }
     println!("cargo:rustc-link-search=native={}", lib.display());

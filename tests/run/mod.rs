@@ -221,7 +221,8 @@ impl Pipeline {
             for entry in fs_err::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();
                 let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-                let is_timed = name == "timings.jsonl" || name.starts_with("events.out.tfevents");
+                let is_timed = ["timings.jsonl", "machine.json"].contains(&name.as_str())
+                    || name.starts_with("events.out.tfevents");
                 if path.is_dir() {
                     waiting.push(path);
                 } else if !is_timed && !name.starts_with('.') {

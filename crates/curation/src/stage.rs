@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_model::machine::Machine;
 use arete_model::runtime;
 use arete_records::left_out::{self, LeftOut};
 use arete_records::{atomic, parquet, redact};
@@ -261,6 +262,7 @@ pub fn finish(
     started: Instant,
 ) -> Result<(), Error> {
     let Place { device, dtype } = place;
+    Machine::write(run.output())?;
     timings::log(run.output(), stage, started.elapsed().as_secs_f64(), &[])?;
     Ok(run.finish(Completion { device, dtype, counts })?)
 }

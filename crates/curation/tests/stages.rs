@@ -151,17 +151,16 @@ fn conversations_are_two_chains_a_prompt_and_shards_join_to_the_same_bytes() {
     assert!(error.contains("its input `prompts` has changed since"), "{error}");
 }
 
-/// Every file of a stage but wall times and the lock.
+/// Every file of a stage but wall times, the machine and the lock.
 fn contents(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
     fn visit(dir: &Path, base: &Path, files: &mut std::collections::BTreeMap<PathBuf, Vec<u8>>) {
         for entry in fs_err::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 visit(&path, base, files);
-            } else if path
-                .file_name()
-                .is_some_and(|name| name != "timings.jsonl" && name != ".lock")
-            {
+            } else if path.file_name().is_some_and(|name| {
+                name != "timings.jsonl" && name != "machine.json" && name != ".lock"
+            }) {
                 files.insert(path.strip_prefix(base).unwrap().to_owned(), bytes(&path));
             }
         }

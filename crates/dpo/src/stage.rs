@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, Source, merge};
 use arete_records::Split;
 use arete_stage::run::{self, Completion, StageSpec, Start};
@@ -89,6 +90,7 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
+    Machine::write(output)?;
     run.finish(Completion {
         device: runtime::device_name(options.device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),

@@ -110,7 +110,10 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
         if path.is_dir() {
             let inner = files(&path).into_iter();
             out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
-        } else if !name.starts_with('.') && name != "timings.jsonl" && !name.contains("tfevents") {
+        } else if !name.starts_with('.')
+            && !["timings.jsonl", "machine.json"].contains(&name.as_str())
+            && !name.contains("tfevents")
+        {
             out.insert(name, fs_err::read(&path).unwrap());
         }
     }

@@ -1,6 +1,6 @@
 // The decoder's own CPU kernels: plain loops over raw pointers, without libtorch.
 //
-// kernels.cpp is compiled once per instruction set (AVX-512, AVX2, baseline); ops.cpp picks one at start-up and splits the
+// kernels.cpp is compiled once per instruction set (AMX, AVX-512, AVX2, baseline; or portable); isa.h picks one at start-up and splits the
 // work over libtorch's own threads. Every kernel works on rows [begin, end) and gives the same bits for a row whatever the
 // other rows are: sampling and training then agree (docs/numerics.md).
 #pragma once
@@ -31,6 +31,14 @@ struct AttentionShape {
   int64_t window;  // sliding window in tokens; 0 = none
 };
 
+// One of the products that a result is the sum of: x [rows, inputs] and W, with the elements from one row to the next.
+struct Factor {
+  const void* x;
+  const void* w;
+  int64_t x_stride, w_stride, inputs;
+};
+constexpr int kFactors = 2;
+
 enum Type { kF32 = 0, kBF16 = 1 };
 
 // What is needed to draw one token from a row of logits.
@@ -39,6 +47,12 @@ struct SampleSettings {
   int64_t top_k;      // 0 = all
   float top_p;        // 1 = all
 };
+
+// y = the sum of the factors' x Wᵀ, W [outputs, inputs], or (`across`) of their x W, W [inputs, outputs]; for rows [row_begin,
+// row_end) and outputs [begin, end). `begin` is a multiple of Kernels::panel. An element's bits depend on its row, its column and
+// the lengths alone. kernels/product.h.
+typedef void Product(const Factor* factors, int64_t n_factors, void* y, int64_t y_stride, bool across, int64_t row_begin,
+                     int64_t row_end, int64_t begin, int64_t end);
 
 // One table of kernels per instruction set; arrays are indexed by Type.
 struct Kernels {
@@ -77,16 +91,17 @@ struct Kernels {
   // The same for a dense bf16 W: for few rows, where reading W takes the time.
   void (*bf16_matmul[2])(const void* x, const bf16* weight, void* y, int64_t rows, int64_t columns, int64_t outputs,
                          int64_t begin, int64_t end);
-  // The same for a dense f32 W of at least kProductInputs columns, for any number of rows, the row lengths of x and W given. An
-  // element's bits depend on its row, its column and the length alone. Null where libtorch's product is the faster one.
-  void (*f32_matmul)(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, float* y, int64_t rows,
-                     int64_t columns, int64_t outputs, int64_t begin, int64_t end);
+  Product* product[2];
+  // Outputs that the product packs at a time.
+  int64_t panel;
+  // product[kBF16] on emulated AMX tiles (kernels/tiles.h).
+  Product* emulated_tiles;
 };
 
-constexpr int64_t kProductInputs = 128;
-
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_baseline();
+const Kernels* kernels_portable();  // where none of the others is
 
 }  // namespace arete

@@ -3,40 +3,13 @@
 // tch cannot define autograd functions, and libtorch's own operators keep more for the backward pass than a frozen base
 // with adapters needs. What each function keeps is said at its head. On the CPU in f32 and bf16 the kernels of kernels.cpp do
 // the work; elsewhere (CUDA, fp16) the same formulas run as libtorch operators (the `composite_…` functions).
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/version.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <string>
-#include <utility>
-#include <vector>
-
-#include "isa.h"
-#include "kernels.h"
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
+#include "linear.h"
+#include "tensors.h"
+#include "waiting.h"
 
 namespace {
-
-using namespace arete;
-
-bool on_kernels(const Tensor& x) {
-  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
-}
-Type type_of(const Tensor& x) { return x.scalar_type() == at::kBFloat16 ? kBF16 : kF32; }
-
-void parallel_rows(int64_t rows, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { work(begin, end); });
-}
 
 // ---- RMS norm of x + delta; keeps the sum and one f32 a row ----
 
@@ -113,167 +86,6 @@ struct SwiGlu : Function<SwiGlu> {
       kernel(gate_up.data_ptr(), grad_out.data_ptr(), grad.data_ptr(), begin, end, gate_up.size(1) / 2);
     });
     return {grad};
-  }
-};
-
-// ---- linear layer over a frozen weight, with an optional adapter ----
-
-// Called for weights that are not on the CPU; set once from Rust (src/cuda). 0 = done.
-typedef int (*Dequantizer)(const Tensor* codes, const Tensor* absmax, const Tensor* codebook, int64_t block_size, Tensor* out);
-typedef int (*Multiplier)(const Tensor* x, const Tensor* codes, const Tensor* absmax, const Tensor* codebook,
-                          int64_t block_size, Tensor* y);
-Dequantizer cuda_dequantizer = nullptr;
-Multiplier cuda_multiplier = nullptr;
-
-struct Weight {
-  Tensor dense;                      // [out, in], or undefined
-  Tensor codes, absmax, codebook;    // NF4, or undefined
-  int64_t outputs, inputs, block_size;
-
-  // The matrix in `type`: the dense one, or the packed one unpacked into a new tensor.
-  Tensor in_type(at::ScalarType type) const {
-    if (dense.defined()) return dense;
-    Tensor out = at::empty({outputs, inputs}, codes.options().dtype(type));
-    unpack(out);
-    return out;
-  }
-
-  // The same for a product that is queued at once: on a GPU in one buffer that all layers of a thread share, as large as the
-  // largest matrix so far. The stream runs a layer's product before it unpacks the next layer.
-  Tensor for_product(at::ScalarType type) const {
-    if (dense.defined() || !codes.is_cuda()) return in_type(type);
-    // Never freed: at the end of the process the driver may be gone before a thread's variables are.
-    static thread_local auto& buffers = *new std::map<std::pair<int64_t, at::ScalarType>, Tensor>;
-    Tensor& buffer = buffers[{codes.get_device(), type}];
-    int64_t numel = outputs * inputs;
-    if (!buffer.defined() || buffer.numel() < numel) {
-      buffer = Tensor();  // given back before its successor is asked for
-      buffer = at::empty({numel}, codes.options().dtype(type));
-    }
-    Tensor out = buffer.narrow(0, 0, numel).view({outputs, inputs});
-    unpack(out);
-    return out;
-  }
-
- private:
-  void unpack(Tensor& out) const {
-    if (!on_kernels(out)) {
-      TORCH_CHECK(cuda_dequantizer, "no NF4 kernels for this device or dtype");
-      TORCH_CHECK(cuda_dequantizer(&codes, &absmax, &codebook, block_size, &out) == 0, "NF4 dequantisation failed on the device");
-      return;
-    }
-    auto kernel = kernels().nf4_dequantize[type_of(out)];
-    int64_t blocks = outputs * inputs / block_size;
-    parallel_rows(blocks, 256, [&](int64_t begin, int64_t end) {
-      kernel(codes.data_ptr<uint8_t>(), absmax.data_ptr<float>(), codebook.data_ptr<float>(), out.data_ptr(), begin, end,
-             block_size);
-    });
-  }
-};
-
-// Up to this many rows the packed weights are multiplied without being unpacked, if the caller asks for it: the sums
-// run in another order than those of the unpacked product, so a row's bits then depend on the number of rows.
-constexpr int64_t kPackedRows = 4;  // PACKED_ROWS in src/decoder.rs
-constexpr int64_t kPackedRowsCuda = 16;  // MAX_ROWS in src/cuda/plan.rs
-
-// libtorch's products of few rows round differently on the CPU (other routines take them): in bf16 those of one row, in f32
-// those of up to nine. Such products are padded, so that a row's result does not depend on how many neighbours it has.
-int64_t invariant_rows(const Tensor& x) { return x.scalar_type() == at::kFloat ? 16 : 2; }
-
-// The kernel's product where there is one: f32 with AVX2, where MKL would pack W anew each time. Chosen by the weight alone.
-bool on_f32_matmul(const Tensor& x, const Tensor& weight) {
-  return kernels().f32_matmul && x.is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
-         weight.size(1) >= kProductInputs && weight.stride(1) == 1;
-}
-
-// x Wᵀ with `weight` [out, in]; see invariant_rows.
-Tensor product(const Tensor& x, const Tensor& weight) {
-  int64_t rows = x.size(0);
-  if (on_f32_matmul(x, weight)) {
-    Tensor input = x.stride(1) == 1 ? x : x.contiguous();
-    int64_t inputs = weight.size(1), outputs = weight.size(0);
-    Tensor y = at::empty({rows, outputs}, x.options());
-    int64_t grain = std::max<int64_t>(3, 200'000 / std::max<int64_t>(1, rows * inputs));
-    parallel_rows(outputs, grain, [&](int64_t begin, int64_t end) {
-      kernels().f32_matmul(input.data_ptr<float>(), input.stride(0), weight.data_ptr<float>(), weight.stride(0),
-                           y.data_ptr<float>(), rows, inputs, outputs, begin, end);
-    });
-    return y;
-  }
-  if (!x.is_cpu() || rows >= invariant_rows(x)) return at::mm(x, weight.t());
-  Tensor padded = at::zeros({invariant_rows(x), x.size(1)}, x.options());
-  padded.narrow(0, 0, rows).copy_(x);
-  return at::mm(padded, weight.t()).narrow(0, 0, rows).contiguous();
-}
-
-Tensor frozen_product(const Tensor& x, const Weight& weight, bool allow_packed) {
-  // cuBLAS promises equal rows no more than the packed product does, so nothing is lost by always taking the faster one.
-  if (weight.codes.defined() && x.is_cuda() && cuda_multiplier && x.size(0) <= kPackedRowsCuda && weight.inputs % 32 == 0) {
-    Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
-    TORCH_CHECK(cuda_multiplier(&x, &weight.codes, &weight.absmax, &weight.codebook, weight.block_size, &y) == 0,
-                "the NF4 product failed on the device");
-    return y;
-  }
-  bool packed = allow_packed && weight.codes.defined() && on_kernels(x) && x.size(0) <= kPackedRows &&
-                weight.inputs % weight.block_size == 0 && weight.block_size % 64 == 0;
-  if (!packed) return product(x, weight.for_product(x.scalar_type()));
-  Tensor input = x.contiguous();
-  Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
-  auto kernel = kernels().nf4_matmul[type_of(x)];
-  parallel_rows(weight.outputs, 64, [&](int64_t begin, int64_t end) {
-    kernel(input.data_ptr(), weight.codes.data_ptr<uint8_t>(), weight.absmax.data_ptr<float>(),
-           weight.codebook.data_ptr<float>(), y.data_ptr(), x.size(0), weight.inputs, weight.outputs, weight.block_size,
-           begin, end);
-  });
-  return y;
-}
-
-// y = x Wᵀ + (x Aᵀ) Bᵀ; `down` becomes x Aᵀ.
-Tensor adapted_product(const Tensor& x, const Weight& weight, const Tensor& a, const Tensor& b, bool allow_packed,
-                       Tensor& down) {
-  Tensor y = frozen_product(x, weight, allow_packed);
-  if (a.defined()) {
-    down = product(x, a);
-    y.add_(product(down, b));
-  }
-  return y;
-}
-
-// Keeps x and x Aᵀ where the adapter is trained, and the weight as it is stored (packed if NF4).
-struct AdaptedLinear : Function<AdaptedLinear> {
-  using Optional = std::optional<Tensor>;
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& dense_, const Optional& codes_,
-                        const Optional& absmax_, const Optional& codebook_, int64_t outputs, int64_t inputs,
-                        int64_t block_size, const Optional& a_, const Optional& b_, bool allow_packed) {
-    Tensor none;
-    Tensor dense = dense_.value_or(none), codes = codes_.value_or(none), absmax = absmax_.value_or(none),
-           codebook = codebook_.value_or(none), a = a_.value_or(none), b = b_.value_or(none);
-    Tensor down;
-    Tensor y = adapted_product(x, {dense, codes, absmax, codebook, outputs, inputs, block_size}, a, b, allow_packed, down);
-    bool trained = a.defined() && (a.requires_grad() || b.requires_grad());
-    ctx->save_for_backward({trained ? x : Tensor(), dense, codes, absmax, codebook, a, b, trained ? down : Tensor()});
-    ctx->saved_data["sizes"] = std::vector<int64_t>{outputs, inputs, block_size};
-    ctx->saved_data["trained"] = trained;
-    return y;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto saved = ctx->get_saved_variables();
-    auto sizes = ctx->saved_data["sizes"].toIntVector();
-    Weight weight{saved[1], saved[2], saved[3], saved[4], sizes[0], sizes[1], sizes[2]};
-    const Tensor &x = saved[0], &a = saved[5], &b = saved[6], &down = saved[7];
-    Tensor grad_y = grads[0].contiguous();
-    Tensor grad_x, grad_a, grad_b, grad_down;
-    if (a.defined()) grad_down = at::mm(grad_y, b);
-    if (ctx->needs_input_grad(0)) {
-      grad_x = at::mm(grad_y, weight.for_product(grad_y.scalar_type()));
-      if (a.defined()) grad_x.addmm_(grad_down, a);
-    }
-    if (ctx->saved_data["trained"].toBool()) {
-      grad_a = at::mm(grad_down.t(), x);
-      grad_b = at::mm(grad_y.t(), down);
-    }
-    Tensor none;
-    return {grad_x, none, none, none, none, none, none, none, grad_a, grad_b, none};
   }
 };
 
@@ -452,7 +264,7 @@ struct TokenLogprob : Function<TokenLogprob> {
     for (int64_t start = 0; start < rows; start += kVocabularyRows) {
       int64_t n = std::min(kVocabularyRows, rows - start);
       Tensor part = targets.narrow(0, start, n);
-      Tensor logits = product(hidden.narrow(0, start, n), weight);
+      Tensor logits = product({hidden.narrow(0, start, n), weight});
       if (on_kernels(hidden)) {
         auto kernel = kernels().token_logprob[type_of(hidden)];
         parallel_rows(n, 1, [&](int64_t begin, int64_t end) {
@@ -467,7 +279,7 @@ struct TokenLogprob : Function<TokenLogprob> {
         logits = probabilities.to(hidden.scalar_type());
       }
       if (want_grad) {
-        Tensor mean = at::mm(logits, weight);
+        Tensor mean = product({logits, weight}, {}, true);
         jacobian.narrow(0, start, n).copy_(weight.index_select(0, part).to(at::kFloat).sub_(mean).mul_(inverse));
       }
     }
@@ -515,6 +327,9 @@ const char* arete_libtorch_isa() {
   static const std::string name = at::get_cpu_capability();
   return name.c_str();
 }
+const char* arete_libtorch_version() { return TORCH_VERSION; }
+int32_t arete_wait_briefly() { return wait_briefly(); }
+int32_t arete_amx_state() { return chosen_kernels().amx; }
 int32_t arete_isa_cap() { return isa_cap; }
 int32_t arete_decide_isa_cap(uint32_t leaf7_edx, bool set_by_user) { return decide_isa_cap(leaf7_edx, set_by_user); }
 void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier) {
@@ -563,6 +378,10 @@ int arete_linear(const Tensor* x, const Tensor* dense, const Tensor* codes, cons
     *out = released(AdaptedLinear::apply(*x, optional(dense), optional(codes), optional(absmax), optional(codebook), outputs,
                                          inputs, block_size, optional(a), optional(b), allow_packed));
   });
+}
+
+int arete_trained_linear(const Tensor* x, const Tensor* w, Tensor** out) {
+  return guarded([&] { *out = released(records_gradients() ? TrainedLinear::apply(*x, *w) : product({*x, *w})); });
 }
 
 int arete_attention(const Tensor* qkv, const Tensor* positions, const Tensor* cos_sin, const Tensor* segments,
@@ -630,7 +449,7 @@ int arete_logits(const Tensor* hidden, const Tensor* weight, bool few_rows, Tens
   return guarded([&] {
     at::NoGradGuard no_grad;
     if (!few_rows) {
-      *out = released(product(*hidden, *weight));
+      *out = released(product({*hidden, *weight}));
       return;
     }
     TORCH_CHECK(on_kernels(*hidden) && weight->scalar_type() == at::kBFloat16, "logits: the weight must be bf16");

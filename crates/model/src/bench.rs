@@ -9,6 +9,7 @@ use std::time::Instant;
 use tch::{Kind, Tensor};
 
 use crate::lora::Target;
+use crate::ops::{self, WeightRef};
 use crate::{Decoder, Error};
 
 /// Seconds per call of `work`, called once unmeasured and then for at least `at_least_s` seconds.
@@ -35,28 +36,47 @@ fn finish_queued() {
     }
 }
 
-/// Tokens a second that the forward pass's linear layers alone would give: dense, in the decoder's dtype, `rows` at a
-/// time; with the product with the vocabulary if `with_vocabulary`.
+/// Products alone, as [`products`] measures them.
+#[derive(Clone, Copy, Debug)]
+pub struct Products {
+    /// Tokens a second through the faster of our products and libtorch's: the ceiling of a pass.
+    pub tokens_per_s: f64,
+    /// libtorch's time against ours: above 1 ours are the faster ones. 1 where libtorch's are ours as well (on GPUs).
+    pub ours_against_libtorch: f64,
+}
+
+/// Tokens a second that the forward pass's linear layers alone would give; see [`products`].
+///
+/// # Errors
+///
+/// As [`products`].
+pub fn products_per_s(decoder: &Decoder, rows: usize, with_vocabulary: bool) -> Result<f64, Error> {
+    Ok(products(decoder, rows, with_vocabulary)?.tokens_per_s)
+}
+
+/// Measures the forward pass's linear layers alone: dense, in the decoder's dtype, `rows` at a time; with the product with the
+/// vocabulary if `with_vocabulary`. Our products and libtorch's take turns.
 ///
 /// # Errors
 ///
 /// [`Error::Torch`] if libtorch cannot allocate or multiply.
-pub fn products_per_s(decoder: &Decoder, rows: usize, with_vocabulary: bool) -> Result<f64, Error> {
+pub fn products(decoder: &Decoder, rows: usize, with_vocabulary: bool) -> Result<Products, Error> {
     let config = decoder.config();
     let size = |target: Target| target.size(config);
     let (q, k, gate) = (size(Target::Q), size(Target::K), size(Target::Gate));
     let (o, down) = (size(Target::O), size(Target::Down));
-    let mut products = vec![
+    let mut shapes = vec![
         (q.0 + 2 * k.0, q.1, config.num_layers),
         (o.0, o.1, config.num_layers),
         (2 * gate.0, gate.1, config.num_layers),
         (down.0, down.1, config.num_layers),
     ];
     if with_vocabulary {
-        products.push((config.vocab_size, config.hidden_size, 1));
+        shapes.push((config.vocab_size, config.hidden_size, 1));
     }
-    let mut seconds = 0.0;
-    for (outputs, inputs, count) in products {
+    let _guard = tch::no_grad_guard();
+    let (mut ours, mut libtorchs, mut fastest) = (0.0, 0.0, 0.0);
+    for (outputs, inputs, count) in shapes {
         let random = |rows: usize| -> Result<Tensor, Error> {
             let shape = [rows as i64, inputs as i64];
             Ok(Tensor::f_randn(shape, (Kind::Float, decoder.device()))?
@@ -67,15 +87,15 @@ pub fn products_per_s(decoder: &Decoder, rows: usize, with_vocabulary: bool) -> 
             .map(|_| random(outputs))
             .collect::<Result<_, _>>()?;
         let x = random(rows)?;
-        let each = time(0.5, || -> Result<(), Error> {
-            for weight in &weights {
-                let _ = x.f_matmul(&weight.f_transpose(0, 1)?)?;
-            }
-            Ok(())
-        })?;
-        seconds += each / weights.len() as f64 * count as f64;
+        let of_all = |product: &dyn Fn(&Tensor) -> Result<Tensor, Error>| {
+            let seconds = time(0.25, || weights.iter().try_for_each(|w| product(w).map(drop)))?;
+            Ok::<f64, Error>(seconds / weights.len() as f64 * count as f64)
+        };
+        let own = of_all(&|w| ops::linear(&x, &WeightRef::Dense(w), None, false))?;
+        let other = of_all(&|w| Ok(x.f_matmul(&w.f_transpose(0, 1)?)?))?;
+        (ours, libtorchs, fastest) = (ours + own, libtorchs + other, fastest + own.min(other));
     }
-    Ok(rows as f64 / seconds)
+    Ok(Products { tokens_per_s: rows as f64 / fastest, ours_against_libtorch: libtorchs / ours })
 }
 
 /// Bytes a second that libtorch's threads read from memory: the sum of an array far larger than any cache.

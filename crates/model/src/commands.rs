@@ -9,15 +9,13 @@ use serde_json::json;
 use arete_model::adapter_files::{self, LoadedAdapter};
 use arete_model::{
     Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, default_dtype,
-    kernels_name, merge, packing,
+    kernels_name, machine, merge, packing,
 };
 
 mod bench;
 mod generate;
 mod lines;
 mod logprobs;
-mod plan;
-mod push;
 
 /// Generate, score, inspect and convert Llama and Mistral models
 #[derive(Debug, clap::Parser)]
@@ -31,7 +29,6 @@ const EXAMPLES: &str = "Examples:
   arete-model generate --model DIR --prompt 'How do I apologise?'
   arete-model logprobs --model FILE.gguf --jsonl conversations.jsonl
   arete-model inspect --model owner/name
-  arete-model inspect --model DIR --plan --recipe recipes/recommended.toml --device cuda
   arete-model merge --model DIR --adapter ADAPTER --output MERGED";
 
 #[derive(Debug, clap::Subcommand)]
@@ -50,8 +47,8 @@ enum Command {
     Merge(Merge),
     /// Measure sampling, prefill and training against this machine's matrix products
     Bench(bench::Bench),
-    /// Upload an adapter, a merged model or a data set to the hub, with a card
-    Push(push::Push),
+    /// Show what this machine is and what of it is used, as JSON: CPU, instruction sets, cores, threads, number format, GPUs
+    Machine,
 }
 
 /// Which model, and how it is held.
@@ -148,16 +145,19 @@ fn unchanged(model: &str) -> anyhow::Result<Source> {
     Ok(source)
 }
 
+fn show_machine() -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(&machine::Machine::look())?;
+    writeln!(std::io::stdout().lock(), "{text}").context("writing to stdout")
+}
+
 #[derive(Debug, clap::Args)]
 struct Inspect {
-    /// Hugging Face directory, GGUF file or hub id (for --plan a config.json is enough)
+    /// Hugging Face directory, GGUF file or hub id
     #[arg(long, value_name = "DIR|FILE.gguf|ID")]
     model: String,
     /// List every tensor
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long)]
     tensors: bool,
-    #[command(flatten)]
-    plan: plan::PlanArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -199,14 +199,11 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Quantize(arguments) => run_quantize(&arguments),
         Command::Merge(arguments) => run_merge(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
-        Command::Push(arguments) => push::run(&arguments),
+        Command::Machine => show_machine(),
     }
 }
 
 fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
-    if arguments.plan.plan {
-        return plan::run(&arguments.model, &arguments.plan);
-    }
     let checkpoint = Checkpoint::open(&unchanged(&arguments.model)?)?;
     let config = checkpoint.config();
     let (mut n_weights, mut n_linear) = (0i64, 0i64);

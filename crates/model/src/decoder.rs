@@ -17,7 +17,7 @@ use crate::config::ModelConfig;
 use crate::lora::{Adapter, PreparedLayer, Target};
 use crate::nf4::{Nf4Options, Nf4Tensor};
 use crate::ops::WeightRef;
-use crate::{Error, ops, self_test};
+use crate::{Error, ops, runtime, self_test};
 
 /// Most rows that are multiplied with packed weights as they are (`kPackedRows` in `csrc/ops.cpp`).
 const PACKED_ROWS: i64 = 4;
@@ -100,7 +100,7 @@ impl Default for LoadOptions {
 /// bf16 where the device computes in it, f32 on a CPU that does not.
 pub fn default_dtype(device: Device) -> Kind {
     match device {
-        Device::Cpu if ops::kernels_name() != "avx512" => Kind::Float,
+        Device::Cpu if !ops::multiplies_bf16() => Kind::Float,
         _ => Kind::BFloat16,
     }
 }
@@ -242,6 +242,7 @@ impl Decoder {
     }
 
     fn without_layers(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, Error> {
+        runtime::keep_to_cores();
         if let Device::Cuda(index) = options.device {
             crate::cuda::require(index)?;
         }

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::Error;
+use crate::{Error, ops};
 
 /// A linear map from a hidden state to one number, without bias (transformers' `score`).
 #[derive(Debug)]
@@ -46,12 +46,17 @@ impl ScalarHead {
         self.weight = self.weight.detach().set_requires_grad(trainable);
     }
 
-    /// The number of each row.
+    /// The number of each row, whose bits on the CPU do not depend on the other rows.
     ///
     /// # Shapes
     ///
     /// - `hidden`: `[n, D]` any float dtype; the result is `[n]` f32.
+    ///
+    /// # Panics
+    ///
+    /// If `hidden` has not D columns.
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
-        hidden.to_kind(Kind::Float).matmul(&self.weight.transpose(0, 1)).squeeze_dim(1) // [n]
+        let numbers = ops::trained_linear(&hidden.to_kind(Kind::Float), &self.weight); // [n, 1]
+        numbers.expect("rows of the head's length").squeeze_dim(1) // [n]
     }
 }

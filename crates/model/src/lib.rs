@@ -21,8 +21,11 @@ pub mod generate;
 mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
+#[cfg(test)]
+mod levels;
 pub mod logprobs;
 mod lora;
+pub mod machine;
 pub mod merge;
 mod model;
 pub mod nf4;
@@ -45,7 +48,7 @@ pub use head::ScalarHead;
 pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;
 pub use nf4::Nf4Options;
-pub use ops::kernels_name;
+pub use ops::{Amx, kernels_name};
 pub use self_test::{OnednnIsa, ProductTest, SelfTest, self_tests};
 pub use tch::{Device, Kind, Tensor, no_grad_guard};
 pub use template::ChatTemplate;

@@ -6,11 +6,13 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
+use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use crate::Error;
 use crate::batch::Tables;
 use crate::config::ModelConfig;
+use crate::machine::Waiting;
 use crate::nf4::Nf4Tensor;
 
 type Raw = *const c_void;
@@ -29,6 +31,10 @@ unsafe extern "C" {
     fn arete_kernels_name() -> *const c_char;
     fn arete_libtorch_isa() -> *const c_char;
     fn arete_isa_cap() -> i32;
+    fn arete_amx_state() -> i32;
+    fn arete_libtorch_version() -> *const c_char;
+    fn arete_wait_briefly() -> i32;
+    fn arete_trained_linear(x: Raw, weight: Raw, out: *mut Raw) -> c_int;
     #[cfg(test)]
     fn arete_decide_isa_cap(leaf7_edx: u32, set_by_user: bool) -> i32;
     fn arete_rms_norm(
@@ -114,7 +120,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// The instruction set the CPU kernels were chosen for (`avx512`, `avx2`, `baseline`).
+/// The instruction set the CPU kernels were chosen for (`amx`, `avx512`, `avx2`, `baseline`, `portable`; `amx-emulated` in tests).
 pub fn kernels_name() -> String {
     // SAFETY: the function returns a static, NUL-terminated string.
     unsafe { CStr::from_ptr(arete_kernels_name()) }.to_string_lossy().into_owned()
@@ -124,6 +130,61 @@ pub fn kernels_name() -> String {
 pub(crate) fn libtorch_isa() -> String {
     // SAFETY: the function returns a NUL-terminated string that lives as long as the process.
     unsafe { CStr::from_ptr(arete_libtorch_isa()) }.to_string_lossy().into_owned()
+}
+
+/// Whether our products in bf16 are one instruction here, so that it is the faster number format.
+pub(crate) fn multiplies_bf16() -> bool {
+    matches!(kernels_name().as_str(), "amx" | "avx512")
+}
+
+/// What became of the CPU's matrix tiles (AMX); mirrors `AmxState` of `csrc/isa.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Amx {
+    /// The CPU has none, or not with the vectors that the kernels around it need.
+    Missing,
+    /// bf16 products run on them.
+    Used,
+    /// The system does not let this process use them.
+    Refused,
+    /// They do not compute what Intel's manual defines: vectors are used instead.
+    Wrong,
+    /// Tests asked for an emulation.
+    Emulated,
+    /// `ARETE_CPU_KERNELS` asked for something else.
+    NotWanted,
+}
+
+impl Amx {
+    /// What was found when the kernels were chosen.
+    pub fn current() -> Self {
+        // SAFETY: the function reads a number that is set once.
+        match unsafe { arete_amx_state() } {
+            0 => Self::Missing,
+            1 => Self::Used,
+            2 => Self::Refused,
+            3 => Self::Wrong,
+            4 => Self::Emulated,
+            5 => Self::NotWanted,
+            _ => unreachable!("the states of csrc/isa.h are these"),
+        }
+    }
+}
+
+/// The version of libtorch that was compiled against.
+pub(crate) fn libtorch_version() -> String {
+    // SAFETY: the function returns a static, NUL-terminated string.
+    unsafe { CStr::from_ptr(arete_libtorch_version()) }.to_string_lossy().into_owned()
+}
+
+/// Keeps libtorch's threads from spinning for long while they wait (`csrc/waiting.h`), now that their number is set.
+pub(crate) fn wait_briefly() -> Waiting {
+    // SAFETY: the function locks what it changes.
+    match unsafe { arete_wait_briefly() } {
+        0 => Waiting::Briefly,
+        1 => Waiting::FromEnvironment,
+        _ => Waiting::NotAtAll,
+    }
 }
 
 /// How oneDNN's instruction set was decided when the program started (`csrc/isa.h`).
@@ -272,6 +333,14 @@ pub(crate) fn linear(
             ),
         }
     })?;
+    Ok(take(out))
+}
+
+/// `x Wᵀ` of a trained W: `x` `[N, in]`, `weight` `[out, in]`, differentiable in both. On the CPU rows do not depend on each other.
+pub(crate) fn trained_linear(x: &Tensor, weight: &Tensor) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: both are live tensors.
+    check(unsafe { arete_trained_linear(raw(x), raw(weight), &raw mut out) })?;
     Ok(take(out))
 }
 
@@ -430,3 +499,6 @@ pub(crate) fn nf4_dequantize(weight: &Nf4Tensor, kind: Kind) -> Result<Tensor, E
     })?;
     Ok(take(out))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,11 @@
 //! Device, number format and threads of a run, as every stage's flags name them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use crate::{Error, LoadOptions, Nf4Options, cuda, default_dtype};
+use crate::{Error, LoadOptions, Nf4Options, cuda, default_dtype, machine, ops};
 
 /// Number format of the frozen weights and of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,11 +78,27 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
-/// Sets the threads libtorch computes with; 0 leaves its choice (one a core).
+/// Whether a number of threads was asked for.
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Sets the threads libtorch computes with; 0 leaves the choice to [`keep_to_cores`].
 pub fn set_threads(threads: u32) {
     if let Ok(threads @ 1..) = i32::try_from(threads) {
+        ASKED.store(true, Ordering::Relaxed);
         tch::set_num_threads(threads);
     }
+    keep_to_cores();
+}
+
+/// Takes back threads beyond the cores that affinity and control groups leave to this process, unless a number was asked for (here or
+/// with `OMP_NUM_THREADS`), and has those that are left wait without spinning for long. Loading a model does it.
+pub fn keep_to_cores() {
+    let named = std::env::var_os("OMP_NUM_THREADS").is_some_and(|value| !value.is_empty());
+    let allowed = i32::try_from(machine::allowed_cores()).unwrap_or(i32::MAX);
+    if !named && !ASKED.load(Ordering::Relaxed) && tch::get_num_threads() > allowed {
+        tch::set_num_threads(allowed);
+    }
+    ops::wait_briefly();
 }
 
 #[cfg(test)]

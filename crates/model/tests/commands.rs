@@ -437,24 +437,3 @@ fn adapters_of_a_single_quantised_base_can_be_named() {
     let single = program(&[&flags[..], &["--nf4", "--single-quantization"]].concat());
     assert!(double.status.success() && single.status.success());
 }
-
-#[test]
-fn a_plan_names_settings_that_cannot_be() {
-    let recipe = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
-    let model = tiny_chat();
-    let flags = [
-        "inspect",
-        "--plan",
-        "--model",
-        model.to_str().unwrap(),
-        "--recipe",
-        recipe.path().to_str().unwrap(),
-    ];
-    for (text, words) in [
-        ("[sft]\nmax_length = 0\n", "[sft] max_length: expected at least 1"),
-        ("[ppo]\nrollout = \"chains\"\n", "[ppo] rollout: unknown variant `chains`"),
-    ] {
-        fs_err::write(recipe.path(), text).unwrap();
-        refuses(&flags, 65, &[words]);
-    }
-}

@@ -244,6 +244,10 @@ pub struct Config {
     /// Most sequences sampled at once; changes nothing but memory and time
     #[arg(long, default_value_t = 64)]
     pub max_rows: usize,
+    /// Go on, with a warning, where sampler and trainer disagree on the CPU (docs/numerics.md); elsewhere that is never an error
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    #[serde(default)]
+    pub allow_disagreement: bool,
     /// How the frozen model is held, and where it computes.
     #[command(flatten)]
     #[serde(flatten)]

@@ -134,6 +134,19 @@ pub enum Error {
         got: f64,
     },
 
+    /// Sampler and trainer give the same tokens other probabilities, on the CPU.
+    #[error(
+        "sampler_trainer_difference: expected at most {limit} nats between a token's log-probability when sampled and when trained on, \
+         got {difference}; rows of a batch depend on each other here (`arete-model machine` shows the self-tests): report it, \
+         use dtype f32, or set allow_disagreement"
+    )]
+    Disagreement {
+        /// The largest difference, in nats.
+        difference: f64,
+        /// The largest that rounding explains.
+        limit: f64,
+    },
+
     /// All conversations score the same: there is nothing to learn from.
     #[error(
         "{what}: expected scores that differ between conversations, got {got} for all {n}; is the reward model trained?"
@@ -177,7 +190,10 @@ impl Classified for Error {
             | Self::NonFiniteScore { .. }
             | Self::ZeroVariance { .. }
             | Self::NotANumber { .. } => Some(Class::Data),
-            Self::Torch(_) | Self::Shape { .. } | Self::Ratio { .. } => Some(Class::Other),
+            Self::Torch(_)
+            | Self::Shape { .. }
+            | Self::Ratio { .. }
+            | Self::Disagreement { .. } => Some(Class::Other),
         }
     }
 }

@@ -132,8 +132,11 @@ impl Iteration<'_> {
         check_variance("scores paid out", &assessment.paid, iteration)?;
         let targets = targets(&assessment, &layout, &first, config)?;
         interrupt::check()?;
-        let kind = self.model.decoder.kind();
-        let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef, kind)?;
+        let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef)?;
+        let decoder = &self.model.decoder;
+        let difference = sampler_trainer_difference(&conversations, &first)?;
+        check_difference(difference, decoder.kind(), decoder.device(), config.allow_disagreement)?;
+        metrics.push(("sampler_trainer_difference".to_owned(), difference));
         let report = timed(&mut phases, "update", || {
             let rates = self.rates;
             let report = update(
@@ -207,14 +210,8 @@ fn summary(
     first: &FirstPass<'_>,
     targets: &Targets,
     kl_coef: f64,
-    kind: Kind,
 ) -> Result<Vec<(String, f64)>, Error> {
     let number = |tensor: Tensor| f64::try_from(tensor.to_kind(Kind::Double));
-    let sampled: Vec<f32> =
-        conversations.iter().flat_map(|c| c.sampled_logprob.iter().copied()).collect();
-    let sampled = Tensor::from_slice(&sampled).to_device(Device::Cpu);
-    let difference = number((&sampled - &first.old_logprob).abs().max())?;
-    warn_of_difference(difference, kind);
     let n = conversations.len() as f64;
     let non_score: Vec<f64> = assessment.kl.iter().map(|kl| -kl_coef * kl).collect();
     let (paid, non_score) = (stats::mean(&assessment.paid), stats::mean(&non_score));
@@ -238,18 +235,39 @@ fn summary(
         ("value_mean", number(first.old_value.mean(Kind::Double))?),
         ("returns_mean", number(targets.returns.mean(Kind::Double))?),
         ("explained_variance", if spread > 0.0 { 1.0 - residual / spread } else { 0.0 }),
-        ("sampler_trainer_difference", difference),
         ("kl_coef", kl_coef),
     ];
     Ok(line.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-/// Sampler and trainer are one decoder: on the CPU their numbers differ by little, elsewhere nothing is promised.
-fn warn_of_difference(difference: f64, kind: Kind) {
+/// The largest difference between a token's log-probability when it was sampled and when it is trained on, in nats.
+fn sampler_trainer_difference(
+    conversations: &[Conversation],
+    first: &FirstPass<'_>,
+) -> Result<f64, Error> {
+    let sampled: Vec<f32> =
+        conversations.iter().flat_map(|c| c.sampled_logprob.iter().copied()).collect();
+    let sampled = Tensor::from_slice(&sampled).to_device(Device::Cpu);
+    Ok(f64::try_from((&sampled - &first.old_logprob).abs().max().to_kind(Kind::Double))?)
+}
+
+/// Sampler and trainer are one decoder, whose rows on the CPU do not depend on each other: there a difference is a fault, while
+/// cuBLAS promises nothing (docs/numerics.md).
+fn check_difference(
+    difference: f64,
+    kind: Kind,
+    device: Device,
+    allowed: bool,
+) -> Result<(), Error> {
     let limit = if kind == Kind::Float { 1e-4 } else { 1e-3 };
-    if difference > limit {
-        tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
+    if difference <= limit {
+        return Ok(());
     }
+    if device == Device::Cpu && !allowed {
+        return Err(Error::Disagreement { difference, limit });
+    }
+    tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
+    Ok(())
 }
 
 /// The steps' numbers under TRL's names.
@@ -271,4 +289,23 @@ fn of_update(report: &UpdateReport) -> Vec<(String, f64)> {
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disagreement_is_an_error_on_the_cpu_unless_allowed() {
+        let check =
+            |difference, kind, device, allowed| check_difference(difference, kind, device, allowed);
+        assert!(check(1e-3, Kind::BFloat16, Device::Cpu, false).is_ok());
+        assert!(check(1e-3, Kind::Float, Device::Cpu, false).is_err());
+        assert!(check(1e-3, Kind::Float, Device::Cpu, true).is_ok());
+        assert!(check(0.3, Kind::BFloat16, Device::Cuda(0), false).is_ok());
+        let error = check(0.3, Kind::BFloat16, Device::Cpu, false).unwrap_err().to_string();
+        assert!(error.contains("0.3") && error.contains("allow_disagreement"), "{error}");
+        // Not a number is no agreement.
+        assert!(check(f64::NAN, Kind::BFloat16, Device::Cpu, false).is_err());
+    }
 }

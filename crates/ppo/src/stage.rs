@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use arete_chain::constitution::{self, Constitution};
 use arete_chain::{Turns, reading};
+use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
 use arete_records::{left_out, parquet, score_stats, stats};
@@ -30,6 +31,8 @@ use crate::scorer::{RewardModels, Yardstick, asked};
 use crate::update::Optimisers;
 use crate::{Config, Error};
 
+/// The setting that says how long it is trained: with more of it, training goes on.
+const AMOUNTS: [&str; 1] = ["iterations"];
 /// Names of the optimisers inside checkpoints.
 const POLICY: &str = "policy";
 const CRITIC: &str = "critic";
@@ -84,6 +87,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
+    Machine::write(run.output())?;
     run.finish(Completion {
         device: runtime::device_name(options.device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),
@@ -150,13 +154,14 @@ fn open(
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &["max_rows", "keep_graph_tokens"]);
-    Ok(run::begin(StageSpec {
+    let spec = StageSpec {
         stage: "ppo",
         output: &inputs.output,
         config: recorded,
         seed: config.seed,
         inputs: files,
-    })?)
+    };
+    Ok(run::begin_growing(spec, &AMOUNTS)?)
 }
 
 /// Everything a run holds.

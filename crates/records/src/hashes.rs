@@ -21,6 +21,9 @@ pub const STAGE_JSON: &str = "stage.json";
 /// Name of the file of wall times, exempt from every comparison of runs.
 pub const TIMINGS: &str = "timings.jsonl";
 
+/// Name of the file that says what machine a stage ran on, exempt as well.
+pub const MACHINE: &str = "machine.json";
+
 /// Deepest directory that is walked; guards against links that point upwards.
 const MAX_DEPTH: usize = 32;
 
@@ -125,12 +128,12 @@ pub fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>, Err
     Ok(files)
 }
 
-/// Files of the machinery rather than of the results: markers, locks, logs, wall times.
+/// Files of the machinery rather than of the results: markers, locks, logs, wall times, the machine.
 pub fn is_bookkeeping(name: &str) -> bool {
     name.starts_with('.')
         || name.ends_with(".log")
         || name.contains("tfevents")
-        || [RUN_JSON, STAGE_JSON, TIMINGS].contains(&name)
+        || [RUN_JSON, STAGE_JSON, TIMINGS, MACHINE].contains(&name)
 }
 
 /// Hashes of files that have not changed since they were taken: `.hashes.json` beside the output

@@ -8,6 +8,7 @@ use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::{CutReply, Reading, Transcript, Turns, through_aspect};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, ScoreStats, Split, left_out, parquet, score_stats};
@@ -24,6 +25,8 @@ use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::{Config, Error};
 
+/// Settings that say how long it is trained: with more of them, training goes on.
+const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
 /// Name of the head among the trained tensors (peft's key of a saved module).
 const HEAD: &str = "base_model.model.score.weight";
 /// Name of the file in a conversations directory.
@@ -188,7 +191,7 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
             seed: config.seed,
             inputs: files,
         };
-        match run::begin(spec)? {
+        match run::begin_growing(spec, &AMOUNTS)? {
             Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
             Start::Run(run) => {
                 if let Some(own) = &carried {
@@ -306,6 +309,7 @@ impl Base<'_> {
             tracing::info!(mib = bytes >> 20, "peak memory");
             timings::log(&output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
         }
+        Machine::write(&output)?;
         job.run.finish(Completion {
             device: runtime::device_name(device),
             dtype: runtime::dtype_name(self.options.dtype).to_owned(),

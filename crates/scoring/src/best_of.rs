@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
+use arete_model::machine::Machine;
 use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
 use arete_records::stats::{self, Interval, Resampling};
@@ -313,6 +314,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     bytes.push(b'\n');
     atomic::write(&path, &bytes)?;
     let counts = Map::from_iter([("prompts".to_owned(), json!(best.n_prompts))]);
+    Machine::write(run.output())?;
     run.finish(Completion {
         device: runtime::device_name(options.device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),

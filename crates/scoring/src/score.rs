@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::constitution::{Constitution, Turns, carried_by_reward_models};
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow};
@@ -208,6 +209,7 @@ impl<'a> Plan<'a> {
         counts.insert("prompts".to_owned(), summary.n_prompts.into());
         counts.insert("prompts_left_out".to_owned(), summary.n_left_out.into());
         counts.insert("models".to_owned(), summary.models.len().into());
+        Machine::write(run.output())?;
         run.finish(Completion {
             device: runtime::device_name(options.device),
             dtype: runtime::dtype_name(options.dtype).to_owned(),

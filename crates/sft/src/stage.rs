@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::machine::Machine;
 use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
 use arete_records::{Split, left_out};
 use arete_stage::run::{self, Completion, StageSpec, Start};
@@ -14,6 +15,9 @@ use tch::{Kind, Tensor};
 use crate::data::{self, Example, Examples};
 use crate::objective::CrossEntropy;
 use crate::{Config, Error};
+
+/// Settings that say how long it is trained: with more of them, training goes on.
+const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
 
 /// Rows whose logits are compared between the merged and the unmerged model.
 const COMPARED_ROWS: usize = 128;
@@ -39,13 +43,8 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &[]);
-    let run = match run::begin(StageSpec {
-        stage: "sft",
-        output,
-        config: recorded,
-        seed: config.seed,
-        inputs,
-    })? {
+    let spec = StageSpec { stage: "sft", output, config: recorded, seed: config.seed, inputs };
+    let run = match run::begin_growing(spec, &AMOUNTS)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %output.display(), "up to date");
             return Ok(());
@@ -135,6 +134,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         let fields = [("peak_rss_bytes", bytes.into())];
         arete_stage::timings::log(output, "memory", 0.0, &fields)?;
     }
+    Machine::write(output)?;
     run.finish(Completion {
         device: runtime::device_name(device),
         dtype: runtime::dtype_name(options.dtype).to_owned(),

@@ -27,8 +27,13 @@ pub struct StageArgs {
 /// Logs to stderr from now on, at the level of `RUST_LOG` (default: info). Progress is shown as
 /// bars if stderr is a terminal, else as a plain line every few seconds.
 pub fn init_tracing() {
+    init_tracing_at("info");
+}
+
+/// [`init_tracing`] with another level where `RUST_LOG` names none.
+pub fn init_tracing_at(level: &str) {
     let mut plain = false;
-    let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let result = if std::io::stderr().is_terminal() {
         let bars = IndicatifLayer::new();
         let lines = fmt::layer()

@@ -20,6 +20,16 @@ pub struct BadInput(pub String);
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// A server that does not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unavailable(pub String);
+
+/// More memory or disk than the machine has.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct OutOfRoom(pub String);
+
 /// The exit code of a class of failure, as `sysexits.h` numbers them where it has a number.
 pub fn code(class: Class) -> u8 {
     match class {
@@ -72,6 +82,12 @@ pub fn class_of(cause: &(dyn StdError + 'static)) -> Option<Class> {
     }
     if cause.is::<BadInput>() {
         return Some(Class::Data);
+    }
+    if cause.is::<Unavailable>() {
+        return Some(Class::Unavailable);
+    }
+    if cause.is::<OutOfRoom>() {
+        return Some(Class::Memory);
     }
     if cause.is::<Usage>() || cause.is::<clap::Error>() {
         return Some(Class::Setting);

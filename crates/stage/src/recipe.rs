@@ -3,7 +3,8 @@
 //! Precedence, weakest first: the defaults that clap knows, the recipe's `[run]` table, the
 //! recipe's table of the stage, environment variables that clap reads, flags on the command line.
 
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
@@ -14,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::Error;
 
 /// The tables a recipe may hold: one a stage, and `run` for what stages share.
-pub const TABLES: [&str; 13] = [
+pub const TABLES: [&str; 14] = [
     "prompts",
     "demonstrations",
     "sft",
@@ -22,16 +23,35 @@ pub const TABLES: [&str; 13] = [
     "preferences",
     "calibrate",
     "reward",
-    "ppo",
     "dpo",
+    "ppo",
     "scoring",
+    "report",
     "run",
     "yardstick",
     "model",
 ];
 
-/// The keys of `[run]`: each is the default of every stage that has a setting of that name.
-pub const RUN_KEYS: [&str; 6] = ["seed", "model", "device", "dtype", "threads", "constitution"];
+/// The keys of `[run]`: each is the default of every stage that has a setting of that name. The last four say what the
+/// pipeline is made from, where its command line does not.
+pub const RUN_KEYS: [&str; 10] = [
+    "seed",
+    "model",
+    "device",
+    "dtype",
+    "threads",
+    "constitution",
+    "prompts",
+    "judge",
+    "pairs",
+    "yardstick",
+];
+
+/// The key by which a table leaves its stage out of the pipeline; no stage has a setting of that name.
+pub const ENABLED: &str = "enabled";
+
+/// What stands for the recipe's path in errors about values of `--set`.
+const SET: &str = "--set";
 
 /// Largest recipe that is read, in bytes.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;
@@ -78,26 +98,225 @@ pub fn resolve<C: clap::Args + Serialize + DeserializeOwned>(
     stage: &str,
     recipe: Option<&Path>,
 ) -> Result<C, Error> {
-    let config_error = |reason: String| Error::Config { stage: stage.to_owned(), reason };
-    let parsed = C::from_arg_matches(matches).map_err(|error| config_error(error.to_string()))?;
-    let Some(path) = recipe else {
-        return Ok(parsed);
+    let path = recipe;
+    let Some(path) = path else {
+        return C::from_arg_matches(matches).map_err(|error| config_error(stage, &error));
     };
-    let flags = match serde_json::to_value(&parsed) {
-        Ok(Value::Object(flags)) => flags,
-        Ok(_) => return Err(config_error("does not serialise to a table".to_owned())),
-        Err(error) => return Err(config_error(error.to_string())),
-    };
-    let entries = applicable_entries(path, stage, &flags)?;
+    Recipe::read_for(Some(path), &[], stage)?.resolve(matches, stage)
+}
 
-    let mut settings = flags.clone();
-    for entry in &entries {
-        overlay(&mut settings, &entry.key, &entry.value, matches);
+fn config_error(stage: &str, reason: &dyn std::fmt::Display) -> Error {
+    Error::Config { stage: stage.to_owned(), reason: reason.to_string() }
+}
+
+/// A value given on the command line: `TABLE.KEY=VALUE`, the value as in a recipe; what is not TOML is a text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Setting {
+    /// The table.
+    pub table: String,
+    /// The key, dotted where it stands in a table of its own.
+    pub key: String,
+    value: Value,
+}
+
+impl Setting {
+    /// One setting for each value of a list separated by commas; itself where there is one value.
+    ///
+    /// # Errors
+    ///
+    /// A value that is empty.
+    pub fn alternatives(&self) -> Result<Vec<Self>, String> {
+        let Value::String(values) = &self.value else { return Ok(vec![self.clone()]) };
+        let of = |value: &str| format!("{}.{}={}", self.table, self.key, value.trim()).parse();
+        if values.split(',').any(|value| value.trim().is_empty()) {
+            return Err(format!("{self}: expected values between commas"));
+        }
+        values.split(',').map(of).collect()
     }
-    serde_json::from_value(Value::Object(settings)).map_err(|error| {
-        blame::<C>(path, &flags, &entries, matches)
-            .unwrap_or_else(|| config_error(error.to_string()))
-    })
+}
+
+impl std::str::FromStr for Setting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("expected table.key=value (ppo.kl_coef=0.02, say), got `{text}`");
+        let (name, value) = text.split_once('=').ok_or_else(wrong)?;
+        let (table, key) = name.trim().split_once('.').ok_or_else(wrong)?;
+        if table.is_empty() || key.split('.').any(str::is_empty) {
+            return Err(wrong());
+        }
+        let value = match toml::from_str::<toml::Table>(&format!("value = {}", value.trim())) {
+            Ok(mut parsed) if parsed.len() == 1 => parsed.remove("value").map(to_json),
+            _ => None,
+        }
+        .unwrap_or_else(|| Value::String(value.to_owned()));
+        Ok(Self { table: table.to_owned(), key: key.to_owned(), value })
+    }
+}
+
+impl std::fmt::Display for Setting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}={}", self.table, self.key, self.value)
+    }
+}
+
+/// A recipe as read, with what the command line sets on top.
+#[derive(Debug, Clone, Default)]
+pub struct Recipe {
+    path: PathBuf,
+    tables: Tables,
+    /// Tables and keys that the command line set.
+    set: BTreeSet<(String, String)>,
+}
+
+impl Recipe {
+    /// Reads a recipe (none is an empty one) and puts the settings of the command line over it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`], [`Error::Recipe`] if it is not readable, [`Error::UnknownTable`].
+    pub fn read(path: Option<&Path>, settings: &[Setting]) -> Result<Self, Error> {
+        Self::read_for(path, settings, "run")
+    }
+
+    fn read_for(path: Option<&Path>, settings: &[Setting], stage: &str) -> Result<Self, Error> {
+        let mut recipe = match path {
+            Some(path) => {
+                let (path, tables) = (path.to_owned(), read_tables(path, stage)?);
+                Self { path, tables, set: BTreeSet::new() }
+            }
+            None => Self::default(),
+        };
+        for setting in settings {
+            check_table(Path::new(SET), &setting.table, stage)?;
+            let table = recipe.tables.entry(setting.table.clone()).or_default();
+            put(table, &setting.key, setting.value.clone());
+            let key = setting.key.split('.').next().unwrap_or_default();
+            recipe.set.insert((setting.table.clone(), key.to_owned()));
+        }
+        Ok(recipe)
+    }
+
+    /// Whether a table asks for its stage, or for leaving it out; none if it says nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RecipeValue`] if the key is neither true nor false.
+    pub fn enabled(&self, table: &str) -> Result<Option<bool>, Error> {
+        let Some(value) = self.tables.get(table).and_then(|table| table.get(ENABLED)) else {
+            return Ok(None);
+        };
+        value.as_bool().map(Some).ok_or_else(|| self.wrong(table, ENABLED, "true or false"))
+    }
+
+    /// A text of `[run]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RecipeValue`] if it is no text.
+    pub fn run_text(&self, key: &str) -> Result<Option<&str>, Error> {
+        let value = self.tables.get("run").and_then(|table| table.get(key));
+        value.map(|v| v.as_str().ok_or_else(|| self.wrong("run", key, "a text"))).transpose()
+    }
+
+    /// The settings of a stage: see [`resolve`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`resolve`].
+    pub fn resolve<C: clap::Args + Serialize + DeserializeOwned>(
+        &self,
+        matches: &ArgMatches,
+        stage: &str,
+    ) -> Result<C, Error> {
+        let parsed = C::from_arg_matches(matches).map_err(|error| config_error(stage, &error))?;
+        let flags = match serde_json::to_value(&parsed) {
+            Ok(Value::Object(flags)) => flags,
+            Ok(_) => return Err(config_error(stage, &"does not serialise to a table")),
+            Err(error) => return Err(config_error(stage, &error)),
+        };
+        let entries = self.applicable_entries(stage, &flags)?;
+        let mut settings = flags.clone();
+        for entry in &entries {
+            overlay(&mut settings, &entry.key, &entry.value, matches);
+        }
+        serde_json::from_value(Value::Object(settings)).map_err(|error| {
+            self.blame::<C>(&flags, &entries, matches)
+                .unwrap_or_else(|| config_error(stage, &error))
+        })
+    }
+
+    /// Where a value stands, for errors.
+    fn place(&self, table: &str, key: &str) -> &Path {
+        let is_set = self.set.contains(&(table.to_owned(), key.to_owned()));
+        if is_set { Path::new(SET) } else { &self.path }
+    }
+
+    fn wrong(&self, table: &str, key: &str, expected: &str) -> Error {
+        let got = self.tables.get(table).and_then(|table| table.get(key));
+        Error::RecipeValue {
+            path: self.place(table, key).to_owned(),
+            table: table.to_owned(),
+            key: key.to_owned(),
+            got: got.map(ToString::to_string).unwrap_or_default(),
+            reason: format!("expected {expected}"),
+        }
+    }
+
+    /// The shared values that the stage has settings for, then the stage's own, names checked.
+    fn applicable_entries(
+        &self,
+        stage: &str,
+        flags: &Map<String, Value>,
+    ) -> Result<Vec<Entry>, Error> {
+        let mut entries = Vec::new();
+        for (key, value) in self.tables.get("run").into_iter().flatten() {
+            check_key(self.place("run", key), "run", key, RUN_KEYS.into_iter())?;
+            if flags.contains_key(key) {
+                let (key, value) = (key.clone(), value.clone());
+                entries.push(Entry { table: "run".to_owned(), key, value });
+            }
+        }
+        let own = if stage == "run" { None } else { self.tables.get(stage) };
+        for (key, value) in own.into_iter().flatten() {
+            if key == ENABLED && !flags.contains_key(key) {
+                self.enabled(stage)?;
+                continue;
+            }
+            let path = self.place(stage, key);
+            check_key(path, stage, key, flags.keys().map(String::as_str))?;
+            if let (Value::Object(known), Value::Object(inner)) = (&flags[key], value) {
+                for inner_key in inner.keys() {
+                    let table = format!("{stage}.{key}");
+                    check_key(path, &table, inner_key, known.keys().map(String::as_str))?;
+                }
+            }
+            let (key, value) = (key.clone(), value.clone());
+            entries.push(Entry { table: stage.to_owned(), key, value });
+        }
+        Ok(entries)
+    }
+
+    /// The first of the recipe's values that alone makes the settings unreadable.
+    fn blame<C: DeserializeOwned>(
+        &self,
+        flags: &Map<String, Value>,
+        entries: &[Entry],
+        matches: &ArgMatches,
+    ) -> Option<Error> {
+        entries.iter().find_map(|entry| {
+            let mut settings = flags.clone();
+            overlay(&mut settings, &entry.key, &entry.value, matches);
+            let error = serde_json::from_value::<C>(Value::Object(settings)).err()?;
+            Some(Error::RecipeValue {
+                path: self.place(&entry.table, &entry.key).to_owned(),
+                table: entry.table.clone(),
+                key: entry.key.clone(),
+                got: entry.value.to_string(),
+                reason: error.to_string(),
+            })
+        })
+    }
 }
 
 /// A recipe's value that concerns the stage.
@@ -107,34 +326,25 @@ struct Entry {
     value: Value,
 }
 
-/// The shared values that the stage has settings for, then the stage's own, names checked.
-fn applicable_entries(
-    path: &Path,
-    stage: &str,
-    flags: &Map<String, Value>,
-) -> Result<Vec<Entry>, Error> {
-    let mut tables = read_tables(path, stage)?;
-    let mut entries = Vec::new();
-    for (key, value) in tables.remove("run").unwrap_or_default() {
-        check_key(path, "run", &key, RUN_KEYS.into_iter())?;
-        if flags.contains_key(&key) {
-            entries.push(Entry { table: "run".to_owned(), key, value });
+/// Puts a value under a dotted key.
+fn put(table: &mut Map<String, Value>, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => {
+            table.insert(key.to_owned(), value);
         }
-    }
-    for (key, value) in tables.remove(stage).unwrap_or_default() {
-        check_key(path, stage, &key, flags.keys().map(String::as_str))?;
-        if let (Value::Object(known), Value::Object(inner)) = (&flags[&key], &value) {
-            for inner_key in inner.keys() {
-                let table = format!("{stage}.{key}");
-                check_key(path, &table, inner_key, known.keys().map(String::as_str))?;
+        Some((outer, inner)) => {
+            let entry = table.entry(outer).or_insert_with(|| Value::Object(Map::new()));
+            if !entry.is_object() {
+                *entry = Value::Object(Map::new());
+            }
+            if let Value::Object(table) = entry {
+                put(table, inner, value);
             }
         }
-        entries.push(Entry { table: stage.to_owned(), key, value });
     }
-    Ok(entries)
 }
 
-type Tables = std::collections::BTreeMap<String, Map<String, Value>>;
+type Tables = BTreeMap<String, Map<String, Value>>;
 
 fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
     let recipe_error = |reason: String| Error::Recipe { path: path.to_owned(), reason };
@@ -145,21 +355,13 @@ fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
     }
     let bytes = fs_err::read(path)?;
     let text = String::from_utf8(bytes).map_err(|error| recipe_error(error.to_string()))?;
-    // TOML leaves it to the reader what a line end is; the text of a template is the same on every system.
+    // A text of several lines is the same whatever system the recipe was written on.
     let text = text.replace("\r\n", "\n");
     let document: toml::Table =
         toml::from_str(&text).map_err(|error| recipe_error(error.to_string()))?;
     let mut tables = Tables::new();
     for (name, value) in document {
-        if !TABLES.contains(&name.as_str()) && name != stage {
-            let known = TABLES.into_iter();
-            return Err(Error::UnknownTable {
-                path: path.to_owned(),
-                nearest: nearest(&name, known.clone()),
-                known: known.collect::<Vec<_>>().join(", "),
-                table: name,
-            });
-        }
+        check_table(path, &name, stage)?;
         match to_json(value) {
             Value::Object(table) => tables.insert(name, table),
             other => {
@@ -170,6 +372,18 @@ fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
         };
     }
     Ok(tables)
+}
+
+fn check_table(path: &Path, name: &str, stage: &str) -> Result<(), Error> {
+    if TABLES.contains(&name) || name == stage {
+        return Ok(());
+    }
+    Err(Error::UnknownTable {
+        path: path.to_owned(),
+        nearest: nearest(name, TABLES.into_iter()),
+        known: TABLES.join(", "),
+        table: name.to_owned(),
+    })
 }
 
 fn to_json(value: toml::Value) -> Value {
@@ -234,27 +448,6 @@ fn given(matches: &ArgMatches, id: &str) -> bool {
             matches.value_source(id),
             Some(ValueSource::CommandLine | ValueSource::EnvVariable)
         )
-}
-
-/// The first of the recipe's values that alone makes the settings unreadable.
-fn blame<C: DeserializeOwned>(
-    path: &Path,
-    flags: &Map<String, Value>,
-    entries: &[Entry],
-    matches: &ArgMatches,
-) -> Option<Error> {
-    entries.iter().find_map(|entry| {
-        let mut settings = flags.clone();
-        overlay(&mut settings, &entry.key, &entry.value, matches);
-        let error = serde_json::from_value::<C>(Value::Object(settings)).err()?;
-        Some(Error::RecipeValue {
-            path: path.to_owned(),
-            table: entry.table.clone(),
-            key: entry.key.clone(),
-            got: entry.value.to_string(),
-            reason: error.to_string(),
-        })
-    })
 }
 
 #[cfg(test)]

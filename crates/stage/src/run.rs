@@ -6,6 +6,10 @@
 //! same values and no `run.json` keeps the partial work. Checkpoints of other inputs, and the results
 //! of another stage, are refused rather than removed. No clock times anywhere.
 
+mod aside;
+mod look;
+mod origin;
+
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::io::{Read, Write};
@@ -14,23 +18,25 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use arete_records::{atomic, hex};
 use sha2::{Digest, Sha256};
 
 pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
-use arete_records::{atomic, hex, redact};
 
+use self::aside::{copy_aside, set_aside};
+pub use self::look::{Standing, asking};
+use self::origin::Origin;
+pub use self::origin::{Change, resolve_devices_with};
 use crate::units::SHARDS;
-use crate::{Error, inputs, seal};
+use crate::{Error, seal};
 
 /// What the names of checkpoint directories begin with.
 pub const CHECKPOINT_PREFIX: &str = "checkpoint-";
 
 /// Name of the file whose lock marks a working process.
 const LOCK: &str = ".lock";
-
-/// Version of the layout of files in a run directory; a change makes stages run again.
-const FORMAT: &str = "1";
 
 /// What a stage is about to do.
 #[derive(Debug)]
@@ -144,22 +150,15 @@ pub struct Completion {
 pub struct StageRun {
     output: PathBuf,
     origin: Origin,
-    fingerprint: String,
+    /// Identifies what checkpoints are of.
+    lineage: String,
     resumed: bool,
     /// Files in the directory that are not the stage's.
     foreign: Vec<String>,
+    /// The amounts of the finished run that this one goes on from.
+    went_on_from: Map<String, Value>,
     cache: HashCache,
     _lock: File,
-}
-
-/// Everything the results depend on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Origin {
-    stage: String,
-    config: Value,
-    seed: u64,
-    inputs: BTreeMap<String, String>,
-    versions: BTreeMap<String, String>,
 }
 
 /// The contents of `stage.json`.
@@ -173,6 +172,9 @@ struct StageJson {
     aside: Option<String>,
     /// Files in the directory that are not the stage's.
     foreign: Vec<String>,
+    /// The amounts of the finished run that this one goes on from.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    went_on_from: Map<String, Value>,
 }
 
 impl StageJson {
@@ -183,96 +185,228 @@ impl StageJson {
             return Ok(());
         }
         let (path, what) = (path.to_owned(), "fingerprint".to_owned());
-        Err(arete_records::Error::Damaged { path, what, expected: self.fingerprint.clone(), got }.into())
+        let expected = self.fingerprint.clone();
+        Err(arete_records::Error::Damaged { path, what, expected, got }.into())
+    }
+
+    fn of(origin: &Origin, foreign: &[String], aside: Option<&str>) -> Self {
+        Self {
+            origin: origin.clone(),
+            fingerprint: origin.fingerprint(),
+            aside: aside.map(str::to_owned),
+            foreign: foreign.to_vec(),
+            went_on_from: Map::new(),
+        }
     }
 }
 
 /// Locks the output directory, hashes the inputs, and says whether there is work to do.
 ///
 /// Results of other settings or inputs are moved to `OUTPUT.old-N` first, and the log says what changed; partial
-/// work of the same settings and inputs stays.
+/// work of the same settings and inputs stays. While [`asking`] runs, nothing is touched and every stage is told that
+/// there is nothing to do.
 ///
 /// # Errors
 ///
 /// [`Error::Locked`] if another process works in the directory; [`Error::ForeignOutput`] if it
 /// holds files but no stage made them; [`Error::OtherStage`] if another stage did;
 /// [`Error::StaleCheckpoints`] if an unfinished run left checkpoints and an input has changed since;
-/// [`Error::ChangedInput`] if an input is not as the stage that made it left it; [`Error::Io`]; [`Error::Records`] if `run.json` is another program's. Nothing is removed, in any case.
+/// [`Error::Io`]; [`Error::Records`] if `run.json` is another program's. Nothing is removed, in any case.
 pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
+    begin_growing(spec, &[])
+}
+
+/// [`begin`] of a stage whose checkpoints can go on further than they were meant to: `amounts` are the settings that say how
+/// far. Where they alone have changed, and grown, the work goes on from the newest checkpoint; finished results are copied to
+/// `OUTPUT.old-N` before, and `went_on_from` among the counts of `run.json` says from what.
+///
+/// # Errors
+///
+/// As [`begin`].
+pub fn begin_growing(spec: StageSpec<'_>, amounts: &[&str]) -> Result<Start, Error> {
+    if look::is_asking() {
+        return look::answer(&spec, amounts);
+    }
     let output = spec.output;
     fs_err::create_dir_all(output)?;
     let lock = lock(output)?;
     let mut cache = HashCache::load(output);
-    let origin = Origin::of(&spec, &mut cache)?;
-    let fingerprint = origin.fingerprint();
-
-    let (complete, run_damaged) =
-        read_own(&output.join(RUN_JSON), |run: &RunJson, path| run.check(path))?;
-    let (partial, stage_damaged) = read_own(&output.join(STAGE_JSON), StageJson::check)?;
-    let owner = complete.as_ref().map(|run| &run.stage);
-    if let Some(owner) = owner.or_else(|| partial.as_ref().map(|partial| &partial.origin.stage))
-        && owner != spec.stage
-    {
-        let (path, owner) = (output.to_owned(), owner.clone());
-        return Err(Error::OtherStage { path, owner, stage: spec.stage.to_owned() });
-    }
-    if complete.is_some() || partial.is_some() {
+    let mut origin = Origin::of(&spec, &mut cache)?;
+    let found = find(output, &origin, amounts, &mut cache)?;
+    if !matches!(found, Found::Nothing) {
         atomic::sweep(output)?;
     }
-    let aside = partial.as_ref().and_then(|partial| partial.aside.clone());
     let mut resumed = false;
     let mut foreign = Vec::new();
-    match (complete, partial) {
-        _ if run_damaged || stage_damaged => set_aside(output, &origin, &[], aside)?,
-        (Some(complete), _) if aside.is_none() => {
-            if complete.fingerprint == fingerprint {
-                match first_changed_output(output, &complete, &mut cache)? {
-                    None => {
-                        remove_if_any(&output.join(STAGE_JSON))?;
-                        cache.save();
-                        return Ok(Start::UpToDate(complete));
-                    }
-                    Some(file) => {
-                        tracing::info!(file, "output is missing or was changed, running again");
-                    }
+    let mut went_on_from = Map::new();
+    match found {
+        Found::Nothing => {
+            if let Some(found) = files_in(output)?.into_iter().next() {
+                return Err(Error::ForeignOutput { path: output.to_owned(), found });
+            }
+        }
+        Found::DamagedMark { aside, .. } => set_aside(output, &origin, &[], aside)?,
+        Found::Complete(complete) => {
+            remove_if_any(&output.join(STAGE_JSON))?;
+            cache.save();
+            return Ok(Start::UpToDate(complete));
+        }
+        Found::Finished { complete, less } => {
+            tracing::info!(from = ?less, "going on from where the finished run ended");
+            foreign = files_in(output)?;
+            foreign.retain(|file| !complete.outputs.contains_key(file));
+            copy_aside(output, complete.outputs.keys())?;
+            (resumed, went_on_from) = (true, less);
+        }
+        Found::Stale { complete, why } => {
+            match &why {
+                Stale::Output(file) => {
+                    tracing::info!(file, "output is missing or was changed, running again");
                 }
-            } else {
-                complete.origin().log_changes(&origin);
+                Stale::Changes(changes) => log_changes(changes),
             }
             foreign = files_in(output)?;
             foreign.retain(|file| !complete.outputs.contains_key(file));
             set_aside(output, &origin, &foreign, None)?;
         }
-        (_, Some(partial)) if aside.is_none() && partial.fingerprint == fingerprint => {
+        Found::Unfinished { partial, grown } => {
             tracing::info!(stage = spec.stage, "continuing where an earlier run stopped");
             resumed = true;
             foreign = partial.foreign;
-        }
-        (_, Some(partial)) => {
-            if aside.is_none() {
-                refuse_stale_checkpoints(output, &partial.origin, &origin)?;
+            went_on_from = partial.went_on_from;
+            if !grown {
+                // As it was begun: its results are those of a run that was never stopped.
+                origin = partial.origin;
             }
-            partial.origin.log_changes(&origin);
+        }
+        Found::Abandoned { partial, changes } => {
+            if partial.aside.is_none() {
+                refuse_stale_checkpoints(output, &changes)?;
+            }
+            log_changes(&changes);
             foreign = partial.foreign;
-            set_aside(output, &origin, &foreign, aside)?;
-        }
-        (_, None) => {
-            if let Some(found) = files_in(output)?.into_iter().next() {
-                return Err(Error::ForeignOutput { path: output.to_owned(), found });
-            }
+            set_aside(output, &origin, &foreign, partial.aside)?;
         }
     }
-    write_stage_json(output, &origin, &foreign, None)?;
+    let mut mark = StageJson::of(&origin, &foreign, None);
+    mark.went_on_from = went_on_from.clone();
+    write_json(&output.join(STAGE_JSON), &mark)?;
+    remove_if_any(&output.join(RUN_JSON))?;
     cache.save();
-    let output = output.to_owned();
-    Ok(Start::Run(StageRun { output, origin, fingerprint, resumed, foreign, cache, _lock: lock }))
+    Ok(Start::Run(StageRun {
+        output: output.to_owned(),
+        lineage: origin.lineage(amounts),
+        origin,
+        resumed,
+        foreign,
+        went_on_from,
+        cache,
+        _lock: lock,
+    }))
+}
+
+/// What stands in a stage's directory, measured against what it would be made from now.
+enum Found {
+    Nothing,
+    /// A mark that was a stage's and cannot be read any more, and where results were being set aside.
+    DamagedMark {
+        mark: &'static str,
+        aside: Option<String>,
+    },
+    Complete(RunJson),
+    /// Results that would be made again.
+    Stale {
+        complete: RunJson,
+        why: Stale,
+    },
+    /// Results that the work can go on from; `less` are the amounts they were made with.
+    Finished {
+        complete: RunJson,
+        less: Map<String, Value>,
+    },
+    /// Work that can go on, perhaps further than it was begun for.
+    Unfinished {
+        partial: StageJson,
+        grown: bool,
+    },
+    /// Unfinished work of other settings or inputs, or results that were being set aside.
+    Abandoned {
+        partial: StageJson,
+        changes: Vec<Change>,
+    },
+}
+
+/// Why results would be made again.
+enum Stale {
+    /// This file of theirs is missing or was changed.
+    Output(String),
+    /// They depend on something else than they would now.
+    Changes(Vec<Change>),
+}
+
+/// The one place that decides between up to date, stale and unfinished; changes nothing.
+fn find(
+    output: &Path,
+    origin: &Origin,
+    amounts: &[&str],
+    cache: &mut HashCache,
+) -> Result<Found, Error> {
+    let (complete, run_damaged) =
+        read_own(&output.join(RUN_JSON), |run: &RunJson, path| run.check(path))?;
+    let (partial, stage_damaged) = read_own(&output.join(STAGE_JSON), StageJson::check)?;
+    let owner = complete.as_ref().map(|run| &run.stage);
+    if let Some(owner) = owner.or_else(|| partial.as_ref().map(|partial| &partial.origin.stage))
+        && *owner != origin.stage
+    {
+        let (path, owner) = (output.to_owned(), owner.clone());
+        return Err(Error::OtherStage { path, owner, stage: origin.stage.clone() });
+    }
+    let aside = partial.as_ref().and_then(|partial| partial.aside.clone());
+    if run_damaged || stage_damaged {
+        let mark = if run_damaged { RUN_JSON } else { STAGE_JSON };
+        return Ok(Found::DamagedMark { mark, aside });
+    }
+    Ok(match (complete, partial) {
+        (Some(complete), _) if aside.is_none() => {
+            let old = complete.origin().as_if_now(&complete.device, origin);
+            let changes = old.changes(origin);
+            let grown = old.grown(origin, amounts);
+            let damaged = match changes.is_empty() || grown.is_some() {
+                true => first_changed_output(output, &complete, cache)?,
+                false => None,
+            };
+            match (damaged, grown) {
+                (Some(file), _) => Found::Stale { complete, why: Stale::Output(file) },
+                _ if changes.is_empty() => Found::Complete(complete),
+                (None, Some(less)) => Found::Finished { complete, less },
+                (None, None) => Found::Stale { complete, why: Stale::Changes(changes) },
+            }
+        }
+        (_, Some(partial)) => {
+            let (old, new) = (partial.origin.on_this_machine(), origin.on_this_machine());
+            let changes = old.changes(&new);
+            let grown = old.grown(&new, amounts).is_some();
+            if aside.is_none() && (changes.is_empty() || grown) {
+                Found::Unfinished { partial, grown: !changes.is_empty() }
+            } else {
+                Found::Abandoned { partial, changes }
+            }
+        }
+        (_, None) => Found::Nothing,
+    })
+}
+
+fn log_changes(changes: &[Change]) {
+    for Change { what, key, old, new } in changes {
+        tracing::info!(what, key, old, new, "changed since the last run, running again");
+    }
 }
 
 /// Hours of training may stand in the checkpoints of an unfinished run, and a changed input is more often an accident
 /// than a changed setting is: the user decides.
-fn refuse_stale_checkpoints(output: &Path, old: &Origin, new: &Origin) -> Result<(), Error> {
-    let changed = old.changes(new).into_iter().find(|change| change.what == "input");
-    let Some(Change { key: input, old: expected, new: got, .. }) = changed else { return Ok(()) };
+fn refuse_stale_checkpoints(output: &Path, changes: &[Change]) -> Result<(), Error> {
+    let Some(change) = changes.iter().find(|change| change.what == "input") else { return Ok(()) };
+    let Change { key: input, old: expected, new: got, .. } = change.clone();
     let checkpoint = files_in(output)?.into_iter().find_map(|file| {
         let (dir, _) = file.split_once('/')?;
         dir.starts_with(CHECKPOINT_PREFIX).then(|| dir.to_owned())
@@ -289,9 +423,9 @@ impl StageRun {
         &self.output
     }
 
-    /// Hash of everything the results depend on.
+    /// Hash of everything that a checkpoint depends on: what results do, but for how far the work goes.
     pub fn fingerprint(&self) -> &str {
-        &self.fingerprint
+        &self.lineage
     }
 
     /// Whether partial work of an earlier run is there.
@@ -322,9 +456,12 @@ impl StageRun {
             let size = file.metadata()?.len();
             outputs.insert(name, OutputFile { size, sha256: self.cache.sha256_file(&path)? });
         }
-        let fingerprint = self.fingerprint;
+        let fingerprint = self.origin.fingerprint();
         let Origin { stage, config, seed, inputs, versions } = self.origin;
-        let Completion { device, dtype, counts } = done;
+        let Completion { device, dtype, mut counts } = done;
+        if !self.went_on_from.is_empty() {
+            counts.insert("went_on_from".to_owned(), self.went_on_from.into());
+        }
         let mut run = RunJson {
             stage,
             config,
@@ -358,121 +495,6 @@ impl RunJson {
             inputs: self.inputs.clone(),
             versions: self.versions.clone(),
         }
-    }
-}
-
-impl Origin {
-    fn of(spec: &StageSpec<'_>, cache: &mut HashCache) -> Result<Self, Error> {
-        let mut inputs = BTreeMap::new();
-        for (name, path) in &spec.inputs {
-            inputs.insert(name.clone(), cache.sha256_path(path)?);
-            inputs::check_with(path, cache)?;
-        }
-        Ok(Self {
-            stage: spec.stage.to_owned(),
-            config: {
-                let mut config = sorted(&spec.config);
-                redact::redact_json(&mut config);
-                config
-            },
-            seed: spec.seed,
-            inputs,
-            versions: BTreeMap::from([
-                ("arete".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
-                ("format".to_owned(), FORMAT.to_owned()),
-            ]),
-        })
-    }
-
-    fn fingerprint(&self) -> String {
-        let json = serde_json::to_vec(self).expect("maps with string keys always serialise");
-        hex(&Sha256::digest(json))
-    }
-
-    fn log_changes(&self, new: &Self) {
-        for Change { what, key, old, new } in self.changes(new) {
-            tracing::info!(what, key, old, new, "changed since the last run, running again");
-        }
-    }
-
-    /// Every setting and input that differs.
-    fn changes(&self, new: &Self) -> Vec<Change> {
-        let mut changes = Vec::new();
-        let mut compare = |what, key: &str, old: Option<String>, new: Option<String>| {
-            if old != new {
-                let shown = |value: Option<String>| value.unwrap_or_else(|| "(none)".to_owned());
-                changes.push(Change {
-                    what,
-                    key: key.to_owned(),
-                    old: shown(old),
-                    new: shown(new),
-                });
-            }
-        };
-        compare("stage", "stage", Some(self.stage.clone()), Some(new.stage.clone()));
-        compare("recipe key", "seed", Some(self.seed.to_string()), Some(new.seed.to_string()));
-        let (old_config, new_config) = (flattened(&self.config), flattened(&new.config));
-        for key in union(&old_config, &new_config) {
-            let get = |config: &BTreeMap<String, String>| config.get(key).cloned();
-            compare("recipe key", key, get(&old_config), get(&new_config));
-        }
-        for key in union(&self.inputs, &new.inputs) {
-            compare("input", key, self.inputs.get(key).cloned(), new.inputs.get(key).cloned());
-        }
-        for key in union(&self.versions, &new.versions) {
-            let get = |versions: &BTreeMap<String, String>| versions.get(key).cloned();
-            compare("version", key, get(&self.versions), get(&new.versions));
-        }
-        changes
-    }
-}
-
-#[derive(Debug, PartialEq)]
-struct Change {
-    what: &'static str,
-    key: String,
-    old: String,
-    new: String,
-}
-
-fn union<'a>(
-    a: &'a BTreeMap<String, String>,
-    b: &'a BTreeMap<String, String>,
-) -> std::collections::BTreeSet<&'a String> {
-    a.keys().chain(b.keys()).collect()
-}
-
-/// Settings by dotted key.
-fn flattened(config: &Value) -> BTreeMap<String, String> {
-    fn visit(prefix: &str, value: &Value, out: &mut BTreeMap<String, String>) {
-        match value {
-            Value::Object(map) if !map.is_empty() => {
-                for (key, value) in map {
-                    let key =
-                        if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                    visit(&key, value, out);
-                }
-            }
-            other => {
-                out.insert(prefix.to_owned(), other.to_string());
-            }
-        }
-    }
-    let mut out = BTreeMap::new();
-    visit("", config, &mut out);
-    out
-}
-
-/// The same value with every object's keys sorted, so that equal settings give equal bytes.
-fn sorted(value: &Value) -> Value {
-    match value {
-        Value::Object(map) => {
-            let sorted: BTreeMap<&String, Value> =
-                map.iter().map(|(key, value)| (key, self::sorted(value))).collect();
-            Value::Object(sorted.into_iter().map(|(key, value)| (key.clone(), value)).collect())
-        }
-        Value::Array(items) => items.iter().map(sorted).collect(),
-        other => other.clone(),
     }
 }
 
@@ -558,94 +580,13 @@ fn first_changed_output(
     Ok(None)
 }
 
-/// Moves what an earlier run of the stage left to `OUTPUT.old-N`, so that nothing is lost: every file but the foreign ones,
-/// logs, and what is hidden. Links are left alone and not followed: no stage makes any. A kill half-way is noticed by
-/// the mark in `stage.json`, and the rest goes to the same place.
-fn set_aside(
-    output: &Path,
-    origin: &Origin,
-    foreign: &[String],
-    aside: Option<String>,
-) -> Result<(), Error> {
-    for file in foreign {
-        tracing::warn!(file, "left alone: not made by this stage");
-    }
-    let mut files = Vec::new();
-    own_files(output, "", &mut files)?;
-    files.retain(|file| !foreign.contains(file) && file != STAGE_JSON);
-    let aside = match aside {
-        Some(aside) => aside,
-        None => first_free(output)?,
-    };
-    write_stage_json(output, origin, foreign, Some(&aside))?;
-    let place = atomic::parent(&fs_err::canonicalize(output)?).join(&aside);
-    // First of all the mark of a complete stage; what is aside is complete, too, once all of it is there.
-    files.sort_by_key(|file| file != RUN_JSON);
-    for file in &files {
-        let target = place.join(file);
-        fs_err::create_dir_all(atomic::parent(&target))?;
-        fs_err::rename(output.join(file), target)?;
-    }
-    if !files.is_empty() {
-        tracing::info!(place = %place.display(), "what was there was set aside");
-    }
-    remove_empty_dirs(output)
-}
-
-/// The first `NAME.old-N` beside a directory that is not taken.
-fn first_free(output: &Path) -> Result<String, Error> {
-    let output = fs_err::canonicalize(output)?;
-    let name = output.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-    let free = (1u32..).map(|n| format!("{name}.old-{n}"));
-    let mut free = free.filter(|name| !atomic::parent(&output).join(name).exists());
-    Ok(free.next().expect("there are more numbers than directories"))
-}
-
-/// Regular files under `dir` that a stage may have made, relative to it; hidden files, logs and nested stages are not among them.
-fn own_files(dir: &Path, prefix: &str, files: &mut Vec<String>) -> Result<(), Error> {
-    for entry in fs_err::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let (relative, kind) = (format!("{prefix}{name}"), entry.file_type()?);
-        if kind.is_symlink() {
-            tracing::warn!(link = relative, "left alone: a link, which no stage makes");
-        } else if kind.is_dir() {
-            if !name.starts_with('.') && !is_stage_dir(&entry.path()) {
-                own_files(&entry.path(), &format!("{relative}/"), files)?;
-            }
-        } else if !name.starts_with('.') && !name.ends_with(".log") {
-            files.push(relative);
-        }
-    }
-    Ok(())
-}
-
-fn remove_empty_dirs(dir: &Path) -> Result<(), Error> {
-    for entry in fs_err::read_dir(dir)? {
-        let entry = entry?;
-        let path = entry.path();
-        if entry.file_type()?.is_dir() && !is_stage_dir(&path) {
-            remove_empty_dirs(&path)?;
-            if fs_err::read_dir(&path)?.next().is_none() {
-                fs_err::remove_dir(&path)?;
-            }
-        }
-    }
-    Ok(())
-}
-
 fn write_stage_json(
     output: &Path,
     origin: &Origin,
     foreign: &[String],
     aside: Option<&str>,
 ) -> Result<(), Error> {
-    let stage = StageJson {
-        origin: origin.clone(),
-        fingerprint: origin.fingerprint(),
-        aside: aside.map(str::to_owned),
-        foreign: foreign.to_vec(),
-    };
+    let stage = StageJson::of(origin, foreign, aside);
     write_json(&output.join(STAGE_JSON), &stage)
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use tch::Kind;
 
 use super::ModelArgs;
-use arete_model::bench::{Table, peak_rss_bytes, products_per_s, read_bytes_per_s, time};
+use arete_model::bench::{Table, peak_rss_bytes, products, products_per_s, read_bytes_per_s, time};
 use arete_model::generate::{self, Options, Request, Sampling, Stream};
 use arete_model::{
     Adapter, Batch, Decoder, Device, LoadOptions, LoraConfig, Model, Source, logprobs,
@@ -151,6 +151,16 @@ fn push_packed(arguments: &Bench, table: &mut Table) -> anyhow::Result<()> {
 fn push_batches(arguments: &Bench, decoder: &Decoder, table: &mut Table) -> anyhow::Result<()> {
     let _guard = tch::no_grad_guard();
     let batch = arguments.batch;
+    for rows in [1, batch, 512] {
+        let ratio = products(decoder, rows, rows < 512)?.ours_against_libtorch;
+        table.push(
+            format!("products of {rows} rows, ours against libtorch's"),
+            ratio,
+            "times",
+            None,
+            "both in turn",
+        );
+    }
     let bound = products_per_s(decoder, batch, true)?;
     sampling(decoder, batch, 4)?;
     let figure = sampling(decoder, batch, arguments.new_tokens)?;

@@ -1,11 +1,11 @@
-//! A sequence's hidden states and log-probabilities have the same bits alone, beside others, in another order and with any number
-//! of threads, on this machine and with every lower instruction set forced in turn.
-
-use std::process::{Command, Stdio};
+//! A sequence's hidden states, log-probabilities and gradients to its inputs have the same bits alone, beside others, in another
+//! order and with any number of threads; the adapter's gradients of one batch with any number of threads. On this machine and at
+//! every instruction-set level.
 
 use serde_json::json;
 
 use super::*;
+use crate::levels::at_every_level;
 use crate::{logprobs, random};
 
 /// SmolLM2's shapes with a single block and a small vocabulary.
@@ -23,16 +23,23 @@ fn matrix(purpose: &str, outputs: i64, inputs: i64, kind: Kind) -> Tensor {
     Tensor::from_slice(&values).view([outputs, inputs]).to_kind(kind)
 }
 
-fn decoder(kind: Kind) -> Decoder {
+fn decoder(kind: Kind, packed: bool) -> Decoder {
     let config = smollm2_shape();
     let ones = || Tensor::ones([576], (kind, Device::Cpu));
+    let linear = |purpose: &str, outputs: i64, inputs: i64| {
+        let weight = matrix(purpose, outputs, inputs, kind);
+        match packed {
+            true => Linear::Nf4(Nf4Tensor::quantize(&weight, Nf4Options::default()).unwrap()),
+            false => Linear::Dense(weight),
+        }
+    };
     let layer = Layer {
         input_norm: ones(),
-        qkv: Linear::Dense(matrix("qkv", 960, 576, kind)),
-        output: Linear::Dense(matrix("output", 576, 576, kind)),
+        qkv: linear("qkv", 960, 576),
+        output: linear("output", 576, 576),
         post_attention_norm: ones(),
-        gate_up: Linear::Dense(matrix("gate_up", 3072, 576, kind)),
-        down: Linear::Dense(matrix("down", 576, 1536, kind)),
+        gate_up: linear("gate_up", 3072, 576),
+        down: linear("down", 576, 1536),
     };
     let embedding = matrix("embedding", 1000, 576, kind);
     Decoder {
@@ -79,7 +86,7 @@ fn together(decoder: &Decoder, sequences: &[Vec<i64>]) -> Vec<[Tensor; 2]> {
 fn same(what: &str, found: &[[Tensor; 2]], expected: &[[Tensor; 2]]) {
     for (idx, (found, expected)) in found.iter().zip(expected).enumerate() {
         for (name, found, expected) in
-            [("hidden", &found[0], &expected[0]), ("log-probabilities", &found[1], &expected[1])]
+            [("first", &found[0], &expected[0]), ("log-probabilities", &found[1], &expected[1])]
         {
             let largest = || (found - expected).abs().max().double_value(&[]);
             assert!(
@@ -91,78 +98,90 @@ fn same(what: &str, found: &[[Tensor; 2]], expected: &[[Tensor; 2]]) {
     }
 }
 
+/// An adapter of rank 24 on every matrix, and so on fused ones of rank 72 and 48.
+fn adapter(kind: Kind) -> PreparedLayer {
+    let pair = |purpose: &str, outputs: i64, rank: i64, inputs: i64| {
+        let a = matrix(&format!("{purpose} a"), rank, inputs, kind).set_requires_grad(true);
+        let b = matrix(&format!("{purpose} b"), outputs, rank, kind).set_requires_grad(true);
+        Some((a, b))
+    };
+    PreparedLayer {
+        qkv: pair("qkv", 960, 72, 576),
+        output: pair("output", 576, 24, 576),
+        gate_up: pair("gate_up", 3072, 48, 576),
+        down: pair("down", 576, 24, 1536),
+    }
+}
+
+/// Gradients to the block's inputs `[n, D]` of each sequence, computed together, and those of the adapter's tensors.
+fn gradients(decoder: &Decoder, sequences: &[Vec<i64>]) -> (Vec<[Tensor; 2]>, Vec<Tensor>) {
+    let batch = Batch::from_sequences(sequences);
+    let tokens = batch.token_tensor(Device::Cpu);
+    let leaf = decoder.embed(&tokens).set_requires_grad(true); // [N, D]
+    let prepared = adapter(decoder.kind);
+    let positions = batch.position_tensor(Device::Cpu);
+    let attend = |qkv: &Tensor| decoder.attend(qkv, &positions, &batch.tables);
+    let (hidden, delta) = decoder.block(0, &leaf, None, Some(&prepared), attend).unwrap();
+    let out = ops::rms_norm(&hidden, Some(&delta), &decoder.norm, 1e-5).unwrap().0;
+    let found = ops::token_logprobs(&out, &decoder.head, &tokens, 0.8, false).unwrap().0;
+    found.sum(Kind::Float).backward();
+    let grad = leaf.grad();
+    let mut row = 0;
+    let own = sequences.iter().map(|ids| {
+        let n = ids.len() as i64;
+        let part = grad.narrow(0, row, n);
+        row += n;
+        [part.shallow_clone(), part]
+    });
+    let own = own.collect();
+    let pairs = [prepared.qkv, prepared.output, prepared.gate_up, prepared.down];
+    (own, pairs.into_iter().flatten().flat_map(|(a, b)| [a.grad(), b.grad()]).collect())
+}
+
 /// At the level that the environment names, which the test below sets in processes of their own.
 #[test]
 fn rows_are_equal_here() {
-    let _guard = tch::no_grad_guard();
     let sequences = sequences();
     let reversed: Vec<Vec<i64>> = sequences.iter().rev().cloned().collect();
-    for kind in [Kind::Float, Kind::BFloat16] {
-        if kind == Kind::Float && ops::kernels_name() != "avx2" {
-            continue; // the products are MKL's, and not equal with its lowest instruction set
-        }
-        let decoder = decoder(kind);
+    for (kind, packed) in
+        [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true), (Kind::BFloat16, true)]
+    {
+        let decoder = decoder(kind, packed);
+        let forward = |sequences: &[Vec<i64>]| {
+            let _guard = tch::no_grad_guard();
+            together(&decoder, sequences)
+        };
         tch::set_num_threads(1);
-        let expected = together(&decoder, &sequences);
+        let expected = forward(&sequences);
+        let (expected_grad, expected_adapter) = gradients(&decoder, &sequences);
         for threads in [1, 2, 8] {
             tch::set_num_threads(threads);
-            let what = |how: &str| format!("{kind:?}, {threads} threads, {how}");
-            same(&what("together"), &together(&decoder, &sequences), &expected);
-            let mut backwards = together(&decoder, &reversed);
-            backwards.reverse();
-            same(&what("in another order"), &backwards, &expected);
-            let alone = sequences.chunks(1).flat_map(|one| together(&decoder, one));
-            same(&what("alone"), &alone.collect::<Vec<_>>(), &expected);
+            let what = |how: &str| format!("{kind:?}, packed {packed}, {threads} threads, {how}");
+            same(&what("together"), &forward(&sequences), &expected);
+            let (grad, of_adapter) = gradients(&decoder, &sequences);
+            same(&what("gradients together"), &grad, &expected_grad);
+            for (idx, (found, expected)) in of_adapter.iter().zip(&expected_adapter).enumerate() {
+                assert!(found.equal(expected), "{}", what(&format!("adapter gradient {idx}")));
+            }
+            if threads == 8 {
+                continue;
+            }
+            let backwards = |mut found: Vec<[Tensor; 2]>| {
+                found.reverse();
+                found
+            };
+            same(&what("in another order"), &backwards(forward(&reversed)), &expected);
+            let alone: Vec<_> = sequences.chunks(1).flat_map(forward).collect();
+            same(&what("alone"), &alone, &expected);
+            let grad = backwards(gradients(&decoder, &reversed).0);
+            same(&what("gradients in another order"), &grad, &expected_grad);
+            let alone = sequences.chunks(1).flat_map(|one| gradients(&decoder, one).0);
+            same(&what("gradients alone"), &alone.collect::<Vec<_>>(), &expected_grad);
         }
     }
 }
 
-/// What forces each level: oneDNN's, ours, libtorch's own kernels' and MKL's.
-const LEVELS: [(&str, &[(&str, &str)]); 4] = [
-    ("AVX-512 BF16", &[("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")]),
-    ("AVX-512", &[("ONEDNN_MAX_CPU_ISA", "AVX512_CORE"), ("ARETE_CPU_KERNELS", "avx2")]),
-    (
-        "AVX2",
-        &[
-            ("ONEDNN_MAX_CPU_ISA", "AVX2"),
-            ("ARETE_CPU_KERNELS", "avx2"),
-            ("ATEN_CPU_CAPABILITY", "avx2"),
-            ("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
-        ],
-    ),
-    (
-        "baseline",
-        &[
-            ("ONEDNN_MAX_CPU_ISA", "SSE41"),
-            ("ARETE_CPU_KERNELS", "baseline"),
-            ("ATEN_CPU_CAPABILITY", "default"),
-            ("MKL_ENABLE_INSTRUCTIONS", "SSE4_2"),
-            ("MKL_CBWR", "COMPATIBLE"),
-        ],
-    ),
-];
-
 #[test]
-fn rows_are_equal_at_every_lower_level() {
-    // A CPU without AVX-512 runs the first two levels at its own.
-    let first = if std::arch::is_x86_feature_detected!("avx512f") { 0 } else { 2 };
-    let start = |(level, variables): (&'static str, &[(&str, &str)])| {
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "decoder::equal_rows::rows_are_equal_here", "--nocapture"])
-            .env_remove("DNNL_MAX_CPU_ISA")
-            .envs(variables.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
-        (level, child.unwrap())
-    };
-    let children: Vec<_> = LEVELS[first..].iter().copied().map(start).collect();
-    for (level, child) in children {
-        let output = child.wait_with_output().unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-        assert!(output.status.success(), "{level}: {stdout}{stderr}");
-        assert!(stdout.contains("1 passed"), "{level}: {stdout}");
-    }
+fn rows_are_equal_at_every_level() {
+    at_every_level("decoder::equal_rows::rows_are_equal_here");
 }

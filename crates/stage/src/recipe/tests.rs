@@ -200,6 +200,63 @@ fn what_is_not_a_recipe_is_refused() {
     assert!(matches!(resolve::<Config>(&matches, "sft", Some(&latin1)), Err(Error::Recipe { .. })));
 }
 
+#[test]
+fn settings_of_the_command_line_override_the_recipe_and_pass_the_same_checks() {
+    let matches = || Config::augment_args(Command::new("stage")).get_matches_from(["stage"]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.toml");
+    fs_err::write(&path, "[run]\nseed = 5\n[sft]\nlimit = 3\nlora.rank = 4").unwrap();
+    let resolved = |settings: &[&str]| {
+        let settings: Vec<Setting> = settings.iter().map(|text| text.parse().unwrap()).collect();
+        Recipe::read(Some(&path), &settings)?.resolve::<Config>(&matches(), "sft")
+    };
+    let config = resolved(&["sft.limit=9", "sft.truncated=keep", "sft.betas=[0.5]"]).unwrap();
+    assert_eq!((config.limit, config.seed), (Some(9), 5));
+    assert_eq!((config.truncated, config.betas), (Truncated::Keep, vec![0.5]));
+    let config = resolved(&["run.seed = 6", "sft.lora.alpha=1e1"]).unwrap();
+    assert_eq!((config.seed, config.lora), (6, Lora { rank: 4, alpha: 10.0 }));
+    for (setting, expected) in [
+        ("sft.learning_rte=1", "--set: unknown key `learning_rte` in `[sft]`, did you mean"),
+        ("sfft.limit=1", "--set: unknown table `[sfft]`, did you mean `sft`?"),
+        ("sft.limit=many", "--set: key `limit` in `[sft]`"),
+    ] {
+        let error = resolved(&[setting]).unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{error}");
+    }
+    for wrong in ["sft", "limit=3", ".a=1", "sft.=1", "sft.lora..rank=1"] {
+        assert!(wrong.parse::<Setting>().is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_table_says_whether_its_stage_is_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.toml");
+    fs_err::write(&path, "[sft]\nenabled = false\nlimit = 3\n[ppo]\nenabled = 'no'").unwrap();
+    let recipe = Recipe::read(Some(&path), &[]).unwrap();
+    assert_eq!(recipe.enabled("sft").unwrap(), Some(false));
+    assert_eq!(recipe.enabled("reward").unwrap(), None);
+    assert!(recipe.enabled("ppo").unwrap_err().to_string().contains("expected true or false"));
+    // The program of a stage that is called by itself runs.
+    let matches = Config::augment_args(Command::new("stage")).get_matches_from(["stage"]);
+    let config: Config = resolve(&matches, "sft", Some(&path)).unwrap();
+    assert_eq!(config.limit, Some(3));
+}
+
+#[test]
+fn a_text_of_several_lines_is_the_same_with_other_line_ends() {
+    let config = |text: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.toml");
+        fs_err::write(&path, text).unwrap();
+        let recipe = Recipe::read(Some(&path), &[]).unwrap();
+        recipe.run_text("model").unwrap().unwrap().to_owned()
+    };
+    // As Python's tomllib reads it.
+    assert_eq!(config("[run]\r\nmodel = \"\"\"a\r\nb\"\"\"\r\n"), "a\nb");
+    assert_eq!(config("\u{feff}[run]\nmodel = 'm'"), "m");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

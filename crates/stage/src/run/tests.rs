@@ -388,7 +388,9 @@ fn hashes_are_those_of_sha256sum() {
     // printf '%s  abc\n%s  sub/abc\n' $abc $abc | sha256sum
     fs_err::create_dir(dir.path().join("sub")).unwrap();
     fs_err::write(dir.path().join("sub/abc"), b"abc").unwrap();
-    for bookkeeping in ["run.json", "timings.jsonl", "events.out.tfevents.1.x", ".lock", "a.log"] {
+    for bookkeeping in
+        ["run.json", "timings.jsonl", "machine.json", "events.out.tfevents.1.x", ".lock", "a.log"]
+    {
         fs_err::write(dir.path().join(bookkeeping), b"now").unwrap();
     }
     assert_eq!(sha256_path(dir.path()).unwrap(), TWO_FILES);
@@ -441,4 +443,127 @@ fn a_file_system_without_locks_is_told_from_one_that_fails() {
         let error = std::io::Error::from_raw_os_error(code);
         assert_eq!(is_without_locks(&error), without, "{code}");
     }
+}
+
+impl Fixture {
+    /// What the directory holds, looked at from outside.
+    #[track_caller]
+    fn standing(&self, config: Value) -> Standing {
+        let before = self.stamps();
+        let found = asking(|| self.begin(config, 1).map(drop)).unwrap();
+        assert_eq!(self.stamps(), before, "looking changes nothing");
+        let [(place, standing)] = &found[..] else { panic!("{found:?}") };
+        assert_eq!(*place, self.output());
+        standing.clone()
+    }
+
+    /// Every file below the folder with its time of change.
+    fn stamps(&self) -> Vec<(String, std::time::SystemTime)> {
+        let files = arete_records::hashes::walk(self.dir.path(), &|_| false).unwrap();
+        let stamp = |file: String| {
+            let changed =
+                fs_err::metadata(self.dir.path().join(&file)).unwrap().modified().unwrap();
+            (file, changed)
+        };
+        files.into_iter().map(stamp).collect()
+    }
+}
+
+#[test]
+fn looking_says_what_a_run_would_find_and_touches_nothing() {
+    let fixture = Fixture::new();
+    assert_eq!(fixture.standing(json!({"rank": 16})), Standing::Missing);
+    assert!(!fixture.output().exists());
+    let run = fixture.run(json!({"rank": 16}));
+    assert_eq!(fixture.standing(json!({"rank": 16})), Standing::HalfDone);
+    let Standing::HalfDoneOtherwise { changes } = fixture.standing(json!({"rank": 8})) else {
+        panic!("other settings")
+    };
+    assert_eq!((&*changes[0].key, &*changes[0].old, &*changes[0].new), ("rank", "16", "8"));
+    drop(run);
+    fixture.complete(json!({"rank": 16}));
+    assert_eq!(fixture.standing(json!({"rank": 16})), Standing::Complete);
+    let Standing::Stale { changes } = fixture.standing(json!({"rank": 8})) else {
+        panic!("other settings")
+    };
+    assert_eq!((&*changes[0].key, changes.len()), ("rank", 1));
+    fs_err::write(fixture.input(), b"input 2").unwrap();
+    let Standing::Stale { changes } = fixture.standing(json!({"rank": 16})) else {
+        panic!("another input")
+    };
+    assert_eq!((changes[0].what, &*changes[0].key), ("input", "prompts"));
+    fs_err::write(fixture.input(), b"input 1").unwrap();
+    fs_err::remove_file(fixture.output().join("metrics.jsonl")).unwrap();
+    let damaged = |file: &str| Standing::Damaged { file: file.to_owned() };
+    assert_eq!(fixture.standing(json!({"rank": 16})), damaged("metrics.jsonl"));
+    fs_err::write(fixture.output().join("run.json"), b"{").unwrap();
+    assert_eq!(fixture.standing(json!({"rank": 16})), damaged("run.json"));
+    fs_err::remove_file(fixture.output().join("run.json")).unwrap();
+    let foreign = Standing::Foreign { file: "merged/model.safetensors".to_owned() };
+    assert_eq!(fixture.standing(json!({"rank": 16})), foreign);
+    // A look is over when it is over.
+    fs_err::remove_dir_all(fixture.output()).unwrap();
+    fixture.complete(json!({"rank": 16}));
+}
+
+#[test]
+fn the_device_a_name_stood_for_is_compared_and_not_the_name() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"device": "auto", "rank": 16})); // which was the CPU
+    fixture.is_up_to_date(json!({"device": "cpu", "rank": 16}));
+    fixture.is_up_to_date(json!({"device": "auto", "rank": 16}));
+    assert!(matches!(
+        fixture.standing(json!({"device": "cuda", "rank": 16})),
+        Standing::Stale { .. }
+    ));
+    fixture.complete(json!({"device": "cpu", "rank": 8}));
+    fixture.is_up_to_date(json!({"device": "auto", "rank": 8}));
+}
+
+impl Fixture {
+    #[track_caller]
+    fn grow(&self, config: Value) -> StageRun {
+        let input = vec![("prompts".to_owned(), self.input())];
+        let output = self.output();
+        let spec = StageSpec { stage: "sft", output: &output, config, seed: 1, inputs: input };
+        match begin_growing(spec, &["epochs"]).unwrap() {
+            Start::Run(run) => run,
+            Start::UpToDate(_) => panic!("expected work to do"),
+        }
+    }
+}
+
+#[test]
+fn more_of_the_same_goes_on_and_fewer_sets_aside() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"epochs": 2, "rank": 16}));
+    let weights = fs_err::read(fixture.output().join("merged/model.safetensors")).unwrap();
+    let of_two = fixture.grow(json!({"epochs": 2, "rank": 8})).fingerprint().to_owned();
+    fs_err::remove_dir_all(fixture.output()).unwrap();
+    fs_err::remove_dir_all(fixture.dir.path().join("out.old-1")).unwrap();
+
+    fixture.complete(json!({"epochs": 2, "rank": 16}));
+    let run = fixture.grow(json!({"epochs": 4, "rank": 16}));
+    assert!(run.is_resumed());
+    assert!(run.output().join("merged/model.safetensors").exists());
+    let lineage = run.fingerprint().to_owned();
+    assert_ne!(lineage, of_two, "another rank, another run");
+    let aside = |n: u32| fixture.dir.path().join(format!("out.old-{n}"));
+    assert_eq!(fs_err::read(aside(1).join("merged/model.safetensors")).unwrap(), weights);
+    assert_eq!(RunJson::read(aside(1)).unwrap().config["epochs"], 2);
+    drop(run); // killed, and once more made longer
+    let run = fixture.grow(json!({"epochs": 5, "rank": 16}));
+    assert!(run.is_resumed());
+    assert_eq!(run.fingerprint(), lineage, "checkpoints of the same run");
+    run.finish(Completion::default()).unwrap();
+    let recorded = RunJson::read(fixture.output()).unwrap();
+    assert_eq!(recorded.config["epochs"], 5);
+    assert_eq!(recorded.counts["went_on_from"], json!({"epochs": 2}));
+    assert!(!aside(2).exists());
+
+    // Fewer, or something else besides: not this run's results.
+    assert!(!fixture.grow(json!({"epochs": 3, "rank": 16})).is_resumed());
+    assert_eq!(RunJson::read(aside(2)).unwrap().config["epochs"], 5);
+    fixture.complete(json!({"epochs": 2, "rank": 16}));
+    assert!(!fixture.grow(json!({"epochs": 4, "rank": 8})).is_resumed());
 }

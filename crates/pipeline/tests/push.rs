@@ -1,4 +1,4 @@
-//! `arete-model push` against a hub on the loopback interface, which keeps what it is sent.
+//! `arete push` against a hub on the loopback interface, which keeps what it is sent.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
@@ -68,7 +68,7 @@ impl Loopback {
     }
 
     fn push(&self, directory: &Path, token: Option<&str>, more: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-model"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete"));
         command.args(["push", "--repository", REPOSITORY, "--directory"]).arg(directory).args(more);
         command.env("HF_ENDPOINT", &self.endpoint).env("HF_HOME", self.home.path());
         command.env_remove("HF_TOKEN").env_remove("HF_HUB_OFFLINE").env("NO_PROXY", "127.0.0.1");

@@ -1,4 +1,4 @@
-//! `arete-model push`: an adapter, a merged model or a data set to a repository of the hub, with a card.
+//! `arete push`: an adapter, a merged model or a data set to a repository of the hub, with a card.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,10 +13,10 @@ use arete_model::hub::{Content, Hub, Upload};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "The token comes from HF_TOKEN, the hub's address from HF_ENDPOINT.\n\nExamples:
-  arete-model push --directory runs/demo/reward/action/adapter --repository me/action --base-model me/base --private
-  arete-model push --directory runs/demo/preferences --repository me/preferences --license mit --dry-run"
+  arete push --directory runs/demo/reward/action/adapter --repository me/action --base-model me/base --private
+  arete push --directory runs/demo/preferences --repository me/preferences --license mit --dry-run"
 )]
-pub(crate) struct Push {
+pub struct PushArgs {
     /// Directory with an adapter, a merged model, or the Parquet files of a data set
     #[arg(long, value_name = "DIR")]
     directory: PathBuf,
@@ -33,7 +33,7 @@ pub(crate) struct Push {
     #[arg(long)]
     private: bool,
     /// Title of the commit
-    #[arg(long, value_name = "TEXT", default_value = "Upload with arete-model push")]
+    #[arg(long, value_name = "TEXT", default_value = "Upload with arete push")]
     message: String,
     /// Show the card and the files instead of uploading
     #[arg(long)]
@@ -48,8 +48,13 @@ fn parse_license(text: &str) -> Result<String, String> {
     }
 }
 
-pub(crate) fn run(arguments: &Push) -> anyhow::Result<()> {
-    let Push { directory, repository, .. } = arguments;
+/// Uploads, or shows what would be uploaded.
+///
+/// # Errors
+///
+/// A directory that holds nothing to publish, no token, a hub that refuses.
+pub fn run(arguments: &PushArgs) -> anyhow::Result<()> {
+    let PushArgs { directory, repository, .. } = arguments;
     let details = Details {
         title: repository.clone(),
         base_model: arguments.base_model.clone(),

@@ -1,0 +1,38 @@
+//! The pipeline on top of the stages: one list of them, and what can be done with it.
+//!
+//! In: a recipe, a model, prompts. Out: one directory a stage. [`stages`] is the list; [`setup`] resolves a recipe into the
+//! stages' own settings; [`check`] refuses before the first stage what would fail at a later one; [`status`] looks at a run
+//! without touching it; [`run`](mod@run) does what is not up to date, each stage in a process of its own; [`memory`] counts what the
+//! stages of a recipe take. A stage is its crate's library, called here as its own thin program calls it.
+
+pub mod check;
+pub mod diagnosis;
+pub mod hello;
+pub mod memory;
+pub mod push;
+pub mod run;
+pub mod setup;
+pub mod shell;
+pub mod stages;
+pub mod starter;
+pub mod status;
+pub mod sweep;
+
+use std::error::Error as StdError;
+
+use arete_records::Class;
+
+/// What an error of any stage is, for the exit code.
+pub fn class_of(cause: &(dyn StdError + 'static)) -> Option<Class> {
+    [
+        arete_curation::class_of,
+        arete_sft::class_of,
+        arete_reward::class_of,
+        arete_dpo::class_of,
+        arete_ppo::class_of,
+        arete_scoring::class_of,
+        arete_model::class_of,
+    ]
+    .iter()
+    .find_map(|class_of| class_of(cause))
+}

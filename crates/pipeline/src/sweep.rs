@@ -1,0 +1,239 @@
+//! `arete sweep`: the same pipeline with several values of some keys, one run directory a combination.
+//!
+//! Stages that no value touches are run once, in `RUN/shared`, and every combination has a link to them: their settings and
+//! inputs are the same, hence their bytes. At the end stands one table of all combinations.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use arete_records::stats::Resampling;
+use arete_scoring::compare::{self, Arm, ScoredRun};
+use arete_scoring::summary::Scale;
+use arete_stage::exit::{BadInput, Usage};
+use arete_stage::interrupt;
+use arete_stage::recipe::Setting;
+
+use crate::check;
+use crate::run::{self, RunArgs};
+use crate::setup::{Setup, SetupArgs};
+use crate::stages::Stage;
+
+/// The directory of stages that all combinations share.
+const SHARED: &str = "shared";
+/// The file of the table.
+const TABLE: &str = "sweep.md";
+
+/// What is swept over.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SweepArgs {
+    /// The setup; a --set with values separated by commas is swept over
+    #[command(flatten)]
+    pub setup: SetupArgs,
+    /// Show the combinations and run nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Show every stage's whole log
+    #[arg(long)]
+    pub verbose: bool,
+}
+
+/// One run of a sweep.
+struct Combination {
+    name: String,
+    setup: SetupArgs,
+}
+
+/// Runs every combination; the exit code of the first stage that failed, else 0.
+///
+/// # Errors
+///
+/// Fewer than two combinations, what `arete run` refuses of any of them, I/O.
+pub fn run(arguments: &SweepArgs) -> Result<u8> {
+    let root = match &arguments.setup.run {
+        Some(root) => root.clone(),
+        None => {
+            let mut root = Setup::new(&SetupArgs { set: Vec::new(), ..arguments.setup.clone() })?
+                .dir
+                .into_os_string();
+            root.push("-sweep");
+            PathBuf::from(root)
+        }
+    };
+    let combinations = combinations(&arguments.setup, &root)?;
+    let setups =
+        combinations.iter().map(|one| Setup::new(&one.setup)).collect::<Result<Vec<_>>>()?;
+    for setup in &setups {
+        check::everything(setup, &setup.stages()?)?;
+    }
+    let shared = shared(&setups)?;
+    let mut out = std::io::stderr().lock();
+    writeln!(out, "{}: {} combinations", root.display(), combinations.len())?;
+    writeln!(out, "  once for all: {}", shared.iter().copied().collect::<Vec<_>>().join(", "))?;
+    combinations.iter().try_for_each(|one| writeln!(out, "  {}", one.name))?;
+    drop(out);
+    if arguments.dry_run {
+        return Ok(0);
+    }
+    interrupt::install()?;
+    let once = SetupArgs { run: Some(root.join(SHARED)), ..combinations[0].setup.clone() };
+    let code = run_stages(&once, arguments, |name| shared.contains(name))?;
+    if code != 0 {
+        return Ok(code);
+    }
+    for one in &combinations {
+        writeln!(std::io::stderr(), "\n{}", one.name)?;
+        let dir = one.setup.run.as_deref().context("every combination has a directory")?;
+        link(dir, &shared)?;
+        let code = run_stages(&one.setup, arguments, |name| !shared.contains(name))?;
+        if code != 0 {
+            return Ok(code);
+        }
+    }
+    let text = table(&combinations)?;
+    arete_records::atomic::write(root.join(TABLE), text.as_bytes())?;
+    std::io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(0)
+}
+
+/// Every combination of the values, with a directory named after its own.
+fn combinations(setup: &SetupArgs, root: &Path) -> Result<Vec<Combination>> {
+    let mut all = vec![Vec::new()];
+    for setting in &setup.set {
+        let values = setting.alternatives().map_err(Usage)?;
+        let longer = all.iter().flat_map(|chosen: &Vec<(Setting, bool)>| {
+            let one = |value: &Setting| {
+                let mut longer = chosen.clone();
+                longer.push((value.clone(), values.len() > 1));
+                longer
+            };
+            values.iter().map(one).collect::<Vec<_>>()
+        });
+        all = longer.collect();
+    }
+    if all.len() < 2 {
+        let message = "nothing to sweep over: --set TABLE.KEY=VALUE,VALUE names the values";
+        return Err(Usage(message.to_owned()).into());
+    }
+    let combinations: Vec<Combination> = all
+        .into_iter()
+        .map(|chosen| {
+            let swept = chosen.iter().filter(|(_, swept)| *swept);
+            let name = swept.map(|(setting, _)| named(setting)).collect::<Vec<_>>().join(",");
+            let set = chosen.into_iter().map(|(setting, _)| setting).collect();
+            let setup = SetupArgs { set, run: Some(root.join(&name)), ..setup.clone() };
+            Combination { name, setup }
+        })
+        .collect();
+    let names: BTreeSet<&str> = combinations.iter().map(|one| &*one.name).collect();
+    if names.len() < combinations.len() {
+        return Err(Usage("--set: two combinations are the same".to_owned()).into());
+    }
+    Ok(combinations)
+}
+
+/// A value as a directory's name.
+fn named(setting: &Setting) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._=+-".contains(c);
+    setting
+        .to_string()
+        .chars()
+        .filter(|&c| c != '"')
+        .map(|c| if plain(c) { c } else { '_' })
+        .collect()
+}
+
+/// The stages that are in every combination with the same settings, and read from such stages alone.
+fn shared(setups: &[Setup]) -> Result<BTreeSet<&'static str>> {
+    let mut shared = BTreeSet::new();
+    let Some((first, others)) = setups.split_first() else { return Ok(shared) };
+    for stage in first.stages()? {
+        let settings = (stage.settings)(first)?;
+        let mut same = true;
+        for other in others {
+            same &= other.has(stage.name)? && (stage.settings)(other)? == settings;
+            // A stage that only some combinations have is read by its readers, too.
+            for read in stage.reads {
+                same &= other.has(read)? == first.has(read)?;
+            }
+        }
+        for read in stage.reads {
+            same &= !first.has(read)? || shared.contains(read);
+        }
+        if same && stage.name != "report" {
+            shared.insert(stage.name);
+        }
+    }
+    Ok(shared)
+}
+
+/// Runs those stages of a setup that are `wanted`.
+fn run_stages(
+    setup: &SetupArgs,
+    arguments: &SweepArgs,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<u8> {
+    let resolved = Setup::new(setup)?;
+    let stages: Vec<&Stage> =
+        resolved.stages()?.into_iter().filter(|stage| wanted(stage.name)).collect();
+    let arguments =
+        RunArgs { setup: setup.clone(), verbose: arguments.verbose, ..RunArgs::default() };
+    run::run_all(&resolved, &stages, &arguments)
+}
+
+/// Links to the shared stages; one that is there stays.
+fn link(dir: &Path, shared: &BTreeSet<&str>) -> Result<()> {
+    fs_err::create_dir_all(dir)?;
+    for name in shared {
+        let (link, target) = (dir.join(name), Path::new("..").join(SHARED).join(name));
+        match fs_err::read_link(&link) {
+            Ok(found) if found == target => {}
+            Err(_) if !link.exists() => fs_err::os::unix::fs::symlink(target, link)?,
+            _ => {
+                let message = format!(
+                    "{}: expected a link to {}, found something else: choose another --run",
+                    link.display(),
+                    target.display()
+                );
+                return Err(BadInput(message).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Each combination's Score and what it gained, and the runs compared.
+fn table(combinations: &[Combination]) -> Result<String> {
+    let mut runs = Vec::new();
+    for one in combinations {
+        let run = one.setup.run.clone().context("every combination has a directory")?;
+        runs.push(ScoredRun::read(Arm { name: one.name.clone(), run })?);
+    }
+    let mut text = String::from(
+        "| combination | model | gain over the original, standardised [95 %] |\n|---|---|---|\n",
+    );
+    for run in &runs {
+        let (name, gain) = match run.summary.headline(Scale::Standardised) {
+            Some(gain) => {
+                let interval = &gain.score.interval;
+                let shown = format!(
+                    "{:+.3} [{:+.3}, {:+.3}]",
+                    interval.estimate, interval.low, interval.high
+                );
+                (gain.last.clone(), shown)
+            }
+            None => ("–".to_owned(), "–".to_owned()),
+        };
+        writeln!(text, "| {} | {name} | {gain} |", run.arm.name)?;
+    }
+    let has_final =
+        runs.iter().all(|run| run.summary.models.iter().any(|model| model.name == "final"));
+    if has_final {
+        let resampling = Resampling { draws: 10_000, ..Resampling::seeded(0) };
+        compare::check(&runs, "original", "final")?;
+        writeln!(text, "\n{}", compare::text(&runs, "original", "final", resampling))?;
+    }
+    Ok(text)
+}

@@ -1,0 +1,523 @@
+//! `arete` on the tiny chat model: plan, refusals, a whole run and a second one, what makes which stage stale, kills, sweeps,
+//! starter folders, spellings of recipes. Every path has a blank in it.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+#![expect(clippy::print_stdout, reason = "a test says what it measured")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use arete_records::hashes::{sha256_file, walk};
+use serde_json::Value;
+
+/// Every stage, in order; `reward` writes three directories.
+const STAGES: [&str; 9] = [
+    "prompts",
+    "demonstrations",
+    "sft",
+    "conversations",
+    "preferences",
+    "reward",
+    "ppo",
+    "scoring",
+    "report",
+];
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+}
+
+/// The program, computing with one thread, away from the repository's folder.
+fn arete(words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete"));
+    command.args(words).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+    command
+}
+
+struct Ran {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn ran(output: &Output) -> Ran {
+    let [stdout, stderr] =
+        [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    Ran { code: output.status.code(), stdout, stderr }
+}
+
+fn run(words: &[&str]) -> Ran {
+    ran(&arete(words).output().unwrap())
+}
+
+#[track_caller]
+fn done(words: &[&str]) -> Ran {
+    let ran = run(words);
+    assert_eq!(ran.code, Some(0), "{words:?}\n{}\n{}", ran.stdout, ran.stderr);
+    ran
+}
+
+/// An empty folder with a blank in its name, kept for a look after a failure.
+fn folder(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("arete pipeline").join(name);
+    if dir.exists() {
+        fs_err::remove_dir_all(&dir).unwrap();
+    }
+    fs_err::create_dir_all(&dir).unwrap();
+    dir
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A finished `arete hello` that the tests read, and how long it took.
+struct Hello {
+    dir: PathBuf,
+    took: Duration,
+    ran: Ran,
+}
+
+static HELLO: LazyLock<Hello> = LazyLock::new(|| {
+    let dir = folder("hello");
+    let started = Instant::now();
+    let ran = done(&["hello", "--run", text(&dir)]);
+    let took = started.elapsed();
+    println!("arete hello: {took:.1?}");
+    Hello { dir, took, ran }
+});
+
+impl Hello {
+    fn recipe(&self) -> PathBuf {
+        self.dir.join("inputs/recipe.toml")
+    }
+}
+
+/// A setup of hello's recipe, and more words.
+fn with_recipe<'a>(
+    command: &'a str,
+    recipe: &'a Path,
+    dir: &'a Path,
+    more: &[&'a str],
+) -> Vec<&'a str> {
+    [&[command, "--recipe", text(recipe), "--run", text(dir)][..], more].concat()
+}
+
+/// The state of every stage.
+#[track_caller]
+fn states(recipe: &Path, dir: &Path, more: &[&str]) -> BTreeMap<String, Value> {
+    let ran = done(&with_recipe("status", recipe, dir, &[more, &["--json"]].concat()));
+    let seen: Vec<Value> = serde_json::from_str(&ran.stdout).unwrap();
+    let named = |seen: Value| (seen["stage"].as_str().unwrap().to_owned(), seen);
+    seen.into_iter().map(named).collect()
+}
+
+/// The stages that are not complete, with their state.
+#[track_caller]
+fn not_complete(recipe: &Path, dir: &Path, more: &[&str]) -> Vec<(String, String)> {
+    let states = states(recipe, dir, more);
+    let state = |name: &str| states[name]["state"].as_str().unwrap().to_owned();
+    let all = STAGES.map(|name| (name.to_owned(), state(name)));
+    all.into_iter().filter(|(_, state)| state != "complete").collect()
+}
+
+/// Hashes of a run's results: without times, logs, and what hello writes for itself.
+fn results(dir: &Path) -> BTreeMap<String, String> {
+    let files = walk(dir, &|_| false).unwrap().into_iter();
+    let is_result = |file: &String| {
+        !(file.contains("timings.jsonl")
+            || file.contains("tfevents")
+            || file.starts_with("logs/")
+            || file.starts_with("inputs/")
+            || file.rsplit('/').next().unwrap().starts_with('.'))
+    };
+    files
+        .filter(is_result)
+        .map(|file| (file.clone(), sha256_file(dir.join(&file)).unwrap()))
+        .collect()
+}
+
+#[test]
+fn hello_runs_every_stage_and_a_second_run_does_nothing() {
+    let hello = &*HELLO;
+    for stage in STAGES {
+        let dirs = match stage {
+            "reward" => {
+                ["action", "motivation", "consequence"].map(|a| format!("reward/{a}")).to_vec()
+            }
+            stage => vec![stage.to_owned()],
+        };
+        for dir in dirs {
+            assert!(hello.dir.join(&dir).join("run.json").is_file(), "{dir}");
+        }
+    }
+    let page = hello.dir.join("report/report.html");
+    assert!(
+        hello.ran.stdout.ends_with(&format!("report: {}\n", page.display())),
+        "{}",
+        hello.ran.stdout
+    );
+    assert!(hello.ran.stdout.contains("original") && hello.ran.stdout.contains("final"));
+    // Twenty seconds on an idle machine; this one builds and tests beside it.
+    assert!(hello.took < Duration::from_secs(120), "{:?}", hello.took);
+
+    assert_eq!(not_complete(&hello.recipe(), &hello.dir, &["--exit-code"]), []);
+    let before = results(&hello.dir);
+    let again = done(&["hello", "--run", text(&hello.dir)]);
+    for stage in STAGES {
+        let line = again.stderr.lines().filter(|line| line.starts_with(stage));
+        assert!(line.last().unwrap().ends_with("up to date"), "{stage}: {}", again.stderr);
+    }
+    assert_eq!(results(&hello.dir), before);
+    assert_eq!(again.stdout, hello.ran.stdout);
+}
+
+#[test]
+fn a_dry_run_shows_the_whole_plan_and_writes_nothing() {
+    let dir = folder("dry");
+    let run_dir = dir.join("my run");
+    let plan = done(&with_recipe("run", &HELLO.recipe(), &run_dir, &["--dry-run"])).stdout;
+    let at = |stage: &str| {
+        plan.find(&format!("\n  {stage}")).unwrap_or_else(|| panic!("{stage}: {plan}"))
+    };
+    let places = STAGES.map(at);
+    assert!(places.is_sorted(), "{plan}");
+    assert!(plan.lines().skip(1).all(|line| line.ends_with("runs")), "{plan}");
+    assert!(plan.contains(" GB"), "{plan}");
+    assert!(!run_dir.exists());
+    // DPO is in where it is asked for; of the others, what a stage needs and no more.
+    let plan = |words: &[&str]| {
+        let words = [words, &["--dry-run"]].concat();
+        let text = done(&with_recipe("run", &HELLO.recipe(), &run_dir, &words)).stdout;
+        let stage = |line: &str| line.split_whitespace().next().unwrap().to_owned();
+        text.lines().skip(1).map(stage).collect::<Vec<_>>()
+    };
+    assert_eq!(plan(&["--until", "conversations"]), STAGES[..4]);
+    assert_eq!(plan(&["--from", "ppo"]), STAGES[6..]);
+    assert_eq!(plan(&["--only", "reward"]), ["reward"]);
+    let with_dpo = plan(&["--set", "dpo.enabled=true"]);
+    assert_eq!(with_dpo, [&STAGES[..6], &["dpo"], &STAGES[6..]].concat());
+    // Without SFT nobody reads demonstrations.
+    let without = plan(&["--set", "sft.enabled=false"]);
+    assert_eq!(without, [&STAGES[..1], &STAGES[3..]].concat());
+    // Of a complete run: nothing to do, and how long each took.
+    let plan = done(&with_recipe("run", &HELLO.recipe(), &HELLO.dir, &["--dry-run"])).stdout;
+    assert!(plan.lines().skip(1).all(|line| line.ends_with("up to date")), "{plan}");
+    assert!(plan.lines().skip(1).all(|line| line.contains(" s ")), "{plan}");
+}
+
+#[test]
+fn what_is_wrong_is_refused_before_the_first_stage() {
+    let dir = folder("refused");
+    let run_dir = dir.join("my run");
+    let recipe = dir.join("my recipe.toml");
+    let hello = fs_err::read_to_string(HELLO.recipe()).unwrap();
+    let refused = |recipe_text: &str, words: &[&str], code: i32, expected: &[&str]| {
+        fs_err::write(&recipe, recipe_text).unwrap();
+        let ran = run(&with_recipe("run", &recipe, &run_dir, words));
+        assert_eq!(ran.code, Some(code), "{words:?}: {}", ran.stderr);
+        for part in expected {
+            assert!(ran.stderr.contains(part), "{part}: {}", ran.stderr);
+        }
+        assert!(!run_dir.exists(), "{words:?}");
+    };
+    let typo = hello.replace("[ppo]\n", "[ppo]\nkl_coeff = 0.1\n");
+    let nearest = "unknown key `kl_coeff` in `[ppo]`, did you mean `kl_coef`?";
+    refused(&typo, &[], 65, &["my recipe.toml", nearest]);
+    refused(&typo, &["--until", "prompts"], 65, &[nearest]);
+    refused(&hello, &["--set", "ppo.kl_coeff=0.1"], 65, &["--set", nearest]);
+    refused(&hello, &["--set", "ppo.iterations=many"], 65, &["key `iterations` in `[ppo]`"]);
+    refused(&hello, &["--set", "scoring.draws=0"], 2, &["draws", "at least 1"]);
+    refused(&hello, &["--set", "calibrate.limits=3"], 65, &["did you mean `limit`?"]);
+    refused(&hello, &["--set", "ppo"], 2, &["table.key=value"]);
+    refused(&hello, &["--model", "no/where/at all"], 2, &["no/where/at all"]);
+    refused(&hello, &["--prompts", "/no such file"], 65, &["/no such file: no such file"]);
+    refused(&hello, &["--pairs", "/no pairs"], 65, &["/no pairs: no such file"]);
+    refused(&hello, &["--set", "demonstrations.exemplars=no"], 65, &["no: no such file"]);
+    refused(&hello, &["--set", "reward.enabled=false"], 2, &["`ppo` reads `reward`"]);
+    refused(&hello, &["--set", "sft.enabled=perhaps"], 65, &["expected true or false"]);
+    let closed = "http://127.0.0.1:9/v1";
+    let url = format!("conversations.engine_url={closed}");
+    refused(&hello, &["--set", &url], 69, &["no server answers at 127.0.0.1:9"]);
+    let missing = run(&with_recipe("run", &dir.join("no.toml"), &run_dir, &[]));
+    assert!(missing.stderr.contains("no.toml: no such file"), "{}", missing.stderr);
+    let none = run(&["run", "--run", text(&run_dir), "--prompts", text(&recipe)]);
+    assert_eq!(none.code, Some(2));
+    assert!(none.stderr.contains("name the model"), "{}", none.stderr);
+}
+
+#[test]
+fn status_says_which_key_or_input_makes_exactly_which_stage_stale() {
+    let (recipe, dir) = (HELLO.recipe(), &HELLO.dir);
+    for (setting, stage, key) in [
+        ("conversations.temperature=0.9", "conversations", "temperature"),
+        ("reward.learning_rate=2e-3", "reward", "learning_rate"),
+        ("ppo.kl_coef=0.02", "ppo", "kl_coef"),
+        ("report.max_samples=5", "report", "max_samples"),
+    ] {
+        let words = ["--set", setting];
+        let stale = (stage.to_owned(), "stale".to_owned());
+        assert_eq!(not_complete(&recipe, dir, &words), [stale], "{setting}");
+        let states = states(&recipe, dir, &words);
+        assert_eq!(states[stage]["changes"][0]["key"], key, "{setting}");
+        let ran =
+            run(&with_recipe("status", &recipe, dir, &[&words[..], &["--exit-code"]].concat()));
+        assert_eq!(ran.code, Some(1));
+        let line = ran.stdout.lines().find(|line| line.starts_with(stage)).unwrap();
+        assert!(line.contains(&format!("recipe key `{key}`")), "{line}");
+    }
+    // How a result is made changes nothing that was made.
+    assert_eq!(not_complete(&recipe, dir, &["--device", "auto"]), []);
+    assert_eq!(not_complete(&recipe, dir, &["--device", "cpu"]), []);
+    // Another file of prompts is another input, of one stage.
+    let other = folder("other prompts").join("prompts.jsonl");
+    let prompts = fs_err::read_to_string(dir.join("inputs/prompts.jsonl")).unwrap();
+    fs_err::write(&other, prompts.lines().take(60).collect::<Vec<_>>().join("\n")).unwrap();
+    let words = ["--prompts", text(&other)];
+    assert_eq!(not_complete(&recipe, dir, &words), [("prompts".to_owned(), "stale".to_owned())]);
+    let states = states(&recipe, dir, &words);
+    assert_eq!(states["prompts"]["changes"][0]["what"], "input");
+}
+
+/// Waits until something is true.
+#[track_caller]
+fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !is() {
+        assert!(started.elapsed() < Duration::from_secs(300), "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_run_that_is_stopped_goes_on_and_ends_with_the_same_bytes() {
+    let dir = folder("stopped").join("my run");
+    let recipe = HELLO.recipe();
+    let words = with_recipe("run", &recipe, &dir, &[]);
+    let begin = || arete(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let send = |signal: &str, child: &std::process::Child| {
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+    };
+    let ended = |stage: &str| {
+        // The stage's process is gone when nobody holds its lock any more.
+        let lock = fs_err::File::open(dir.join(stage).join(".lock")).unwrap();
+        lock.file().try_lock().is_ok()
+    };
+
+    // Asked to stop while the policy is trained: the stage ends with a checkpoint, and its exit code is the run's.
+    let mut child = begin();
+    until("PPO begins", || dir.join("ppo/metrics.jsonl").exists());
+    send("TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    assert!(ended("ppo"));
+    let seen = states(&recipe, &dir, &[]);
+    assert_eq!(seen["reward"]["state"], "complete");
+    assert_eq!(seen["ppo"]["state"], "half_done", "{seen:?}");
+    assert!(seen["ppo"]["how_far"].as_str().unwrap().starts_with("checkpoint of step"), "{seen:?}");
+    assert_eq!(seen["scoring"]["state"], "missing");
+
+    // Killed outright: no stage stays behind.
+    let mut child = begin();
+    until("PPO goes on", || !ended("ppo"));
+    send("KILL", &child);
+    child.wait().unwrap();
+    until("its stage ends", || ended("ppo"));
+
+    let ran = done(&words);
+    assert!(ran.stderr.lines().any(|line| line.starts_with("sft") && line.ends_with("up to date")));
+    // Cards and descriptions name the run's own directory; tables, tensors and metrics do not.
+    let bytes = |dir: &Path| {
+        let mut files = results(dir);
+        let endings = [".parquet", ".safetensors", "metrics.jsonl"];
+        files.retain(|file, _| endings.iter().any(|ending| file.ends_with(ending)));
+        files
+    };
+    let (own, uninterrupted) = (bytes(&dir), bytes(&HELLO.dir));
+    assert!(own.len() > 20, "{own:?}");
+    assert_eq!(own, uninterrupted);
+    assert_eq!(not_complete(&recipe, &dir, &[]), []);
+}
+
+#[test]
+fn the_exit_code_of_a_stage_is_that_of_the_run() {
+    let dir = folder("too few").join("my run");
+    let recipe = HELLO.recipe();
+    let more = ["--until", "preferences", "--set", "preferences.min_pairs=1000"];
+    let ran = run(&with_recipe("run", &recipe, &dir, &more));
+    assert_eq!(ran.code, Some(65), "{}", ran.stderr);
+    assert!(ran.stderr.contains("pairs left"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("preferences     ended with exit code 65"), "{}", ran.stderr);
+    let log = fs_err::read_to_string(dir.join("logs/preferences.log")).unwrap();
+    assert!(log.contains("pairs left"), "{log}");
+    // What it is set to on the command line stands where the recipe's values stand.
+    let conversations = done(&with_recipe(
+        "run",
+        &recipe,
+        &dir,
+        &["--only", "conversations", "--set", "conversations.seed=9"],
+    ));
+    assert!(conversations.stderr.contains("done in"), "{}", conversations.stderr);
+    let recorded = fs_err::read_to_string(dir.join("conversations/run.json")).unwrap();
+    let recorded: Value = serde_json::from_str(&recorded).unwrap();
+    assert_eq!(recorded["seed"], 9);
+    assert!(dir.join("conversations.old-1/run.json").is_file(), "what was there is kept");
+}
+
+#[test]
+fn damage_is_seen() {
+    let dir = folder("damaged").join("my run");
+    let recipe = HELLO.recipe();
+    done(&with_recipe("run", &recipe, &dir, &["--only", "prompts"]));
+    fs_err::write(dir.join("prompts/prompts.parquet"), b"nothing").unwrap();
+    let seen = states(&recipe, &dir, &[]);
+    assert_eq!(seen["prompts"]["state"], "damaged");
+    assert_eq!(seen["prompts"]["file"], "prompts.parquet");
+}
+
+#[test]
+fn a_sweep_shares_what_its_values_do_not_touch() {
+    let dir = folder("sweep").join("my sweep");
+    let recipe = HELLO.recipe();
+    let setting = ["--set", "ppo.learning_rate=1e-3,3e-3"];
+    let plan = done(&with_recipe("sweep", &recipe, &dir, &[&setting[..], &["--dry-run"]].concat()));
+    assert!(plan.stderr.contains("2 combinations"), "{}", plan.stderr);
+    assert!(!dir.exists());
+    let ran = done(&with_recipe("sweep", &recipe, &dir, &setting));
+    let names = ["ppo.learning_rate=0.001", "ppo.learning_rate=0.003"];
+    for name in names {
+        let one = dir.join(name);
+        for shared in &STAGES[..6] {
+            let link = fs_err::read_link(one.join(shared)).unwrap();
+            assert_eq!(link, Path::new("../shared").join(shared));
+        }
+        assert!(one.join("ppo/run.json").is_file() && one.join("report/report.html").is_file());
+        assert!(ran.stdout.contains(&format!("| {name} | final |")), "{}", ran.stdout);
+        // Each is a whole run by itself.
+        let value = format!("ppo.learning_rate={}", name.rsplit('=').next().unwrap());
+        assert_eq!(not_complete(&recipe, &one, &["--set", &value]), []);
+    }
+    // One of the two is hello's, whose stages were not shared.
+    let own = |dir: &Path| sha256_file(dir.join("ppo/adapter/adapter_model.safetensors")).unwrap();
+    assert_eq!(own(&dir.join(names[0])), own(&HELLO.dir));
+    assert_ne!(own(&dir.join(names[1])), own(&HELLO.dir));
+    assert_eq!(fs_err::read_to_string(dir.join("sweep.md")).unwrap(), ran.stdout);
+    let one = run(&with_recipe("sweep", &recipe, &dir, &["--set", "ppo.kl_coef=0.1"]));
+    assert_eq!(one.code, Some(2), "{}", one.stderr);
+}
+
+#[test]
+fn a_starter_folder_runs_as_it_is_and_is_never_written_over() {
+    let dir = folder("new").join("my study");
+    let model = repository().join("tests/fixtures/tiny-chat");
+    done(&["new", text(&dir), "--model", text(&model)]);
+    let files = walk(&dir, &|_| false).unwrap();
+    let expected =
+        ["README.md", "constitution.toml", "exemplars.jsonl", "prompts.jsonl", "recipe.toml"];
+    assert_eq!(files, expected);
+    let readme = fs_err::read_to_string(dir.join("README.md")).unwrap();
+    assert!(readme.lines().count() <= 10);
+    fs_err::write(dir.join("README.md"), "mine").unwrap();
+    let again = run(&["new", text(&dir)]);
+    assert_eq!(again.code, Some(2), "{}", again.stderr);
+    assert_eq!(fs_err::read_to_string(dir.join("README.md")).unwrap(), "mine");
+    // The README's own lines, smaller for the test's sake, from within the folder.
+    let words = ["--recipe", "recipe.toml", "--run", "run"];
+    let smaller = [
+        "run.threads=1",
+        "prompts.limit=48",
+        "sft.max_steps=2",
+        "conversations.max_new_tokens=12",
+        "preferences.truncated=keep", // so small a model ends no sentence
+        "reward.max_steps=2",
+        "ppo.iterations=1",
+        "ppo.value_warmup=0",
+        "ppo.max_new_tokens=12",
+        "ppo.probe_prompts=2",
+        "scoring.max_new_tokens=12",
+        "scoring.draws=200",
+    ];
+    let set: Vec<&str> = smaller.iter().flat_map(|setting| ["--set", setting]).collect();
+    let within = |command: &str, more: &[&str]| {
+        let words = [&[command][..], &words, more].concat();
+        ran(&arete(&words).current_dir(&dir).output().unwrap())
+    };
+    let plan = within("run", &["--dry-run"]);
+    assert_eq!(plan.code, Some(0), "{}", plan.stderr);
+    let whole = within("run", &set);
+    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
+    assert!(dir.join("run/report/report.html").is_file());
+    let page = fs_err::read_to_string(dir.join("run/report/report.html")).unwrap();
+    assert!(page.contains("--set ppo.iterations=1"), "the page shows what was set");
+    let status = within("status", &[&set[..], &["--exit-code"]].concat());
+    assert_eq!(status.code, Some(0), "{}", status.stdout);
+}
+
+/// The same recipe in the spellings that TOML allows: one parser reads them all.
+#[test]
+fn every_spelling_of_a_recipe_is_the_same_recipe() {
+    let dir = folder("spellings");
+    let model = repository().join("tests/fixtures/tiny-chat");
+    let model = text(&model);
+    let plain = format!("[run]\nmodel = \"{model}\"\n[sft]\nenabled = false\n");
+    let spellings = [
+        ("plain", plain.clone()),
+        ("line ends of Windows", plain.replace('\n', "\r\n")),
+        ("byte order mark", format!("\u{feff}{plain}")),
+        ("blanks after", plain.replace('\n', "  \n")),
+        ("blanks inside brackets", plain.replace("[run]", "[ run ]").replace("[sft]", "[ sft ]")),
+        ("indented", plain.replace('\n', "\n  ")),
+        ("tabs", plain.replace(" = ", "\t=\t")),
+        ("dotted", format!("run.model = \"{model}\"\nsft.enabled = false\n")),
+        ("inline", format!("run = {{ model = \"{model}\" }}\nsft = {{ enabled = false }}\n")),
+        ("quoted keys", plain.replace("model =", "\"model\" =").replace("enabled", "\"enabled\"")),
+        ("single quotes", plain.replace('"', "'")),
+        ("a comment with an equals sign", plain.replace("\"\n", "\" # the best = ours\n")),
+    ];
+    let prompts = dir.join("prompts.jsonl");
+    fs_err::write(&prompts, "{\"prompt\": \"How do I apologise?\"}\n").unwrap();
+    let data = repository().join("data/constitution.toml");
+    let constitution = format!("preferences.constitution={}", text(&data));
+    for (name, spelling) in spellings {
+        let recipe = dir.join("a recipe.toml");
+        fs_err::write(&recipe, spelling).unwrap();
+        let words = ["--dry-run", "--prompts", text(&prompts), "--set", &constitution];
+        let plan = done(&with_recipe("run", &recipe, &dir.join("run"), &words)).stdout;
+        let first = plan.lines().next().unwrap();
+        assert!(first.ends_with(model), "{name}: {plan}");
+        assert!(!plan.contains("\n  sft") && plan.contains("\n  ppo"), "{name}: {plan}");
+    }
+    // A hash sign in a path is part of it.
+    let hash = dir.join("my#model");
+    fs_err::create_dir(&hash).unwrap();
+    for entry in fs_err::read_dir(model).unwrap() {
+        let entry = entry.unwrap();
+        fs_err::copy(entry.path(), hash.join(entry.file_name())).unwrap();
+    }
+    let recipe = dir.join("hash.toml");
+    fs_err::write(&recipe, plain.replace(model, text(&hash))).unwrap();
+    let words = ["--dry-run", "--prompts", text(&prompts), "--set", &constitution];
+    let plan = done(&with_recipe("run", &recipe, &dir.join("run"), &words)).stdout;
+    assert!(plan.lines().next().unwrap().ends_with("my#model"), "{plan}");
+}
+
+#[test]
+fn the_shell_learns_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let completions = done(&["completions", shell]).stdout;
+        for word in ["arete", "status", "sweep", "--until"] {
+            let word = if shell == "fish" { word.trim_start_matches('-') } else { word };
+            assert!(completions.contains(word), "{shell}: {word}");
+        }
+    }
+    let page = done(&["man"]).stdout;
+    assert!(page.starts_with(".ie") || page.contains(".TH arete"), "{page}");
+    let dir = folder("man").join("pages");
+    done(&["man", "--output", text(&dir)]);
+    assert!(fs_err::read_to_string(dir.join("arete-run.1")).unwrap().contains("until"));
+    let stages = done(&["stages"]).stdout;
+    assert!(STAGES.iter().all(|stage| stages.contains(stage)), "{stages}");
+}
