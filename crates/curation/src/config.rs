@@ -92,10 +92,12 @@ pub enum Truncated {
 ///
 /// Never: the configurations serialise to tables.
 pub fn recorded(config: &impl Serialize) -> Value {
-    const LEFT_OUT: [&str; 7] = [
+    const LEFT_OUT: [&str; 9] = [
         "constitution",
         "exemplars",
         "judge_adapter",
+        "calibration",
+        "pairs",
         "concurrency",
         "attempts",
         "timeout_s",

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use arete_chain::pairs::{self, Parts};
+use arete_chain::pairs::{self, About, Parts};
 use arete_chain::sample::key_of;
-use arete_records::{At, Message, prompt_id};
+use arete_records::{At, Message, Split, prompt_id, split_of};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -26,6 +26,8 @@ pub struct Labelled {
     pub better: Vec<Message>,
     /// The worse side.
     pub worse: Vec<Message>,
+    /// What the label speaks of; none if the better side is better altogether.
+    pub about: Option<About>,
 }
 
 impl Labelled {
@@ -63,7 +65,8 @@ impl Labelled {
 }
 
 /// Reads and checks the labelled pairs: `chosen`/`rejected`, `text_correct`/`text_incorrect`,
-/// two-option questions (`corrects`), or our own exemplars of use `calibration`.
+/// two-option questions (`corrects`), our own exemplars of use `calibration`, or our pairs that differ in one virtue,
+/// of which those of split `train` are left to teach with.
 ///
 /// # Errors
 ///
@@ -75,13 +78,18 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
         let set =
             path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let (mut own, mut n_read, mut n_unusable, mut n_long) = (Vec::new(), 0, 0, 0);
+        let mut n_teaching = 0;
         let mut n_duplicates = 0;
         for (line, record) in prompts::read_records(path)? {
             n_read += 1;
-            let Some((question, better, worse)) = sides_of(path, line, &record)? else {
+            let Some(((question, better, worse), about)) = sides_of(path, line, &record)? else {
                 n_unusable += 1;
                 continue;
             };
+            if about.is_some() && split_of(&question) == Split::Train {
+                n_teaching += 1;
+                continue;
+            }
             let n_chars: usize = question
                 .iter()
                 .chain(&better)
@@ -95,7 +103,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             let all: Vec<Message> = question.iter().chain(&better).chain(&worse).cloned().collect();
             let id = prompt_id(&all);
             if seen.insert(id.clone()) {
-                own.push(Labelled { id, set: set.clone(), question, better, worse });
+                own.push(Labelled { id, set: set.clone(), question, better, worse, about });
             } else {
                 n_duplicates += 1;
             }
@@ -113,6 +121,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             set,
             read = n_read,
             unusable = n_unusable,
+            left_to_teach = n_teaching,
             too_long = n_long,
             duplicates = n_duplicates,
             used = own.len(),
@@ -131,18 +140,18 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
     Ok(out)
 }
 
-/// Question, better and worse side of a record; `None` if its two conversations do not share a
+/// Question, better and worse side of a record, and what its label speaks of; `None` if its two conversations do not share a
 /// question, or it is an exemplar of another use.
 pub(crate) fn sides_of(
     path: &Path,
     line: usize,
     record: &Map<String, Value>,
-) -> Result<Option<Parts>, Error> {
+) -> Result<Option<(Parts, Option<About>)>, Error> {
     let pair = pairs::of_record(line, record).map_err(|e| e.at(path, At::Line(line)))?;
     Ok(pair.and_then(|pair| {
         let [better, worse] =
             [pair.chosen, pair.rejected].map(|side| prompts::tidied(side.messages));
-        pairs::part(&better, &worse)
+        pairs::part(&better, &worse).map(|parts| (parts, pair.about))
     }))
 }
 
