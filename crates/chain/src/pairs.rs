@@ -209,8 +209,7 @@ pub fn of_record(
             messages
         })
     } else {
-        let expected =
-            "chosen and rejected, text_correct and text_incorrect, corrects, better and worse, or use";
+        let expected = "chosen and rejected, text_correct and text_incorrect, corrects, better and worse, or use";
         return Err(FieldError::columns("record", expected, record));
     };
     let side = |messages, truncated: &str| Conversation {

@@ -60,7 +60,8 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
     for path in pairs {
         for (line, record) in prompts::read_records(path)? {
             for ((question, better, worse), about) in teaching(path, line, record, turns)? {
-                let entry = |name: Virtue| constitution.virtues.iter().find(|entry| entry.name == name);
+                let entry =
+                    |name: Virtue| constitution.virtues.iter().find(|entry| entry.name == name);
                 let own = about.map(|about| entry(about.virtue));
                 if own.is_some() && split_of(&question) != Split::Train {
                     n_held_out += 1;

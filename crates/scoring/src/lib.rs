@@ -13,6 +13,7 @@ pub mod best_of;
 pub mod coherence;
 pub mod compare;
 pub mod config;
+pub mod distil;
 pub mod doctor;
 mod error;
 pub mod pairs;

@@ -69,7 +69,8 @@ pub(super) fn examine(
         });
         let others: Vec<bool> =
             virtues.iter().filter(|&&other| other != virtue).flat_map(|&v| outcomes(v)).collect();
-        let shares: Vec<f64> = others.iter().map(|&is_right| f64::from(u8::from(is_right))).collect();
+        let shares: Vec<f64> =
+            others.iter().map(|&is_right| f64::from(u8::from(is_right))).collect();
         let agreement = Agreement::at(outcomes(virtue), z);
         VirtueLine {
             virtue,
@@ -126,7 +127,10 @@ pub(super) fn markdown(lines: &[VirtueLine]) -> String {
             ]
         })
         .collect();
-    format!("A virtue at a time, on held-out pairs that differ in it alone:\n\n{}\n", stage::table(&heads, &rows))
+    format!(
+        "A virtue at a time, on held-out pairs that differ in it alone:\n\n{}\n",
+        stage::table(&heads, &rows)
+    )
 }
 
 /// Who may vote, as a calibration found it.
@@ -183,14 +187,17 @@ impl Ballot {
             );
             return Err(wrong("virtues", expected, "no line of it".to_owned()));
         }
-        let may_vote = |virtue: &Virtue| {
-            own.iter().any(|line| line.virtue == *virtue && line.may_vote)
-        };
+        let may_vote =
+            |virtue: &Virtue| own.iter().any(|line| line.virtue == *virtue && line.may_vote);
         let without_vote: Vec<Virtue> =
             virtues.iter().copied().filter(|virtue| !may_vote(virtue)).collect();
         if without_vote.len() == virtues.len() {
             let expected = "at least one virtue whose judge is above chance".to_owned();
-            return Err(wrong("virtues", expected, "none: teach the judge (`lessons`) or take another".to_owned()));
+            return Err(wrong(
+                "virtues",
+                expected,
+                "none: teach the judge (`lessons`) or take another".to_owned(),
+            ));
         }
         Ok(Self { judge, without_vote })
     }

@@ -71,7 +71,11 @@ impl Contrast {
                 2 => "2 with personas, which tell the two samples apart".to_owned(),
                 most => format!("2 to {most}"),
             };
-            return Err(Error::Setting { name: "samples_per_prompt", expected, got: n.to_string() });
+            return Err(Error::Setting {
+                name: "samples_per_prompt",
+                expected,
+                got: n.to_string(),
+            });
         }
         Ok(match config.personas {
             PersonaChoice::None => Self::Chance(n as u64),

@@ -11,9 +11,9 @@ use arete_records::{Aspect, FinishReason, Message, Role};
 
 use super::PreferencesConfig;
 use crate::config::Truncated;
+use crate::conversations::{self, MOST_SAMPLES};
 use crate::judge::{Pair, side_through};
 use crate::stage::percent;
-use crate::conversations::{self, MOST_SAMPLES};
 use crate::{Error, stage};
 
 /// The samples of a prompt, two at least.

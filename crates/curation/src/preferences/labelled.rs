@@ -152,8 +152,8 @@ fn read(files: &[PathBuf], aspect: Option<&str>, turns: &Turns) -> Result<Vec<Ro
     for path in files {
         let (mut n_unusable, n_before) = (0, rows.len());
         for pair in pairs::read(path)? {
-            let [better, worse] = [&pair.chosen, &pair.rejected]
-                .map(|side| prompts::tidied(side.messages.clone()));
+            let [better, worse] =
+                [&pair.chosen, &pair.rejected].map(|side| prompts::tidied(side.messages.clone()));
             let parts = pairs::part(&better, &worse).filter(|_| pair.is_whole());
             let Some((question, chosen, rejected)) = parts else {
                 n_unusable += 1;
@@ -255,8 +255,10 @@ mod tests {
         assert_eq!((n(&output, "respect", "validation"), n(&output, "respect", "test")), (51, 30));
         let output = dir.path().join("by-aspect");
         run(&labelled(By::Aspect, 20), &files, &output).unwrap();
-        let motivation: usize =
-            ["train", "validation", "test"].map(|split| n(&output, "motivation", split)).iter().sum();
+        let motivation: usize = ["train", "validation", "test"]
+            .map(|split| n(&output, "motivation", split))
+            .iter()
+            .sum();
         assert_eq!(motivation, 250);
         let rows: Vec<PreferenceRow> =
             parquet::read(output.join("consequence/train.parquet")).unwrap();
@@ -277,8 +279,10 @@ mod tests {
         let error = run(&labelled(By::Virtue, 1), &files, &dir.path().join("none")).unwrap_err();
         assert!(error.to_string().contains("60 name no virtue"), "{error}");
         let output = dir.path().join("motivation");
-        let config =
-            LabelledConfig { pairs_aspect: Some("motivation".to_owned()), ..labelled(By::Aspect, 1) };
+        let config = LabelledConfig {
+            pairs_aspect: Some("motivation".to_owned()),
+            ..labelled(By::Aspect, 1)
+        };
         run(&config, &files, &output).unwrap();
         assert!(output.join("motivation/train.parquet").is_file());
         let config = LabelledConfig { pairs_aspect: Some("end".to_owned()), ..config };
@@ -291,7 +295,8 @@ mod tests {
         let config = |flags: &[&str]| {
             let command =
                 PreferencesConfig::augment_args(clap::Command::new("t").no_binary_name(true));
-            PreferencesConfig::from_arg_matches(&command.try_get_matches_from(flags).unwrap()).unwrap()
+            PreferencesConfig::from_arg_matches(&command.try_get_matches_from(flags).unwrap())
+                .unwrap()
         };
         let file = virtue_pairs();
         let flags = ["--pairs", file.to_str().unwrap(), "--pairs-weight", "0.5"];
@@ -303,7 +308,10 @@ mod tests {
         // No more than there are.
         assert!(mixture.of(Aspect::MOTIVATION, 10_000, &config_half).len() < 250);
         let none = config(&["--pairs-weight", "0"]);
-        assert!(Mixture::read(&none, &Turns::default()).is_err_and(|e| e.to_string().contains("positive")));
+        assert!(
+            Mixture::read(&none, &Turns::default())
+                .is_err_and(|e| e.to_string().contains("positive"))
+        );
         let without = config(&[]);
         let mixture = Mixture::read(&without, &Turns::default()).unwrap();
         assert!(mixture.of(Aspect::ACTION, 40, &without).is_empty());

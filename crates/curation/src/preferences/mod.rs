@@ -3,6 +3,7 @@
 
 mod candidates;
 mod config;
+mod figures;
 pub mod labelled;
 mod pairing;
 
@@ -11,12 +12,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_chain::Constitution;
-use arete_chain::verdicts::Verdicts;
 use arete_records::rows::{JudgementRow, PreferenceRow};
 use arete_records::{Aspect, Split, Virtue, parquet};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use crate::Error;
 use crate::calibrate::Ballot;
@@ -26,13 +26,14 @@ use crate::engine::Engine;
 use crate::judge::Method;
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair};
-use crate::stage::{self, Command, Estimate, Place, Work, percent};
+use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::words::Words;
 use arete_chain::exemplars::{self, Use};
 use arete_stage::units::Units;
 
-use self::candidates::{Candidate, Candidates, Dropped, Samples, n_replies, samples_of};
+use self::candidates::{Candidate, Candidates, Dropped, Samples, samples_of};
 pub use self::config::{Pairing, PreferencesConfig, Ties};
+use self::figures::{summary, summary_table};
 use self::labelled::Mixture;
 
 /// The stage's name.
@@ -140,8 +141,7 @@ pub fn run(
     }
     let virtues = words.virtues();
     for &aspect in &candidates.aspects {
-        let (pairs, dropped) =
-            pairs_of(aspect, &candidates, &prompts, &rows, without_vote, config);
+        let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, without_vote, config);
         candidates.check(aspect, pairs.len(), config)?;
         let n_train = pairs.iter().filter(|(split, _)| *split == Split::Train).count();
         let mixed = mixture.of(aspect, n_train, config);
@@ -459,11 +459,7 @@ fn prefer(
 
 /// Writes one file a split. A split without pairs gets none: `datasets.load_dataset` refuses a
 /// directory that holds an empty one.
-fn write_splits(
-    output: &Path,
-    name: &str,
-    pairs: &[(Split, PreferenceRow)],
-) -> Result<(), Error> {
+fn write_splits(output: &Path, name: &str, pairs: &[(Split, PreferenceRow)]) -> Result<(), Error> {
     let dir = output.join(name);
     fs_err::create_dir_all(&dir)?;
     for split in Split::ALL {
@@ -476,76 +472,6 @@ fn write_splits(
         parquet::write(dir.join(format!("{}.parquet", split.name())), &rows)?;
     }
     Ok(())
-}
-
-/// The figures by which a judge's work on an aspect is known.
-fn summary(
-    aspect: Aspect,
-    judgements: &[JudgementRow],
-    virtues: &[Virtue],
-    pairs: &[(Split, PreferenceRow)],
-    dropped: &Dropped,
-    prompts: &[Samples],
-) -> Value {
-    let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
-    let n_judged = own.len() / virtues.len();
-    let n_cut: usize = prompts.iter().map(|samples| samples.n_cut(aspect)).sum();
-    let verdicts = Verdicts::of(own.iter().copied());
-    let mut votes = Map::new();
-    for virtue in virtues {
-        let of = |wanted: Option<i32>| {
-            own.iter().filter(|row| row.virtue == *virtue && row.vote == wanted).count()
-        };
-        let (zero, one, none) = (of(Some(0)), of(Some(1)), of(None));
-        votes.insert(
-            virtue.name().to_owned(),
-            json!({"sample_0": zero, "sample_1": one, "none": none}),
-        );
-    }
-    json!({
-        "pairs": pairs.len(), "judged": n_judged, "ties": dropped.ties,
-        "tie_percent": percent(dropped.ties, n_judged),
-        "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
-        "dropped_identical": dropped.identical, "truncated_replies": n_cut,
-        "truncated_percent": percent(n_cut, n_replies(prompts)),
-        "first_position_percent": percent(verdicts.first, verdicts.seen),
-        "swap_consistency_percent": percent(verdicts.consistent, verdicts.both),
-        "abstained": verdicts.abstained, "abstained_percent": percent(verdicts.abstained, own.len()),
-        "votes": votes,
-    })
-}
-
-/// The summary of every aspect as one table: a figure a row, an aspect a column.
-fn summary_table(counts: &Map<String, Value>, aspects: &[Aspect], virtues: &[Virtue]) -> String {
-    const FIGURES: [(&str, &str); 10] = [
-        ("pairs", "pairs"),
-        ("pairs judged", "judged"),
-        ("ties, %", "tie_percent"),
-        ("replies cut by the token limit, %", "truncated_percent"),
-        ("pairs left out for that", "dropped_truncated"),
-        ("pairs without a sentence to trim to", "dropped_untrimmable"),
-        ("pairs of equal samples", "dropped_identical"),
-        ("first-shown preferred, %", "first_position_percent"),
-        ("same verdict in both orders, %", "swap_consistency_percent"),
-        ("verdicts abstained, %", "abstained_percent"),
-    ];
-    let heads: Vec<&str> =
-        std::iter::once("").chain(aspects.iter().map(|aspect| aspect.name())).collect();
-    let row = |name: String, cell: &dyn Fn(&Value) -> String| {
-        let cells = aspects.iter().map(|aspect| cell(&counts[aspect.name()]));
-        std::iter::once(name).chain(cells).collect::<Vec<String>>()
-    };
-    let mut rows: Vec<Vec<String>> = FIGURES
-        .iter()
-        .map(|(name, key)| row((*name).to_owned(), &|figures| stage::cell(&figures[*key])))
-        .collect();
-    for virtue in virtues {
-        rows.push(row(format!("votes on {virtue}, sample 0 : 1 : none"), &|figures| {
-            let votes = &figures["votes"][virtue.name()];
-            format!("{} : {} : {}", votes["sample_0"], votes["sample_1"], votes["none"])
-        }));
-    }
-    stage::table(&heads, &rows)
 }
 
 #[cfg(test)]
