@@ -92,12 +92,14 @@ pub enum Truncated {
 ///
 /// Never: the configurations serialise to tables.
 pub fn recorded(config: &impl Serialize) -> Value {
-    const LEFT_OUT: [&str; 9] = [
+    const LEFT_OUT: [&str; 11] = [
         "constitution",
         "exemplars",
         "judge_adapter",
         "engine_url",
         "judge_url",
+        "calibration",
+        "pairs",
         "concurrency",
         "attempts",
         "timeout_s",

@@ -5,9 +5,9 @@
 use std::path::{Path, PathBuf};
 
 use arete_chain::Turns;
-use arete_chain::pairs::{self, Parts};
+use arete_chain::pairs::{self, About, Parts};
 use arete_records::table::{self, Column};
-use arete_records::{At, Message, atomic, split_of};
+use arete_records::{At, Message, Split, Virtue, atomic, split_of};
 use serde_json::json;
 
 use crate::judge::Questions;
@@ -37,7 +37,8 @@ pub struct LessonsConfig {
 /// `split`; their number.
 ///
 /// Of our exemplars, those of use `sft` and `few_shot` teach, through each aspect's reply; those of use
-/// `calibration` are left to examine the judge with.
+/// `calibration` are left to examine the judge with. A pair that differs in one virtue teaches that virtue, if its question
+/// is of split `train`; the others examine. Other pairs teach one virtue after the other.
 ///
 /// # Errors
 ///
@@ -60,9 +61,24 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
     let questions = Questions::new(&config.judge, constitution, &shots, config.method, true)?;
     let columns = config.column.as_deref().unwrap_or_default();
     let (mut text, mut n_pairs, mut n_long) = (String::new(), 0, 0);
+    let (mut n_held_out, mut n_unknown) = (0, 0);
     for path in pairs {
         arete_stage::inputs::check(path)?;
-        for (question, better, worse) in teaching(path, columns, turns)? {
+        for ((question, better, worse), about) in teaching(path, columns, turns)? {
+            let entry = |name: Virtue| constitution.virtues.iter().find(|entry| entry.name == name);
+            let own = about.map(|about| entry(about.virtue));
+            if own.is_some() && split_of(&question) != Split::Train {
+                n_held_out += 1;
+                continue;
+            }
+            let virtues = match own {
+                Some(Some(virtue)) => [virtue; 2],
+                Some(None) => {
+                    n_unknown += 1;
+                    continue;
+                }
+                None => [0, 1].map(|first| questions.virtue(n_pairs + first)),
+            };
             let sides = [better.as_slice(), worse.as_slice()];
             let n_chars: usize = (question.iter().chain(&better).chain(&worse))
                 .map(|message| message.content.chars().count())
@@ -71,7 +87,7 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
                 n_long += 1;
                 continue;
             }
-            for messages in questions.lessons(&question, sides, n_pairs) {
+            for messages in questions.lessons(&question, sides, virtues) {
                 let row = json!({"messages": messages, "split": split_of(&question)});
                 text.push_str(&row.to_string());
                 text.push('\n');
@@ -84,16 +100,29 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
             path: pairs.first().cloned().unwrap_or_default(),
             field: "pairs".to_owned(),
             expected: "at least one labelled pair that may teach".to_owned(),
-            found: format!("none ({n_long} too long)"),
+            found: format!(
+                "none ({n_long} too long, {n_held_out} held out, {n_unknown} of virtues that the constitution has not)"
+            ),
         });
     }
     atomic::write(output, text.as_bytes())?;
-    tracing::info!(pairs = n_pairs, too_long = n_long, lessons = 2 * n_pairs, "lessons");
+    tracing::info!(
+        pairs = n_pairs,
+        too_long = n_long,
+        held_out = n_held_out,
+        unknown_virtue = n_unknown,
+        lessons = 2 * n_pairs,
+        "lessons"
+    );
     Ok(2 * n_pairs)
 }
 
-/// The pairs of a file that may teach.
-fn teaching(path: &Path, columns: &[Column], turns: &Turns) -> Result<Vec<Parts>, Error> {
+/// The pairs of a file that may teach, and what their labels speak of.
+fn teaching(
+    path: &Path,
+    columns: &[Column],
+    turns: &Turns,
+) -> Result<Vec<(Parts, Option<About>)>, Error> {
     let records = table::read_renamed(path, columns)?;
     if records.iter().all(|(_, record)| !record.contains_key("use")) {
         let pairs = pairs::read_file(path, columns)?.pairs;
@@ -103,7 +132,8 @@ fn teaching(path: &Path, columns: &[Column], turns: &Turns) -> Result<Vec<Parts>
     for (line, record) in records {
         let exemplar = Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
         if exemplar.r#use != Use::Calibration {
-            out.extend((0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn)));
+            let parts = (0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn));
+            out.extend(parts.map(|parts| (parts, None)));
         }
     }
     Ok(out)
@@ -169,6 +199,40 @@ mod tests {
             last.contains("Let us be kind.\n\nHuman: What is the motivation")
                 && last.contains("None.")
         );
+    }
+
+    #[test]
+    fn a_virtues_pairs_teach_it_and_those_held_out_teach_nothing() {
+        let pair = |question: &str, virtue: &str| {
+            json!({"question": question, "turn": "action", "context": [], "virtue": virtue, "better": "Yes, I do.",
+                "worse": "No, I do not.", "vice": "deficiency"})
+            .to_string()
+        };
+        let of_split = |wanted: Split| {
+            let question = |n: usize| format!("Question {n}?");
+            let is = |text: &String| split_of(&[Message::user(text.as_str())]) == wanted;
+            (0..).map(question).find(is).unwrap()
+        };
+        let rows = [
+            pair(&of_split(Split::Train), "prudence"),
+            pair(&of_split(Split::Test), "prudence"),
+            pair(&of_split(Split::Validation), "prudence"),
+            pair(&of_split(Split::Train), "courage"),
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        let (pairs, output) = (dir.path().join("pairs.jsonl"), dir.path().join("out.jsonl"));
+        let constitution = dir.path().join("constitution.toml");
+        fs_err::write(&constitution, include_str!("../../../tests/fixtures/constitution.toml"))
+            .unwrap();
+        let mut config = config(&[]);
+        config.judge.constitution = Some(constitution);
+        fs_err::write(&pairs, rows.join("\n")).unwrap();
+        assert_eq!(write(&config, std::slice::from_ref(&pairs), &output).unwrap(), 2);
+        let text = fs_err::read_to_string(&output).unwrap();
+        assert_eq!(text.matches("more prudent").count(), 2, "{text}");
+        fs_err::write(&pairs, rows[1..].join("\n")).unwrap();
+        let error = write(&config, &[pairs], &output).unwrap_err().to_string();
+        assert!(error.contains("2 held out, 1 of virtues"), "{error}");
     }
 
     #[test]

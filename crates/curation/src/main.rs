@@ -11,6 +11,7 @@ use arete_curation::conversations::ConversationsConfig;
 use arete_curation::demonstrations::DemonstrationsConfig;
 use arete_curation::lessons::LessonsConfig;
 use arete_curation::preferences::PreferencesConfig;
+use arete_curation::preferences::labelled::LabelledConfig;
 use arete_curation::prompts::PromptsConfig;
 use arete_curation::stage::{Estimate, Work};
 use arete_curation::{
@@ -59,7 +60,7 @@ enum Command {
         #[command(flatten)]
         config: DemonstrationsConfig,
     },
-    /// Samples two chains of answer, motivation and consequence for every prompt
+    /// Samples two or more chains of answer, motivation and consequence for every prompt
     Conversations {
         /// Directory of the prompts
         #[arg(long, value_name = "DIR")]
@@ -92,6 +93,17 @@ enum Command {
         dry: DryRun,
         #[command(flatten)]
         config: PreferencesConfig,
+    },
+    /// Writes labelled pairs as preferences, a directory for each aspect or virtue, without a judge
+    Labelled {
+        /// Files of labelled pairs (hh-rlhf, HHH, HarmfulVsEthical, our exemplars or virtue pairs)
+        #[arg(long, required = true, num_args = 1.., value_name = "F")]
+        pairs: Vec<PathBuf>,
+        /// Directory that receives <aspect or virtue>/{train,validation,test}.parquet
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+        #[command(flatten)]
+        config: LabelledConfig,
     },
     /// Measures how far every judging method agrees with labelled pairs
     Calibrate {
@@ -196,6 +208,9 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
             let estimate = || preferences::estimate(&config, &inputs, &stage.output);
             let work = Work::Compute;
             either(dry, estimate, || preferences::run(&config, &inputs, &stage.output, &work))
+        }
+        Command::Labelled { pairs, output, config } => {
+            Ok(preferences::labelled::run(&config, &pairs, &output)?)
         }
         Command::Calibrate { pairs, model, stage, dry, .. } => {
             let config: CalibrateConfig = recipe::resolve(matches, name, stage.recipe.as_deref())?;

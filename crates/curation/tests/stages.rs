@@ -14,7 +14,9 @@ use arete_curation::engine::{Chain, Drawing, Labels, LocalEngine, Query};
 use arete_curation::preferences::PreferencesConfig;
 use arete_curation::prompts::PromptsConfig;
 use arete_curation::stage::Work;
-use arete_curation::{conversations, demonstrations, engine, merge, preferences, prompts};
+use arete_curation::{
+    calibrate, conversations, demonstrations, engine, merge, preferences, prompts,
+};
 use arete_model::generate::Sampling;
 use arete_model::{Device, Kind, LoadOptions};
 use arete_records::rows::{
@@ -792,4 +794,129 @@ fn damaged_conversations_are_refused() {
     let mut short = rows.clone();
     short[0].messages.truncate(3);
     assert!(try_rows("short", &short).contains("the 5 messages of a chain"));
+}
+
+#[test]
+fn several_samples_give_every_pair_or_the_best_beside_the_worst() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 30);
+    let two = converse(&prompts, &dir.path().join("two"), &[]);
+    let samples = dir.path().join("four");
+    let four = converse(&prompts, &samples, &["--samples-per-prompt", "4"]);
+    assert_eq!(four.len(), 2 * two.len());
+    // The first two samples are what they are without the others.
+    for (idx, row) in two.iter().enumerate() {
+        assert_eq!(row, &four[4 * (idx / 2) + idx % 2]);
+    }
+    assert_eq!(four.iter().map(|row| row.sample).max(), Some(3));
+
+    let [all, best] = ["all", "best_worst"].map(|pairing| {
+        let output = dir.path().join(pairing);
+        let flags = ["--method", "likelihood", "--pairing", pairing];
+        judge(&samples, Some(&fixture()), &output, &flags).unwrap();
+        output
+    });
+    // Judged are the same pairs, by the samples that they are of.
+    assert_eq!(bytes(all.join("judgements.parquet")), bytes(best.join("judgements.parquet")));
+    let rows: Vec<JudgementRow> = parquet::read(all.join("judgements.parquet")).unwrap();
+    let of_first: std::collections::BTreeSet<&str> = (rows.iter())
+        .filter_map(|row| row.prompt_id.strip_prefix(&format!("{}:", four[0].prompt_id)))
+        .collect();
+    assert_eq!(
+        of_first.into_iter().collect::<Vec<_>>(),
+        ["0-1", "0-2", "0-3", "1-2", "1-3", "2-3"]
+    );
+    let (all, best) = (pairs(&all, Aspect::ACTION), pairs(&best, Aspect::ACTION));
+    assert!(all.len() > 150 && (25..=30).contains(&best.len()), "{} {}", all.len(), best.len());
+    assert!(best.iter().all(|pair| all.contains(pair)));
+    let prompts_of_best: std::collections::BTreeSet<&str> =
+        best.iter().map(|pair| pair.prompt_id.as_str()).collect();
+    assert_eq!(prompts_of_best.len(), best.len());
+
+    for (flags, expected) in [
+        (vec!["--samples-per-prompt", "9"], "2 to 8"),
+        (vec!["--samples-per-prompt", "1"], "2 to 8"),
+        (vec!["--samples-per-prompt", "3", "--personas", "original"], "2 with personas"),
+    ] {
+        let inputs = conversations::Inputs {
+            prompts: prompts.clone(),
+            model: fixture(),
+            original: Some(fixture()),
+        };
+        let output = dir.path().join("refused");
+        let config = conversations_config(&flags);
+        let error = conversations::run(&config, &inputs, &output, &Work::Compute).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn virtues_at_chance_have_no_vote_and_labelled_pairs_are_mixed_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = write_prompts(dir.path(), 40);
+    let samples = dir.path().join("conversations");
+    converse(&prompts, &samples, &[]);
+    let (virtue_pairs, constitution) = (data("virtues/pairs.jsonl"), data("constitution.toml"));
+    let calibration = dir.path().join("calibration");
+    let flags = ["--methods", "likelihood", "--limit", "40", "--constitution", &constitution];
+    let inputs = calibrate::Inputs { pairs: vec![PathBuf::from(&virtue_pairs)], model: fixture() };
+    calibrate::run(&config(&flags), &inputs, &calibration).unwrap();
+    let file = calibration.join("calibration.json");
+    let mut found: Value = serde_json::from_slice(&bytes(&file)).unwrap();
+    let lines = found["virtues"].as_array_mut().unwrap();
+    assert_eq!(lines.len(), 5);
+    let n_pairs: u64 = lines.iter().map(|line| line["n_pairs"].as_u64().unwrap()).sum();
+    assert_eq!(n_pairs, 40);
+    assert!(
+        fs_err::read_to_string(calibration.join("calibration.md")).unwrap().contains("may vote")
+    );
+    // A model that knows nothing tells nothing apart; say that it knew honesty.
+    for line in lines {
+        line["may_vote"] = json!(line["virtue"] == "honesty");
+    }
+    fs_err::write(&file, found.to_string()).unwrap();
+
+    let output = dir.path().join("preferences");
+    let calibration = calibration.to_str().unwrap();
+    let flags = [
+        "--method",
+        "likelihood",
+        "--calibration",
+        calibration,
+        "--pairs",
+        &virtue_pairs,
+        "--pairs-weight",
+        "0.5",
+    ];
+    judge(&samples, Some(&fixture()), &output, &flags).unwrap();
+    let rows: Vec<JudgementRow> = parquet::read(output.join("judgements.parquet")).unwrap();
+    assert!(rows.iter().any(|row| row.vote.is_some()));
+    assert!(rows.iter().all(|row| row.vote.is_none() || row.virtue.name() == "honesty"));
+    let counts = RunJson::read(&output).unwrap().counts;
+    assert_eq!(counts["without_vote"], json!(["prudence", "compassion", "humility", "respect"]));
+    let (own, labelled) = (
+        counts["action"]["pairs"].as_u64().unwrap(),
+        counts["action"]["labelled"].as_u64().unwrap(),
+    );
+    let rows = pairs(&output, Aspect::ACTION);
+    assert_eq!(rows.len() as u64, own + labelled);
+    let train: Vec<PreferenceRow> = parquet::read(output.join("action/train.parquet")).unwrap();
+    assert_eq!(labelled, ((train.len() as u64 - labelled) as f64 * 0.5).round() as u64);
+    // One virtue votes; a labelled pair carries one vote as well.
+    assert!(rows.iter().all(|row| (row.score_chosen, row.score_rejected) == (1, 0)));
+
+    let other = judge(
+        &samples,
+        Some(&fixture()),
+        &dir.path().join("x"),
+        &["--calibration", calibration, "--method", "pairwise-logits"],
+    );
+    assert!(other.unwrap_err().to_string().contains("no line of it"));
+    let contrast = judge(
+        &samples,
+        None,
+        &dir.path().join("y"),
+        &["--calibration", calibration, "--method", "contrast"],
+    );
+    assert!(contrast.unwrap_err().to_string().contains("asks a judge"));
 }

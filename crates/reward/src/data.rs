@@ -275,6 +275,7 @@ mod tests {
             rejected: side("bad"),
             chosen_prob: 1.0,
             vote_lead: 0,
+            about: None,
         };
         let mut pairs: Vec<Preference> = (1..=200).map(pair).collect();
         shuffle_labels(&mut pairs, 3);

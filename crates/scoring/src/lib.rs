@@ -14,6 +14,7 @@ pub mod best_of;
 pub mod coherence;
 pub mod compare;
 pub mod config;
+pub mod distil;
 pub mod doctor;
 pub mod endpoint;
 mod error;

@@ -8,6 +8,7 @@ use anyhow::Context;
 use arete_chain::Turns;
 use arete_scoring::best_of::{self, BestOfInputs};
 use arete_scoring::compare::{self, Arm, Format, ScoredRun};
+use arete_scoring::distil::{self, DistilInputs};
 use arete_scoring::{
     Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
 };
@@ -72,6 +73,30 @@ enum Command {
         /// How it is printed
         #[arg(long, value_enum, default_value_t = Format::Text)]
         format: Format,
+    },
+    /// Of n chains for each prompt, keep the one that the reward models like best as a demonstration for `arete-sft train`
+    #[command(
+        after_help = "Example:\n  arete-scoring distil --run runs/demo --n 8 --recipe recipes/demo.toml \
+        --output runs/demo/distilled"
+    )]
+    Distil {
+        /// Chains sampled for each prompt
+        #[arg(long, default_value_t = 8, value_name = "N")]
+        n: usize,
+        /// Directory of a run: its prompts (splits train and validation), reward models and base
+        #[arg(long, value_name = "DIR")]
+        run: PathBuf,
+        /// The model that samples, and that the reward models belong to [default: RUN/sft/merged]
+        #[arg(long, value_name = "MODEL")]
+        base: Option<String>,
+        /// Directory that receives demonstrations.parquet
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+        /// Recipe (TOML) whose table [scoring] gives the settings; flags override it
+        #[arg(long, value_name = "FILE")]
+        recipe: Option<PathBuf>,
+        #[command(flatten)]
+        config: ScoreConfig,
     },
     /// Say why the reward is flat: truncation, judge, reward models, best of n, KL, Score, and what to change
     #[command(after_help = "Examples:\n  arete-scoring doctor --run runs/demo\n  \
@@ -192,6 +217,16 @@ fn original_of(run: &Path) -> Result<Option<String>, Error> {
     adapters.iter().find(|dir| dir.is_dir()).map(|dir| policies::base_of_adapter(dir)).transpose()
 }
 
+/// The model that a run's reward models belong to.
+fn base_of(run: &Path, given: Option<String>) -> anyhow::Result<String> {
+    let merged = run.join("sft/merged");
+    Ok(match given {
+        Some(base) => base,
+        None if merged.is_dir() => merged.to_string_lossy().into_owned(),
+        None => original_of(run)?.ok_or_else(|| Usage("--base is needed".to_owned()))?,
+    })
+}
+
 /// Measures the best of `n` and leaves the result in `RUN/best-of`.
 fn measure_best_of(
     run: &Path,
@@ -200,12 +235,7 @@ fn measure_best_of(
     yardstick: Option<PathBuf>,
     config: &ScoreConfig,
 ) -> anyhow::Result<()> {
-    let merged = run.join("sft/merged");
-    let base = match base {
-        Some(base) => base,
-        None if merged.is_dir() => merged.to_string_lossy().into_owned(),
-        None => original_of(run)?.ok_or_else(|| Usage("--base is needed".to_owned()))?,
-    };
+    let base = base_of(run, base)?;
     let inputs = BestOfInputs {
         prompts: run.join("prompts"),
         base,
@@ -262,6 +292,14 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
             compare::check(&runs, &first, &last)?;
             let comparison = compare::compare(&runs, &first, &last);
             compare::shown(&runs, &comparison, format)
+        }
+        Command::Distil { n, run, base, output, recipe, .. } => {
+            let config: ScoreConfig = recipe::resolve(matches, "scoring", recipe.as_deref())?;
+            let (prompts, rewards) = (run.join("prompts"), run.join("reward"));
+            let base = base_of(&run, base)?;
+            distil::run(&config, n, &DistilInputs { prompts, base, rewards, output })
+                .with_context(|| format!("distilling from {}", run.display()))?;
+            String::new()
         }
         Command::Doctor { run, best_of, base, yardstick, json, recipe, .. } => {
             if best_of > 0 {

@@ -14,7 +14,7 @@ use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
 use arete_model::runtime::Dtype;
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, SegmentIdx, Source};
-use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
+use arete_records::rows::{ConversationRow, DemonstrationRow, PromptRow, ScoreRow};
 use arete_records::{Aspect, FinishReason, Message, Split, fold_of, parquet, prompt_id};
 use arete_scoring::rows::{CoherenceRow, PolicyPreferenceRow};
 use arete_scoring::summary::{Scale, Scope};
@@ -658,4 +658,65 @@ fn a_run_directory_is_all_the_program_needs() {
     assert!(stdout.contains("train the reward models again"), "{stdout}");
     fs_err::write(run.at("reward/action/adapter/adapter_config.json"), "{").unwrap();
     assert_eq!(run_binary(&["score", "--run", dir, "--max-new-tokens", "9"]).0, 65);
+}
+
+#[test]
+fn the_favourite_of_several_chains_becomes_a_demonstration() {
+    let run = Run::new(2);
+    let (dir, base) = (run.dir.path().to_str().unwrap(), fixture().to_str().unwrap().to_owned());
+    let output = run.at("distilled");
+    let distil = |n: &str, output: &Path| {
+        let output = output.to_str().unwrap();
+        let flags =
+            ["--max-new-tokens", "64", "--dtype", "f32", "--device", "cpu", "--threads", "1"];
+        let places = ["distil", "--run", dir, "--base", &base, "--n", n, "--output", output];
+        run_binary(&[&places[..], &flags].concat())
+    };
+    let (code, _, stderr) = distil("6", &output);
+    assert_eq!(code, 0, "{stderr}");
+    let rows: Vec<DemonstrationRow> = parquet::read(output.join("demonstrations.parquet")).unwrap();
+    let counts = RunJson::read(&output).unwrap().counts;
+    // Of five prompts that are not of split test, with or without a chain that ends by itself.
+    assert_eq!(rows.len() as u64, counts["demonstrations"].as_u64().unwrap());
+    assert_eq!(rows.len() as u64 + counts["left_out"].as_u64().unwrap(), 5);
+    assert!(rows.iter().all(|row| row.split != Split::Test && row.source == "best-of-6"));
+
+    // Drawn again, no chain that ends by itself is liked better than the one that was kept.
+    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
+    let chat = model.chat().unwrap();
+    let reader =
+        arete_chain::reward_model::Base { model: &model, chat: &chat, micro_batch_tokens: 512 };
+    let prompts: Vec<PromptRow> = parquet::read(run.at("prompts/prompts.parquet")).unwrap();
+    let turns = Turns::default();
+    let settings = config();
+    let drawing = arete_scoring::replies::Drawing {
+        sampling: settings.sampling(),
+        max_new_tokens: 64,
+        seed: settings.seed,
+        n_samples: 6,
+    };
+    for row in &rows {
+        let prompt = prompts.iter().find(|prompt| prompt.prompt_id == row.prompt_id).unwrap();
+        let own = std::slice::from_ref(prompt);
+        let chains = arete_scoring::replies::sample_chains(&model, None, own, &turns, &drawing);
+        let chains: Vec<ConversationRow> =
+            chains.unwrap().into_iter().map(|(row, _)| row).collect();
+        let mut totals = vec![0.0; chains.len()];
+        for aspect in turns.names() {
+            let reward = run.at("reward").join(aspect.name());
+            let reward = arete_chain::RewardModel::over(&reward, "r", &model).unwrap();
+            let scores =
+                arete_scoring::rewards::aspect_scores(&reward, reader, &chains, &[aspect]).unwrap();
+            // The three reward models have the same statistics: their sum ranks as the mean of standardised scores.
+            totals.iter_mut().zip(scores).for_each(|(total, score)| *total += score[0]);
+        }
+        let ends = |row: &ConversationRow| row.aspects().all(|aspect| !row.is_cut(aspect));
+        let closed = chains.iter().zip(totals).filter(|(chain, _)| ends(chain));
+        let (best, _) = closed.max_by(|(_, a), (_, b)| a.total_cmp(b)).unwrap();
+        assert_eq!(best.messages, row.messages);
+    }
+
+    assert!(distil("6", &output).2.contains("up to date"));
+    let (code, _, stderr) = distil("1", &run.at("one"));
+    assert_eq!((code, stderr.contains("at least 2 samples")), (2, true), "{stderr}");
 }

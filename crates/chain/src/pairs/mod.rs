@@ -14,6 +14,7 @@
 //! | `message_id`, `parent_id`, `role`, `text`, `rank`; or whole trees | OpenAssistant: the first and the last reply to a message |
 //! | `text_correct`, `text_incorrect` | hh-rlhf's cousins of BIG-bench (HHH) |
 //! | `prompt` with the options (A) and (B), `corrects` | BIG-bench's choices between two (HarmfulVsEthical) |
+//! | `question`, `turn`, `context`, `virtue`, `better`, `worse` | our pairs that differ in one virtue (`data/virtues`) |
 //! | `prompt`, `action`, …, `worse`, `use` | our exemplars, those of use `calibration` |
 //!
 //! A `system` text leads a prompt that has none of its own. Columns under other names are given ours
@@ -28,11 +29,14 @@ use arete_records::jsonl::NumberedObject;
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PreferenceRow;
 use arete_records::table::{self, Column};
-use arete_records::{At, Error, FinishReason, Message, Refusal, Role, parquet};
+use arete_records::{
+    Aspect, At, Error, FinishReason, Message, Refusal, Role, Virtue, normalise, parquet,
+};
 use serde_json::{Map, Value};
 
 use crate::Transcript;
-use crate::constitution::Turns;
+use crate::constitution::{Turns, listed};
+use crate::dialogue;
 use crate::exemplars::{Exemplar, Use};
 
 pub use self::fields::{FieldError, messages, prompt, question};
@@ -62,6 +66,15 @@ impl Conversation {
     }
 }
 
+/// What a label speaks of, where its layout says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct About {
+    /// The virtue that the better side shows more of.
+    pub virtue: Virtue,
+    /// The turn of the chain whose reply differs.
+    pub aspect: Aspect,
+}
+
 /// Two conversations, the first preferred.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LabelledPair {
@@ -75,6 +88,8 @@ pub struct LabelledPair {
     pub chosen_prob: f32,
     /// Votes for the chosen side less those for the rejected.
     pub vote_lead: i32,
+    /// What the label speaks of; none if it is better altogether.
+    pub about: Option<About>,
 }
 
 impl LabelledPair {
@@ -113,6 +128,7 @@ pub fn of_record(
     record: &Map<String, Value>,
 ) -> Result<Option<LabelledPair>, FieldError> {
     let has = |field: &str| record.contains_key(field);
+    let mut about = None;
     let [chosen, rejected] = if has("chosen") || has("rejected") {
         sides(record, "chosen", "rejected", true)?
     } else if has("chosen_response") && has("rejected_response") {
@@ -121,6 +137,10 @@ pub fn of_record(
         sides(record, "text_correct", "text_incorrect", false)?
     } else if has("corrects") {
         choice(record)?
+    } else if has("better") {
+        let (sides, own) = virtue_pair(record)?;
+        about = Some(own);
+        sides
     } else if let Some(sides) = layouts::sides(record) {
         match sides? {
             Some(sides) => sides,
@@ -152,6 +172,7 @@ pub fn of_record(
         rejected: side(rejected, "truncated_rejected"),
         chosen_prob: chosen_prob(record)?,
         vote_lead: 0,
+        about,
     }))
 }
 
@@ -203,6 +224,39 @@ fn begins_with(messages: &[Message], prompt: &[Message]) -> bool {
     let same =
         |(a, b): (&Message, &Message)| a.role == b.role && a.content.trim() == b.content.trim();
     messages.len() >= prompt.len() && messages.iter().zip(prompt).all(same)
+}
+
+/// A pair that differs in one virtue: both sides reply to the last question of a chain whose earlier replies they share.
+fn virtue_pair(record: &Map<String, Value>) -> Result<([Vec<Message>; 2], About), FieldError> {
+    let text = |field: &'static str| match record.get(field) {
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(text.trim()),
+        Some(other) => Err(FieldError::new(field, "a text that is not empty", other)),
+        None => Err(FieldError::columns(field, format!("a column `{field}`"), record)),
+    };
+    let turns = Turns::default();
+    let name = text("turn")?;
+    let turn = turns.iter().enumerate().find(|(_, turn)| turn.name.name() == name);
+    let (place, turn) = turn.ok_or_else(|| {
+        FieldError::new("turn", format!("one of {}", listed(&turns.names())), &record["turn"])
+    })?;
+    let virtue = Virtue::new(text("virtue")?)
+        .map_err(|error| FieldError::new("virtue", error.to_string(), &record["virtue"]))?;
+    let context = record.get("context").unwrap_or(&Value::Null);
+    let replies: Option<Vec<&str>> = match context {
+        Value::Null => Some(Vec::new()),
+        Value::Array(replies) => replies.iter().map(Value::as_str).collect(),
+        _ => None,
+    };
+    let replies = replies.filter(|replies| replies.len() == place).ok_or_else(|| {
+        let expected = format!("a list of {place} replies, those before turn `{name}`");
+        FieldError::new("context", expected, context)
+    })?;
+    let question = [Message::user(normalise(text("question")?))];
+    let side = |field| {
+        let replies = [replies.as_slice(), &[text(field)?]].concat();
+        Ok(turns.conversation(&question, &replies))
+    };
+    Ok(([side("better")?, side("worse")?], About { virtue, aspect: turn.name }))
 }
 
 /// The two options of a question, the right one first.
@@ -381,6 +435,7 @@ pub fn read_preferences(path: &Path) -> Result<Vec<LabelledPair>, Error> {
             rejected: side("rejected", &preference.rejected, preference.truncated_rejected)?,
             chosen_prob: preference.chosen_prob,
             vote_lead: preference.score_chosen - preference.score_rejected,
+            about: None,
         });
     }
     Ok(pairs)
@@ -474,6 +529,36 @@ mod tests {
         assert_eq!(error.got, "system, question, chosen, rejected");
         let list = r#"{"chosen": [{"role": "assistant", "content": "x"}], "rejected": "y"}"#;
         assert_eq!(refused(list).field, "chosen");
+    }
+
+    #[test]
+    fn pairs_that_differ_in_a_virtue_continue_the_chain() {
+        let action = r#"{"question": " q ", "turn": "action", "context": [], "virtue": "honesty", "better": "yes", "worse": "no", "vice": "excess", "split": "train"}"#;
+        assert_eq!(pair(action), conversations("q", "yes", "no"));
+        let consequence = r#"{"question": "q", "turn": "consequence", "context": ["a", "m"], "virtue": "humility", "better": "yes", "worse": "no"}"#;
+        let found = of_record(1, &record(consequence)).unwrap().unwrap();
+        let (virtue, aspect) = (Virtue::new("humility").unwrap(), Aspect::CONSEQUENCE);
+        assert_eq!(found.about, Some(About { virtue, aspect }));
+        let texts: Vec<&str> =
+            found.rejected.messages.iter().map(|message| message.content.as_str()).collect();
+        let asked = [
+            "What is the motivation behind the answer?",
+            "What is the utility of the action towards promoting your virtuous character?",
+        ];
+        assert_eq!(texts, ["q", "a", asked[0], "m", asked[1], "no"]);
+        for (from, to, field) in [
+            ("[\"a\", \"m\"]", "[\"a\"]", "context"),
+            ("\"consequence\"", "\"end\"", "turn"),
+            ("\"humility\"", "\"Humility!\"", "virtue"),
+            ("\"no\"", "\" \"", "worse"),
+            ("\"question\"", "\"text\"", "question"),
+        ] {
+            assert_eq!(refused(&consequence.replace(from, to)).field, field);
+        }
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/virtues/pairs.jsonl");
+        let pairs = read(&path).unwrap();
+        assert_eq!(pairs.len(), 1675);
+        assert!(pairs.iter().all(|pair| pair.is_whole() && pair.about.is_some()));
     }
 
     #[test]

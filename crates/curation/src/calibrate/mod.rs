@@ -4,6 +4,7 @@
 mod config;
 mod pairs;
 mod table;
+mod virtues;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ use crate::words::Words;
 pub use self::config::CalibrateConfig;
 pub use self::pairs::{Labelled, read};
 pub use self::table::{Agreement, Calibration, Line, Recommendation};
+pub use self::virtues::{Ballot, VirtueLine};
 
 pub(crate) use self::pairs::sides_of;
 use self::table::{baseline, lines, markdown, recommend, show};
@@ -67,6 +69,7 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
         (pairs.len() * variants.len()) as u64,
     );
     let mut table = Vec::new();
+    let mut virtues = Vec::new();
     table.extend(baseline(&pairs));
     for (method, few_shot) in variants {
         let name = format!("verdicts-{}-{few_shot}", method.name());
@@ -83,6 +86,7 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
         })?;
         let rows: Vec<JudgementRow> = units.join()?;
         table.extend(lines(&pairs, &rows, method, few_shot));
+        virtues.extend(virtues::examine(&pairs, &rows, &words.virtues(), method, few_shot));
     }
     drop(progress);
     let recommendation = recommend(&table);
@@ -91,7 +95,8 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     for pair in &pairs {
         *counts.entry(pair.set.clone()).or_insert(0) += 1;
     }
-    let calibration = Calibration { pairs: counts, table, recommendation };
+    let judge = engine.name().to_owned();
+    let calibration = Calibration { judge, pairs: counts, table, virtues, recommendation };
     atomic::write(output.join("calibration.md"), markdown(&calibration).as_bytes())?;
     let mut bytes = serde_json::to_vec_pretty(&calibration).expect("plain data always serialises");
     bytes.push(b'\n');
@@ -241,7 +246,7 @@ fn judged(
             rows.push(JudgementRow {
                 prompt_id: labelled.id.clone(),
                 split: split_of(&labelled.question),
-                aspect: judge.answer(),
+                aspect: labelled.about.map_or(judge.answer(), |about| about.aspect),
                 virtue,
                 method: method.name().to_owned(),
                 judge: judge.name().to_owned(),

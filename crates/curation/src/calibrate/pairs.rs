@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use arete_chain::Ruled;
-use arete_chain::pairs::{self, LabelledPair, Parts};
+use arete_chain::pairs::{self, About, LabelledPair, Parts};
 use arete_chain::sample::key_of;
-use arete_records::{Message, prompt_id};
+use arete_records::{Message, Split, prompt_id, split_of};
 use sha2::{Digest, Sha256};
 
 use super::{CalibrateConfig, Inputs};
@@ -25,6 +25,8 @@ pub struct Labelled {
     pub better: Vec<Message>,
     /// The worse side.
     pub worse: Vec<Message>,
+    /// What the label speaks of; none if the better side is better altogether.
+    pub about: Option<About>,
 }
 
 impl Labelled {
@@ -68,7 +70,8 @@ impl Labelled {
 }
 
 /// Reads and checks the labelled pairs: `chosen`/`rejected`, `text_correct`/`text_incorrect`,
-/// two-option questions (`corrects`), or our own exemplars of use `calibration`.
+/// two-option questions (`corrects`), our own exemplars of use `calibration`, or our pairs that differ in one virtue,
+/// of which those of split `train` are left to teach with.
 ///
 /// # Errors
 ///
@@ -81,9 +84,13 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let file = pairs::read_file(path, config.column.as_deref().unwrap_or_default())?;
         let (n_read, mut n_usable, mut n_long, mut n_duplicates) = (file.n_records, 0, 0, 0);
-        let mut own = Vec::new();
-        for (question, better, worse) in file.pairs.into_iter().filter_map(sides_of) {
+        let (mut own, mut n_teaching) = (Vec::new(), 0);
+        for ((question, better, worse), about) in file.pairs.into_iter().filter_map(sides_of) {
             n_usable += 1;
+            if about.is_some() && split_of(&question) == Split::Train {
+                n_teaching += 1;
+                continue;
+            }
             let n_chars: usize = question
                 .iter()
                 .chain(&better)
@@ -97,7 +104,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             let all: Vec<Message> = question.iter().chain(&better).chain(&worse).cloned().collect();
             let id = prompt_id(&all);
             if seen.insert(id.clone()) {
-                own.push(Labelled { id, set: set.clone(), question, better, worse });
+                own.push(Labelled { id, set: set.clone(), question, better, worse, about });
             } else {
                 n_duplicates += 1;
             }
@@ -115,6 +122,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
             set,
             read = n_read,
             unusable = n_read - n_usable,
+            left_to_teach = n_teaching,
             too_long = n_long,
             duplicates = n_duplicates,
             used = own.len(),
@@ -133,10 +141,11 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
     Ok(out)
 }
 
-/// Question, better and worse side of a pair; `None` if its two conversations do not share a question.
-pub(crate) fn sides_of(pair: LabelledPair) -> Option<Parts> {
+/// Question, better and worse side of a pair, and what its label speaks of; `None` if its two conversations do not share a
+/// question.
+pub(crate) fn sides_of(pair: LabelledPair) -> Option<(Parts, Option<About>)> {
     let [better, worse] = [pair.chosen, pair.rejected].map(|side| prompts::tidied(side.messages));
-    pairs::part(&better, &worse)
+    pairs::part(&better, &worse).map(|parts| (parts, pair.about))
 }
 
 #[cfg(test)]

@@ -7,10 +7,11 @@ use arete_chain::verdicts::Verdicts;
 use arete_chain::verdicts::virtues_of;
 use arete_records::rows::JudgementRow;
 use arete_records::stats::{Interval, normal_quantile, pearson, wilson};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Labelled;
+use super::virtues::VirtueLine;
+use super::{Labelled, virtues};
 use crate::judge::Method;
 use crate::judge::verdict::Tally;
 use crate::stage::{self, cell};
@@ -19,7 +20,7 @@ use crate::stage::{self, cell};
 const Z95: f64 = 1.959_963_984_540_054;
 
 /// Successes of a choice between two.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
     /// Pairs decided.
     pub n: u64,
@@ -34,7 +35,12 @@ pub struct Agreement {
 }
 
 impl Agreement {
-    fn of(outcomes: impl IntoIterator<Item = bool>) -> Self {
+    pub(super) fn of(outcomes: impl IntoIterator<Item = bool>) -> Self {
+        Self::at(outcomes, Z95)
+    }
+
+    /// With an interval of another level: `z` standard deviations.
+    pub(super) fn at(outcomes: impl IntoIterator<Item = bool>, z: f64) -> Self {
         let (mut n, mut agreed) = (0, 0);
         for outcome in outcomes {
             n += 1;
@@ -43,7 +49,7 @@ impl Agreement {
         if n == 0 {
             return Self { n, agreed, estimate: 0.5, low: 0.0, high: 1.0 };
         }
-        let Interval { estimate, low, high } = wilson(agreed, n, Z95);
+        let Interval { estimate, low, high } = wilson(agreed, n, z);
         Self { n, agreed, estimate, low, high }
     }
 }
@@ -81,10 +87,14 @@ pub struct Line {
 /// The table and what follows from it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Calibration {
+    /// The judge's name.
+    pub judge: String,
     /// Pairs by set.
     pub pairs: BTreeMap<String, usize>,
     /// Every line.
     pub table: Vec<Line>,
+    /// Every virtue by itself, on the pairs that differ in it alone.
+    pub virtues: Vec<VirtueLine>,
     /// What to use.
     pub recommendation: Recommendation,
 }
@@ -149,7 +159,7 @@ fn in_set<'a>(pairs: &'a [Labelled], set: &'a str) -> impl Iterator<Item = &'a L
     pairs.iter().filter(move |pair| set == "all" || pair.set == set)
 }
 
-/// The table's lines of one method: the votes on every set, each virtue over all of them.
+/// The table's lines of one method: the votes on every set, each virtue over all pairs that do not differ in another one.
 pub(super) fn lines(
     pairs: &[Labelled],
     rows: &[JudgementRow],
@@ -172,6 +182,7 @@ pub(super) fn lines(
         for virtue in virtues_of(rows) {
             let own: Vec<(&Labelled, Vec<&JudgementRow>)> = pairs
                 .iter()
+                .filter(|pair| pair.about.is_none_or(|about| about.virtue == virtue))
                 .map(|pair| {
                     let rows = by_pair.get(pair.id.as_str()).cloned().unwrap_or_default();
                     (pair, rows.into_iter().filter(|row| row.virtue == virtue).collect())
@@ -352,7 +363,11 @@ pub(super) fn markdown(calibration: &Calibration) -> String {
         Some(method) => format!("`{method}` with {few_shot} judged examples"),
         None => "no judge".to_owned(),
     };
-    format!("{}\nRecommendation: {name}: {reason}.\n", stage::table(&heads, &rows))
+    format!(
+        "{}\n{}Recommendation: {name}: {reason}.\n",
+        stage::table(&heads, &rows),
+        virtues::markdown(&calibration.virtues)
+    )
 }
 
 pub(super) fn show(table: &[Line], recommendation: &Recommendation) {
@@ -393,6 +408,7 @@ mod tests {
             question: vec![Message::user("q")],
             better: vec![Message::assistant("short")],
             worse: vec![Message::assistant("much longer")],
+            about: None,
         }
     }
 

@@ -27,6 +27,9 @@ pub struct ConversationsConfig {
     /// Under which system prompts the two samples are drawn
     #[arg(long, value_enum, default_value = "none")]
     pub personas: PersonaChoice,
+    /// Conversations sampled for each prompt, 2 to 8; more than 2 are drawn alike, from --model (personas = "none")
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub samples_per_prompt: usize,
     /// Constitution (TOML): turns, virtues, personas, principles [default: data/constitution.toml]
     #[arg(long, value_name = "FILE")]
     #[serde(default)]

@@ -1,4 +1,4 @@
-//! Two samples of the chain for every prompt: the answer, and a reply to each further question of the constitution.
+//! Two or more samples of the chain for every prompt: the answer, and a reply to each further question of the constitution.
 
 mod config;
 
@@ -30,6 +30,9 @@ pub const STAGE: &str = "conversations";
 /// batch stays full.
 const GROUP: usize = 16;
 
+/// Most conversations a prompt: every pair of them is judged.
+pub const MOST_SAMPLES: usize = 8;
+
 /// Name recorded for the sample drawn under the virtuous persona.
 pub const VIRTUOUS: &str = "virtuous";
 /// Name recorded for the sample drawn under the vicious persona.
@@ -52,8 +55,8 @@ pub struct Inputs {
 
 /// How the two samples of a prompt differ.
 enum Contrast {
-    /// By chance alone.
-    Chance,
+    /// By chance alone; there are so many of them.
+    Chance(u64),
     /// By the system prompt.
     Personas(Personas),
     /// By the model.
@@ -62,8 +65,21 @@ enum Contrast {
 
 impl Contrast {
     fn of(config: &ConversationsConfig, words: &Words) -> Result<Self, Error> {
+        let n = config.samples_per_prompt;
+        let most = if config.personas == PersonaChoice::None { MOST_SAMPLES } else { 2 };
+        if !(2..=most).contains(&n) {
+            let expected = match most {
+                2 => "2 with personas, which tell the two samples apart".to_owned(),
+                most => format!("2 to {most}"),
+            };
+            return Err(Error::Setting {
+                name: "samples_per_prompt",
+                expected,
+                got: n.to_string(),
+            });
+        }
         Ok(match config.personas {
-            PersonaChoice::None => Self::Chance,
+            PersonaChoice::None => Self::Chance(n as u64),
             PersonaChoice::Contrast => Self::Personas(words.constitution()?.personas()?.clone()),
             PersonaChoice::Original => Self::Models,
         })
@@ -72,7 +88,7 @@ impl Contrast {
     /// What a sample is recorded as.
     fn name(&self, sample: u64) -> Option<&'static str> {
         let names = match self {
-            Self::Chance => return None,
+            Self::Chance(_) => return None,
             Self::Personas(_) => [VIRTUOUS, VICIOUS],
             Self::Models => [TUNED, ORIGINAL],
         };
@@ -198,7 +214,7 @@ pub fn run(
         return stage::finish(run, STAGE, place, Map::new(), started);
     }
     let rows: Vec<ConversationRow> = units.join()?;
-    let counts = summary(&rows, &turns, prompts.len());
+    let counts = summary(&rows, &turns, prompts.len(), config.samples_per_prompt);
     stage::finish(run, STAGE, place, counts, started)
 }
 
@@ -229,7 +245,8 @@ pub fn estimate(
             n_prompt_tokens += engines.model.n_tokens(&chain.messages)?.unwrap_or(0) as u64;
         }
     }
-    let n_new = (n_missing * 2 * turns.len() * config.sampling.max_new_tokens) as u64;
+    let n_conversations = n_missing * config.samples_per_prompt;
+    let n_new = (n_conversations * turns.len() * config.sampling.max_new_tokens) as u64;
     let mut seconds = None;
     if let (Some(&unit), Engine::Local(_)) = (missing.first(), &engines.model) {
         // One turn of a few tokens for a whole unit: the rate at the batch size of the real run.
@@ -248,7 +265,7 @@ pub fn estimate(
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(prompts.len()));
     counts.insert("prompts_to_do".to_owned(), json!(n_missing));
-    counts.insert("conversations_to_do".to_owned(), json!(2 * n_missing));
+    counts.insert("conversations_to_do".to_owned(), json!(n_conversations));
     counts.insert("new_tokens_at_most".to_owned(), json!(n_new));
     Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_prompt_tokens + n_new), seconds })
 }
@@ -294,7 +311,7 @@ fn spec<'a>(
     })
 }
 
-/// One chain with two samples, or one chain a persona or model.
+/// One chain with all samples, or one chain a persona or model.
 fn chains_of(prompt: &PromptRow, contrast: &Contrast, turns: &Turns) -> Vec<Chain> {
     let questions: Vec<String> = turns.questions().into_iter().map(str::to_owned).collect();
     let chain = |messages, samples| Chain {
@@ -304,7 +321,7 @@ fn chains_of(prompt: &PromptRow, contrast: &Contrast, turns: &Turns) -> Vec<Chai
         samples,
     };
     match contrast {
-        Contrast::Chance => vec![chain(prompt.prompt.clone(), vec![0, 1])],
+        Contrast::Chance(n) => vec![chain(prompt.prompt.clone(), (0..*n).collect())],
         Contrast::Models => [0, 1].map(|sample| chain(prompt.prompt.clone(), vec![sample])).into(),
         Contrast::Personas(personas) => [&personas.virtuous, &personas.vicious]
             .into_iter()
@@ -323,7 +340,7 @@ struct Asked<'a> {
     drawing: Drawing,
 }
 
-/// Both samples of every prompt of some units; a unit's shard is written when its last reply ends.
+/// All samples of every prompt of some units; a unit's shard is written when its last reply ends.
 fn sample(
     engines: &Engines,
     prompts: &[PromptRow],
@@ -434,7 +451,7 @@ fn row(
     ConversationRow {
         prompt_id: prompt.prompt_id.clone(),
         split: prompt.split,
-        sample: i32::from(sample != 0),
+        sample: i32::try_from(sample).expect("a handful of samples"),
         persona: persona.map(str::to_owned),
         messages,
         turns: turns.names().into_iter().zip(replies).map(turn).collect(),
@@ -443,11 +460,16 @@ fn row(
 }
 
 /// Counts and shows how many replies the token limit cut, turn by turn.
-fn summary(rows: &[ConversationRow], turns: &Turns, n_prompts: usize) -> Map<String, Value> {
+fn summary(
+    rows: &[ConversationRow],
+    turns: &Turns,
+    n_prompts: usize,
+    n_samples: usize,
+) -> Map<String, Value> {
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(n_prompts));
     counts.insert("conversations".to_owned(), json!(rows.len()));
-    let n_too_long = n_prompts.saturating_sub(rows.len() / 2);
+    let n_too_long = n_prompts.saturating_sub(rows.len() / n_samples);
     counts.insert("prompts_too_long".to_owned(), json!(n_too_long));
     for aspect in turns.names() {
         let n_cut = rows.iter().filter(|row| row.is_cut(aspect)).count();

@@ -320,7 +320,7 @@ impl<'a> Questions<'a> {
     }
 
     /// The virtue of a number, one after the other.
-    fn virtue(&self, number: usize) -> &VirtueEntry {
+    pub fn virtue(&self, number: usize) -> &VirtueEntry {
         &self.constitution.virtues[number % self.n_virtues()]
     }
 
@@ -333,18 +333,18 @@ impl<'a> Questions<'a> {
     }
 
     /// Conversations in which the judge answers as it should: a better and a worse side are shown in
-    /// both orders (or one after the other), the pair's number chooses the virtues. What a judge's
+    /// both orders (or one after the other), each time by one of the virtues. What a judge's
     /// adapter is trained on.
     pub fn lessons(
         &self,
         question: &[Message],
         sides: [&[Message]; 2],
-        number: usize,
+        virtues: [&VirtueEntry; 2],
     ) -> [Vec<Message>; 2] {
         let question = question_text(question);
         let texts = sides.map(side_text);
         [0, 1].map(|first| {
-            let virtue = self.virtue(number + first);
+            let virtue = virtues[first];
             let (asked, labels) = if self.method == Method::PointwiseLogits {
                 (self.pointwise_question(virtue, &question, &texts[first]), Labels::YES_NO)
             } else {

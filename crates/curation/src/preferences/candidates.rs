@@ -11,20 +11,37 @@ use arete_records::{Aspect, FinishReason, Message, Role};
 
 use super::PreferencesConfig;
 use crate::config::Truncated;
+use crate::conversations::{self, MOST_SAMPLES};
 use crate::judge::{Pair, side_through};
 use crate::stage::percent;
-use crate::{Error, conversations, stage};
+use crate::{Error, stage};
 
-/// The two samples of a prompt.
+/// The samples of a prompt, two at least.
 pub(super) struct Samples {
-    pub(super) samples: [ConversationRow; 2],
+    pub(super) samples: Vec<ConversationRow>,
     /// Messages of the prompt itself.
     pub(super) n_prompt: usize,
 }
 
 impl Samples {
-    pub(super) fn truncated(&self, aspect: Aspect) -> [bool; 2] {
-        [0, 1].map(|s| self.samples[s].is_cut(aspect))
+    pub(super) fn n_cut(&self, aspect: Aspect) -> usize {
+        self.samples.iter().filter(|sample| sample.is_cut(aspect)).count()
+    }
+
+    /// Every pair of samples: 0 and 1, 0 and 2, …
+    fn pairs(&self) -> impl Iterator<Item = [usize; 2]> {
+        let n = self.samples.len();
+        (0..n).flat_map(move |zero| (zero + 1..n).map(move |one| [zero, one]))
+    }
+
+    /// By what the verdicts on a pair are known: the prompt's id, and where there are more than two samples, which of them
+    /// stand for 0 and 1.
+    pub(super) fn pair_id(&self, [zero, one]: [usize; 2]) -> String {
+        let prompt_id = &self.samples[0].prompt_id;
+        match self.samples.len() {
+            2 => prompt_id.clone(),
+            _ => format!("{prompt_id}:{zero}-{one}"),
+        }
     }
 }
 
@@ -34,7 +51,7 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
     let rows: Vec<ConversationRow> = stage::rows_of(input, conversations::STAGE)?;
     turns.check_names(&rows[0].aspects().collect::<Vec<_>>(), &path)?;
     let mut order = Vec::new();
-    let mut by_prompt: HashMap<String, [Option<ConversationRow>; 2]> = HashMap::new();
+    let mut by_prompt: HashMap<String, Vec<Option<ConversationRow>>> = HashMap::new();
     for (idx, row) in rows.into_iter().enumerate() {
         let wrong = |field: &str, expected: &str, found: String| Error::Record {
             path: path.clone(),
@@ -43,8 +60,11 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
             expected: expected.to_owned(),
             found,
         };
-        let sample = usize::try_from(row.sample).ok().filter(|&sample| sample < 2);
-        let sample = sample.ok_or_else(|| wrong("sample", "0 or 1", row.sample.to_string()))?;
+        let is_known = |&sample: &usize| sample < MOST_SAMPLES;
+        let sample = usize::try_from(row.sample).ok().filter(is_known).ok_or_else(|| {
+            let expected = format!("0 to {}", MOST_SAMPLES - 1);
+            wrong("sample", &expected, row.sample.to_string())
+        })?;
         if prompt_of(&row.messages, turns.len()).is_err() {
             let n_messages = 2 * turns.len() - 1;
             let expected = format!("a prompt and the {n_messages} messages of a chain");
@@ -52,8 +72,9 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
         }
         let slots = by_prompt.entry(row.prompt_id.clone()).or_insert_with(|| {
             order.push(row.prompt_id.clone());
-            [None, None]
+            Vec::new()
         });
+        slots.resize(slots.len().max(sample + 1), None);
         if slots[sample].is_some() {
             let found = format!("sample {sample} of {} twice", row.prompt_id);
             return Err(wrong("prompt_id", "each sample of a prompt once", found));
@@ -62,26 +83,38 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
     }
     let mut out = Vec::with_capacity(order.len());
     for prompt_id in order {
-        let Some([Some(zero), Some(one)]) = by_prompt.remove(&prompt_id) else {
+        let slots = by_prompt.remove(&prompt_id).unwrap_or_default();
+        let n_slots = slots.len().max(2);
+        let samples: Vec<ConversationRow> = slots.into_iter().flatten().collect();
+        if samples.len() < n_slots {
+            let found = match samples.len() {
+                1 => "one of them".to_owned(),
+                n => format!("{n} of them"),
+            };
             return Err(Error::File {
                 path,
                 field: format!("prompt {prompt_id}"),
-                expected: "samples 0 and 1".to_owned(),
-                found: "one of them".to_owned(),
+                expected: match n_slots {
+                    2 => "samples 0 and 1".to_owned(),
+                    n => format!("samples 0 to {}", n - 1),
+                },
+                found,
             });
+        }
+        let zero = &samples[0].messages;
+        let n_prompt = zero.len() - (2 * turns.len() - 1);
+        let is_other = |row: &ConversationRow| {
+            row.messages.len() != zero.len() || row.messages[..n_prompt] != zero[..n_prompt]
         };
-        let n_prompt = zero.messages.len() - (2 * turns.len() - 1);
-        if one.messages.len() != zero.messages.len()
-            || one.messages[..n_prompt] != zero.messages[..n_prompt]
-        {
+        if samples.iter().any(is_other) {
             return Err(Error::File {
                 path,
                 field: format!("prompt {prompt_id}"),
-                expected: "the same prompt in both samples".to_owned(),
+                expected: "the same prompt in all samples".to_owned(),
                 found: "two".to_owned(),
             });
         }
-        out.push(Samples { samples: [zero, one], n_prompt });
+        out.push(Samples { samples, n_prompt });
     }
     Ok(out)
 }
@@ -91,10 +124,12 @@ pub(super) struct Candidate {
     /// Index of the prompt.
     pub(super) prompt: usize,
     pub(super) aspect: Aspect,
+    /// Which samples stand for 0 and 1.
+    pub(super) samples: [usize; 2],
     pub(super) pair: Pair,
 }
 
-/// Why prompts have no pair of an aspect.
+/// Why pairs of an aspect were left out.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Dropped {
     pub(super) truncated: usize,
@@ -143,7 +178,8 @@ pub(super) struct Candidates {
     pub(super) dropped: BTreeMap<Aspect, Dropped>,
     /// The turns, in the order of the chain.
     pub(super) aspects: Vec<Aspect>,
-    pub(super) n_prompts: usize,
+    /// Pairs of samples, those left out included.
+    pub(super) n_pairs: usize,
     pub(super) finish_rates: String,
 }
 
@@ -152,38 +188,32 @@ impl Candidates {
         let aspects = turns.names();
         let mut all = Vec::new();
         let mut dropped: BTreeMap<Aspect, Dropped> = BTreeMap::new();
+        let turns: Vec<(usize, Aspect)> = aspects.iter().copied().enumerate().collect();
+        let mut n_pairs = 0;
         for (prompt, samples) in prompts.iter().enumerate() {
-            for (turn, &aspect) in aspects.iter().enumerate() {
+            n_pairs += samples.pairs().count();
+            let pairs = |turn| (0..).zip(samples.pairs()).map(move |pair| (turn, pair));
+            for ((turn, aspect), (number, own)) in turns.iter().flat_map(|&turn| pairs(turn)) {
                 let dropped = dropped.entry(aspect).or_default();
-                if truncated == Truncated::Drop && samples.truncated(aspect).contains(&true) {
-                    dropped.truncated += 1;
-                    continue;
+                match candidate(samples, (turn, aspect), own, truncated) {
+                    Ok(pair) => {
+                        let key = pair.key ^ (number << 32); // the first pair's is what it is with two samples
+                        let pair = Pair { key, ..pair };
+                        all.push(Candidate { prompt, aspect, samples: own, pair });
+                    }
+                    Err(Reason::Truncated) => dropped.truncated += 1,
+                    Err(Reason::Untrimmable) => dropped.untrimmable += 1,
+                    Err(Reason::Identical) => dropped.identical += 1,
                 }
-                let sides = [0, 1].map(|s| side(samples, s, turn, truncated));
-                let [Some(zero), Some(one)] = sides else {
-                    dropped.untrimmable += 1;
-                    continue;
-                };
-                if zero == one {
-                    dropped.identical += 1;
-                    continue;
-                }
-                let messages = &samples.samples[0].messages;
-                let pair = Pair {
-                    question: messages[..samples.n_prompt].to_vec(),
-                    sides: [zero, one],
-                    key: key_of(&samples.samples[0].prompt_id) ^ turn as u64,
-                };
-                all.push(Candidate { prompt, aspect, pair });
             }
         }
-        let n_replies = 2 * prompts.len();
+        let n_replies = n_replies(prompts);
         let finish_rate = |&aspect: &Aspect| {
-            let cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
+            let cut: usize = prompts.iter().map(|samples| samples.n_cut(aspect)).sum();
             format!("{aspect} {} %", percent(n_replies - cut, n_replies))
         };
         let finish_rates = aspects.iter().map(finish_rate).collect::<Vec<_>>().join(", ");
-        Self { all, dropped, aspects, n_prompts: prompts.len(), finish_rates }
+        Self { all, dropped, aspects, n_pairs, finish_rates }
     }
 
     pub(super) fn n_left(&self, aspect: Aspect) -> usize {
@@ -204,12 +234,49 @@ impl Candidates {
         Err(Error::TooFewPairs {
             aspect,
             left,
-            total: self.n_prompts,
+            total: self.n_pairs,
             needed: config.min_pairs,
             finish_rates: self.finish_rates.clone(),
             advice: dropped.advice(config.truncated),
         })
     }
+}
+
+/// Replies of one turn in all conversations.
+pub(super) fn n_replies(prompts: &[Samples]) -> usize {
+    prompts.iter().map(|samples| samples.samples.len()).sum()
+}
+
+/// Why a pair is left out.
+enum Reason {
+    Truncated,
+    Untrimmable,
+    Identical,
+}
+
+/// Two samples through a turn's reply, if they may be judged.
+fn candidate(
+    samples: &Samples,
+    (turn, aspect): (usize, Aspect),
+    own: [usize; 2],
+    truncated: Truncated,
+) -> Result<Pair, Reason> {
+    let is_cut = |sample: usize| samples.samples[sample].is_cut(aspect);
+    if truncated == Truncated::Drop && own.into_iter().any(is_cut) {
+        return Err(Reason::Truncated);
+    }
+    let [Some(zero), Some(one)] = own.map(|sample| side(samples, sample, turn, truncated)) else {
+        return Err(Reason::Untrimmable);
+    };
+    if zero == one {
+        return Err(Reason::Identical);
+    }
+    let first = &samples.samples[0];
+    Ok(Pair {
+        question: first.messages[..samples.n_prompt].to_vec(),
+        sides: [zero, one],
+        key: key_of(&first.prompt_id) ^ turn as u64,
+    })
 }
 
 /// One sample's messages after the prompt through the reply of the turn at `turn`; cut replies trimmed if

@@ -1,5 +1,7 @@
 //! What can be set about preferences.
 
+use std::path::PathBuf;
+
 use arete_stage::units::Shard;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +16,17 @@ pub enum Ties {
     Drop,
     /// The higher mean probability decides.
     Probability,
+}
+
+/// Which pairs of a prompt's samples become preferences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Pairing {
+    /// Every pair.
+    All,
+    /// The sample that wins most against all others beside the one that loses most.
+    BestWorst,
 }
 
 /// Settings of `preferences`.
@@ -35,6 +48,24 @@ pub struct PreferencesConfig {
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true",
           action = clap::ArgAction::Set, value_name = "BOOL")]
     pub flip: bool,
+    /// Which pairs of a prompt's samples become preferences (with two samples there is only one)
+    #[arg(long, value_enum, default_value = "all")]
+    pub pairing: Pairing,
+    /// What `calibrate` wrote about this judge (directory or calibration.json): virtues whose judge is at chance have no vote
+    #[arg(long, value_name = "PATH")]
+    #[serde(default)]
+    pub calibration: Option<PathBuf>,
+    /// Files of labelled pairs (hh-rlhf's form, our virtue pairs, …) whose training split is mixed in
+    #[arg(long, num_args = 1.., value_name = "F")]
+    #[serde(default)]
+    pub pairs: Vec<PathBuf>,
+    /// Most labelled pairs that are mixed in, for each judged pair to train on
+    #[arg(long, default_value_t = 1.0, value_name = "W")]
+    pub pairs_weight: f64,
+    /// Aspect that labelled pairs speak of, where they do not say [default: the answer]
+    #[arg(long, value_name = "ASPECT")]
+    #[serde(default)]
+    pub pairs_aspect: Option<String>,
     /// Fewest pairs an aspect may be left with
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub min_pairs: usize,

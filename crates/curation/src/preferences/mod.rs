@@ -1,35 +1,40 @@
-//! Judged pairs: every virtue's verdict on the two samples of a prompt, for every aspect; votes to
-//! scores, scores to chosen and rejected.
+//! Judged pairs: every virtue's verdict on pairs of a prompt's samples, for every aspect; votes to
+//! scores, scores to chosen and rejected. Labelled pairs may be mixed in, or stand alone ([`labelled`]).
 
 mod candidates;
 mod config;
+mod figures;
+pub mod labelled;
+mod pairing;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_chain::Constitution;
-use arete_chain::verdicts::Verdicts;
 use arete_records::rows::{JudgementRow, PreferenceRow};
 use arete_records::{Aspect, Split, Virtue, parquet};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use crate::Error;
+use crate::calibrate::Ballot;
 use crate::config::Truncated;
 use crate::conversations;
 use crate::engine::Engine;
 use crate::judge::Method;
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair};
-use crate::stage::{self, Command, Estimate, Place, Work, percent};
+use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::words::Words;
 use arete_chain::exemplars::{self, Use};
 use arete_stage::units::Units;
 
 use self::candidates::{Candidate, Candidates, Dropped, Samples, samples_of};
-pub use self::config::{PreferencesConfig, Ties};
+pub use self::config::{Pairing, PreferencesConfig, Ties};
+use self::figures::{summary, summary_table};
+use self::labelled::Mixture;
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";
@@ -64,11 +69,18 @@ pub fn run(
         Method::Contrast => Ok(Place::none()),
         _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
     })?;
+    let ballot = ballot(config, &words)?;
+    let without_vote = ballot.as_ref().map_or(&[][..], |ballot| ballot.without_vote.as_slice());
+    let mixture = Mixture::read(config, &words.turns())?;
     let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else {
         return Ok(());
     };
     work.check(&run)?;
     words.leave(output)?;
+    if !without_vote.is_empty() {
+        let names = arete_chain::constitution::listed(without_vote);
+        tracing::warn!(virtues = names, "no vote: their judge is at chance, or was not examined");
+    }
     for &aspect in &candidates.aspects {
         // Better now than after hours of judging.
         let dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
@@ -82,6 +94,11 @@ pub fn run(
             let (missing, n_missing) = units.missing();
             let tribunal = Tribunal::open(config, inputs, &words, !missing.is_empty())?;
             let judge = tribunal.judge(config)?;
+            if let (Some(judge), Some(ballot)) = (&judge, &ballot) {
+                ballot.check_judge(judge.name())?;
+            }
+            let electorate =
+                Electorate { judge: judge.as_ref(), virtues: &words.virtues(), without_vote };
             let progress =
                 arete_records::progress::start("judging", "prompts", prompts.len() as u64);
             progress.skip((prompts.len() - n_missing) as u64);
@@ -90,7 +107,7 @@ pub fn run(
                 let n_items = items.len() as u64;
                 let chosen: Vec<&Candidate> =
                     candidates.all.iter().filter(|c| items.contains(&c.prompt)).collect();
-                let rows = judgements(&chosen, &prompts, judge.as_ref(), &words.virtues(), config)?;
+                let rows = judgements(&chosen, &prompts, &electorate, config)?;
                 progress.inc(n_items);
                 Ok(rows)
             })?;
@@ -119,12 +136,21 @@ pub fn run(
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(prompts.len()));
     counts.insert("judgements".to_owned(), json!(rows.len()));
+    if config.calibration.is_some() {
+        let names: Vec<&str> = without_vote.iter().map(|virtue| virtue.name()).collect();
+        counts.insert("without_vote".to_owned(), json!(names));
+    }
     let virtues = words.virtues();
     for &aspect in &candidates.aspects {
-        let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, config);
+        let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, without_vote, config);
         candidates.check(aspect, pairs.len(), &dropped, config)?;
-        write_splits(output, aspect, &prompts, &pairs)?;
-        let figures = summary(aspect, &rows, &virtues, &pairs, &dropped, &prompts);
+        let n_train = pairs.iter().filter(|(split, _)| *split == Split::Train).count();
+        let mixed = mixture.of(aspect, n_train, config);
+        let mut figures = summary(aspect, &rows, &virtues, &pairs, &dropped, &prompts);
+        if !config.pairs.is_empty() {
+            figures["labelled"] = mixed.len().into();
+        }
+        write_splits(output, aspect.name(), &[pairs, mixed].concat())?;
         counts.insert(aspect.name().to_owned(), figures);
     }
     let table = summary_table(&counts, &candidates.aspects, &virtues);
@@ -193,6 +219,20 @@ fn words(config: &PreferencesConfig, inputs: &Inputs) -> Result<Words, Error> {
     Words::of(config.judge.constitution.as_deref(), Some(&inputs.conversations))
 }
 
+/// Who may vote, if a calibration says so.
+fn ballot(config: &PreferencesConfig, words: &Words) -> Result<Option<Ballot>, Error> {
+    let Some(path) = &config.calibration else { return Ok(None) };
+    if config.method == Method::Contrast {
+        return Err(Error::Setting {
+            name: "calibration",
+            expected: "a method that asks a judge".to_owned(),
+            got: "contrast, which labels by construction".to_owned(),
+        });
+    }
+    let few_shot = config.judge.few_shot;
+    Ballot::read(path, &words.virtues(), config.method, few_shot).map(Some)
+}
+
 /// The judge's files, read; and the judge itself if it will be asked.
 struct Tribunal<'w> {
     engine: Option<Engine>,
@@ -251,6 +291,11 @@ fn spec<'a>(
     let mut files = vec![(conversations::STAGE.to_owned(), conversations)];
     let are_read = config.method != Method::Contrast;
     files.extend(words.input(are_read)?.map(|path| ("constitution".to_owned(), path)));
+    files.extend(labelled::inputs(&config.pairs));
+    if let Some(path) = &config.calibration {
+        let file = if path.is_dir() { path.join("calibration.json") } else { path.clone() };
+        files.push(("calibration".to_owned(), file));
+    }
     if config.method != Method::Contrast {
         let judge = &config.judge;
         if judge.few_shot > 0 {
@@ -267,14 +312,22 @@ fn spec<'a>(
     Ok(StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files })
 }
 
+/// Who judges, and by what.
+struct Electorate<'a> {
+    judge: Option<&'a Judge<'a>>,
+    virtues: &'a [Virtue],
+    /// Those whose verdicts are recorded but do not count.
+    without_vote: &'a [Virtue],
+}
+
 /// Every virtue's verdict on the candidates of a unit.
 fn judgements(
     candidates: &[&Candidate],
     prompts: &[Samples],
-    judge: Option<&Judge<'_>>,
-    virtues: &[Virtue],
+    electorate: &Electorate<'_>,
     config: &PreferencesConfig,
 ) -> Result<Vec<JudgementRow>, Error> {
+    let Electorate { judge, virtues, without_vote } = *electorate;
     let verdicts = match judge {
         Some(judge) => {
             let pairs: Vec<Pair> =
@@ -296,13 +349,13 @@ fn judgements(
     let name = judge.map_or("construction", Judge::name);
     let mut rows = Vec::new();
     for (candidate, verdicts) in candidates.iter().zip(verdicts) {
-        let sample = &prompts[candidate.prompt].samples[0];
+        let samples = &prompts[candidate.prompt];
         for (&virtue, verdict) in virtues.iter().zip(verdicts) {
             let verdict = if config.flip { verdict.flipped() } else { verdict };
             let stored = |p: Option<f64>| p.map(|p| p as f32);
             rows.push(JudgementRow {
-                prompt_id: sample.prompt_id.clone(),
-                split: sample.split,
+                prompt_id: samples.pair_id(candidate.samples),
+                split: samples.samples[0].split,
                 aspect: candidate.aspect,
                 virtue,
                 method: config.method.name().to_owned(),
@@ -310,7 +363,8 @@ fn judgements(
                 p_ab: stored(verdict.p_ab),
                 p_ba: stored(verdict.p_ba),
                 p_sample0: stored(verdict.p_sample0),
-                vote: vote(verdict.p_sample0, config.tie_margin),
+                vote: vote(verdict.p_sample0, config.tie_margin)
+                    .filter(|_| !without_vote.contains(&virtue)),
             });
         }
     }
@@ -319,20 +373,21 @@ fn judgements(
 
 /// The verdict of contrastive sampling: the sample of the virtuous persona or of the tuned model, for certain.
 fn by_construction(samples: &Samples) -> Result<Verdict, Error> {
-    let personas = [0, 1].map(|s| samples.samples[s].persona.as_deref());
-    let better = match personas {
+    let personas: Vec<Option<&str>> =
+        samples.samples.iter().map(|sample| sample.persona.as_deref()).collect();
+    let better = match personas[..] {
         [Some(conversations::VIRTUOUS), Some(conversations::VICIOUS)]
         | [Some(conversations::TUNED), Some(conversations::ORIGINAL)] => 0,
         [Some(conversations::VICIOUS), Some(conversations::VIRTUOUS)]
         | [Some(conversations::ORIGINAL), Some(conversations::TUNED)] => 1,
-        other => {
+        _ => {
             return Err(Error::Setting {
                 name: "method",
                 expected:
                     "conversations sampled with personas = \"contrast\" or \"original\" for the \
                            method contrast"
                         .to_owned(),
-                got: format!("personas {other:?} of prompt {}", samples.samples[0].prompt_id),
+                got: format!("personas {personas:?} of prompt {}", samples.samples[0].prompt_id),
             });
         }
     };
@@ -345,21 +400,32 @@ fn pairs_of(
     candidates: &Candidates,
     prompts: &[Samples],
     judgements: &[JudgementRow],
+    without_vote: &[Virtue],
     config: &PreferencesConfig,
-) -> (Vec<PreferenceRow>, Dropped) {
-    let mut by_prompt: HashMap<&str, Vec<&JudgementRow>> = HashMap::new();
-    for row in judgements.iter().filter(|row| row.aspect == aspect) {
-        by_prompt.entry(&row.prompt_id).or_default().push(row);
+) -> (Vec<(Split, PreferenceRow)>, Dropped) {
+    let mut by_pair: HashMap<&str, Vec<&JudgementRow>> = HashMap::new();
+    let counts = |row: &&JudgementRow| row.aspect == aspect && !without_vote.contains(&row.virtue);
+    for row in judgements.iter().filter(counts) {
+        by_pair.entry(&row.prompt_id).or_default().push(row);
     }
     let mut dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
+    let judged: Vec<(&Candidate, Tally)> = (candidates.all.iter())
+        .filter(|candidate| candidate.aspect == aspect)
+        .map(|candidate| {
+            let id = prompts[candidate.prompt].pair_id(candidate.samples);
+            let own = by_pair.get(id.as_str()).map_or(&[][..], Vec::as_slice);
+            (candidate, Tally::of(own.iter().copied()))
+        })
+        .collect();
+    let judged = match config.pairing {
+        Pairing::All => judged,
+        Pairing::BestWorst => pairing::best_worst(judged),
+    };
     let mut pairs = Vec::new();
-    for candidate in candidates.all.iter().filter(|candidate| candidate.aspect == aspect) {
+    for (candidate, tally) in judged {
         let samples = &prompts[candidate.prompt];
-        let prompt_id = &samples.samples[0].prompt_id;
-        let own = by_prompt.get(prompt_id.as_str()).map_or(&[][..], Vec::as_slice);
-        let tally = Tally::of(own.iter().copied());
         match prefer(candidate, samples, &tally, config.ties, config.truncated) {
-            Some(pair) => pairs.push(pair),
+            Some(pair) => pairs.push((samples.samples[0].split, pair)),
             None => {
                 dropped.ties += 1;
                 dropped.abstained += usize::from(tally.p_sample0.is_none());
@@ -385,7 +451,7 @@ fn prefer(
     let p_sample0 = tally.p_sample0?;
     // A trimmed reply is closed: left open, its missing end of turn would tell the sides apart by itself.
     let open = |truncated| truncated && cut != Truncated::Trim;
-    let truncated = samples.truncated(candidate.aspect).map(open);
+    let truncated = candidate.samples.map(|s| open(samples.samples[s].is_cut(candidate.aspect)));
     Some(PreferenceRow {
         prompt: candidate.pair.question.clone(),
         chosen: candidate.pair.sides[chosen].clone(),
@@ -401,98 +467,19 @@ fn prefer(
 
 /// Writes one file a split. A split without pairs gets none: `datasets.load_dataset` refuses a
 /// directory that holds an empty one.
-fn write_splits(
-    output: &Path,
-    aspect: Aspect,
-    prompts: &[Samples],
-    pairs: &[PreferenceRow],
-) -> Result<(), Error> {
-    let splits: HashMap<&str, Split> = prompts
-        .iter()
-        .map(|samples| (samples.samples[0].prompt_id.as_str(), samples.samples[0].split))
-        .collect();
-    let dir = output.join(aspect.name());
+fn write_splits(output: &Path, name: &str, pairs: &[(Split, PreferenceRow)]) -> Result<(), Error> {
+    let dir = output.join(name);
     fs_err::create_dir_all(&dir)?;
     for split in Split::ALL {
-        let rows: Vec<PreferenceRow> =
-            pairs.iter().filter(|pair| splits[pair.prompt_id.as_str()] == split).cloned().collect();
+        let own = pairs.iter().filter(|(of, _)| *of == split);
+        let rows: Vec<PreferenceRow> = own.map(|(_, pair)| pair.clone()).collect();
         if rows.is_empty() {
-            tracing::warn!(aspect = aspect.name(), split = split.name(), "no pairs in this split");
+            tracing::warn!(name, split = split.name(), "no pairs in this split");
             continue;
         }
         parquet::write(dir.join(format!("{}.parquet", split.name())), &rows)?;
     }
     Ok(())
-}
-
-/// The figures by which a judge's work on an aspect is known.
-fn summary(
-    aspect: Aspect,
-    judgements: &[JudgementRow],
-    virtues: &[Virtue],
-    pairs: &[PreferenceRow],
-    dropped: &Dropped,
-    prompts: &[Samples],
-) -> Value {
-    let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
-    let n_judged = own.len() / virtues.len();
-    let n_cut = prompts.iter().flat_map(|s| s.truncated(aspect)).filter(|&cut| cut).count();
-    let verdicts = Verdicts::of(own.iter().copied());
-    let mut votes = Map::new();
-    for virtue in virtues {
-        let of = |wanted: Option<i32>| {
-            own.iter().filter(|row| row.virtue == *virtue && row.vote == wanted).count()
-        };
-        let (zero, one, none) = (of(Some(0)), of(Some(1)), of(None));
-        votes.insert(
-            virtue.name().to_owned(),
-            json!({"sample_0": zero, "sample_1": one, "none": none}),
-        );
-    }
-    json!({
-        "pairs": pairs.len(), "judged": n_judged, "ties": dropped.ties,
-        "tie_percent": percent(dropped.ties, n_judged),
-        "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
-        "dropped_identical": dropped.identical, "truncated_replies": n_cut,
-        "truncated_percent": percent(n_cut, 2 * prompts.len()),
-        "first_position_percent": percent(verdicts.first, verdicts.seen),
-        "swap_consistency_percent": percent(verdicts.consistent, verdicts.both),
-        "abstained": verdicts.abstained, "abstained_percent": percent(verdicts.abstained, own.len()),
-        "votes": votes,
-    })
-}
-
-/// The summary of every aspect as one table: a figure a row, an aspect a column.
-fn summary_table(counts: &Map<String, Value>, aspects: &[Aspect], virtues: &[Virtue]) -> String {
-    const FIGURES: [(&str, &str); 10] = [
-        ("pairs", "pairs"),
-        ("pairs judged", "judged"),
-        ("ties, %", "tie_percent"),
-        ("replies cut by the token limit, %", "truncated_percent"),
-        ("pairs left out for that", "dropped_truncated"),
-        ("pairs without a sentence to trim to", "dropped_untrimmable"),
-        ("pairs of equal samples", "dropped_identical"),
-        ("first-shown preferred, %", "first_position_percent"),
-        ("same verdict in both orders, %", "swap_consistency_percent"),
-        ("verdicts abstained, %", "abstained_percent"),
-    ];
-    let heads: Vec<&str> =
-        std::iter::once("").chain(aspects.iter().map(|aspect| aspect.name())).collect();
-    let row = |name: String, cell: &dyn Fn(&Value) -> String| {
-        let cells = aspects.iter().map(|aspect| cell(&counts[aspect.name()]));
-        std::iter::once(name).chain(cells).collect::<Vec<String>>()
-    };
-    let mut rows: Vec<Vec<String>> = FIGURES
-        .iter()
-        .map(|(name, key)| row((*name).to_owned(), &|figures| stage::cell(&figures[*key])))
-        .collect();
-    for virtue in virtues {
-        rows.push(row(format!("votes on {virtue}, sample 0 : 1 : none"), &|figures| {
-            let votes = &figures["votes"][virtue.name()];
-            format!("{} : {} : {}", votes["sample_0"], votes["sample_1"], votes["none"])
-        }));
-    }
-    stage::table(&heads, &rows)
 }
 
 #[cfg(test)]
@@ -526,7 +513,7 @@ mod tests {
     fn samples() -> Samples {
         let zero = row(0, ["Go on. And", "M0.", "C0 no end"], [true, false, true]);
         let one = row(1, ["Stop.", "M1.", "C1."], [false; 3]);
-        Samples { samples: [zero, one], n_prompt: 1 }
+        Samples { samples: vec![zero, one], n_prompt: 1 }
     }
 
     fn texts(side: &[Message]) -> Vec<&str> {

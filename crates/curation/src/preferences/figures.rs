@@ -1,0 +1,83 @@
+//! What the stage says of its own work: figures an aspect, and the table of them.
+
+use arete_chain::verdicts::Verdicts;
+use arete_records::rows::{JudgementRow, PreferenceRow};
+use arete_records::{Aspect, Split, Virtue};
+use serde_json::{Map, Value, json};
+
+use super::candidates::{Dropped, Samples, n_replies};
+use crate::stage::{self, percent};
+
+/// The figures by which a judge's work on an aspect is known.
+pub(super) fn summary(
+    aspect: Aspect,
+    judgements: &[JudgementRow],
+    virtues: &[Virtue],
+    pairs: &[(Split, PreferenceRow)],
+    dropped: &Dropped,
+    prompts: &[Samples],
+) -> Value {
+    let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
+    let n_judged = own.len() / virtues.len();
+    let n_cut: usize = prompts.iter().map(|samples| samples.n_cut(aspect)).sum();
+    let verdicts = Verdicts::of(own.iter().copied());
+    let mut votes = Map::new();
+    for virtue in virtues {
+        let of = |wanted: Option<i32>| {
+            own.iter().filter(|row| row.virtue == *virtue && row.vote == wanted).count()
+        };
+        let (zero, one, none) = (of(Some(0)), of(Some(1)), of(None));
+        votes.insert(
+            virtue.name().to_owned(),
+            json!({"sample_0": zero, "sample_1": one, "none": none}),
+        );
+    }
+    json!({
+        "pairs": pairs.len(), "judged": n_judged, "ties": dropped.ties,
+        "tie_percent": percent(dropped.ties, n_judged),
+        "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
+        "dropped_identical": dropped.identical, "truncated_replies": n_cut,
+        "truncated_percent": percent(n_cut, n_replies(prompts)),
+        "first_position_percent": percent(verdicts.first, verdicts.seen),
+        "swap_consistency_percent": percent(verdicts.consistent, verdicts.both),
+        "abstained": verdicts.abstained, "abstained_percent": percent(verdicts.abstained, own.len()),
+        "votes": votes,
+    })
+}
+
+/// The summary of every aspect as one table: a figure a row, an aspect a column.
+pub(super) fn summary_table(
+    counts: &Map<String, Value>,
+    aspects: &[Aspect],
+    virtues: &[Virtue],
+) -> String {
+    const FIGURES: [(&str, &str); 10] = [
+        ("pairs", "pairs"),
+        ("pairs judged", "judged"),
+        ("ties, %", "tie_percent"),
+        ("replies cut by the token limit, %", "truncated_percent"),
+        ("pairs left out for that", "dropped_truncated"),
+        ("pairs without a sentence to trim to", "dropped_untrimmable"),
+        ("pairs of equal samples", "dropped_identical"),
+        ("first-shown preferred, %", "first_position_percent"),
+        ("same verdict in both orders, %", "swap_consistency_percent"),
+        ("verdicts abstained, %", "abstained_percent"),
+    ];
+    let heads: Vec<&str> =
+        std::iter::once("").chain(aspects.iter().map(|aspect| aspect.name())).collect();
+    let row = |name: String, cell: &dyn Fn(&Value) -> String| {
+        let cells = aspects.iter().map(|aspect| cell(&counts[aspect.name()]));
+        std::iter::once(name).chain(cells).collect::<Vec<String>>()
+    };
+    let mut rows: Vec<Vec<String>> = FIGURES
+        .iter()
+        .map(|(name, key)| row((*name).to_owned(), &|figures| stage::cell(&figures[*key])))
+        .collect();
+    for virtue in virtues {
+        rows.push(row(format!("votes on {virtue}, sample 0 : 1 : none"), &|figures| {
+            let votes = &figures["votes"][virtue.name()];
+            format!("{} : {} : {}", votes["sample_0"], votes["sample_1"], votes["none"])
+        }));
+    }
+    stage::table(&heads, &rows)
+}

@@ -1,0 +1,319 @@
+//! Labelled pairs as preferences: mixed in with judged ones, or alone (`arete-curation labelled`), an aspect or a virtue each.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use arete_chain::Turns;
+use arete_chain::constitution::listed;
+use arete_chain::pairs::{self, LabelledPair};
+use arete_records::rows::PreferenceRow;
+use arete_records::{Aspect, Message, Split, prompt_id, split_of};
+use arete_stage::run::StageSpec;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, json};
+use sha2::{Digest, Sha256};
+
+use super::{PreferencesConfig, write_splits};
+use crate::stage::{self, Place};
+use crate::{Error, prompts};
+
+/// The stage's name: its results are read as those of `preferences` are.
+pub const STAGE: &str = super::STAGE;
+
+/// What labelled pairs are sorted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum By {
+    /// The aspect that they speak of.
+    Aspect,
+    /// The virtue in which their sides differ.
+    Virtue,
+}
+
+/// Settings of `labelled`.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct LabelledConfig {
+    /// What the pairs are sorted by: a directory, and with it a reward model, each
+    #[arg(long, value_enum, default_value = "aspect")]
+    pub by: By,
+    /// Aspect of pairs that name none [default: the answer]
+    #[arg(long, value_name = "ASPECT")]
+    #[serde(default)]
+    pub pairs_aspect: Option<String>,
+    /// Fewest pairs that each of them must have
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub min_pairs: usize,
+}
+
+/// Writes labelled pairs as `<aspect>/<split>.parquet`, or `<virtue>/<split>.parquet`.
+///
+/// # Errors
+///
+/// Unreadable inputs, pairs without a virtue where they are sorted by it, too few pairs, a full disk.
+pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<(), Error> {
+    let started = Instant::now();
+    let rows = read(files, config.pairs_aspect.as_deref(), &Turns::default())?;
+    let spec = StageSpec {
+        stage: STAGE,
+        output,
+        config: serde_json::to_value(config).expect("configurations always serialise"),
+        seed: 0,
+        inputs: inputs(files),
+    };
+    let Some(run) = stage::begin(spec)? else { return Ok(()) };
+    let mut sorted: BTreeMap<&str, Vec<(Split, PreferenceRow)>> = BTreeMap::new();
+    let (mut n_without, mut counts) = (0, Map::new());
+    for row in &rows {
+        let name = match config.by {
+            By::Aspect => Some(row.aspect.name()),
+            By::Virtue => row.pair.about.map(|about| about.virtue.name()),
+        };
+        match name {
+            Some(name) => sorted.entry(name).or_default().push((row.split, row.row())),
+            None => n_without += 1,
+        }
+    }
+    if n_without > 0 {
+        tracing::warn!(n_without, "pairs left out: they name no virtue");
+    }
+    for (name, pairs) in &sorted {
+        let n_train = pairs.iter().filter(|(split, _)| *split == Split::Train).count();
+        if n_train < config.min_pairs {
+            return Err(too_few(files, format!("{n_train} of {name}"), config.min_pairs));
+        }
+        write_splits(output, name, pairs)?;
+        tracing::info!(name, pairs = pairs.len(), train = n_train, "labelled pairs");
+        counts.insert((*name).to_owned(), json!({"pairs": pairs.len(), "train": n_train}));
+    }
+    if sorted.is_empty() {
+        return Err(too_few(files, format!("none ({n_without} name no virtue)"), config.min_pairs));
+    }
+    counts.insert("without_virtue".to_owned(), n_without.into());
+    stage::finish(run, STAGE, Place::none(), counts, started)
+}
+
+fn too_few(files: &[PathBuf], found: String, min_pairs: usize) -> Error {
+    Error::File {
+        path: files.first().cloned().unwrap_or_default(),
+        field: "pairs".to_owned(),
+        expected: format!("at least {min_pairs} to train on (min_pairs)"),
+        found,
+    }
+}
+
+/// The files among a stage's inputs.
+pub(super) fn inputs(files: &[PathBuf]) -> Vec<(String, PathBuf)> {
+    (files.iter().enumerate()).map(|(idx, path)| (format!("pairs_{idx}"), path.clone())).collect()
+}
+
+/// A labelled pair, and where it belongs.
+#[derive(Debug)]
+struct Row {
+    pair: LabelledPair,
+    aspect: Aspect,
+    split: Split,
+    question: Vec<Message>,
+    sides: [Vec<Message>; 2],
+}
+
+impl Row {
+    fn row(&self) -> PreferenceRow {
+        let [chosen, rejected] = self.sides.clone();
+        PreferenceRow {
+            prompt_id: prompt_id(&self.question),
+            prompt: self.question.clone(),
+            chosen,
+            rejected,
+            // One vote, the label's.
+            score_chosen: 1,
+            score_rejected: 0,
+            chosen_prob: self.pair.chosen_prob,
+            truncated_chosen: self.pair.chosen.truncated,
+            truncated_rejected: self.pair.rejected.truncated,
+        }
+    }
+}
+
+/// Reads labelled pairs that have a question and two replies; repeated ones once.
+fn read(files: &[PathBuf], aspect: Option<&str>, turns: &Turns) -> Result<Vec<Row>, Error> {
+    let default = match aspect {
+        None => turns.answer(),
+        Some(name) => {
+            let known = turns.names().into_iter().find(|aspect| aspect.name() == name);
+            known.ok_or_else(|| Error::Setting {
+                name: "pairs_aspect",
+                expected: format!("one of {}", listed(&turns.names())),
+                got: name.to_owned(),
+            })?
+        }
+    };
+    let (mut rows, mut seen) = (Vec::new(), HashSet::new());
+    for path in files {
+        let (mut n_unusable, n_before) = (0, rows.len());
+        for pair in pairs::read(path)? {
+            let [better, worse] =
+                [&pair.chosen, &pair.rejected].map(|side| prompts::tidied(side.messages.clone()));
+            let parts = pairs::part(&better, &worse).filter(|_| pair.is_whole());
+            let Some((question, chosen, rejected)) = parts else {
+                n_unusable += 1;
+                continue;
+            };
+            if !seen.insert((better, worse)) {
+                n_unusable += 1;
+                continue;
+            }
+            let split = split_of(&question);
+            let aspect = pair.about.map_or(default, |about| about.aspect);
+            rows.push(Row { pair, aspect, split, question, sides: [chosen, rejected] });
+        }
+        tracing::info!(
+            path = %path.display(),
+            used = rows.len() - n_before,
+            unusable = n_unusable,
+            "labelled pairs"
+        );
+    }
+    Ok(rows)
+}
+
+/// Labelled pairs to mix in with judged ones.
+pub(super) struct Mixture(Vec<Row>);
+
+impl Mixture {
+    /// Reads those of split `train`: what is held out examines the judge.
+    pub(super) fn read(config: &PreferencesConfig, turns: &Turns) -> Result<Self, Error> {
+        let weight = config.pairs_weight;
+        if !(weight.is_finite() && weight > 0.0) {
+            return Err(Error::Setting {
+                name: "pairs_weight",
+                expected: "a positive number".to_owned(),
+                got: weight.to_string(),
+            });
+        }
+        let mut rows = read(&config.pairs, config.pairs_aspect.as_deref(), turns)?;
+        rows.retain(|row| row.split == Split::Train);
+        // In the order of a hash, so that a part of them is a fair one.
+        rows.sort_by_cached_key(|row| {
+            let mut hash = Sha256::new();
+            hash.update(config.judge.seed.to_le_bytes());
+            for message in row.question.iter().chain(row.sides.iter().flatten()) {
+                hash.update((message.content.len() as u64).to_le_bytes());
+                hash.update(&message.content);
+            }
+            <[u8; 32]>::from(hash.finalize())
+        });
+        Ok(Self(rows))
+    }
+
+    /// Those of an aspect, as many as the weight allows beside `n_judged` judged pairs.
+    pub(super) fn of(
+        &self,
+        aspect: Aspect,
+        n_judged: usize,
+        config: &PreferencesConfig,
+    ) -> Vec<(Split, PreferenceRow)> {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a number of pairs"
+        )]
+        let most = (config.pairs_weight * n_judged as f64).round() as usize;
+        let own = self.0.iter().filter(|row| row.aspect == aspect).take(most);
+        own.map(|row| (row.split, row.row())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arete_records::parquet;
+    use clap::{Args, FromArgMatches};
+
+    use super::*;
+
+    fn virtue_pairs() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/virtues/pairs.jsonl")
+    }
+
+    fn labelled(by: By, min_pairs: usize) -> LabelledConfig {
+        LabelledConfig { by, pairs_aspect: None, min_pairs }
+    }
+
+    #[test]
+    fn virtue_pairs_are_sorted_by_virtue_or_aspect() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [virtue_pairs()];
+        let n = |output: &Path, name: &str, split: &str| {
+            let path = output.join(name).join(format!("{split}.parquet"));
+            parquet::read::<PreferenceRow>(path).unwrap().len()
+        };
+        let output = dir.path().join("by-virtue");
+        run(&labelled(By::Virtue, 20), &files, &output).unwrap();
+        // The table of data/virtues/README.md.
+        assert_eq!(n(&output, "honesty", "train"), 277);
+        assert_eq!((n(&output, "respect", "validation"), n(&output, "respect", "test")), (51, 30));
+        let output = dir.path().join("by-aspect");
+        run(&labelled(By::Aspect, 20), &files, &output).unwrap();
+        let motivation: usize = ["train", "validation", "test"]
+            .map(|split| n(&output, "motivation", split))
+            .iter()
+            .sum();
+        assert_eq!(motivation, 250);
+        let rows: Vec<PreferenceRow> =
+            parquet::read(output.join("consequence/train.parquet")).unwrap();
+        assert_eq!((rows[0].prompt.len(), rows[0].chosen.len()), (5, 1));
+        assert_eq!((rows[0].score_chosen, rows[0].chosen_prob), (1, 1.0));
+        let error = run(&labelled(By::Virtue, 300), &files, &dir.path().join("few")).unwrap_err();
+        assert!(error.to_string().contains("at least 300 to train on"), "{error}");
+    }
+
+    #[test]
+    fn pairs_that_name_no_virtue_are_the_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        let line = |n: usize| json!({"prompt": format!("q{n}"), "chosen": "yes", "rejected": "no"});
+        let text: String = (0..60).map(|n| format!("{}\n", line(n))).collect();
+        fs_err::write(&path, text).unwrap();
+        let files = [path];
+        let error = run(&labelled(By::Virtue, 1), &files, &dir.path().join("none")).unwrap_err();
+        assert!(error.to_string().contains("60 name no virtue"), "{error}");
+        let output = dir.path().join("motivation");
+        let config = LabelledConfig {
+            pairs_aspect: Some("motivation".to_owned()),
+            ..labelled(By::Aspect, 1)
+        };
+        run(&config, &files, &output).unwrap();
+        assert!(output.join("motivation/train.parquet").is_file());
+        let config = LabelledConfig { pairs_aspect: Some("end".to_owned()), ..config };
+        let error = run(&config, &files, &dir.path().join("other")).unwrap_err().to_string();
+        assert!(error.contains("action, motivation, consequence, got end"), "{error}");
+    }
+
+    #[test]
+    fn as_many_are_mixed_in_as_the_weight_allows() {
+        let config = |flags: &[&str]| {
+            let command =
+                PreferencesConfig::augment_args(clap::Command::new("t").no_binary_name(true));
+            PreferencesConfig::from_arg_matches(&command.try_get_matches_from(flags).unwrap())
+                .unwrap()
+        };
+        let file = virtue_pairs();
+        let flags = ["--pairs", file.to_str().unwrap(), "--pairs-weight", "0.5"];
+        let config_half = config(&flags);
+        let mixture = Mixture::read(&config_half, &Turns::default()).unwrap();
+        let mixed = mixture.of(Aspect::ACTION, 40, &config_half);
+        assert_eq!(mixed.len(), 20);
+        assert!(mixed.iter().all(|(split, row)| *split == Split::Train && row.prompt.len() == 1));
+        // No more than there are.
+        assert!(mixture.of(Aspect::MOTIVATION, 10_000, &config_half).len() < 250);
+        let none = config(&["--pairs-weight", "0"]);
+        assert!(
+            Mixture::read(&none, &Turns::default())
+                .is_err_and(|e| e.to_string().contains("positive"))
+        );
+        let without = config(&[]);
+        let mixture = Mixture::read(&without, &Turns::default()).unwrap();
+        assert!(mixture.of(Aspect::ACTION, 40, &without).is_empty());
+    }
+}
