@@ -8,6 +8,7 @@ use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::endpoint::{self, Endpoint};
 
 /// Settings of scoring.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -35,6 +36,10 @@ pub struct ScoreConfig {
     #[arg(long = "column", value_name = "OURS=THEIRS")]
     #[serde(default)]
     pub column: Option<Vec<Column>>,
+    /// The one comparison that the run is judged by, named before it: LAST - FIRST, TURN (answer, all, or its name),
+    /// MEASURE (yardstick, bag of words, score; each also "… at equal length")
+    #[arg(long, default_value = endpoint::DEFAULT, value_name = "WORDS")]
+    pub primary: String,
     /// Redraws of every bootstrap
     #[arg(long, default_value_t = 10_000, value_name = "N")]
     pub draws: usize,
@@ -77,7 +82,18 @@ impl ScoreConfig {
                 return Err(setting(name, "at least 1", "0"));
             }
         }
-        Ok(())
+        self.endpoint().map(|_| ())
+    }
+
+    /// The primary endpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if it is none.
+    pub fn endpoint(&self) -> Result<Endpoint, Error> {
+        self.primary
+            .parse()
+            .map_err(|expected: String| setting("primary", &expected, &self.primary))
     }
 
     /// How replies are drawn.
