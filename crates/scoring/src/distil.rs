@@ -156,7 +156,7 @@ impl<'a> Teacher<'a> {
         let mut reward_models = Vec::new();
         for aspect in turns.names() {
             let dir = rewards.join(aspect.name());
-            let stats = read_stats(&dir, Some(&model.base_sha256))?.ok_or_else(|| Error::File {
+            let stats = read_stats(&dir, Some(model))?.ok_or_else(|| Error::File {
                 path: dir.join(score_stats::FILE),
                 field: "std".to_owned(),
                 expected: "statistics to standardise with".to_owned(),

@@ -194,6 +194,7 @@ fn pair(row: usize, [chosen, rejected]: [Vec<Message>; 2]) -> LabelledPair {
         rejected: side(rejected),
         chosen_prob: 1.0,
         vote_lead: 0,
+        about: None,
     }
 }
 

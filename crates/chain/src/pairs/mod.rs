@@ -36,7 +36,6 @@ use serde_json::{Map, Value};
 
 use crate::Transcript;
 use crate::constitution::{Turns, listed};
-use crate::dialogue;
 use crate::exemplars::{Exemplar, Use};
 
 pub use self::fields::{FieldError, messages, prompt, question};
