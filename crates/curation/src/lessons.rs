@@ -130,7 +130,8 @@ fn teaching(
     }
     let mut out = Vec::new();
     for (line, record) in records {
-        let exemplar = Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
+        let exemplar =
+            Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
         if exemplar.r#use != Use::Calibration {
             let parts = (0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn));
             out.extend(parts.map(|parts| (parts, None)));

@@ -158,8 +158,7 @@ fn a_server_without_logprobs_is_found_out_at_the_start() {
 
 #[test]
 fn verdicts_that_make_no_sense_abstain_and_are_counted() {
-    let server = serve(|number, request| {
-        match last_text(request).as_str() {
+    let server = serve(|number, request| match last_text(request).as_str() {
         _ if number == 0 => verdict(&[("A", 0.9)]),
         "no logprobs" => reply("A", "stop"),
         "null" => ok(json!({"choices": [{"logprobs": {"content": [{"top_logprobs": [
@@ -171,18 +170,10 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
         "too much" => verdict(&[("A", 0.9), ("B", 0.9)]),
         "too long" => Answer::Http(400, "", "maximum context length is 2048 tokens".to_owned()),
         _ => verdict(&[("A", 0.5)]),
-    }
     });
     let connected = ServerEngine::connect(&server.url, "m", &config(), true).unwrap();
     let engine = Engine::Server(connected);
-    let lies = [
-        "no logprobs",
-        "null",
-        "nan text",
-        "positive",
-        "too much",
-        "too long",
-    ];
+    let lies = ["no logprobs", "null", "nan text", "positive", "too much", "too long"];
     for mass in masses(&engine, &lies) {
         assert_eq!(mass, (0.0, 0.0));
     }
@@ -215,10 +206,12 @@ fn what_is_no_answer_is_asked_again() {
         let Engine::Server(server) = &engine else { panic!("it is a server") };
         assert_eq!(server.n_abstentions(), 0);
         // What does not pass ends the work with the server's own words: nothing of it is kept.
-        let lasts = serve(move |number, _| if number == 0 { verdict(&[("A", 0.9)]) } else { noise() });
+        let lasts =
+            serve(move |number, _| if number == 0 { verdict(&[("A", 0.9)]) } else { noise() });
         let engine = ServerEngine::connect(&lasts.url, "m", &config(), true).unwrap();
         let query = Query { messages: vec![Message::user("q")], opening: String::new() };
-        let error = Engine::Server(engine).label_masses(&[query], Labels::AB).unwrap_err().to_string();
+        let error =
+            Engine::Server(engine).label_masses(&[query], Labels::AB).unwrap_err().to_string();
         assert!(error.contains("4 attempts"), "{error}");
     }
     let closed = serve(|_, _| ok(json!({"error": {"message": "No endpoints found", "code": 404}})));
@@ -295,7 +288,9 @@ fn a_written_verdict_that_is_refused_abstains_and_is_counted() {
     let server = serve(|number, request| match last_text(request).as_str() {
         _ if number == 0 => reply("A", "stop"),
         "refused" => Answer::Http(400, "", "maximum context length is 2048 tokens".to_owned()),
-        "nothing" => ok(json!({"choices": [{"message": {"content": null}, "finish_reason": "stop"}]})),
+        "nothing" => {
+            ok(json!({"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}))
+        }
         _ => reply("B", "stop"),
     });
     let connected = ServerEngine::connect(&server.url, "m", &config(), false).unwrap();
@@ -447,7 +442,10 @@ fn a_server_that_refuses_everything_ends_the_stage_and_nothing_is_kept() {
         _ => Answer::Http(400, "", "no such model".to_owned()),
     });
     let text = finishes(&mut conversations(dir.path(), &server.url), 69);
-    assert!(text.contains("prompts refused; of prompt") && text.contains("no such model"), "{text}");
+    assert!(
+        text.contains("prompts refused; of prompt") && text.contains("no such model"),
+        "{text}"
+    );
     assert!(!dir.path().join("out/shards").exists());
     let mended = serve(|_, _| reply("It would be kind.", "stop"));
     finishes(&mut conversations(dir.path(), &mended.url), 0);
@@ -460,7 +458,10 @@ fn a_key_with_a_line_end_is_trimmed_and_a_proxy_for_https_is_not_asked() {
     prompts(&dir.path().join("prompts"), 1);
     let server = serve(|_, _| reply("It would be kind.", "stop"));
     let mut command = conversations(dir.path(), &server.url);
-    finishes(command.env("OPENAI_API_KEY", "sk-test-123\n").env("HTTPS_PROXY", "http://127.0.0.1:9"), 0);
+    finishes(
+        command.env("OPENAI_API_KEY", "sk-test-123\n").env("HTTPS_PROXY", "http://127.0.0.1:9"),
+        0,
+    );
     let mut command = conversations(dir.path(), &server.url);
     command.args(["--seed", "2"]).env("OPENAI_API_KEY", "sk-\ntest-123");
     let text = finishes(&mut command, 2);

@@ -127,8 +127,8 @@ impl ModelArgs {
         if let Some(dir) = &self.adapter {
             arete_stage::inputs::check(dir)?;
         }
-        let model = load(&source, &self.options())
-            .with_context(|| format!("loading {}", self.model))?;
+        let model =
+            load(&source, &self.options()).with_context(|| format!("loading {}", self.model))?;
         tracing::info!(
             model = %self.model,
             dtype = ?model.decoder.kind(),
@@ -274,8 +274,7 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     let (adapter, head) = (&loaded.adapter, loaded.head.as_ref());
     check_task(&model, &loaded)?;
     let (output, extra) = (&arguments.output, serde_json::Map::new());
-    let staged =
-        merge::Staged::write(&source, Some(adapter), head, output, dtype, packed, extra)?;
+    let staged = merge::Staged::write(&source, Some(adapter), head, output, dtype, packed, extra)?;
     let merged = Source::Directory(staged.path().to_path_buf());
     let options = LoadOptions { nf4: None, ..arguments.model.options() };
     let merged = Model::streamed(&merged, &options)?;

@@ -41,10 +41,20 @@ const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Endings of a dataset's files that this project reads.
 const DATA_ENDINGS: [&str; 10] = [
-    ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ndjson", ".parquet",
+    ".jsonl",
+    ".jsonl.gz",
+    ".json",
+    ".json.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".ndjson",
+    ".parquet",
 ];
 /// Files beside a dataset's that hold none of its records.
-const NO_DATA: [&str; 4] = ["config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"];
+const NO_DATA: [&str; 4] =
+    ["config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"];
 /// Read by the loader where they exist.
 const OPTIONAL: [&str; 4] = [
     "generation_config.json",
@@ -161,8 +171,7 @@ impl Hub {
         let client = client.build().map_err(|error| fail(error.to_string()))?;
         let (endpoint, cache) = (client.endpoint().to_owned(), client.cache_dir().to_owned());
         let http = Http::new(&endpoint, token).map_err(fail)?;
-        let client =
-            HFClientSync::from_inner(client).map_err(|error| fail(error.to_string()))?;
+        let client = HFClientSync::from_inner(client).map_err(|error| fail(error.to_string()))?;
         Ok(Self { http, client, endpoint, cache, offline })
     }
 
@@ -249,7 +258,12 @@ impl Hub {
                 return match cached_snapshot(&folder, revision) {
                     Ok(snapshot) => {
                         let error = refusal(&failure, &page);
-                        tracing::warn!(id, revision, error, "hub out of reach, using the cached copy");
+                        tracing::warn!(
+                            id,
+                            revision,
+                            error,
+                            "hub out of reach, using the cached copy"
+                        );
                         Ok(snapshot)
                     }
                     Err(_) => Err(fail(refusal(&failure, &page))),

@@ -206,7 +206,10 @@ mod tests {
             let mut known = vec![None; 4];
             let n_good = read_lines(&bytes, &mut known);
             assert!(n_good < whole.len(), "{at}");
-            let intact = known.into_iter().flatten().all(|found| [sequence(0), sequence(2)].contains(&found));
+            let intact = known
+                .into_iter()
+                .flatten()
+                .all(|found| [sequence(0), sequence(2)].contains(&found));
             assert!(intact, "{at}");
         }
         // Another rollout size cannot come with the same settings; such lines are not trusted.

@@ -61,8 +61,13 @@ impl Prompts {
             let token_ids = chat.render_prompt(&row.prompt)?;
             if token_ids.len() + reserved > context {
                 let (got, prompt_id) = (token_ids.len(), row.prompt_id);
-                tracing::warn!(prompt_id, tokens = got, "prompt and replies exceed the model's positions, left out");
-                let reason = format!("{got} tokens and {reserved} of replies exceed {context} positions");
+                tracing::warn!(
+                    prompt_id,
+                    tokens = got,
+                    "prompt and replies exceed the model's positions, left out"
+                );
+                let reason =
+                    format!("{got} tokens and {reserved} of replies exceed {context} positions");
                 out.left_out.push(LeftOut::new(&prompt_id, reason));
                 first_too_long.get_or_insert((got, prompt_id));
                 continue;

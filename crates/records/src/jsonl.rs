@@ -395,7 +395,8 @@ mod tests {
     #[test]
     fn an_array_is_its_elements() {
         let text = b" \n[\n {\"prompt\": \"q\", \"score\": NaN},\n {\"prompt\": \"r\"}\n]\n";
-        let expected = vec![(1, json!({"prompt": "q", "score": null})), (2, json!({"prompt": "r"}))];
+        let expected =
+            vec![(1, json!({"prompt": "q", "score": null})), (2, json!({"prompt": "r"}))];
         let (_dir, path) = file("array.json", text);
         assert_eq!(read_any(&path).unwrap(), expected);
         let (_dir, path) = file("array.json.gz", &gzip(text));

@@ -242,7 +242,8 @@ mod tests {
         assert!([Train, Validation, Test].iter().all(|split| splits.contains(split)));
         assert_eq!(filled(&[Train, Validation, Test]).1, 0);
         assert_eq!(filled(&[Train]), (vec![Train], 0));
-        let mut together: Vec<_> = ["a", "b", "c", "a", "b", "c"].map(|key| (key.to_owned(), Train)).into();
+        let mut together: Vec<_> =
+            ["a", "b", "c", "a", "b", "c"].map(|key| (key.to_owned(), Train)).into();
         assert_eq!(fill_splits(&mut together), 4);
         assert_eq!(together[..3], together[3..]);
         assert_eq!(fill_splits(&mut []), 0);

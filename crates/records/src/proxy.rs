@@ -46,7 +46,9 @@ fn is_named(list: &str, authority: &str) -> bool {
 fn host_of(authority: &str) -> &str {
     match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, _)) => host,
-        None if authority.matches(':').count() == 1 => authority.split(':').next().unwrap_or(authority),
+        None if authority.matches(':').count() == 1 => {
+            authority.split(':').next().unwrap_or(authority)
+        }
         None => authority,
     }
 }

@@ -141,7 +141,10 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<NumberedObject>, Error> {
 /// # Errors
 ///
 /// As [`read`]; [`Error::Refused`] if no record has a column that was named.
-pub fn read_renamed(path: impl AsRef<Path>, columns: &[Column]) -> Result<Vec<NumberedObject>, Error> {
+pub fn read_renamed(
+    path: impl AsRef<Path>,
+    columns: &[Column],
+) -> Result<Vec<NumberedObject>, Error> {
     let path = path.as_ref();
     let mut records = read(path)?;
     for Column { ours, theirs } in columns {
@@ -189,7 +192,9 @@ fn separated(path: &Path, separator: char) -> Result<Vec<NumberedObject>, Error>
         got,
     };
     let mut records = cells(&text, separator)
-        .map_err(|line| wrong(line, "a quote that closes".to_owned(), "none to the end".to_owned()))?
+        .map_err(|line| {
+            wrong(line, "a quote that closes".to_owned(), "none to the end".to_owned())
+        })?
         .into_iter();
     let Some((_, names)) = records.next() else { return Ok(Vec::new()) };
     let mut rows: Vec<Vec<Value>> = Vec::new();

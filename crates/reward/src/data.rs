@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use arete_chain::{Ruled, pairs};
+use arete_model::Chat;
 use arete_records::left_out::LeftOut;
 use arete_records::table::Column;
-use arete_model::Chat;
 use arete_records::{Role, Split, fill_splits, split_of};
 use arete_training::order;
 

@@ -339,7 +339,8 @@ impl Base<'_> {
         write_json(&output.join(score_stats::FILE), &stats)?;
         if stats.std == 0.0 {
             tracing::warn!(
-                score = stats.mean, replies = stats.n,
+                score = stats.mean,
+                replies = stats.n,
                 "every reply has the same score: this reward model tells nothing apart, and PPO will not take it; \
                  a lower learning_rate, or more pairs, would help"
             );

@@ -120,7 +120,8 @@ fn fill(rows: &mut [Demonstration], drawn: &[bool]) {
 /// A row's conversation, and whether it names its split.
 fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool), FieldError> {
     let present = |field: &str| object.get(field).filter(|value| !value.is_null());
-    let reply = ["completion", "output", "response"].into_iter().find(|field| present(field).is_some());
+    let reply =
+        ["completion", "output", "response"].into_iter().find(|field| present(field).is_some());
     let (messages, n_context) = if let Some(value) = present("messages") {
         (pairs::messages("messages", value, Role::User)?, 0)
     } else if let (Some(value), None) = (present("conversations"), reply) {

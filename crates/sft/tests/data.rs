@@ -158,7 +158,8 @@ fn alpaca_and_sharegpt_are_read() {
     let row = &read_text(alpaca).unwrap()[0];
     assert_eq!(row.messages, [Message::user("Translate.\nHund"), Message::assistant("dog")]);
     assert_eq!(row.n_context, 1);
-    let sharegpt = r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#;
+    let sharegpt =
+        r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#;
     let row = &read_text(sharegpt).unwrap()[0];
     assert_eq!(row.messages, [Message::user("a"), Message::assistant("b")]);
     assert_eq!(row.n_context, 0);

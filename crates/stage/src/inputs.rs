@@ -26,7 +26,8 @@ const MAX_DOWN: usize = 3;
 /// itself damaged; [`Error::Io`].
 pub fn check(path: impl AsRef<Path>) -> Result<(), Error> {
     let path = path.as_ref();
-    let mut cache = HashCache::load(&made_in(path)?.map_or_else(|| path.to_owned(), |(dir, _)| dir));
+    let mut cache =
+        HashCache::load(&made_in(path)?.map_or_else(|| path.to_owned(), |(dir, _)| dir));
     check_with(path, &mut cache)?;
     cache.save();
     Ok(())
@@ -78,7 +79,9 @@ fn read(dir: &Path) -> Result<Option<RunJson>, Error> {
     match RunJson::read(dir) {
         Ok(run) => Ok(Some(run)),
         Err(Error::Io(_)) if !path.is_file() => Ok(None),
-        Err(Error::Records(arete_records::Error::Json { .. })) if !crate::run::was_ours(&path)? => Ok(None),
+        Err(Error::Records(arete_records::Error::Json { .. })) if !crate::run::was_ours(&path)? => {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }
@@ -116,7 +119,8 @@ mod tests {
     fn finished(dir: &Path) {
         for output in [dir.join("reward"), dir.join("reward/action")] {
             let config = json!({"rank": 8});
-            let spec = StageSpec { stage: "reward", output: &output, config, seed: 0, inputs: vec![] };
+            let spec =
+                StageSpec { stage: "reward", output: &output, config, seed: 0, inputs: vec![] };
             let Start::Run(run) = begin(spec).unwrap() else { panic!("there is work to do") };
             fs_err::create_dir_all(output.join("adapter")).unwrap();
             fs_err::write(output.join("adapter/weights"), b"weights").unwrap();
@@ -148,7 +152,10 @@ mod tests {
                 fs_err::write(&path, bytes).unwrap();
                 for input in inputs {
                     let error = check(reward.join(input)).unwrap_err().to_string();
-                    assert!(error.contains(file) && error.contains("not as stage `reward`"), "{error}");
+                    assert!(
+                        error.contains(file) && error.contains("not as stage `reward`"),
+                        "{error}"
+                    );
                     let error = reads(&reward.join(input), &dir.path().join("ppo")).unwrap_err();
                     assert!(matches!(error, Error::ChangedInput { .. }), "{error}");
                 }

@@ -146,14 +146,18 @@ fn check_seal(dir: &Path) -> Result<(), Error> {
     let path = dir.join(FILE);
     let lines = read_or_empty(&path)?;
     let found = serde_json::from_slice::<Seal>(&seal).ok();
-    let expected = found.as_ref().map_or_else(|| "a seal that can be read".to_owned(), |seal| seal.sha256.clone());
+    let expected = found
+        .as_ref()
+        .map_or_else(|| "a seal that can be read".to_owned(), |seal| seal.sha256.clone());
     let got = found
         .and_then(|seal| lines.get(..seal.n_bytes))
         .map_or_else(|| "fewer lines, or none".to_owned(), |lines| hex(&Sha256::digest(lines)));
     if got == expected {
         return Ok(());
     }
-    let what = "lines before the last checkpoint: damaged; remove the directory to start anew; SHA-256".to_owned();
+    let what =
+        "lines before the last checkpoint: damaged; remove the directory to start anew; SHA-256"
+            .to_owned();
     Err(arete_records::Error::Damaged { path, what, expected, got }.into())
 }
 

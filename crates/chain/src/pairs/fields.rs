@@ -94,10 +94,14 @@ fn message(field: &'static str, item: &Value) -> Result<Message, FieldError> {
     };
     match first(["content", "value", "text"]) {
         Some(Value::String(content)) => Ok(Message { role, content: content.clone() }),
-        Some(Value::Array(parts)) => match parts.iter().map(text_of_part).collect::<Option<String>>() {
-            Some(content) => Ok(Message { role, content }),
-            None => wrong("each part of a content is a text: {\"type\": \"text\", \"text\": …}"),
-        },
+        Some(Value::Array(parts)) => {
+            match parts.iter().map(text_of_part).collect::<Option<String>>() {
+                Some(content) => Ok(Message { role, content }),
+                None => {
+                    wrong("each part of a content is a text: {\"type\": \"text\", \"text\": …}")
+                }
+            }
+        }
         _ => wrong("a content is a text, or a list of texts"),
     }
 }
@@ -209,7 +213,10 @@ mod tests {
                 Message::user("Translate.\nHund")
             ]
         );
-        assert_eq!(asked(r#"{"instruction": "Go.", "input": ""}"#).unwrap(), [Message::user("Go.")]);
+        assert_eq!(
+            asked(r#"{"instruction": "Go.", "input": ""}"#).unwrap(),
+            [Message::user("Go.")]
+        );
         let sharegpt = r#"{"conversations": [{"from": "human", "value": "q"}], "system": ""}"#;
         assert_eq!(asked(sharegpt).unwrap(), [Message::user("q")]);
         assert_eq!(asked(r#"{"question": "q"}"#), None);

@@ -98,9 +98,8 @@ fn marked(
         .collect::<Option<_>>()
         .ok_or_else(|| wrong("a text and a mark (overall_score, or rank) in each"))?;
     let question = asked(record)?;
-    Ok(extremes(&replies).map(|[best, worst]| {
-        [best, worst].map(|idx| reply(&question, replies[idx].0))
-    }))
+    Ok(extremes(&replies)
+        .map(|[best, worst]| [best, worst].map(|idx| reply(&question, replies[idx].0))))
 }
 
 /// Places of the highest and of the lowest mark, the first of equals; none if they are the same.
@@ -210,7 +209,8 @@ struct Node<'a> {
 /// Whether records are messages of OpenAssistant's trees: a row each, or a tree each with its replies nested.
 pub(super) fn are_trees(records: &[NumberedObject]) -> bool {
     records.first().is_some_and(|(_, record)| {
-        let is_row = ["message_id", "parent_id", "role", "text"].iter().all(|f| record.contains_key(*f));
+        let is_row =
+            ["message_id", "parent_id", "role", "text"].iter().all(|f| record.contains_key(*f));
         is_row || record.get("prompt").is_some_and(|prompt| prompt.get("replies").is_some())
     })
 }
@@ -234,7 +234,9 @@ pub(super) fn trees(records: &[NumberedObject]) -> (Vec<LabelledPair>, Vec<(usiz
         let tree = record.get("prompt").filter(|prompt| prompt.get("replies").is_some());
         let found = match tree {
             Some(tree) => nested(*row, tree, None, &mut nodes, 0),
-            None => node(*row, &|field| record.get(field), parent_of(record)).map(|n| nodes.push(n)),
+            None => {
+                node(*row, &|field| record.get(field), parent_of(record)).map(|n| nodes.push(n))
+            }
         };
         if found.is_none() {
             let expected = "a message: message_id, parent_id, role prompter or assistant, text";

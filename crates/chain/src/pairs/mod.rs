@@ -158,7 +158,8 @@ pub fn of_record(
             messages
         })
     } else {
-        let expected = "chosen and rejected, or the columns of another layout of pairs (docs/file-formats.md)";
+        let expected =
+            "chosen and rejected, or the columns of another layout of pairs (docs/file-formats.md)";
         return Err(FieldError::columns("record", expected, record));
     };
     let side = |messages, truncated: &str| Conversation {
@@ -361,7 +362,10 @@ pub fn leave_out(
         .into_iter()
         .map(|(row, FieldError { field, expected, got })| {
             tracing::warn!(file = %path.display(), row, field, expected, got, "record left out");
-            LeftOut::new(format!("{name}:{row}"), format!("{field}: expected {expected}, got {got}"))
+            LeftOut::new(
+                format!("{name}:{row}"),
+                format!("{field}: expected {expected}, got {got}"),
+            )
         })
         .collect())
 }

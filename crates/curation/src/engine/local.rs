@@ -63,7 +63,14 @@ impl LocalEngine {
             }
         };
         let (share_prefixes, ends_turns) = (true, true);
-        Ok(Self { model: loaded, adapter, name, share_prefixes, ends_turns, instead: Mutex::default() })
+        Ok(Self {
+            model: loaded,
+            adapter,
+            name,
+            share_prefixes,
+            ends_turns,
+            instead: Mutex::default(),
+        })
     }
 
     /// The model's name: the last part of its path, and the adapter's.

@@ -130,12 +130,12 @@ impl Engine {
         chains: &[Chain],
         drawing: &Drawing,
     ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
-        let refused = |Refused(reason)| Error::Server {
-            url: self.name().to_owned(),
-            what: "reply",
-            reason,
-        };
-        self.outcomes(chains, drawing)?.into_iter().map(|outcome| outcome.map_err(refused)).collect()
+        let refused =
+            |Refused(reason)| Error::Server { url: self.name().to_owned(), what: "reply", reason };
+        self.outcomes(chains, drawing)?
+            .into_iter()
+            .map(|outcome| outcome.map_err(refused))
+            .collect()
     }
 
     /// [`Engine::chains`], each of which a server may refuse.

@@ -409,7 +409,8 @@ impl Client {
                 ))
             })
         })?;
-        let mass = answer::masses(&candidates, Labels::AB).map_or(0.0, |mass| mass.first + mass.second);
+        let mass =
+            answer::masses(&candidates, Labels::AB).map_or(0.0, |mass| mass.first + mass.second);
         if mass < MIN_MASS {
             tracing::warn!(
                 instead = answer::most_probable(&candidates).unwrap_or_default(),
@@ -574,7 +575,9 @@ impl Client {
         let text = match response.body_mut().with_config().limit(limit).read_to_string() {
             Ok(text) => text,
             Err(ureq::Error::BodyExceedsLimit(_)) => {
-                let reason = format!("an answer of more than {limit} bytes to {max_tokens} tokens asked for");
+                let reason = format!(
+                    "an answer of more than {limit} bytes to {max_tokens} tokens asked for"
+                );
                 return Err(Failure::new(FailureKind::Request, reason));
             }
             Err(error) => return Err(Failure::passing(format!("reply broken off: {error}"))),

@@ -103,8 +103,9 @@ impl<'a> Judge<'a> {
     ///
     /// [`Error::Setting`] for the judge.
     pub fn check_heard(&self, verdicts: &[Vec<Verdict>]) -> Result<(), Error> {
-        let is_silent =
-            |verdict: &Verdict| [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none);
+        let is_silent = |verdict: &Verdict| {
+            [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none)
+        };
         let n_asked = verdicts.len() * self.questions.n_virtues() * self.questions.askings();
         if n_asked < FEWEST_ASKED || !verdicts.iter().flatten().all(is_silent) {
             return Ok(());

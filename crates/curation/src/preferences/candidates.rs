@@ -151,13 +151,22 @@ impl Dropped {
         let causes = [
             (
                 self.truncated + self.untrimmable,
-                format!("cut by the token limit: raise max_new_tokens of the conversations{otherwise}"),
+                format!(
+                    "cut by the token limit: raise max_new_tokens of the conversations{otherwise}"
+                ),
             ),
-            (self.identical, "of equal replies: raise the temperature of the conversations".to_owned()),
-            (self.abstained, "on which the judge gave no verdict: take another judge or method".to_owned()),
+            (
+                self.identical,
+                "of equal replies: raise the temperature of the conversations".to_owned(),
+            ),
+            (
+                self.abstained,
+                "on which the judge gave no verdict: take another judge or method".to_owned(),
+            ),
             (
                 self.ties - self.abstained,
-                "ties: use ties = \"probability\", or a judge that tells the samples apart".to_owned(),
+                "ties: use ties = \"probability\", or a judge that tells the samples apart"
+                    .to_owned(),
             ),
         ];
         let found: Vec<String> = causes

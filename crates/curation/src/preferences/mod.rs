@@ -626,8 +626,7 @@ mod tests {
             PreferencesConfig::from_arg_matches(&command.get_matches_from(["test"])).unwrap();
         let candidates = Candidates::of(&[samples()], &Turns::default(), Truncated::Drop);
         let dropped = candidates.dropped.get(&Aspect::ACTION).copied().unwrap_or_default();
-        let error =
-            candidates.check(Aspect::ACTION, 0, &dropped, &config).unwrap_err().to_string();
+        let error = candidates.check(Aspect::ACTION, 0, &dropped, &config).unwrap_err().to_string();
         assert!(error.starts_with("action: 0 pairs left of 1, expected at least 20"), "{error}");
         assert!(
             error.contains("motivation 100.0 %") && error.contains("max_new_tokens"),

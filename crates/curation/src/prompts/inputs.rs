@@ -40,7 +40,8 @@ impl Local {
             } else {
                 let found = arete_model::hub::data_set(input).map_err(|error| match error {
                     arete_model::Error::Hub { what, reason } => {
-                        let reason = format!("{reason}; and here is no file or directory `{input}`");
+                        let reason =
+                            format!("{reason}; and here is no file or directory `{input}`");
                         arete_model::Error::Hub { what, reason }
                     }
                     other => other,

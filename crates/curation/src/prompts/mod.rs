@@ -115,7 +115,8 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
     for split in [Split::Train, Split::Validation, Split::Test] {
         if !splits.contains_key(&split) {
             tracing::warn!(
-                split = split.name(), prompts = rows.len(),
+                split = split.name(),
+                prompts = rows.len(),
                 "no prompt is of this split, which later stages read: three prompts at least give each split one"
             );
         }
@@ -269,7 +270,8 @@ fn fill(rows: &mut [PromptRow]) {
         let asked = row.prompt.iter().find(|message| message.role == Role::User);
         asked.map_or_else(String::new, |message| message.content.clone())
     };
-    let mut items: Vec<(String, Split)> = rows.iter().map(|row| (opening(row), row.split)).collect();
+    let mut items: Vec<(String, Split)> =
+        rows.iter().map(|row| (opening(row), row.split)).collect();
     let n_moved = fill_splits(&mut items);
     if n_moved > 0 {
         tracing::info!(prompts = n_moved, "moved to splits that would have had none");
@@ -352,7 +354,10 @@ mod tests {
     use super::*;
 
     /// Rows and counts, as most tests want them.
-    fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<(Vec<PromptRow>, Counts), Error> {
+    fn gather(
+        inputs: &[PathBuf],
+        selection: &Selection,
+    ) -> Result<(Vec<PromptRow>, Counts), Error> {
         super::gather(inputs, selection).map(|found| (found.rows, found.counts))
     }
 
@@ -509,9 +514,15 @@ mod tests {
         let empty = error("empty.jsonl", "");
         assert!(empty.contains("empty.jsonl") && empty.contains("at least one usable"), "{empty}");
         let missing = error("missing.jsonl", "{\"question\": \"x\"}\n");
-        assert!(missing.contains("missing.jsonl: row 1") && missing.contains("got question"), "{missing}");
+        assert!(
+            missing.contains("missing.jsonl: row 1") && missing.contains("got question"),
+            "{missing}"
+        );
         let number = error("number.jsonl", "{\"prompt\": 3}\n{\"prompt\": 4}\n");
-        assert!(number.contains("number.jsonl: row 1") && number.contains("got 3 (2 of 2"), "{number}");
+        assert!(
+            number.contains("number.jsonl: row 1") && number.contains("got 3 (2 of 2"),
+            "{number}"
+        );
         let path = dir.path().join("utf8.jsonl");
         fs_err::write(&path, b"{\"prompt\": \"\xff\"}\n").unwrap();
         assert!(gather(&[path], &selection()).unwrap_err().to_string().contains("UTF-8"));
@@ -574,7 +585,10 @@ mod tests {
         assert_eq!(contents(&rows), ["\n\nHuman: 42", "\n\nHuman: Is it \"fair\",\nthen?"]);
         let columns = vec!["prompt=query".parse().unwrap()];
         let error = gather(&[path], &Selection { columns, ..selection() }).unwrap_err().to_string();
-        assert!(error.contains("expected a column `query`") && error.contains("id, question"), "{error}");
+        assert!(
+            error.contains("expected a column `query`") && error.contains("id, question"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -29,7 +29,11 @@ pub(super) fn cached_snapshot(folder: &Path, revision: &str) -> Result<Snapshot,
 }
 
 /// Lists the files under `directory`, by paths that begin with `prefix`.
-pub(super) fn list(directory: &Path, prefix: &str, files: &mut Vec<RemoteFile>) -> Result<(), std::io::Error> {
+pub(super) fn list(
+    directory: &Path,
+    prefix: &str,
+    files: &mut Vec<RemoteFile>,
+) -> Result<(), std::io::Error> {
     for entry in fs_err::read_dir(directory)? {
         let entry = entry?;
         let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
@@ -141,7 +145,12 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 
 /// Makes `directory/relative` a link to a blob, as `huggingface_hub` does. Others may be reading the file: what is
 /// right already stays, and at every moment there is either the old one or the new one.
-pub(super) fn link(directory: &Path, relative: &Path, blobs: &Path, blob: &str) -> Result<(), Error> {
+pub(super) fn link(
+    directory: &Path,
+    relative: &Path,
+    blobs: &Path,
+    blob: &str,
+) -> Result<(), Error> {
     let place = directory.join(relative);
     let resolved = fs_err::canonicalize(&place);
     if resolved

@@ -84,13 +84,19 @@ impl Http {
         if let Some(token) = &token {
             redact::hide(token);
             if !token.bytes().all(|byte| (0x21..0x7f).contains(&byte)) {
-                return Err("HF_TOKEN: expected a token in plain letters, found one that cannot be sent".to_owned());
+                return Err(
+                    "HF_TOKEN: expected a token in plain letters, found one that cannot be sent"
+                        .to_owned(),
+                );
             }
         }
         let proxy = match proxy::of(endpoint, |name| std::env::var(name).ok()) {
             None => None,
             Some((name, value)) => Some(ureq::Proxy::new(&value).map_err(|error| {
-                format!("{name}: expected the address of a proxy, found {} ({error})", redacted(&value))
+                format!(
+                    "{name}: expected the address of a proxy, found {} ({error})",
+                    redacted(&value)
+                )
             })?),
         };
         let agent = ureq::Agent::config_builder()
@@ -103,7 +109,11 @@ impl Http {
             .proxy(proxy)
             .build()
             .into();
-        Ok(Self { agent, endpoint: endpoint.trim_end_matches('/').to_owned(), token: token.map(Token) })
+        Ok(Self {
+            agent,
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            token: token.map(Token),
+        })
     }
 
     /// An answer of the interface, of a path below the address (or of a whole address below it).
@@ -117,17 +127,26 @@ impl Http {
     }
 
     fn answer_once(&self, url: &str) -> Result<Answer, Failure> {
-        let request = self.agent.get(url).config().timeout_global(Some(Duration::from_secs(ANSWER_S))).build();
+        let request = self
+            .agent
+            .get(url)
+            .config()
+            .timeout_global(Some(Duration::from_secs(ANSWER_S)))
+            .build();
         let mut response = self.authorised(request).call().map_err(|error| Failure::of(&error))?;
         let status = response.status().as_u16();
         let header = |name: &str| {
             response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
         };
         let (link, pause) = (header("link"), header("retry-after"));
-        let text = match response.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string() {
+        let text = match response.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string()
+        {
             Ok(text) => text,
             Err(ureq::Error::BodyExceedsLimit(_)) => {
-                return Err(Failure::Refused(status, format!("an answer of more than {MAX_ANSWER_BYTES} bytes")));
+                return Err(Failure::Refused(
+                    status,
+                    format!("an answer of more than {MAX_ANSWER_BYTES} bytes"),
+                ));
             }
             Err(error) => return Err(Failure::of(&error)),
         };
@@ -190,7 +209,8 @@ impl Http {
             response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
         };
         let (range, pause) = (header("content-range"), header("retry-after"));
-        let goes_on = status == 206 && range.is_some_and(|range| range.starts_with(&format!("bytes {have}-")));
+        let goes_on = status == 206
+            && range.is_some_and(|range| range.starts_with(&format!("bytes {have}-")));
         if !goes_on {
             if !(200..300).contains(&status) {
                 let limited = response.body_mut().with_config().limit(64 << 10).read_to_string();
@@ -208,7 +228,11 @@ impl Http {
             let n = match body.read(&mut buffer[..room]) {
                 Ok(0) => return Err(Failure::broken(format!("expected {size} bytes, got {have}"))),
                 Ok(n) => n,
-                Err(error) => return Err(Failure::broken(format!("broken off after {have} of {size} bytes: {error}"))),
+                Err(error) => {
+                    return Err(Failure::broken(format!(
+                        "broken off after {have} of {size} bytes: {error}"
+                    )));
+                }
             };
             file.write_all(&buffer[..n]).map_err(io)?;
             have += n as u64;
@@ -255,7 +279,10 @@ fn check_status(status: u16, text: &str, pause: Option<&str>) -> Result<(), Fail
             let asks = pause.and_then(|pause| pause.parse::<u64>().ok()).unwrap_or(0);
             let reason = format!("status {status}: {short}");
             if asks > LONGEST_PAUSE_S {
-                return Err(Failure::Refused(status, format!("{reason} (it asks to wait {asks} s)")));
+                return Err(Failure::Refused(
+                    status,
+                    format!("{reason} (it asks to wait {asks} s)"),
+                ));
             }
             Err(Failure::Broken(reason))
         }

@@ -174,9 +174,12 @@ fn answer(
             let from = from.expect("the rest is asked for");
             let head = format!(
                 "HTTP/1.1 206 X\r\ncontent-length: {}\r\ncontent-range: bytes {from}-{}/{n}\r\nconnection: close\r\n\r\n",
-                n - from, n - 1
+                n - from,
+                n - 1
             );
-            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&file.content[from..]));
+            let _ = stream
+                .write_all(head.as_bytes())
+                .and_then(|()| stream.write_all(&file.content[from..]));
         }
         Fault::None | Fault::CutOnce => reply(200, n, &file.content),
         Fault::Shorter => reply(200, n - 1, &file.content[..n - 1]),

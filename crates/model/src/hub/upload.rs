@@ -157,7 +157,11 @@ impl Hub {
             }
             let named = made.commit_oid.filter(|named| *named != now.commit);
             if let Some(named) = named {
-                tracing::warn!(named, found = now.commit, "the hub named another commit than its branch has now");
+                tracing::warn!(
+                    named,
+                    found = now.commit,
+                    "the hub named another commit than its branch has now"
+                );
             }
             commit = now.commit;
         }

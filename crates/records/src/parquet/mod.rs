@@ -72,7 +72,10 @@ pub fn write<T: Row>(path: impl AsRef<Path>, rows: &[T]) -> Result<(), Error> {
     // One rule of size for writer and reader: what reading would refuse is no file.
     guarded::<()>(path, |_| Ok(Vec::new())).map(drop).or_else(|error| {
         fs_err::remove_file(path)?;
-        Err(Error::Write { path: path.to_owned(), reason: format!("reading it would fail: {error}") })
+        Err(Error::Write {
+            path: path.to_owned(),
+            reason: format!("reading it would fail: {error}"),
+        })
     })
 }
 

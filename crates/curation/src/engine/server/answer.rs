@@ -17,7 +17,10 @@ pub(super) fn reported(answer: &Value) -> Option<Failure> {
             Failure::passing(format!("an answer without choices: {}", shortened(answer)))
         });
     };
-    let text = error.get("message").and_then(Value::as_str).map_or_else(|| shortened(error), str::to_owned);
+    let text = error
+        .get("message")
+        .and_then(Value::as_str)
+        .map_or_else(|| shortened(error), str::to_owned);
     let code = ["code", "status"].iter().find_map(|key| match error.get(*key) {
         Some(Value::Number(code)) => code.as_u64(),
         Some(Value::String(code)) => code.parse().ok(),
@@ -69,7 +72,9 @@ pub(super) fn reply(answer: &Value) -> Result<Reply, Failure> {
     let text = text_of(&message["content"]).map(|text| text.trim().to_owned());
     let n_tokens = n_tokens(answer);
     let finish_reason = match choice["finish_reason"].as_str() {
-        Some("stop" | "eos" | "eos_token" | "stop_sequence" | "end" | "end_turn") => FinishReason::Stop,
+        Some("stop" | "eos" | "eos_token" | "stop_sequence" | "end" | "end_turn") => {
+            FinishReason::Stop
+        }
         Some("length" | "max_tokens") => FinishReason::Length,
         Some("content_filter") => {
             tracing::warn!("the server's content filter broke a reply off: it counts as cut");
@@ -84,7 +89,8 @@ pub(super) fn reply(answer: &Value) -> Result<Reply, Failure> {
     if is_silent && let Some(refusal) = message["refusal"].as_str() {
         return Err(refused(format!("the model refused: {refusal}")));
     }
-    let thought = ["reasoning_content", "reasoning"].into_iter().find_map(|key| message[key].as_str());
+    let thought =
+        ["reasoning_content", "reasoning"].into_iter().find_map(|key| message[key].as_str());
     if is_silent && thought.is_some_and(|thought| !thought.is_empty()) {
         return Err(Failure {
             thinks: true,
@@ -95,7 +101,8 @@ pub(super) fn reply(answer: &Value) -> Result<Reply, Failure> {
             )
         });
     }
-    let text = text.ok_or_else(|| refused("reply without choices[0].message.content".to_owned()))?;
+    let text =
+        text.ok_or_else(|| refused("reply without choices[0].message.content".to_owned()))?;
     Ok(Reply { text, finish_reason, n_tokens })
 }
 
@@ -171,7 +178,11 @@ mod tests {
         }
         let parts = json!({"content": [{"type": "text", "text": "It would "}, {"type": "text", "text": "be kind."}]});
         let mut parts = answer(parts, "length");
-        for (usage, n) in [(json!(null), 0), (json!({"completion_tokens": 7.0}), 7), (json!({"completion_tokens": 9}), 9)] {
+        for (usage, n) in [
+            (json!(null), 0),
+            (json!({"completion_tokens": 7.0}), 7),
+            (json!({"completion_tokens": 9}), 9),
+        ] {
             parts["usage"] = usage;
             let reply = reply(&parts).unwrap_or_else(|_| panic!("{parts}"));
             assert_eq!((reply.text.as_str(), reply.n_tokens), ("It would be kind.", n));
@@ -180,8 +191,15 @@ mod tests {
 
     #[test]
     fn silence_is_refused_with_its_cause() {
-        let refused = |message| reply(&answer(message, "length")).err().map(|failure| failure.reason).unwrap_or_default();
-        assert!(refused(json!({"content": null, "refusal": "I can't."})).contains("refused: I can't."));
+        let refused = |message| {
+            reply(&answer(message, "length"))
+                .err()
+                .map(|failure| failure.reason)
+                .unwrap_or_default()
+        };
+        assert!(
+            refused(json!({"content": null, "refusal": "I can't."})).contains("refused: I can't.")
+        );
         let thought = refused(json!({"content": null, "reasoning_content": "Okay, the user"}));
         assert!(thought.contains("thoughts") && thought.contains("verdict_tokens"), "{thought}");
         assert!(refused(json!({"content": "", "reasoning": "Okay"})).contains("thoughts"));
@@ -193,15 +211,26 @@ mod tests {
     #[test]
     fn errors_of_status_200_are_what_they_say() {
         let kind = |answer: Value| reported(&answer).map(|failure| failure.kind);
-        assert!(kind(json!({"error": {"code": 429, "message": "slow"}})) == Some(FailureKind::Passing));
-        assert!(kind(json!({"error": {"code": 404, "message": "none"}})) == Some(FailureKind::Lasting));
-        assert!(kind(json!({"error": {"code": 400, "message": "long"}})) == Some(FailureKind::Request));
+        assert!(
+            kind(json!({"error": {"code": 429, "message": "slow"}})) == Some(FailureKind::Passing)
+        );
+        assert!(
+            kind(json!({"error": {"code": 404, "message": "none"}})) == Some(FailureKind::Lasting)
+        );
+        assert!(
+            kind(json!({"error": {"code": 400, "message": "long"}})) == Some(FailureKind::Request)
+        );
         assert!(kind(json!({"error": "upstream"})) == Some(FailureKind::Passing));
         assert!(kind(json!({"choices": null})) == Some(FailureKind::Passing));
-        assert!(kind(json!({"choices": null, "error": {"code": 504, "message": "x"}})) == Some(FailureKind::Passing));
+        assert!(
+            kind(json!({"choices": null, "error": {"code": 504, "message": "x"}}))
+                == Some(FailureKind::Passing)
+        );
         assert!(kind(answer(json!({"content": "x"}), "stop")).is_none());
         let reason = reported(&json!({"error": {"code": 429, "message": "rate limited upstream"}}));
-        assert!(reason.is_some_and(|failure| failure.reason.contains("(429): rate limited upstream")));
+        assert!(
+            reason.is_some_and(|failure| failure.reason.contains("(429): rate limited upstream"))
+        );
     }
 
     #[test]
@@ -214,7 +243,8 @@ mod tests {
                 .collect();
             json!({"choices": [{"logprobs": {"content": [{"top_logprobs": tokens}]}}]})
         };
-        let twice = candidates(&top(&[("A", Some(0.7)), ("A", Some(0.7)), ("B", Some(0.2)), ("C", None)]));
+        let twice =
+            candidates(&top(&[("A", Some(0.7)), ("A", Some(0.7)), ("B", Some(0.2)), ("C", None)]));
         let twice = twice.unwrap();
         assert_eq!(twice.len(), 2);
         let mass = masses(&twice, Labels::AB).unwrap();
