@@ -159,7 +159,7 @@ plan: $(ARETE); @$(ARETE) plan $(FLAGS) ## the memory of every stage, and which 
 doctor: $(ARETE); @$(ARETE) doctor $(FLAGS) ## why is the reward flat? the diagnosis, one line each
 best-of: reward; @$(ARETE) doctor --best-of 16 $(FLAGS) ## what the reward models' favourites among 16 samples gain, for doctor and page
 
-##@ The yardstick (PAIRS=FILE): one reward model from human pairs, by which models of all recipes can be compared
+##@ The yardstick (PAIRS=FILE): reward models from human pairs, by which models of all recipes can be compared
 
 # Settings of its own, so that every recipe is measured by the same one.
 YARDSTICK_MODEL ?= $(SMOLLM2)# what it is trained on
@@ -168,11 +168,12 @@ run_yardstick = $(ARETE)-reward train --recipe recipes/yardstick.toml --pairs "$
 .PHONY: yardstick yardstick-check needs-pairs
 needs-pairs:
 	@[ -n "$$PAIRS" ] || { echo "make: name human pairs with PAIRS=FILE (Anthropic/hh-rlhf, harmless-base)" >&2; exit 2; }
-yardstick: needs-pairs $(ARETE)-reward ## train it on all pairs, into runs/yardstick (or YARDSTICK=DIR); then YARDSTICK=DIR scores with it
-	$(run_yardstick) --all-pairs --merge --output "$${YARDSTICK:-runs/yardstick}"
-yardstick-check: needs-pairs $(ARETE)-reward ## is it any good? trained on four fifths, tested on the rest; and with labels by coin toss
-	$(run_yardstick) --output runs/yardstick-check/human
+yardstick: needs-pairs $(ARETE)-reward ## train it in five folds, into runs/yardstick (or YARDSTICK=DIR), and print its card; then YARDSTICK=DIR scores with it
+	$(run_yardstick) --output "$${YARDSTICK:-runs/yardstick}"
+	@cat "$${YARDSTICK:-runs/yardstick}/yardstick.md"
+yardstick-check: needs-pairs $(ARETE)-reward ## the control: the same with labels by coin toss, which leaves nothing to learn
 	$(run_yardstick) --shuffle-labels --output runs/yardstick-check/shuffled
+	@cat runs/yardstick-check/shuffled/yardstick.md
 
 ##@ Cleaning
 

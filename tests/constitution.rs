@@ -361,7 +361,7 @@ fn another_constitution_is_refused(run: &Run) {
         ],
     );
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(64), "{stderr}");
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains("a turn of the constitution: deed, reason"), "{stderr}");
 }
 

@@ -8,7 +8,7 @@ scored with a yardstick this fits, over the replies of the original and the fina
 
     yardstick = aspect + a · tokens + b · (cut by the limit) + c · (final model)
 
-by least squares, and prints the plain gain beside c: the gain that is left at equal length and equal truncation. Intervals: 95 %,
+over answers, by least squares, and prints the plain gain beside c: the gain that is left at equal length and equal truncation. Intervals: 95 %,
 prompts redrawn 2,000 times, seed 0. A straight line is a rough picture of length; where the two models' lengths hardly
 overlap, c is a guess, and its interval shows it.
 """
@@ -47,7 +47,8 @@ def describe(run: pathlib.Path) -> str:
     if not file.exists():
         sys.exit(f"at_equal_length: {file}: expected a run that was scored, found no file: run make all RUN={run}")
     rows = pq.read_table(file).to_pylist()
-    rows = [row for row in rows if row["model"] in ("original", "final")]
+    # The yardstick reads answers alone; runs scored before that have its scores of all three turns.
+    rows = [row for row in rows if row["model"] in ("original", "final") and row["aspect"] == "action"]
     if any(row["yardstick"] is None for row in rows):
         sys.exit(f"at_equal_length: {run}: expected scores of a yardstick, found none: score it with YARDSTICK=DIR")
     x = design(rows, sorted({row["aspect"] for row in rows}))

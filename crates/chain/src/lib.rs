@@ -11,11 +11,16 @@ pub mod exemplars;
 pub mod pairs;
 pub mod reading;
 pub mod reward_model;
+pub mod rulers;
 pub mod sample;
 pub mod trim;
 pub mod verdicts;
+pub mod words;
+pub mod yardstick;
 
 pub use constitution::{Constitution, Turn, Turns};
 pub use conversation::{prompt_of, through, through_aspect};
 pub use reading::{CutReply, Reading, Transcript};
 pub use reward_model::RewardModel;
+pub use rulers::{NullRulers, Ruled};
+pub use yardstick::Yardstick;

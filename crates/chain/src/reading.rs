@@ -20,7 +20,7 @@ pub const FILE: &str = "reading.json";
 /// Its key in a merged model's `config.json`.
 pub const KEY: &str = "arete_reading";
 /// What marks an adapter as ours.
-const ADAPTER_META: &str = "arete_adapter.json";
+pub(crate) const ADAPTER_META: &str = "arete_adapter.json";
 /// What marks a merged reward model as ours.
 const MERGED_MARK: &str = "score_mean";
 /// Largest `config.json` that is read, in bytes.

@@ -155,7 +155,7 @@ const LENGTH: FinishReason = FinishReason::Length;
 /// The fault: trained on closed replies, reward models read those that the token limit cut without an end of turn, and
 /// gave the same text another score.
 #[test]
-fn identical_text_gets_one_score_whether_it_was_cut_or_ended() {
+fn f1_identical_text_gets_one_score_whether_it_was_cut_or_ended() {
     let model = tiny_chat();
     let chat = model.chat().unwrap();
     let base = Base { model: &model, chat: &chat, micro_batch_tokens: 4096 };

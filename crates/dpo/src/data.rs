@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use arete_chain::Ruled;
 use arete_chain::batches::n_common;
 use arete_chain::pairs::{self, Conversation, LabelledPair};
 use arete_model::Chat;
@@ -63,6 +64,8 @@ impl Pair {
 pub struct Pairs {
     /// In the order of aspects and files.
     pub pairs: Vec<Pair>,
+    /// What the null rulers see of each.
+    pub ruled: Vec<Ruled>,
     /// Pairs of which a side was cut.
     pub n_cut: usize,
     /// Pairs left out for their length.
@@ -177,6 +180,7 @@ pub fn tokenize(
             Label::Hard => 1.0,
         };
         out.pairs.push(Pair::new(chosen, rejected, chosen_prob, aspect));
+        out.ruled.push(Ruled::of(&preference.chosen.messages, &preference.rejected.messages));
     }
     Ok(())
 }

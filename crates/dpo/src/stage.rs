@@ -11,7 +11,7 @@ use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, Report};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Select, runtime, train as train_loop};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -249,14 +249,21 @@ fn write_evaluation(
     rewards: &[[f64; 2]],
     output: &Path,
 ) -> Result<(), Error> {
-    let pairs = &data.validation.pairs;
+    let Pairs { pairs, ruled, .. } = &data.validation;
+    let split = match config.steps.select {
+        Select::Best => format!("{} (the weights were selected on these pairs)", Split::Validation),
+        Select::Last => Split::Validation.to_string(),
+    };
     let report = |is_wanted: &dyn Fn(&Pair) -> bool| {
-        let (lengths, rewards): (Vec<[usize; 2]>, Vec<[f64; 2]>) = (pairs.iter().zip(rewards))
-            .filter(|(pair, _)| is_wanted(pair))
-            .map(|(p, rewards)| ([p.chosen.n_own_tokens, p.rejected.n_own_tokens], *rewards))
-            .unzip();
-        (!lengths.is_empty())
-            .then(|| evaluation::report(Split::Validation.name(), &lengths, &rewards, config.seed))
+        let (mut lengths, mut by_rule, mut own) = (Vec::new(), Vec::new(), Vec::new());
+        for ((pair, ruled), rewards) in pairs.iter().zip(ruled).zip(rewards) {
+            if is_wanted(pair) {
+                lengths.push([pair.chosen.n_own_tokens, pair.rejected.n_own_tokens]);
+                by_rule.push(ruled.clone());
+                own.push(*rewards);
+            }
+        }
+        (!lengths.is_empty()).then(|| evaluation::report(&split, &lengths, &by_rule, &own))
     };
     let Some(all) = report(&|_| true) else { return Ok(()) };
     tracing::info!(
@@ -264,7 +271,7 @@ fn write_evaluation(
         accuracy = all.accuracy.estimate,
         low = all.accuracy.low,
         high = all.accuracy.high,
-        shorter_answer = all.shorter_answer.estimate,
+        beside = all.null_rulers.words(),
         "evaluated on pairs not trained on"
     );
     let aspects = (aspects.iter().enumerate())

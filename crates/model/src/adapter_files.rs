@@ -3,6 +3,9 @@
 //! `adapter_config.json` and `adapter_model.safetensors` are peft's; `arete_adapter.json` beside them holds the
 //! SHA-256 of the base and how it was packed, which peft does not record.
 
+mod peft;
+mod soup;
+
 use std::path::Path;
 
 use arete_records::atomic::{self, AtomicDir};
@@ -21,7 +24,7 @@ use crate::lora::{Adapter, LoraConfig, LoraPair, Target};
 use crate::model::Model;
 use crate::nf4::Nf4Options;
 
-mod peft;
+pub use self::soup::soup;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -161,26 +164,13 @@ pub fn write_files(
     head: Option<&ScalarHead>,
     meta: &AdapterMeta,
 ) -> Result<(), Error> {
-    let config = json!({
-        "peft_type": "LORA",
-        "task_type": meta.task,
-        "base_model_name_or_path": meta.base_model,
-        "r": adapter.config.rank,
-        "lora_alpha": alpha_json(adapter.config.alpha),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "modules_to_save": head.map(|_| ["score"]),
-        "target_modules": Target::ALL
-            .iter()
-            .filter(|target| adapter.config.targets.contains(target))
-            .map(|target| target.short_name())
-            .collect::<Vec<_>>(),
-        "use_dora": false,
-        "use_rslora": false,
-    });
+    let targets: Vec<&str> = Target::ALL
+        .iter()
+        .filter(|target| adapter.config.targets.contains(target))
+        .map(|target| target.short_name())
+        .collect();
+    let LoraConfig { rank, alpha, .. } = adapter.config;
+    let config = config_json(meta, rank, alpha, head.is_some(), &targets);
     let mut tensors = adapter.parameters();
     if let Some(head) = head {
         tensors.push((HEAD_NAME.to_owned(), head.weight.shallow_clone()));
@@ -190,6 +180,32 @@ pub fn write_files(
     let meta = serde_json::to_value(meta).expect("plain data serialises");
     write_json(&directory.join(META_FILE), &meta)?;
     write_safetensors(&directory.join(WEIGHTS_FILE), &tensors)
+}
+
+/// The contents of `adapter_config.json`.
+fn config_json(
+    meta: &AdapterMeta,
+    rank: usize,
+    alpha: f64,
+    has_head: bool,
+    targets: &[&str],
+) -> Value {
+    json!({
+        "peft_type": "LORA",
+        "task_type": meta.task,
+        "base_model_name_or_path": meta.base_model,
+        "r": rank,
+        "lora_alpha": alpha_json(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "modules_to_save": has_head.then_some(["score"]),
+        "target_modules": targets,
+        "use_dora": false,
+        "use_rslora": false,
+    })
 }
 
 /// peft writes whole alphas as integers.

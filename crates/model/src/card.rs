@@ -510,7 +510,7 @@ impl Card<'_> {
             Artefact::Adapter { reward: true } | Artefact::Model { reward: true } => format!(
                 "- Scores are unbounded; only differences mean something, and only between scores of this model.\n\
                  - It has learnt what its labels prefer, which need not be virtue: look at the accuracy above beside that of \
-                 always choosing the shorter answer, and at the correlation with length.\n\
+                 the best null ruler, and at the correlation with length.\n\
                  - A policy that is optimised against it will find its mistakes.{cut}"
             ),
             Artefact::Adapter { reward: false } | Artefact::Model { reward: false } => format!(

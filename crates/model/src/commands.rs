@@ -16,6 +16,7 @@ mod bench;
 mod generate;
 mod lines;
 mod logprobs;
+mod soup;
 
 /// Generate, score, inspect and convert Llama and Mistral models
 #[derive(Debug, clap::Parser)]
@@ -29,7 +30,8 @@ const EXAMPLES: &str = "Examples:
   arete-model generate --model DIR --prompt 'How do I apologise?'
   arete-model logprobs --model FILE.gguf --jsonl conversations.jsonl
   arete-model inspect --model owner/name
-  arete-model merge --model DIR --adapter ADAPTER --output MERGED";
+  arete-model merge --model DIR --adapter ADAPTER --output MERGED
+  arete-model soup honest/adapter=0.3 prudent/adapter=0.7 --output SOUP";
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
@@ -45,6 +47,8 @@ enum Command {
     Quantize(Quantize),
     /// Write a model with an adapter merged in, in the model's own dtype where that has 16 bits and --dtype names no other
     Merge(Merge),
+    /// Write adapters of one base as one adapter: the weighted sum of what each changes, exactly (its rank is the sum of theirs)
+    Soup(soup::Soup),
     /// Measure sampling, prefill and training against this machine's matrix products
     Bench(bench::Bench),
     /// Show what this machine is and what of it is used, as JSON: CPU, instruction sets, cores, threads, number format, GPUs
@@ -194,6 +198,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Inspect(arguments) => run_inspect(&arguments),
         Command::Quantize(arguments) => run_quantize(&arguments),
         Command::Merge(arguments) => run_merge(&arguments),
+        Command::Soup(arguments) => soup::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Machine => show_machine(),
     }

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use arete_records::stats::Resampling;
 use arete_scoring::best_of::{self, BestOfInputs};
-use arete_scoring::compare::{Arm, ScoredRun};
+use arete_scoring::compare::{self, Arm, Format, ScoredRun};
 use arete_scoring::{RunFiles, ScoreConfig, doctor as scoring_doctor};
 use arete_stage::exit::Usage;
 use arete_stage::interrupt;
@@ -73,12 +72,9 @@ pub struct CompareArgs {
     /// The model that is compared
     #[arg(long, default_value = "final", value_name = "NAME")]
     pub last: String,
-    /// Redraws of the bootstrap
-    #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub draws: u32,
-    /// Seed of the bootstrap
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// How it is printed
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
 }
 
 /// The comparison, as a text.
@@ -97,8 +93,7 @@ pub fn compare(arguments: &CompareArgs) -> Result<String> {
     for text in &arguments.runs {
         runs.push(ScoredRun::read(arm(text)?)?);
     }
-    let CompareArgs { first, last, draws, seed, .. } = arguments;
-    let resampling = Resampling { draws: *draws as usize, ..Resampling::seeded(*seed) };
-    arete_scoring::compare::check(&runs, first, last)?;
-    Ok(arete_scoring::compare::text(&runs, first, last, resampling))
+    let CompareArgs { first, last, format, .. } = arguments;
+    compare::check(&runs, first, last)?;
+    Ok(compare::shown(&runs, &compare::compare(&runs, first, last), *format))
 }

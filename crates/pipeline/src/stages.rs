@@ -229,6 +229,7 @@ fn run_ppo(setup: &Setup) -> Result<()> {
     let inputs = arete_ppo::TrainInputs {
         prompts: setup.at("prompts"),
         rewards: config.programmed_reward.is_none().then(|| setup.at("reward")),
+        named_rewards: Vec::new(),
         yardstick: setup.yardstick.clone(),
         constitution: None, // the one that the reward models carry
         output: setup.at("ppo"),

@@ -9,7 +9,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use arete_records::stats::Resampling;
 use arete_scoring::compare::{self, Arm, ScoredRun};
 use arete_scoring::summary::Scale;
 use arete_stage::exit::{BadInput, Usage};
@@ -231,9 +230,9 @@ fn table(combinations: &[Combination]) -> Result<String> {
     let has_final =
         runs.iter().all(|run| run.summary.models.iter().any(|model| model.name == "final"));
     if has_final {
-        let resampling = Resampling { draws: 10_000, ..Resampling::seeded(0) };
         compare::check(&runs, "original", "final")?;
-        writeln!(text, "\n{}", compare::text(&runs, "original", "final", resampling))?;
+        let comparison = compare::compare(&runs, "original", "final");
+        writeln!(text, "\n{}", compare::text(&runs, &comparison))?;
     }
     Ok(text)
 }

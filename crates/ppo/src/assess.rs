@@ -6,11 +6,11 @@ use arete_records::rows::{RolloutRow, RolloutTurn};
 use tch::{Kind, Tensor};
 
 use crate::Error;
-use crate::config::{Config, RolloutKind};
+use crate::config::{Algorithm, Config};
 use crate::prompts::Prompt;
-use crate::reward::{Placement, combine, missing_eos, place, token_rewards};
-use crate::rollout::{Conversation, Layout};
-use crate::scorer::{RewardModels, Scores};
+use crate::reward::{Ensemble, combine, missing_eos, place, shares_by_turn, token_rewards};
+use crate::rollout::{Conversation, Layout, Reply};
+use crate::scorer::Scores;
 use arete_records::FinishReason;
 
 /// A rollout with its rewards.
@@ -18,6 +18,8 @@ use arete_records::FinishReason;
 pub(crate) struct Assessment {
     /// Raw and standardised scores.
     pub(crate) scores: Scores,
+    /// What each turn is paid for them.
+    pub(crate) pay: Pay,
     /// `[B]`: what was paid out for scores.
     pub(crate) paid: Vec<f64>,
     /// `[B]`: k1 summed over own tokens, nats.
@@ -28,36 +30,53 @@ pub(crate) struct Assessment {
     pub(crate) token_rewards: Tensor,
 }
 
-/// Standardised scores as they are paid out.
-///
-/// # Shapes
-///
-/// - result: `[B, T]` f32.
-fn pay(
-    scores: &Scores,
-    conversations: &[Conversation],
-    layout: &Layout,
-    config: &Config,
-) -> Result<Tensor, Error> {
-    let mut z = scores.z_tensor(); // [B, K]
-    if config.score_clip > 0.0 {
-        z = z.clamp(-config.score_clip, config.score_clip);
+/// What is paid, and where: turn by turn, or all at the end.
+#[derive(Debug)]
+pub(crate) struct Pay {
+    /// `[B, U]` f32, U = turns that are paid by themselves, or 1.
+    pub(crate) amount: Tensor,
+    /// `[B, U]` i64: the column each is paid at.
+    pub(crate) columns: Tensor,
+}
+
+impl Pay {
+    /// Standardised scores `z`, `[B][K]`, as they are paid out.
+    pub(crate) fn of(
+        z: &[Vec<f64>],
+        scores: &Scores,
+        conversations: &[Conversation],
+        layout: &Layout,
+        config: &Config,
+    ) -> Result<Self, Error> {
+        let flat: Vec<f32> = z.iter().flatten().map(|&z| z as f32).collect();
+        let mut z = Tensor::from_slice(&flat).view([z.len() as i64, -1]); // [B, K]
+        if config.score_clip > 0.0 {
+            z = z.clamp(-config.score_clip, config.score_clip);
+        }
+        let is_cut = |reply: &Reply| reply.finish_reason == FinishReason::Length;
+        let truncated: Vec<bool> =
+            conversations.iter().flat_map(|c| c.replies.iter().map(is_cut)).collect();
+        let truncated = Tensor::from_slice(&truncated).view([conversations.len() as i64, -1]);
+        let penalty = missing_eos(&truncated, config.missing_eos_penalty); // [B, turns]
+        let weights = &scores.weights;
+        if config.pays_per_turn() {
+            let amount = shares_by_turn(&z, &scores.turns, weights, &penalty)?;
+            return Ok(Self { amount, columns: layout.last_token.shallow_clone() });
+        }
+        let parameter = match config.ensemble {
+            Ensemble::SoftMin => config.soft_min_temperature,
+            Ensemble::Mean | Ensemble::MeanMinusStd | Ensemble::Min => config.ensemble_std_weight,
+        };
+        let score = combine(&z, config.ensemble, weights, parameter)?
+            - penalty.mean_dim(1, false, Kind::Float); // [B]
+        let columns = layout.last_token.amax(1, true); // [B, 1]
+        Ok(Self { amount: score.unsqueeze(1), columns })
     }
-    let truncated: Vec<bool> = conversations
-        .iter()
-        .flat_map(|c| c.replies.iter().map(|reply| reply.finish_reason == FinishReason::Length))
-        .collect();
-    let truncated = Tensor::from_slice(&truncated).view([conversations.len() as i64, -1]); // [B, turns]
-    let penalty = missing_eos(&truncated, config.missing_eos_penalty); // [B, turns]
-    let per_turn = config.placement == Placement::PerTurn && config.rollout == RolloutKind::Chain;
-    if per_turn {
-        let n_members = z.size()[1] as f64;
-        return place(&((z - penalty) / n_members), &layout.last_token, layout.n_columns());
+
+    /// `[B, T]` f32: the amounts at their tokens.
+    pub(crate) fn placed(&self, layout: &Layout) -> Result<Tensor, Error> {
+        place(&self.amount, &self.columns, layout.n_columns())
     }
-    let score = combine(&z, config.ensemble, config.ensemble_std_weight)?
-        - penalty.mean_dim(1, false, Kind::Float); // [B]
-    let last = layout.last_token.amax(1, true); // [B, 1]
-    place(&score.unsqueeze(1), &last, layout.n_columns())
 }
 
 /// Rewards of a rollout whose own tokens have these log-probability differences.
@@ -73,9 +92,12 @@ pub(crate) fn assess(
     kl_coef: f64,
     config: &Config,
 ) -> Result<Assessment, Error> {
-    let placed = pay(&scores, conversations, layout, config)?;
+    let pay = Pay::of(&scores.z, &scores, conversations, layout, config)?;
+    let placed = pay.placed(layout)?;
     let kl = layout.spread(kl); // [B, T]
-    let rewards = token_rewards(&kl, &placed, &layout.valid(), kl_coef)?;
+    // GRPO's penalty is part of the loss.
+    let in_reward = if config.algorithm == Algorithm::Grpo { 0.0 } else { kl_coef };
+    let rewards = token_rewards(&kl, &placed, &layout.valid(), in_reward)?;
     let sums = |tensor: &Tensor| -> Result<Vec<f64>, Error> {
         let sums = tensor.to_kind(Kind::Double).sum_dim_intlist(1, false, Kind::Double);
         Ok(Vec::try_from(sums)?)
@@ -86,27 +108,29 @@ pub(crate) fn assess(
         reward: sums(&rewards)?,
         token_rewards: rewards,
         scores,
+        pay,
     })
 }
 
-/// The rows of a rollout or probe: every turn of the chain, with what its reward model and its reply have to show.
+/// The rows of a rollout or probe: every turn of the chain, with what the reward model of its name and its reply have to
+/// show.
 pub(crate) fn rows(
     iteration: u64,
     conversations: &[Conversation],
     prompts: &[&Prompt],
     assessment: &Assessment,
     turns: &Turns,
-    rewards: &RewardModels,
 ) -> Vec<RolloutRow> {
+    let Scores { names, raw, z, .. } = &assessment.scores;
     let row = |(idx, c): (usize, &Conversation)| {
         let turn = |(place, aspect): (usize, Aspect)| {
-            let member = rewards.members.iter().position(|member| member.turn == place);
+            let member = names.iter().position(|name| name == aspect.name());
             let number = |of: &[Vec<f64>]| member.map(|member| of[idx][member] as f32);
             let reply = c.replies.get(place);
             RolloutTurn {
                 aspect,
-                score: number(&assessment.scores.raw),
-                z: number(&assessment.scores.z),
+                score: number(raw),
+                z: number(z),
                 n_tokens: reply.map(|reply| reply.tokens.len() as i32),
                 finish_reason: reply.map(|reply| reply.finish_reason),
             }
@@ -126,19 +150,19 @@ pub(crate) fn rows(
 /// What can be said of a rollout or a probe alike: scores, lengths, truncation.
 pub(crate) fn describe(
     conversations: &[Conversation],
-    aspects: &[Aspect],
     turns: &Turns,
     scores: &Scores,
 ) -> Vec<(String, f64)> {
-    let mean = arete_records::stats::mean;
+    let (mean, std) = (arete_records::stats::mean, arete_records::stats::std);
     let mut out = Vec::new();
-    for (idx, aspect) in aspects.iter().enumerate() {
-        let column = |of: &[Vec<f64>]| of.iter().map(|row| row[idx]).collect::<Vec<_>>();
-        out.push((format!("score_{aspect}"), mean(&column(&scores.raw))));
-        out.push((format!("z_{aspect}"), mean(&column(&scores.z))));
+    for (idx, name) in scores.names.iter().enumerate() {
+        let z = Scores::column(&scores.z, idx);
+        out.push((format!("score_{name}"), mean(&Scores::column(&scores.raw, idx))));
+        out.push((format!("z_{name}"), mean(&z)));
+        out.push((format!("score_spread_{name}"), std(&z)));
     }
     out.push(("z_mean".to_owned(), mean(&scores.z_means())));
-    let spread: Vec<f64> = scores.z.iter().map(|row| arete_records::stats::std(row)).collect();
+    let spread: Vec<f64> = scores.z.iter().map(|row| std(row)).collect();
     out.push(("ensemble_disagreement".to_owned(), mean(&spread)));
     let n_turns = conversations.first().map_or(0, |c| c.replies.len());
     for (turn, aspect) in turns.names().into_iter().enumerate().take(n_turns) {
@@ -158,7 +182,6 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::rollout::Reply;
     use crate::test_tensors::values_of;
 
     #[derive(Debug, Parser)]
@@ -199,6 +222,27 @@ mod tests {
         }
     }
 
+    /// Standardised scores of the three aspects, which read these replies.
+    fn scores(z: Vec<Vec<f64>>, turns: &[usize]) -> Scores {
+        Scores {
+            names: Aspect::SHIPPED.map(|aspect| aspect.name().to_owned()).to_vec(),
+            turns: turns.to_vec(),
+            weights: vec![1.0; 3],
+            raw: vec![vec![0.0; 3]; z.len()],
+            z,
+            n_tokens: 0,
+        }
+    }
+
+    fn pay(
+        scores: &Scores,
+        conversations: &[Conversation],
+        layout: &Layout,
+        config: &Config,
+    ) -> Result<Tensor, Error> {
+        Pay::of(&scores.z, scores, conversations, layout, config)?.placed(layout)
+    }
+
     const STOP: FinishReason = FinishReason::Stop;
     const LENGTH: FinishReason = FinishReason::Length;
 
@@ -224,7 +268,7 @@ mod tests {
     fn scores_are_paid_per_turn_or_at_the_end() {
         let conversations = [conversation(&[(2, STOP), (1, LENGTH), (1, STOP)])];
         let layout = Layout::new(&conversations);
-        let scores = Scores { raw: vec![vec![0.0; 3]], z: vec![vec![3.0, 6.0, -1.5]], n_tokens: 0 };
+        let scores = scores(vec![vec![3.0, 6.0, -1.5]], &[0, 1, 2]);
         // Penalty 1.5 for the second reply, thirds: 1, (6 − 1.5)/3 = 1.5, −0.5.
         let config_of = |args: &[&str]| config(&[&["--missing-eos-penalty", "1.5"], args].concat());
         let paid = pay(&scores, &conversations, &layout, &config_of(&[])).unwrap();
@@ -247,15 +291,17 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_paid_at_its_end() {
+    fn an_answer_is_paid_by_every_reward_model_at_its_end() {
         let conversations = [conversation(&[(3, STOP)]), conversation(&[(1, LENGTH)])];
         let layout = Layout::new(&conversations);
-        let scores = Scores { raw: vec![vec![4.0]; 2], z: vec![vec![2.0], vec![0.5]], n_tokens: 0 };
-        // Of one reward model, the minimum and the mean less the spread are its score.
-        for ensemble in ["min", "mean_minus_std", "mean"] {
+        let scores = scores(vec![vec![1.0, 2.0, 3.0], vec![0.5, 0.5, 0.5]], &[0, 0, 0]);
+        // Without clipping, the minimum and the mean less the spread (√(2/3) of the first, none of the second).
+        for (ensemble, expected) in
+            [("min", 1.0), ("mean_minus_std", 2.0 - 0.5 * (2f64 / 3.0).sqrt())]
+        {
             let config = config(&["--rollout", "answer", "--ensemble", ensemble]);
             let paid = values_of(&pay(&scores, &conversations, &layout, &config).unwrap());
-            assert!((paid[2] - 2.0).abs() < 1e-6, "{ensemble}: {paid:?}");
+            assert!((paid[2] - expected).abs() < 1e-6, "{ensemble}: {paid:?}");
             assert_eq!(paid[3], 0.5 - 1.0); // the cut one, at its only token
         }
         let config = config(&["--rollout", "answer"]);
@@ -268,15 +314,13 @@ mod tests {
         assert_eq!(out.reward, [1.75, -1.0]);
         let prompt =
             Prompt { prompt_id: "p".to_owned(), messages: Vec::new(), token_ids: Vec::new() };
-        let turns = Turns::default();
-        let rule = crate::config::ProgrammedReward::Length(3);
-        let rewards = RewardModels::programmed(&rule, &turns, config.rollout);
-        let rows = rows(3, &conversations, &[&prompt], &out, &turns, &rewards);
-        // The turns that were not asked for are there, and empty.
-        let [action, motivation, _] = rows[0].turns[..] else { panic!("three turns") };
-        assert_eq!((action.n_tokens, action.score, action.z), (Some(3), Some(4.0), Some(2.0)));
-        assert_eq!((motivation.n_tokens, motivation.score, motivation.z), (None, None, None));
+        let rows = rows(3, &conversations, &[&prompt], &out, &Turns::default());
+        let [action, motivation, consequence] = rows[0].turns[..] else { panic!("three turns") };
+        assert_eq!((action.n_tokens, action.z), (Some(3), Some(1.0)));
+        // The turns that were not asked for have no reply; their reward models read the answer here.
+        assert_eq!((motivation.n_tokens, motivation.finish_reason), (None, None));
+        assert_eq!((consequence.z, rows[0].reward), (Some(3.0), 1.75));
         assert_eq!(rows[1].turns[0].finish_reason, Some(LENGTH));
-        assert_eq!((rows[0].n_asked(), rows[0].z(), rows[0].reward), (1, vec![2.0], 1.75));
+        assert_eq!(rows[0].n_asked(), 1);
     }
 }

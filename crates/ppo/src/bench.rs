@@ -11,7 +11,7 @@ use arete_records::Message;
 use arete_training::runtime::{self, Dtype};
 use clap::{Args, FromArgMatches};
 
-use crate::config::{CriticKind, RolloutKind};
+use crate::config::{Algorithm, CriticKind, RolloutKind};
 use crate::iteration::{Iteration, Outcome, Phase};
 use crate::models::Models;
 use crate::prompts::Prompt;
@@ -32,7 +32,12 @@ pub enum Case {
     Template,
     /// The three-turn chain after such prompts.
     Chain,
+    /// The same with four samples a prompt that are compared with each other, and no critic.
+    Rloo,
 }
+
+/// Samples a prompt of [`Case::Rloo`].
+const SAMPLES: usize = 4;
 
 /// What to measure.
 #[derive(Debug, Args)]
@@ -41,9 +46,9 @@ pub struct Arguments {
     #[arg(long)]
     pub model: String,
     /// Which iterations, separated by commas
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Case::Trunk, Case::Adapter, Case::Template, Case::Chain])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Case::Trunk, Case::Adapter, Case::Template, Case::Chain, Case::Rloo])]
     pub cases: Vec<Case>,
-    /// Prompts of an iteration
+    /// Conversations of an iteration; of one prompt each, but in the case rloo
     #[arg(long, default_value_t = 32)]
     pub prompts: usize,
     /// Tokens of a prompt, template included
@@ -86,7 +91,8 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
     for &case in &arguments.cases {
         let config = config(case, arguments);
         // A small one first: libraries set themselves up in the first calls.
-        iterate(&model, &Config { max_new_tokens: 2, rollout_size: 2, ..config.clone() }, case, 8)?;
+        let rollout_size = config.samples_per_prompt.max(2);
+        iterate(&model, &Config { max_new_tokens: 2, rollout_size, ..config.clone() }, case, 8)?;
         let outcome = iterate(&model, &config, case, arguments.prompt_tokens)?;
         report(&mut table, case, &config, &outcome, &ceiling);
     }
@@ -97,14 +103,17 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
 fn config(case: Case, arguments: &Arguments) -> Config {
     let command = Config::augment_args(clap::Command::new("ppo"));
     let defaults = Config::from_arg_matches(&command.get_matches_from(["ppo"]));
+    let samples_per_prompt = if case == Case::Rloo { SAMPLES } else { 1 };
     let (rollout, max_new_tokens) = match case {
-        Case::Chain => (RolloutKind::Chain, arguments.chain_tokens),
+        Case::Chain | Case::Rloo => (RolloutKind::Chain, arguments.chain_tokens),
         Case::Trunk | Case::Adapter | Case::Template => (RolloutKind::Answer, arguments.new_tokens),
     };
     Config {
         rollout,
         max_new_tokens,
-        rollout_size: arguments.prompts,
+        rollout_size: arguments.prompts.next_multiple_of(samples_per_prompt),
+        samples_per_prompt,
+        algorithm: if case == Case::Rloo { Algorithm::Rloo } else { Algorithm::Ppo },
         n_minibatches: 1,
         epochs: 2,
         value_warmup: 0,
@@ -117,7 +126,7 @@ fn config(case: Case, arguments: &Arguments) -> Config {
 fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Result<Outcome, Error> {
     let chat = model.chat()?;
     let own_system = matches!(case, Case::Trunk | Case::Adapter);
-    let prompts: Vec<Prompt> = (0..config.rollout_size)
+    let prompts: Vec<Prompt> = (0..config.n_prompts())
         .map(|idx| prompt(&chat, idx, n_tokens, own_system))
         .collect::<Result<_, _>>()?;
     let turns = Turns::default();
@@ -127,6 +136,7 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
         max_new_tokens: config.max_new_tokens,
         temperature: config.temperature,
         stop_ids: Vec::new(),
+        samples_per_prompt: config.samples_per_prompt,
         max_rows: config.max_rows,
         seed: 0,
     };
@@ -221,6 +231,7 @@ fn report(table: &mut Table, case: Case, config: &Config, outcome: &Outcome, cei
         Case::Adapter => "answers, value adapter",
         Case::Template => "answers, template's system prompt",
         Case::Chain => "chain",
+        Case::Rloo => "chain, rloo, four samples a prompt",
     };
     let conversations = &outcome.conversations;
     let n_own: usize = conversations.iter().map(Conversation::n_own).sum();
@@ -231,7 +242,7 @@ fn report(table: &mut Table, case: Case, config: &Config, outcome: &Outcome, cei
     let products: f64 = outcome.phases.iter().map(bound).sum();
     let (n, rate) = (conversations.len(), n_own / conversations.len());
     let peers = match case {
-        Case::Chain => "",
+        Case::Chain | Case::Rloo => "",
         _ => "; TRL, one reward model: f32 79.4 s, bf16 52.6 s (Zen 4)",
     };
     let note = format!(

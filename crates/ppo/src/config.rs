@@ -1,104 +1,15 @@
 //! Settings of the stage: flags, and the `[ppo]` table of a recipe.
 
-use std::fmt;
-use std::str::FromStr;
+mod check;
+mod words;
 
 use arete_training::{ComputeArgs, LoraArgs, ScheduleKind, Select};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+pub use self::words::{Aggregation, Algorithm, CriticKind, ProgrammedReward, RolloutKind, Weights};
 use crate::kl::{KlControl, KlController};
 use crate::reward::{Ensemble, Placement};
-
-/// What the policy is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum RolloutKind {
-    /// Every turn of the constitution; each reward model scores its own reply.
-    Chain,
-    /// The answer alone, scored by its own reward model.
-    Answer,
-}
-
-impl RolloutKind {
-    /// Replies in a conversation, of a chain of so many turns.
-    pub fn n_turns(self, n_chain: usize) -> usize {
-        match self {
-            Self::Chain => n_chain,
-            Self::Answer => 1,
-        }
-    }
-}
-
-/// Where the critic reads its values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum CriticKind {
-    /// A head on the policy's hidden states; its gradients reach the policy's adapter too.
-    Trunk,
-    /// A head on the policy's hidden states that leaves the adapter to the policy.
-    TrunkDetached,
-    /// A head on an adapter of its own: another forward and backward pass, and one more forward pass in the first update.
-    Adapter,
-}
-
-/// A reward computed by rule, for tests and for trying out the machinery.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum ProgrammedReward {
-    /// Part of a reply's letters that are this one, upper and lower case alike.
-    Letter(char),
-    /// −|n − target| / target, n = tokens sampled for the reply.
-    Length(usize),
-}
-
-impl FromStr for ProgrammedReward {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("expected letter:<letter> or length:<tokens>, got {text}");
-        match text.split_once(':').ok_or_else(wrong)? {
-            ("letter", letter) => {
-                let mut letters = letter.chars();
-                match (letters.next(), letters.next()) {
-                    (Some(letter), None) if letter.is_alphabetic() => {
-                        Ok(Self::Letter(letter.to_ascii_lowercase()))
-                    }
-                    _ => Err(wrong()),
-                }
-            }
-            ("length", target) => {
-                target.parse().ok().filter(|n| *n > 0).map(Self::Length).ok_or_else(wrong)
-            }
-            _ => Err(wrong()),
-        }
-    }
-}
-
-impl fmt::Display for ProgrammedReward {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Letter(letter) => write!(f, "letter:{letter}"),
-            Self::Length(target) => write!(f, "length:{target}"),
-        }
-    }
-}
-
-impl TryFrom<String> for ProgrammedReward {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<ProgrammedReward> for String {
-    fn from(reward: ProgrammedReward) -> Self {
-        reward.to_string()
-    }
-}
 
 /// Settings of PPO.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -106,6 +17,10 @@ pub struct Config {
     /// Base model (after SFT: the merged SFT directory): a Hugging Face directory, a GGUF file, or a hub id
     #[arg(long)]
     pub model: Option<String>,
+    /// Where advantages come from: a critic (ppo), or the other samples of the same prompt (rloo: TRL's RLOOTrainer, Ahmadian et al.
+    /// 2024; grpo: TRL's GRPOTrainer, Shao et al. 2024), which train no critic and leave every value_* key without effect
+    #[arg(long, value_enum, default_value_t = Algorithm::Ppo)]
+    pub algorithm: Algorithm,
     /// The chain of all turns, or the answer alone
     #[arg(long, value_enum, default_value_t = RolloutKind::Chain)]
     pub rollout: RolloutKind,
@@ -121,6 +36,10 @@ pub struct Config {
     /// Conversations in a rollout
     #[arg(long, default_value_t = 32)]
     pub rollout_size: usize,
+    /// Conversations of each prompt in a rollout, which rloo and grpo compare with each other (TRL: rloo 2, grpo 8); divides
+    /// rollout_size
+    #[arg(long, default_value_t = 1)]
+    pub samples_per_prompt: usize,
     /// Optimiser steps in one pass over a rollout; divides rollout_size
     #[arg(long, default_value_t = 1)]
     pub n_minibatches: usize,
@@ -142,7 +61,7 @@ pub struct Config {
     /// Part of all iterations in which the learning rates rise from 0
     #[arg(long, default_value_t = 0.0)]
     pub warmup_ratio: f64,
-    /// Weight of the KL penalty in the reward (TRL: 0.05)
+    /// Weight of the KL penalty: in the reward (k1, TRL: 0.05), with grpo in the loss (k3, TRL: 0)
     #[arg(long, default_value_t = 0.05)]
     pub kl_coef: f64,
     /// Whether that weight stays or follows kl_target
@@ -170,22 +89,45 @@ pub struct Config {
     /// press towards short replies: the end of a turn gets more of the score than the tokens before it
     #[arg(long, default_value_t = 1.0)]
     pub lambda: f64,
+    /// Weigh each token's loss (with rloo: each reply's) by P(trainer) / P(sampler), at most this, where sampler and trainer are two
+    /// programs (TRL's vllm_importance_sampling_clip_max: 3); 0 = off
+    #[arg(long, default_value_t = 0.0)]
+    pub importance_cap: f64,
     /// Stop an iteration's updates once ½·mean((new − old log-probability)²) exceeds this; 0 = never
     #[arg(long, default_value_t = 0.1)]
     pub target_kl: f64,
-    /// Bring advantages to mean 0 and variance 1 over the rollout
+    /// Subtract the mean of what is paid at each turn, over the rollout, before advantages are estimated by a critic: scores that
+    /// lie above 0 all alike then press towards nothing, whatever the critic knows yet
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
-    pub whiten_advantages: bool,
+    pub center_scores: bool,
+    /// Bring advantages to mean 0 and variance 1 over the own tokens of a rollout; default: with ppo (TRL), not with rloo and grpo
+    /// (TRL), whose groups centre them already
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    pub whiten_advantages: Option<bool>,
     /// Bring token rewards to variance 1 over the rollout, keeping their mean (Ziegler et al. 2019; off in TRL)
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub whiten_rewards: bool,
     /// How the standardised scores of the reward models become one
     #[arg(long, value_enum, default_value_t = Ensemble::Mean)]
     pub ensemble: Ensemble,
+    /// Weights of the reward models in mean, mean_minus_std and soft_min, by name; a model that is not named weighs 1, one that
+    /// weighs 0 is read and logged only (recipe: { action = 1, motivation = 0.5 })
+    #[arg(long, value_name = "NAME=WEIGHT,…")]
+    pub weights: Option<Weights>,
+    /// How several rewards are compared within a group, with rloo and grpo (TRL's multi_objective_aggregation; GDPO)
+    #[arg(long, value_enum, default_value_t = Aggregation::SumThenNormalize)]
+    pub aggregation: Aggregation,
     /// λ of the ensemble mean_minus_std
     #[arg(long, default_value_t = 0.5)]
     pub ensemble_std_weight: f64,
-    /// Where scores are paid out in a chain; min and mean_minus_std need final
+    /// τ of the ensemble soft_min, in standard deviations: near 0 it is min, far above the scores' spread it is mean
+    #[arg(long, default_value_t = 1.0)]
+    pub soft_min_temperature: f64,
+    /// Take from each standardised score what the reply's length explains of it among the replies of the model that the run starts
+    /// from (a line, by least squares; Singhal et al. 2023 find most of what reward models reward to be length)
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub length_residual: bool,
+    /// Where scores are paid out in a chain; every ensemble but mean needs final
     #[arg(long, value_enum, default_value_t = Placement::PerTurn)]
     pub placement: Placement,
     /// Subtracted from the standardised score of a reply that the token limit cut (TRL recommends 1)
@@ -216,10 +158,11 @@ pub struct Config {
     /// Sampling temperature of probes, 0 = greedy; default: that of the rollouts
     #[arg(long)]
     pub probe_temperature: Option<f64>,
-    /// Conversations of the reference sampled to standardise a reward model that has no score_stats.json
+    /// Conversations of the reference sampled to standardise a reward model that has no score_stats.json, and for length_residual
     #[arg(long, default_value_t = 64)]
     pub stats_samples: usize,
-    /// Reward by rule instead of reward models: `letter:LETTER` or `length:TOKENS`
+    /// Reward by rule instead of reward models: `letter:LETTER`, `length:TOKENS`, and the controls `constant` and `coin`, beside
+    /// which reward models are not read
     #[arg(long, value_name = "RULE")]
     pub programmed_reward: Option<ProgrammedReward>,
     /// Iterations between checkpoints; 0 = only with probes, after the last and on a signal
@@ -268,102 +211,30 @@ impl Config {
         }
     }
 
+    /// Whether advantages are whitened.
+    pub fn whitens(&self) -> bool {
+        self.whiten_advantages.unwrap_or(!self.algorithm.is_group())
+    }
+
+    /// Prompts of a rollout.
+    pub fn n_prompts(&self) -> usize {
+        self.rollout_size / self.samples_per_prompt
+    }
+
+    /// Whether each turn of a chain is paid by itself.
+    pub fn pays_per_turn(&self) -> bool {
+        self.placement == Placement::PerTurn && self.rollout == RolloutKind::Chain
+    }
+
     /// Temperature of probes.
     pub fn probe_temperature(&self) -> f64 {
         self.probe_temperature.unwrap_or(self.temperature)
     }
-
-    /// Checks what cannot be said by types.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Setting`] naming the key.
-    pub fn check(&self) -> Result<(), Error> {
-        let positive = |name, value: f64| {
-            check(name, value.is_finite() && value > 0.0, "a number above 0", &value)
-        };
-        let not_negative = |name, value: f64| {
-            check(name, value.is_finite() && value >= 0.0, "a number of at least 0", &value)
-        };
-        positive("temperature", self.temperature)?;
-        positive("clip_range", self.clip_range)?;
-        positive("value_clip_range", self.value_clip_range)?;
-        positive("kl_target", self.kl_target)?;
-        positive("kl_horizon", self.kl_horizon)?;
-        for (name, value) in [
-            ("learning_rate", self.learning_rate),
-            ("value_learning_rate", self.value_learning_rate),
-            ("kl_coef", self.kl_coef),
-            ("value_coef", self.value_coef),
-            ("target_kl", self.target_kl),
-            ("ensemble_std_weight", self.ensemble_std_weight),
-            ("missing_eos_penalty", self.missing_eos_penalty),
-            ("score_clip", self.score_clip),
-            ("max_grad_norm", self.max_grad_norm),
-            ("weight_decay", self.weight_decay),
-            ("probe_temperature", self.probe_temperature()),
-        ] {
-            not_negative(name, value)?;
-        }
-        // The coefficient is multiplied by 1 ± 0.2 · rollout_size / kl_horizon, which must stay above 0.
-        let slow =
-            self.kl_control == KlControl::Fixed || self.kl_horizon >= self.rollout_size as f64;
-        check("kl_horizon", slow, "at least rollout_size", &self.kl_horizon)?;
-        for (name, value) in [("gamma", self.gamma), ("lambda", self.lambda)] {
-            check(name, (0.0..=1.0).contains(&value), "a number within 0 to 1", &value)?;
-        }
-        for (name, value) in [
-            ("max_new_tokens", self.max_new_tokens),
-            ("rollout_size", self.rollout_size),
-            ("n_minibatches", self.n_minibatches),
-            ("micro_batch_tokens", self.micro_batch_tokens),
-            ("probe_prompts", self.probe_prompts),
-            ("stats_samples", self.stats_samples),
-            ("max_rows", self.max_rows),
-        ] {
-            check(name, value > 0, "at least 1", &value)?;
-        }
-        check("iterations", self.iterations > 0, "at least 1", &self.iterations)?;
-        check("epochs", self.epochs > 0, "at least 1", &self.epochs)?;
-        check(
-            "value_warmup",
-            self.value_warmup < self.iterations,
-            &format!("fewer than the {} iterations, or the policy never learns", self.iterations),
-            &self.value_warmup,
-        )?;
-        let moves = self.kl_control == KlControl::Fixed || self.kl_coef > 0.0;
-        check("kl_coef", moves, "a number above 0, for kl_control = adaptive multiplies it", &0)?;
-        check(
-            "n_minibatches",
-            self.rollout_size.is_multiple_of(self.n_minibatches),
-            &format!("a divisor of rollout_size ({})", self.rollout_size),
-            &self.n_minibatches,
-        )?;
-        let mixes_turns = self.ensemble != Ensemble::Mean && self.rollout == RolloutKind::Chain;
-        check(
-            "placement",
-            !(mixes_turns && self.placement == Placement::PerTurn),
-            "final, for an ensemble other than mean over a chain",
-            &"per_turn",
-        )
-    }
-}
-
-fn check(
-    name: &'static str,
-    is_good: bool,
-    expected: &str,
-    got: &impl fmt::Display,
-) -> Result<(), Error> {
-    if is_good {
-        return Ok(());
-    }
-    Err(Error::Setting { name, expected: expected.to_owned(), got: got.to_string() })
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use clap::{CommandFactory, Parser};
 
     use super::*;
 
@@ -416,8 +287,29 @@ mod tests {
     }
 
     #[test]
+    fn weights_come_from_a_recipes_table_and_a_flag_replaces_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let recipe = dir.path().join("recipe.toml");
+        fs_err::write(&recipe, "[ppo]\nweights = { action = 1, motivation = 0.5 }\n").unwrap();
+        let weights = |flags: &[&str]| {
+            let matches = Cli::command().get_matches_from([&["ppo"], flags].concat());
+            let config: Config =
+                arete_stage::recipe::resolve(&matches, "ppo", Some(&recipe)).unwrap();
+            // As run.json has it, and back.
+            let json = serde_json::to_value(&config).unwrap();
+            assert_eq!(serde_json::from_value::<Config>(json.clone()).unwrap(), config);
+            json["weights"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(weights(&[]), "action=1,motivation=0.5");
+        assert_eq!(weights(&["--weights", "motivation=3"]), "motivation=3");
+        for text in ["action", "action=", "=1", "action=x", "action=1,action=2"] {
+            assert!(text.parse::<Weights>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn programmed_rewards_are_read_and_written() {
-        for text in ["letter:e", "length:24"] {
+        for text in ["letter:e", "length:24", "constant", "coin"] {
             assert_eq!(text.parse::<ProgrammedReward>().unwrap().to_string(), text);
         }
         assert_eq!("letter:E".parse(), Ok(ProgrammedReward::Letter('e')));

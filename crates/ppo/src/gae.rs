@@ -109,7 +109,7 @@ mod tests {
 
     /// The fault: at λ = 0.95 and a critic of zero, a reward of 1 for every reply favoured the end of a turn over going on.
     #[test]
-    fn a_constant_reward_does_not_press_towards_short_replies() {
+    fn f3_a_constant_reward_does_not_press_towards_short_replies() {
         #[derive(Debug, clap::Parser)]
         struct Cli {
             #[command(flatten)]

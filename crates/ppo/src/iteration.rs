@@ -8,16 +8,18 @@ use arete_records::{FinishReason, stats};
 use arete_stage::interrupt;
 use tch::{Device, Kind};
 
+use crate::advantage::{sampled_logprobs, targets};
 use crate::assess::{self, Assessment};
-use crate::gae::estimate_advantages;
+use crate::config::Algorithm;
+use crate::group;
 use crate::journal::Journal;
+use crate::loss::importance_weights;
 use crate::models::{Learning, Models};
 use crate::packs::{FirstPass, PackedRollout};
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
 use crate::scorer::RewardModels;
 use crate::update::{Optimisers, Rates, Targets, UpdateReport, update};
-use crate::whiten::{rescale, whiten};
 use crate::{Config, Error};
 
 /// What an iteration works with.
@@ -84,12 +86,12 @@ impl Iteration<'_> {
         journal: Option<&mut Journal>,
     ) -> Result<Outcome, Error> {
         let (config, iteration) = (self.config, self.iteration);
-        let learning =
-            if iteration > config.value_warmup { Learning::Both } else { Learning::Critic };
+        let warms_up = models.has_critic() && iteration <= config.value_warmup;
+        let learning = if warms_up { Learning::Critic } else { Learning::Both };
         let budget = config.micro_batch_tokens;
         let mut phases = Vec::new();
 
-        let known: Vec<bool> = (0..prompts.len())
+        let known: Vec<bool> = (0..config.rollout_size)
             .map(|idx| journal.as_ref().is_some_and(|journal| journal.knows(idx)))
             .collect();
         let conversations = timed(&mut phases, "sampling", || {
@@ -110,8 +112,8 @@ impl Iteration<'_> {
             let n_read = scores.n_tokens;
             Ok((scores, n_read))
         })?;
-        for (aspect, column) in self.rewards.learned_columns(&scores.raw) {
-            check_variance(&format!("scores of the {aspect} reward model"), &column, iteration)?;
+        for (name, column) in self.rewards.learned_columns(&scores.raw) {
+            check_variance(&format!("scores of the {name} reward model"), &column, iteration)?;
         }
         interrupt::check()?;
         let ref_logprob = timed(&mut phases, "reference", || {
@@ -126,17 +128,23 @@ impl Iteration<'_> {
         })?;
 
         let layout = Layout::new(&conversations);
-        let kl = &first.old_logprob - ref_logprob; // [n]
+        let kl = &first.old_logprob - &ref_logprob; // [n]
         let kl_coef = self.kl_coef;
         let assessment = assess::assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
-        check_variance("scores paid out", &assessment.paid, iteration)?;
-        let targets = targets(&assessment, &layout, &first, config)?;
+        if !self.rewards.is_constant() {
+            check_variance("scores paid out", &assessment.paid, iteration)?;
+        }
+        let targets =
+            targets(&conversations, &assessment, &layout, &first, &ref_logprob, kl_coef, config)?;
         interrupt::check()?;
-        let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef)?;
+        let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef, config)?;
         let decoder = &self.model.decoder;
-        let difference = sampler_trainer_difference(&conversations, &first)?;
-        check_difference(difference, decoder.kind(), decoder.device(), config.allow_disagreement)?;
-        metrics.push(("sampler_trainer_difference".to_owned(), difference));
+        let difference = (sampled_logprobs(&conversations) - &first.old_logprob).abs(); // [n]
+        let (kind, device) = (decoder.kind(), decoder.device());
+        let told = agreement(&difference, device)?;
+        check_difference(told, kind, device, config.allow_disagreement)?;
+        let largest = number(&difference.max())?;
+        metrics.push(("sampler_trainer_difference".to_owned(), largest));
         let report = timed(&mut phases, "update", || {
             let rates = self.rates;
             let report = update(
@@ -145,14 +153,15 @@ impl Iteration<'_> {
             let n_passes = report.n_steps.div_ceil(config.n_minibatches as u64) as usize;
             Ok((report, n_tokens * n_passes))
         })?;
-        let aspects = self.rewards.aspects();
+        metrics.extend(of_update(&report, models.has_critic()));
         let turns = &self.sampler.turns;
-        metrics.extend(of_update(&report));
-        metrics.extend(assess::describe(&conversations, &aspects, turns, &assessment.scores));
+        metrics.extend(assess::describe(&conversations, turns, &assessment.scores));
         // The policy takes no step while the critic warms up.
         let policy_rate = if learning == Learning::Both { self.rates.policy } else { 0.0 };
         metrics.push(("lr".to_owned(), policy_rate));
-        metrics.push(("value_lr".to_owned(), self.rates.critic));
+        if models.has_critic() {
+            metrics.push(("value_lr".to_owned(), self.rates.critic));
+        }
         metrics.extend(optimisers.scale.factor.map(|factor| ("loss_scale".to_owned(), factor)));
         Ok(Outcome { conversations, assessment, report, metrics, phases })
     }
@@ -167,26 +176,6 @@ fn timed<T>(
     let (out, n_tokens) = work()?;
     phases.push(Phase { what, seconds: started.elapsed().as_secs_f64(), n_tokens });
     Ok(out)
-}
-
-/// Advantages and returns of every own token.
-fn targets(
-    assessment: &Assessment,
-    layout: &Layout,
-    first: &FirstPass<'_>,
-    config: &Config,
-) -> Result<Targets, Error> {
-    let valid = layout.valid();
-    let rewards = if config.whiten_rewards {
-        rescale(&assessment.token_rewards, &valid)?
-    } else {
-        assessment.token_rewards.shallow_clone()
-    };
-    let values = layout.spread(&first.old_value); // [B, T]
-    let raw = estimate_advantages(&rewards, &values, &valid, config.gamma, config.lambda)?;
-    let advantage =
-        if config.whiten_advantages { whiten(&raw.advantage, &valid)? } else { raw.advantage };
-    Ok(Targets { advantage: layout.gather(&advantage), returns: layout.gather(&raw.returns) })
 }
 
 /// Scores that are the same for every conversation teach nothing: a broken reward model if it is the first iteration.
@@ -210,45 +199,67 @@ fn summary(
     first: &FirstPass<'_>,
     targets: &Targets,
     kl_coef: f64,
+    config: &Config,
 ) -> Result<Vec<(String, f64)>, Error> {
-    let number = |tensor: Tensor| f64::try_from(tensor.to_kind(Kind::Double));
     let n = conversations.len() as f64;
-    let non_score: Vec<f64> = assessment.kl.iter().map(|kl| -kl_coef * kl).collect();
+    // GRPO's penalty is part of the loss.
+    let in_reward = if config.algorithm == Algorithm::Grpo { 0.0 } else { kl_coef };
+    let non_score: Vec<f64> = assessment.kl.iter().map(|kl| -in_reward * kl).collect();
     let (paid, non_score) = (stats::mean(&assessment.paid), stats::mean(&non_score));
-    let variance = |tensor: &Tensor| number(tensor.to_kind(Kind::Double).var(false));
-    let residual = variance(&(&targets.returns - &first.old_value))?;
-    let spread = variance(&targets.returns)?;
     let ended = conversations
         .iter()
         .flat_map(|c| &c.replies)
         .filter(|reply| reply.finish_reason == FinishReason::Stop)
         .count();
-    let line = [
+    let mut line = vec![
         ("objective/kl", stats::mean(&assessment.kl)),
-        ("objective/entropy", -number(first.old_logprob.sum(Kind::Double))? / n),
+        ("objective/entropy", -number(&first.old_logprob.sum(Kind::Double))? / n),
         ("objective/non_score_reward", non_score),
         ("objective/rlhf_reward", paid + non_score),
         ("objective/scores", paid),
         ("objective/scores_std", stats::std(&assessment.paid)),
-        ("policy/entropy_avg", number(first.entropy.mean(Kind::Double))?),
+        ("policy/entropy_avg", number(&first.entropy.mean(Kind::Double))?),
         ("val/num_eos_tokens", ended as f64),
-        ("value_mean", number(first.old_value.mean(Kind::Double))?),
-        ("returns_mean", number(targets.returns.mean(Kind::Double))?),
-        ("explained_variance", if spread > 0.0 { 1.0 - residual / spread } else { 0.0 }),
-        ("kl_coef", kl_coef),
     ];
+    if let (Some(value), Some(returns)) = (&first.old_value, &targets.returns) {
+        line.extend(of_values(value, returns)?);
+    } else {
+        let share = group::share_without_spread(&assessment.paid, config.samples_per_prompt);
+        line.push(("frac_reward_zero_std", share));
+    }
+    if let Some(log) = &targets.log_importance {
+        let weights = importance_weights(log, config.importance_cap);
+        line.push(("importance_weight", number(&weights.mean(Kind::Double))?));
+    }
+    line.push(("kl_coef", kl_coef));
     Ok(line.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-/// The largest difference between a token's log-probability when it was sampled and when it is trained on, in nats.
-fn sampler_trainer_difference(
-    conversations: &[Conversation],
-    first: &FirstPass<'_>,
-) -> Result<f64, Error> {
-    let sampled: Vec<f32> =
-        conversations.iter().flat_map(|c| c.sampled_logprob.iter().copied()).collect();
-    let sampled = Tensor::from_slice(&sampled).to_device(Device::Cpu);
-    Ok(f64::try_from((&sampled - &first.old_logprob).abs().max().to_kind(Kind::Double))?)
+/// What the critic knew.
+fn of_values(value: &Tensor, returns: &Tensor) -> Result<[(&'static str, f64); 3], Error> {
+    let variance = |tensor: &Tensor| number(&tensor.to_kind(Kind::Double).var(false));
+    let (residual, spread) = (variance(&(returns - value))?, variance(returns)?);
+    Ok([
+        ("value_mean", number(&value.mean(Kind::Double))?),
+        ("returns_mean", number(&returns.mean(Kind::Double))?),
+        ("explained_variance", if spread > 0.0 { 1.0 - residual / spread } else { 0.0 }),
+    ])
+}
+
+fn number(tensor: &Tensor) -> Result<f64, Error> {
+    Ok(f64::try_from(tensor.to_kind(Kind::Double))?)
+}
+
+/// Part of the tokens on which sampler and trainer must agree where single tokens are promised nothing.
+const AGREEING: f64 = 0.999;
+
+/// The difference that counts, of every token's, in nats: the largest on the CPU; elsewhere the few worst tokens say little,
+/// and what nearly all keep to counts.
+fn agreement(difference: &Tensor, device: Device) -> Result<f64, Error> {
+    let quantile = if device == Device::Cpu { 1.0 } else { AGREEING };
+    let mut sorted: Vec<f64> = Vec::try_from(difference.to_kind(Kind::Double))?;
+    sorted.sort_by(f64::total_cmp);
+    Ok(stats::quantile(&sorted, quantile))
 }
 
 /// Sampler and trainer are one decoder, whose rows on the CPU do not depend on each other: there a difference is a fault, while
@@ -271,7 +282,8 @@ fn check_difference(
 }
 
 /// The steps' numbers under TRL's names.
-fn of_update(report: &UpdateReport) -> Vec<(String, f64)> {
+fn of_update(report: &UpdateReport, has_critic: bool) -> Vec<(String, f64)> {
+    let of_critic = ["loss/value_avg", "val/clipfrac_avg", "value_grad_norm"];
     [
         ("policy/approxkl_avg", report.approx_kl),
         ("policy/clipfrac_avg", report.clip_fraction),
@@ -287,6 +299,7 @@ fn of_update(report: &UpdateReport) -> Vec<(String, f64)> {
         ("stopped_early", f64::from(u8::from(report.stopped_early))),
     ]
     .into_iter()
+    .filter(|(name, _)| has_critic || !of_critic.contains(name))
     .map(|(name, value)| (name.to_owned(), value))
     .collect()
 }

@@ -20,7 +20,9 @@ const SUFFIX: &str = ".partial.jsonl";
 #[derive(Debug)]
 pub struct Journal {
     file: fs_err::File,
-    /// Sequences of an earlier attempt, by request.
+    /// Samples of a request.
+    n_samples: usize,
+    /// Sequences of an earlier attempt, by conversation.
     known: Vec<Option<Sequence>>,
 }
 
@@ -40,12 +42,12 @@ struct Turn {
 }
 
 impl Journal {
-    /// Opens the journal of an iteration's rollout of `n` sequences in `dir`, and reads what an earlier attempt left.
+    /// Opens the journal of an iteration's rollout of `n` sequences in `dir`, `n_samples` of each prompt, and reads what an earlier attempt left.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] if the file cannot be read or written.
-    pub fn open(dir: &Path, iteration: u64, n: usize) -> Result<Self, Error> {
+    pub fn open(dir: &Path, iteration: u64, n: usize, n_samples: usize) -> Result<Self, Error> {
         fs_err::create_dir_all(dir)?;
         let path = path_of(dir, iteration);
         let bytes = match fs_err::read(&path) {
@@ -58,18 +60,26 @@ impl Journal {
             atomic::write(&path, &bytes[..n_good])?; // a kill cut the last line
         }
         let file = fs_err::OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self { file, known })
+        Ok(Self { file, n_samples, known })
     }
 
     /// Whether an earlier attempt left this sequence.
-    pub(crate) fn knows(&self, request: usize) -> bool {
-        self.known.get(request).is_some_and(Option::is_some)
+    pub(crate) fn knows(&self, conversation: usize) -> bool {
+        self.known.get(conversation).is_some_and(Option::is_some)
     }
 }
 
 impl sample::Journal for Journal {
     fn take_known(&mut self) -> Vec<Sequence> {
-        std::mem::take(&mut self.known).into_iter().flatten().collect()
+        let mut known: Vec<Sequence> =
+            std::mem::take(&mut self.known).into_iter().flatten().collect();
+        for sequence in &mut known {
+            // Lines count conversations.
+            let conversation = sequence.request;
+            sequence.request = conversation / self.n_samples;
+            sequence.stream = conversation % self.n_samples;
+        }
+        known
     }
 
     fn append(&mut self, sequence: &Sequence) -> std::io::Result<()> {
@@ -79,7 +89,7 @@ impl sample::Journal for Journal {
             finish_reason: completion.finish_reason,
         };
         let line = Line {
-            request: sequence.request,
+            request: sequence.request * self.n_samples + sequence.stream,
             turns: sequence.turns.iter().map(turn).collect(),
             appended: sequence.appended.clone(),
         };
@@ -163,7 +173,7 @@ mod tests {
     #[test]
     fn what_ended_before_a_kill_is_there_afterwards() {
         let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::open(dir.path(), 3, 4).unwrap();
+        let mut journal = Journal::open(dir.path(), 3, 4, 1).unwrap();
         assert_eq!(journal.take_known(), []);
         for request in [2, 0] {
             journal.append(&sequence(request)).unwrap();
@@ -172,14 +182,27 @@ mod tests {
         let whole = fs_err::read(&path).unwrap();
         // Killed within the line of the second sequence.
         fs_err::write(&path, &whole[..whole.len() - 9]).unwrap();
-        let mut journal = Journal::open(dir.path(), 3, 4).unwrap();
+        let mut journal = Journal::open(dir.path(), 3, 4, 1).unwrap();
         assert_eq!(journal.take_known(), [sequence(2)]);
         journal.append(&sequence(0)).unwrap();
         assert_eq!(fs_err::read(&path).unwrap(), whole);
-        let known = Journal::open(dir.path(), 3, 4).unwrap().take_known();
+        let known = Journal::open(dir.path(), 3, 4, 1).unwrap().take_known();
         assert_eq!(known, [sequence(0), sequence(2)]);
         // Another rollout size cannot come with the same settings; such lines are not trusted.
-        assert_eq!(Journal::open(dir.path(), 3, 1).unwrap().take_known(), []);
+        assert_eq!(Journal::open(dir.path(), 3, 1, 1).unwrap().take_known(), []);
+    }
+
+    #[test]
+    fn several_samples_of_a_prompt_are_kept_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |request, stream| Sequence { stream, ..sequence(request) };
+        let mut journal = Journal::open(dir.path(), 1, 6, 3).unwrap();
+        for (request, stream) in [(1, 2), (0, 1), (1, 0)] {
+            journal.append(&of(request, stream)).unwrap();
+        }
+        let mut journal = Journal::open(dir.path(), 1, 6, 3).unwrap();
+        assert!(journal.knows(1) && journal.knows(3) && journal.knows(5) && !journal.knows(0));
+        assert_eq!(journal.take_known(), [of(0, 1), of(1, 0), of(1, 2)]);
     }
 
     #[test]
@@ -187,7 +210,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         remove_through(&dir.path().join("none"), 9).unwrap();
         for iteration in 1..=3 {
-            Journal::open(dir.path(), iteration, 1).unwrap();
+            Journal::open(dir.path(), iteration, 1, 1).unwrap();
         }
         fs_err::write(dir.path().join("iteration-000001.parquet"), "rows").unwrap();
         remove_through(dir.path(), 2).unwrap();

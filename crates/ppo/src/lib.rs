@@ -22,15 +22,18 @@
 //! Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024 (arXiv:2403.17031);
 //! ensembles: Coste et al. 2023 (arXiv:2310.02743).
 
+pub mod advantage;
 pub mod alarm;
 mod assess;
 pub mod bench;
 pub mod config;
 mod error;
 pub mod gae;
+pub mod group;
 mod iteration;
 pub mod journal;
 pub mod kl;
+pub mod length;
 pub mod loss;
 pub mod models;
 pub mod packs;
@@ -40,11 +43,13 @@ pub mod reward;
 pub mod rollout;
 pub mod scorer;
 mod stage;
+pub mod standardisation;
 pub mod update;
 pub mod whiten;
 
 pub use config::Config;
 pub use error::{Error, class_of};
+pub use scorer::NamedReward;
 pub use stage::{TrainInputs, train};
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_ppo::{Config, TrainInputs};
+use arete_ppo::{Config, NamedReward, TrainInputs};
 use arete_stage::cli::{self, StageArgs};
 use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -32,8 +32,12 @@ enum Command {
         prompts: PathBuf,
         /// Directory with the reward models, one a turn of the constitution (of the answer alone with --rollout answer):
         /// <turn>/adapter and <turn>/score_stats.json
-        #[arg(long, alias = "reward", value_name = "DIR")]
+        #[arg(long, value_name = "DIR")]
         rewards: Option<PathBuf>,
+        /// One reward model more, or the only one, by name; repeated for several. One named as a turn reads that turn's
+        /// reply, every other (a virtue's, say) the answer. Without a name the same as --rewards
+        #[arg(long, value_name = "NAME=DIR")]
+        reward: Vec<RewardFlag>,
         /// Directory of a reward model that only watches the probes: adapter/ on the same base, or merged/
         #[arg(long, value_name = "DIR")]
         yardstick: Option<PathBuf>,
@@ -48,6 +52,45 @@ enum Command {
     Bench(arete_ppo::bench::Arguments),
 }
 
+/// A value of `--reward`.
+#[derive(Clone, Debug)]
+enum RewardFlag {
+    Named(NamedReward),
+    Directory(PathBuf),
+}
+
+impl std::str::FromStr for RewardFlag {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // A path with `=` in one of its folders' names is no NAME=DIR: names have no `/`.
+        Ok(text.parse().map_or_else(|_| Self::Directory(text.into()), Self::Named))
+    }
+}
+
+/// The directory of an aspect's reward models each, and those that are named.
+fn sorted(
+    rewards: Option<PathBuf>,
+    flags: Vec<RewardFlag>,
+) -> anyhow::Result<(Option<PathBuf>, Vec<NamedReward>)> {
+    let (mut directories, mut named) = (Vec::from_iter(rewards), Vec::new());
+    for flag in flags {
+        match flag {
+            RewardFlag::Named(reward) => named.push(reward),
+            RewardFlag::Directory(dir) => directories.push(dir),
+        }
+    }
+    if let [first, second, ..] = directories.as_slice() {
+        return Err(arete_ppo::Error::Setting {
+            name: "rewards",
+            expected: format!("one directory ({}), and others as NAME=DIR", first.display()),
+            got: second.display().to_string(),
+        }
+        .into());
+    }
+    Ok((directories.pop(), named))
+}
+
 fn main() -> ExitCode {
     cli::init_tracing();
     arete_stage::exit::run(|| run(), arete_ppo::class_of)
@@ -56,13 +99,15 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<()> {
     let matches = Cli::command().get_matches();
     match Cli::from_arg_matches(&matches)?.command {
-        Command::Train { stage, prompts, rewards, yardstick, constitution, .. } => {
+        Command::Train { stage, prompts, rewards, reward, yardstick, constitution, .. } => {
             let matches = matches.subcommand_matches("train").expect("the command parsed");
             let config: Config = recipe::resolve(matches, "ppo", stage.recipe.as_deref())?;
             interrupt::install()?;
             let context = format!("training on {}", prompts.display());
+            let (rewards, named_rewards) = sorted(rewards, reward)?;
+            let output = stage.output;
             let inputs =
-                TrainInputs { prompts, rewards, constitution, yardstick, output: stage.output };
+                TrainInputs { prompts, rewards, named_rewards, constitution, yardstick, output };
             arete_ppo::train(&config, &inputs).with_context(|| context)
         }
         Command::Bench(arguments) => {

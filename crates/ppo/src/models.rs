@@ -33,8 +33,8 @@ pub struct Models<'a> {
     pub decoder: &'a Decoder,
     /// The policy's adapter.
     pub policy: Adapter,
-    /// The critic.
-    pub critic: Critic,
+    /// The critic; none where advantages come from groups.
+    pub critic: Option<Critic>,
     temperature: f64,
     recompute: bool,
 }
@@ -78,7 +78,7 @@ pub(crate) struct Graph<'a> {
 }
 
 impl<'a> Models<'a> {
-    /// A policy that is the reference still, and a critic that says 0.
+    /// A policy that is the reference still, and a critic, if the algorithm has one, that says 0.
     ///
     /// # Errors
     ///
@@ -91,12 +91,16 @@ impl<'a> Models<'a> {
             adapter.set_trainable(true);
             Ok(adapter)
         };
-        let mut head = ScalarHead::zeros(model.hidden_size, device);
-        head.set_trainable(true);
-        let critic = match config.value {
-            CriticKind::Trunk => Critic::Trunk { head, detached: false },
-            CriticKind::TrunkDetached => Critic::Trunk { head, detached: true },
-            CriticKind::Adapter => Critic::Adapter { adapter: adapter("value")?, head },
+        let critic = if config.algorithm.is_group() {
+            None
+        } else {
+            let mut head = ScalarHead::zeros(model.hidden_size, device);
+            head.set_trainable(true);
+            Some(match config.value {
+                CriticKind::Trunk => Critic::Trunk { head, detached: false },
+                CriticKind::TrunkDetached => Critic::Trunk { head, detached: true },
+                CriticKind::Adapter => Critic::Adapter { adapter: adapter("value")?, head },
+            })
         };
         Ok(Self {
             decoder,
@@ -137,7 +141,16 @@ impl<'a> Models<'a> {
         })
     }
 
+    /// Whether there is one.
+    pub(crate) fn has_critic(&self) -> bool {
+        self.critic.is_some()
+    }
+
     /// `trunk`: the policy's hidden states of the same pack.
+    ///
+    /// # Panics
+    ///
+    /// If there is no critic.
     pub(crate) fn critic_pass<'s>(
         &'s self,
         pack: &'s Pack,
@@ -145,7 +158,8 @@ impl<'a> Models<'a> {
         learns: bool,
     ) -> Result<CriticPass<'s>, Error> {
         let _guard = (!learns).then(tch::no_grad_guard);
-        let (hidden, head, pass) = match &self.critic {
+        let critic = self.critic.as_ref().expect("there is a critic");
+        let (hidden, head, pass) = match critic {
             Critic::Trunk { head, detached: false } => (trunk.shallow_clone(), head, None),
             Critic::Trunk { head, detached: true } => (trunk.detach(), head, None),
             Critic::Adapter { adapter, head } if learns => {
@@ -163,16 +177,21 @@ impl<'a> Models<'a> {
 
     /// The critic's pass shares nothing with the policy's, and both learn: one after the other, memory holds one alone.
     pub(crate) fn in_turn(&self, learning: Learning) -> bool {
-        learning == Learning::Both && matches!(self.critic, Critic::Adapter { .. })
+        learning == Learning::Both && matches!(self.critic, Some(Critic::Adapter { .. }))
     }
 
-    /// The tensors that learn as policy, and as critic.
-    pub(crate) fn parameters(&self) -> [Vec<(String, Tensor)>; 2] {
-        let (head, mut critic) = match &self.critic {
+    /// The tensors that learn as policy.
+    pub(crate) fn policy_parameters(&self) -> Vec<(String, Tensor)> {
+        self.policy.parameters()
+    }
+
+    /// The tensors that learn as critic.
+    pub(crate) fn critic_parameters(&self) -> Option<Vec<(String, Tensor)>> {
+        let (head, mut parameters) = match self.critic.as_ref()? {
             Critic::Trunk { head, .. } => (head, Vec::new()),
             Critic::Adapter { adapter, head } => (head, adapter.parameters()),
         };
-        critic.push(("score.weight".to_owned(), head.weight.shallow_clone()));
-        [self.policy.parameters(), critic]
+        parameters.push(("score.weight".to_owned(), head.weight.shallow_clone()));
+        Some(parameters)
     }
 }

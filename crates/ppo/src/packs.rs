@@ -61,8 +61,8 @@ pub(crate) struct Epoch {
 pub struct FirstPass<'a> {
     /// `[n]` f32: log P of every own token, in the order of conversations; nats.
     pub old_logprob: Tensor,
-    /// `[n]` f32: value of the state before each.
-    pub old_value: Tensor,
+    /// `[n]` f32: value of the state before each, if there is a critic.
+    pub old_value: Option<Tensor>,
     /// `[n]` f32: entropy of the policy there; nats.
     pub entropy: Tensor,
     /// Kept for the first update.
@@ -158,17 +158,23 @@ impl PackedRollout {
         for pack in self.epochs[0].minibatches.iter().flatten() {
             let policy = models.policy_pass(pack, learning, true)?;
             let learns = learning != Learning::Neither && !in_turn;
-            let critic = models.critic_pass(pack, &policy.hidden, learns)?;
+            let critic = match models.has_critic() {
+                true => Some(models.critic_pass(pack, &policy.hidden, learns)?),
+                false => None,
+            };
             let places = self.places(pack);
             let _guard = tch::no_grad_guard();
             let _ = old_logprob.index_copy_(0, &places, &policy.logprob);
-            let _ = old_value.index_copy_(0, &places, &critic.value);
+            if let Some(critic) = &critic {
+                let _ = old_value.index_copy_(0, &places, &critic.value);
+            }
             let _ = entropy.index_copy_(0, &places, &policy.entropy);
             if self.keep {
-                graphs.push(Graph { policy, critic: (!in_turn).then_some(critic) });
+                graphs.push(Graph { policy, critic: critic.filter(|_| !in_turn) });
             }
         }
         let graphs = self.keep.then_some(graphs);
+        let old_value = models.has_critic().then_some(old_value);
         Ok(FirstPass { old_logprob, old_value, entropy, graphs })
     }
 }

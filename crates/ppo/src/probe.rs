@@ -14,7 +14,7 @@ use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
-use crate::scorer::{RewardModels, Yardstick};
+use crate::scorer::{RewardModels, Scores, Yardstick};
 
 /// What is probed, and with what.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub struct Report {
     pub baseline: Baseline,
     /// The conversations.
     pub rows: Vec<RolloutRow>,
+    /// Their scores.
+    pub scores: Scores,
 }
 
 impl Report {
@@ -91,13 +93,11 @@ impl Probe<'_> {
         let layout = Layout::new(&conversations);
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
 
-        let aspects = self.rewards.aspects();
         let turns = &self.sampler.turns;
-        let mut metrics: Vec<(String, f64)> =
-            describe(&conversations, &aspects, turns, &assessment.scores)
-                .into_iter()
-                .map(|(name, value)| (format!("probe/{name}"), value))
-                .collect();
+        let mut metrics: Vec<(String, f64)> = describe(&conversations, turns, &assessment.scores)
+            .into_iter()
+            .map(|(name, value)| (format!("probe/{name}"), value))
+            .collect();
         let score = stats::mean(&assessment.paid);
         metrics.push(("probe/scores".to_owned(), score));
         if sampled {
@@ -116,7 +116,8 @@ impl Probe<'_> {
             z_mean: stats::mean(&z_means),
             baseline,
             metrics,
-            rows: rows(iteration, &conversations, &self.prompts, &assessment, turns, self.rewards),
+            rows: rows(iteration, &conversations, &self.prompts, &assessment, turns),
+            scores: assessment.scores,
         })
     }
 }

@@ -17,6 +17,21 @@ pub enum Ensemble {
     MeanMinusStd,
     /// The lowest.
     Min,
+    /// A smooth minimum, which leaves every reward model a say.
+    SoftMin,
+}
+
+impl Ensemble {
+    /// Its name in recipes.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mean => "mean",
+            Self::MeanMinusStd => "mean_minus_std",
+            Self::Min => "min",
+            Self::SoftMin => "soft_min",
+        }
+    }
 }
 
 /// Where in a conversation a score is paid out.
@@ -35,26 +50,73 @@ pub enum Placement {
 /// # Shapes
 ///
 /// - `z`: `[B, K]` f32, standardised; the result is `[B]` f32.
+/// - `weights`: `[K]`, not negative, with a sum above 0; [`Ensemble::Min`] takes none.
+/// - `parameter`: λ of [`Ensemble::MeanMinusStd`], τ of [`Ensemble::SoftMin`].
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] unless `z` has two dimensions and K ≥ 1.
+/// [`Error::Shape`] unless `z` has two dimensions, K ≥ 1, and there are K weights.
 ///
 /// # Source
 ///
 /// Coste et al. 2023 (arXiv:2310.02743), section 3: mean, worst case and uncertainty-weighted; as its spread we take the
-/// population standard deviation instead of the variance, so that the weight has no unit.
-pub fn combine(z: &Tensor, ensemble: Ensemble, std_weight: f64) -> Result<Tensor, Error> {
-    if z.dim() != 2 || z.size()[1] == 0 {
-        return Err(Error::Shape { name: "z", expected: vec![-1, -1], got: z.size() });
+/// population standard deviation instead of the variance, so that the weight has no unit. The smooth minimum is
+/// `−τ · log Σ w · exp(−z / τ)` with weights that add up to 1: it lies between minimum (τ → 0) and mean (τ → ∞).
+pub fn combine(
+    z: &Tensor,
+    ensemble: Ensemble,
+    weights: &[f64],
+    parameter: f64,
+) -> Result<Tensor, Error> {
+    if z.dim() != 2 || z.size()[1] == 0 || z.size()[1] != weights.len() as i64 {
+        let expected = vec![-1, weights.len() as i64];
+        return Err(Error::Shape { name: "z", expected, got: z.size() });
     }
-    Ok(match ensemble {
-        Ensemble::Mean => z.mean_dim(1, false, Kind::Float),
+    let total: f64 = weights.iter().sum();
+    let weights: Vec<f32> = weights.iter().map(|&weight| weight as f32).collect();
+    let weights = Tensor::from_slice(&weights).unsqueeze(0); // [1, K]
+    let mean = |x: &Tensor| (x * &weights).sum_dim_intlist(1, true, Kind::Float) / total; // [B, 1]
+    let combined = match ensemble {
+        Ensemble::Mean => mean(z),
         Ensemble::MeanMinusStd => {
-            z.mean_dim(1, false, Kind::Float) - std_weight * z.std_dim(1, false, false)
+            let centre = mean(z);
+            let spread = mean(&(z - &centre).square()).sqrt();
+            centre - parameter * spread
         }
-        Ensemble::Min => z.amin(1, false),
-    })
+        Ensemble::Min => z.amin(1, true),
+        Ensemble::SoftMin => {
+            let share = &weights / total;
+            (z / -parameter + share.log()).logsumexp(1, true) * -parameter
+        }
+    };
+    Ok(combined.squeeze_dim(1)) // [B]
+}
+
+/// What is paid for each reply: the weighted scores of the reward models that read it, over the sum of all weights, and an
+/// equal share of the penalties.
+///
+/// # Shapes
+///
+/// - `z`: `[B, K]` f32, standardised; `turns`, `weights`: `[K]`, the reply each model reads and what it weighs.
+/// - `penalty`: `[B, T]` f32, what is subtracted for each of T replies; the result is `[B, T]` f32.
+///
+/// # Errors
+///
+/// [`Error::Shape`] if the numbers of models differ.
+pub fn shares_by_turn(
+    z: &Tensor,
+    turns: &[usize],
+    weights: &[f64],
+    penalty: &Tensor,
+) -> Result<Tensor, Error> {
+    check_shape("z", z, &[penalty.size()[0], turns.len() as i64])?;
+    let total: f64 = weights.iter().sum();
+    let n_turns = penalty.size()[1] as f64;
+    let turns: Vec<i64> = turns.iter().map(|&turn| turn as i64).collect();
+    let factors: Vec<f32> = weights.iter().map(|&weight| weight as f32).collect();
+    let weighed = z * Tensor::from_slice(&factors).unsqueeze(0); // [B, K]
+    let scores = penalty.zeros_like().index_add(1, &Tensor::from_slice(&turns), &weighed);
+    Ok((scores - penalty * (total / n_turns)) / total) // [B, T]
 }
 
 /// Writes each score at one token and 0 at all others; scores that meet at a token add up.
@@ -128,14 +190,47 @@ mod tests {
     fn ensembles_by_hand() {
         // Second row: mean 2, population std sqrt((1 + 1 + 4) / 3) = sqrt(2).
         let z = batch(&[&[1.0, 1.0, 1.0], &[1.0, 1.0, 4.0]]);
-        assert_eq!(values_of(&combine(&z, Ensemble::Mean, 9.0).unwrap()), [1.0, 2.0]);
-        assert_eq!(values_of(&combine(&z, Ensemble::Min, 9.0).unwrap()), [1.0, 1.0]);
-        let conservative = values_of(&combine(&z, Ensemble::MeanMinusStd, 0.5).unwrap());
+        let of =
+            |ensemble, parameter| values_of(&combine(&z, ensemble, &[1.0; 3], parameter).unwrap());
+        assert_eq!(of(Ensemble::Mean, 9.0), [1.0, 2.0]);
+        assert_eq!(of(Ensemble::Min, 9.0), [1.0, 1.0]);
+        let conservative = of(Ensemble::MeanMinusStd, 0.5);
         assert_eq!(conservative[0], 1.0);
         assert!((conservative[1] - (2.0 - 0.5 * 2f64.sqrt())).abs() < 1e-6);
+        // −2 · log((2 · e^−½ + e^−2) / 3) = 1.5933
+        let soft = of(Ensemble::SoftMin, 2.0);
+        let expected = -2.0 * ((2.0 * (-0.5f64).exp() + (-2f64).exp()) / 3.0).ln();
+        assert!((soft[0] - 1.0).abs() < 1e-6 && (soft[1] - expected).abs() < 1e-6, "{soft:?}");
         // One reward model has no spread.
         let one = batch(&[&[3.0]]);
-        assert_eq!(values_of(&combine(&one, Ensemble::MeanMinusStd, 0.5).unwrap()), [3.0]);
+        for ensemble in [Ensemble::Mean, Ensemble::MeanMinusStd, Ensemble::Min, Ensemble::SoftMin] {
+            assert_eq!(values_of(&combine(&one, ensemble, &[1.0], 0.5).unwrap()), [3.0]);
+        }
+        assert!(combine(&z, Ensemble::Mean, &[1.0; 2], 0.5).is_err());
+    }
+
+    #[test]
+    fn weights_shift_an_ensemble_and_0_leaves_out() {
+        let z = batch(&[&[1.0, 5.0, 4.0]]);
+        let of =
+            |ensemble, weights: &[f64]| values_of(&combine(&z, ensemble, weights, 0.5).unwrap())[0];
+        // (1 + 3 · 5) / 4 = 4; its spread √((9 + 3 · 1) / 4) = √3.
+        assert_eq!(of(Ensemble::Mean, &[1.0, 3.0, 0.0]), 4.0);
+        let cautious = of(Ensemble::MeanMinusStd, &[1.0, 3.0, 0.0]);
+        assert!((cautious - (4.0 - 0.5 * 3f64.sqrt())).abs() < 1e-6);
+        assert!((of(Ensemble::SoftMin, &[0.0, 0.0, 2.0]) - 4.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn each_turn_is_paid_by_its_own_reward_models() {
+        // Two models read the first reply, one the third; the weights add up to 6. The second reply was cut.
+        let z = batch(&[&[1.0, 2.0, 3.0]]);
+        let penalty = batch(&[&[0.0, 1.5, 0.0]]);
+        let shares = shares_by_turn(&z, &[0, 0, 2], &[1.0, 2.0, 3.0], &penalty).unwrap();
+        let got = values_of(&shares);
+        for (got, expected) in got.into_iter().zip([5.0 / 6.0, -0.5, 9.0 / 6.0]) {
+            assert!((got - expected).abs() < 1e-6);
+        }
     }
 
     #[test]
@@ -167,14 +262,19 @@ mod tests {
             let tensor = |rows: &[Vec<f32>]| batch(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>());
             let turned: Vec<Vec<f32>> =
                 rows.iter().rev().map(|row| row.iter().rev().copied().collect()).collect();
-            for ensemble in [Ensemble::Mean, Ensemble::MeanMinusStd, Ensemble::Min] {
-                let out = values_of(&combine(&tensor(&rows), ensemble, 0.5).unwrap());
-                let back = values_of(&combine(&tensor(&turned), ensemble, 0.5).unwrap());
+            let combined = |rows: &[Vec<f32>], ensemble| {
+                values_of(&combine(&tensor(rows), ensemble, &[1.0; 3], 0.5).unwrap())
+            };
+            for ensemble in
+                [Ensemble::Mean, Ensemble::MeanMinusStd, Ensemble::Min, Ensemble::SoftMin]
+            {
+                let out = combined(&rows, ensemble);
+                let back = combined(&turned, ensemble);
                 for (a, b) in out.iter().zip(back.iter().rev()) {
                     prop_assert!(close(*a, *b));
                 }
                 // None promises more than the mean.
-                let mean = values_of(&combine(&tensor(&rows), Ensemble::Mean, 0.5).unwrap());
+                let mean = combined(&rows, Ensemble::Mean);
                 prop_assert!(out.iter().zip(&mean).all(|(a, mean)| *a <= mean + 1e-5));
             }
         }

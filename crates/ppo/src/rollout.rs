@@ -51,6 +51,8 @@ pub struct Sampler {
     pub temperature: f64,
     /// Tokens that end a turn.
     pub stop_ids: Vec<i64>,
+    /// Conversations of each prompt.
+    pub samples_per_prompt: usize,
     /// Most sequences in flight.
     pub max_rows: usize,
     /// The run's seed.
@@ -73,8 +75,8 @@ impl Sampler {
         self.turns.questions().into_iter().take(n_turns - 1).collect()
     }
 
-    /// Samples one conversation for each prompt; conversation i draws from the stream `first + i`. What a journal holds
-    /// is not sampled again, and what is sampled is added to it.
+    /// Samples `samples_per_prompt` conversations for each prompt, one prompt's after the other's; conversation i draws from the
+    /// stream `first + i`. What a journal holds is not sampled again, and what is sampled is added to it.
     ///
     /// # Errors
     ///
@@ -91,11 +93,13 @@ impl Sampler {
         first: u64,
         journal: Option<&mut Journal>,
     ) -> Result<Vec<Conversation>, Error> {
+        let n_samples = self.samples_per_prompt;
+        let stream = |conversation| purpose.stream(self.seed, first + conversation as u64);
         let start = |(idx, prompt): (usize, &&'a Prompt)| Start {
             messages: &prompt.messages,
             prompt_ids: prompt.token_ids.clone(),
             questions: self.questions(),
-            streams: vec![purpose.stream(self.seed, first + idx as u64)],
+            streams: (idx * n_samples..(idx + 1) * n_samples).map(stream).collect(),
         };
         let starts: Vec<Start<'_>> = prompts.iter().enumerate().map(start).collect();
         let sampler = sample::Sampler {
@@ -106,10 +110,10 @@ impl Sampler {
             max_new_tokens: self.max_new_tokens,
             joins: false,
         };
-        let mut conversations = vec![None; prompts.len()];
+        let mut conversations = vec![None; prompts.len() * n_samples];
         let journal = journal.map(|journal| journal as &mut dyn sample::Journal);
-        sampler.each(&starts, journal, &mut |_, conversation| -> Result<(), Error> {
-            let idx = conversation.prompt;
+        sampler.each(&starts, journal, &mut |sample, conversation| -> Result<(), Error> {
+            let idx = conversation.prompt * n_samples + sample;
             conversations[idx] = Some(conversation);
             Ok(interrupt::check()?)
         })?;
@@ -161,6 +165,9 @@ pub struct Layout {
     n_columns: i64,
     /// `[n]` i64: flat place of each own token.
     places: Tensor,
+    /// `[n]` i64: conversation and reply of each own token, replies counted through all conversations.
+    conversations: Tensor,
+    replies: Tensor,
     /// `[B, K]` i64: column of the last token of each reply.
     pub last_token: Tensor,
 }
@@ -172,11 +179,17 @@ impl Layout {
         let n_columns = conversations.iter().map(width).max().unwrap_or(0);
         let mut places = Vec::new();
         let mut last_token = Vec::new();
+        let (mut conversation_of, mut reply_of, mut n_replies) = (Vec::new(), Vec::new(), 0i64);
         for (row, conversation) in conversations.iter().enumerate() {
             let column = |token: usize| token - conversation.n_prompt;
             places.extend(
                 conversation.own_tokens().map(|token| (row * n_columns + column(token)) as i64),
             );
+            for reply in &conversation.replies {
+                conversation_of.extend(std::iter::repeat_n(row as i64, reply.tokens.len()));
+                reply_of.extend(std::iter::repeat_n(n_replies, reply.tokens.len()));
+                n_replies += 1;
+            }
             last_token.extend(
                 conversation.replies.iter().map(|reply| column(reply.tokens.end - 1) as i64),
             );
@@ -186,6 +199,8 @@ impl Layout {
             n_rows,
             n_columns: n_columns as i64,
             places: Tensor::from_slice(&places),
+            conversations: Tensor::from_slice(&conversation_of),
+            replies: Tensor::from_slice(&reply_of),
             last_token: Tensor::from_slice(&last_token).view([n_rows, -1]),
         }
     }
@@ -193,6 +208,11 @@ impl Layout {
     /// T.
     pub fn n_columns(&self) -> i64 {
         self.n_columns
+    }
+
+    /// `[n]` i64: what each own token belongs to: its reply, or its conversation as a whole; counted through all conversations.
+    pub fn units(&self, per_turn: bool) -> &Tensor {
+        if per_turn { &self.replies } else { &self.conversations }
     }
 
     /// `[n]` to `[B, T]`, 0 where no own token is.

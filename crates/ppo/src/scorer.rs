@@ -1,14 +1,18 @@
 //! Scores of conversations: reward models over the policy's own base, the yardstick, and rewards by rule.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
+use arete_chain::yardstick::Place;
 use arete_chain::{Reading, RewardModel, Transcript, Turns};
-use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source, Tensor};
+use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source};
 use arete_records::{Aspect, ScoreStats, stats};
 
 use crate::Error;
-use crate::config::{ProgrammedReward, RolloutKind};
+use crate::config::{ProgrammedReward, RolloutKind, Weights};
+use crate::length::LengthTrend;
 use crate::rollout::Conversation;
 
 /// What gives a score.
@@ -21,65 +25,131 @@ enum Scorer {
 /// One of the reward models.
 #[derive(Debug)]
 pub struct Member {
-    /// What it scores.
-    pub aspect: Aspect,
-    /// Place of that turn in the chain.
-    pub(crate) turn: usize,
+    /// What logs, metrics and weights call it: a turn, a virtue, or any other name.
+    pub name: String,
+    /// Place of the turn it reads through.
+    turn: usize,
     scorer: Scorer,
+    /// What it weighs in the ensemble.
+    weight: f64,
     /// What its scores are standardised with; none until they are known.
     pub stats: Option<ScoreStats>,
+    /// What a reply's length explains of its standardised scores, if that is taken from them.
+    pub length_trend: Option<LengthTrend>,
+}
+
+impl Member {
+    fn new(name: &str, turn: usize, scorer: Scorer) -> Self {
+        let stats = match &scorer {
+            // What never varies cannot be standardised: it is paid as it is.
+            Scorer::Rule(ProgrammedReward::Constant) => Some(ScoreStats {
+                mean: 0.0,
+                std: 1.0,
+                source: "a constant".to_owned(),
+                ..ScoreStats::of(&[], "", "")
+            }),
+            Scorer::Model(_) | Scorer::Rule(_) => None,
+        };
+        Self { name: name.to_owned(), turn, scorer, weight: 1.0, stats, length_trend: None }
+    }
+}
+
+/// The turns that are asked for, with their places.
+pub(crate) fn asked(turns: &Turns, kind: RolloutKind) -> impl Iterator<Item = (usize, Aspect)> {
+    turns.names().into_iter().enumerate().take(kind.n_turns(turns.len()))
+}
+
+/// The reply that a reward model reads: its own turn's if it is named as one that is asked for, else the answer.
+fn turn_of(name: &str, turns: &Turns, kind: RolloutKind) -> usize {
+    let mut asked = asked(turns, kind);
+    asked.find(|(_, aspect)| aspect.name() == name).map_or(0, |(place, _)| place)
 }
 
 /// The reward models of a run.
 #[derive(Debug)]
 pub struct RewardModels {
-    /// Its members, in the order of their turns.
+    /// Its members, those of a directory first and in the order of turns.
     pub members: Vec<Member>,
 }
 
 /// Scores of a rollout.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scores {
+    /// Names of the reward models, `[K]`.
+    pub names: Vec<String>,
+    /// The reply that each reads through, `[K]`.
+    pub turns: Vec<usize>,
+    /// What each weighs, `[K]`.
+    pub weights: Vec<f64>,
     /// Raw, `[B][K]`.
     pub raw: Vec<Vec<f64>>,
-    /// Standardised, `[B][K]`.
+    /// Standardised, and without what length explains where that is taken from them, `[B][K]`.
     pub z: Vec<Vec<f64>>,
     /// Tokens that the reward models read, in all.
     pub n_tokens: usize,
 }
 
 impl Scores {
-    /// `[B, K]` f32, standardised.
-    pub fn z_tensor(&self) -> Tensor {
-        let flat: Vec<f32> = self.z.iter().flatten().map(|&z| z as f32).collect();
-        Tensor::from_slice(&flat).view([self.z.len() as i64, -1])
-    }
-
     /// Mean over the members, one a conversation.
     pub fn z_means(&self) -> Vec<f64> {
         self.z.iter().map(|row| stats::mean(row)).collect()
     }
+
+    /// A member's scores in `of`, one a conversation.
+    #[must_use]
+    pub fn column(of: &[Vec<f64>], member: usize) -> Vec<f64> {
+        of.iter().map(|row| row[member]).collect()
+    }
+}
+
+/// A reward model on disk, and what it is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedReward {
+    /// Its name: a turn, a virtue, or any other of letters, digits, `_` and `-`.
+    pub name: String,
+    /// The directory with `adapter/`, and `score_stats.json` if it has one.
+    pub dir: PathBuf,
+}
+
+impl FromStr for NamedReward {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_name = |name: &str| {
+            let is_good = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+            !name.is_empty() && name.chars().all(is_good)
+        };
+        match text.split_once('=') {
+            Some((name, dir)) if is_name(name) && !dir.is_empty() => {
+                Ok(Self { name: name.to_owned(), dir: dir.into() })
+            }
+            _ => Err(format!(
+                "expected NAME=DIR with a name of letters, digits, _ and -, got {text}"
+            )),
+        }
+    }
 }
 
 impl RewardModels {
-    /// Loads the reward models of the turns that are asked for: `<turn>/adapter`, `<turn>/score_stats.json`.
+    /// Loads reward models: `adapter` and `score_stats.json` in each directory.
     ///
     /// # Errors
     ///
     /// [`Error::NotAReward`] if a head is missing or statistics are unusable; [`Error::Model`] if a file is, or the model
     /// was trained on another base.
     pub fn load(
-        dir: &Path,
+        rewards: &[NamedReward],
         model: &Model,
         turns: &Turns,
         kind: RolloutKind,
     ) -> Result<Self, Error> {
-        let members = asked(turns, kind)
-            .map(|(turn, aspect)| {
-                let dir = dir.join(aspect.name());
-                let reward = RewardModel::over(&dir.join("adapter"), aspect.name(), model)?;
-                let stats = read_stats(&dir, Some(model))?;
-                Ok(Member { aspect, turn, scorer: Scorer::Model(reward), stats })
+        let members = rewards
+            .iter()
+            .map(|NamedReward { name, dir }| {
+                let reward = RewardModel::over(&dir.join("adapter"), name, model)?;
+                let stats = read_stats(dir, Some(model))?;
+                let turn = turn_of(name, turns, kind);
+                Ok(Member { stats, ..Member::new(name, turn, Scorer::Model(reward)) })
             })
             .collect::<Result<_, Error>>()?;
         Ok(Self { members })
@@ -94,19 +164,11 @@ impl RewardModels {
     ) -> Self {
         let members = asked(turns, kind)
             .zip(models)
-            .map(|((turn, aspect), (adapter, head))| Member {
-                aspect,
-                turn,
-                scorer: Scorer::Model(RewardModel::of(Some(adapter), head, reading.clone())),
-                stats: Some(ScoreStats {
-                    mean: 0.0,
-                    std: 1.0,
-                    n: 0,
-                    split: String::new(),
-                    base_sha256: String::new(),
-                    n_prompts: 0,
-                    source: String::new(),
-                }),
+            .map(|((turn, aspect), (adapter, head))| {
+                let reward = RewardModel::of(Some(adapter), head, reading.clone());
+                let stats = ScoreStats { mean: 0.0, std: 1.0, ..ScoreStats::of(&[], "", "") };
+                let member = Member::new(aspect.name(), turn, Scorer::Model(reward));
+                Member { stats: Some(stats), ..member }
             })
             .collect();
         Self { members }
@@ -114,16 +176,34 @@ impl RewardModels {
 
     /// Members that score by rule: one for each reply.
     pub fn programmed(rule: &ProgrammedReward, turns: &Turns, kind: RolloutKind) -> Self {
-        let member = |(turn, aspect)| {
-            let scorer = Scorer::Rule(rule.clone());
-            Member { aspect, turn, scorer, stats: None }
+        let member = |(turn, aspect): (usize, Aspect)| {
+            Member::new(aspect.name(), turn, Scorer::Rule(rule.clone()))
         };
         Self { members: asked(turns, kind).map(member).collect() }
     }
 
-    /// The members' turns.
-    pub fn aspects(&self) -> Vec<Aspect> {
-        self.members.iter().map(|member| member.aspect).collect()
+    /// Gives each member its weight.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if a name is no member's, or nothing is left that weighs.
+    pub fn weigh(&mut self, weights: &Weights) -> Result<(), Error> {
+        let known: Vec<&str> = self.members.iter().map(|member| member.name.as_str()).collect();
+        let unfit =
+            |expected: String, got: String| Error::Setting { name: "weights", expected, got };
+        if let Some(name) = weights.0.keys().find(|name| !known.contains(&name.as_str())) {
+            return Err(unfit(
+                format!("names of reward models ({})", known.join(", ")),
+                name.clone(),
+            ));
+        }
+        for member in &mut self.members {
+            member.weight = weights.0.get(&member.name).copied().unwrap_or(1.0);
+        }
+        if self.members.iter().all(|member| member.weight == 0.0) {
+            return Err(unfit("a weight above 0".to_owned(), "only 0".to_owned()));
+        }
+        Ok(())
     }
 
     /// The members' raw scores, `[B][K]`, and the tokens they read. Each is read after the conversation through the member's reply, whole as the
@@ -173,29 +253,61 @@ impl RewardModels {
     ) -> Result<Scores, Error> {
         let (raw, n_tokens) = self.raw_scores(base, conversations)?;
         for (idx, member) in self.members.iter().enumerate() {
-            let scores = column(&raw, idx);
-            let what = format!("score of the {} reward model", member.aspect);
+            let scores = Scores::column(&raw, idx);
+            let what = format!("score of the {} reward model", member.name);
             check_finite(&scores, conversations, &what, iteration, &prompt_id)?;
         }
-        let standardise = |(member, &score): (&Member, &f64)| {
-            let stats = member.stats.as_ref().expect("statistics are known before scores are");
-            standardise(score, stats)
+        let z_of = |(conversation, row): (&Conversation, &Vec<f64>)| {
+            let members = self.members.iter().zip(row);
+            members.map(|(member, &score)| member.standardise(score, conversation)).collect()
         };
-        let z =
-            raw.iter().map(|row| self.members.iter().zip(row).map(standardise).collect()).collect();
-        Ok(Scores { raw, z, n_tokens })
+        let z = conversations.iter().zip(&raw).map(z_of).collect();
+        let of = |what: fn(&Member) -> usize| self.members.iter().map(what).collect();
+        Ok(Scores {
+            names: self.names(),
+            turns: of(|member| member.turn),
+            weights: self.members.iter().map(|member| member.weight).collect(),
+            raw,
+            z,
+            n_tokens,
+        })
+    }
+
+    /// The members' names, in order.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.members.iter().map(|member| member.name.clone()).collect()
     }
 
     /// The scores of each member that is a reward model, a column each.
-    pub(crate) fn learned_columns(&self, raw: &[Vec<f64>]) -> Vec<(Aspect, Vec<f64>)> {
+    pub(crate) fn learned_columns(&self, raw: &[Vec<f64>]) -> Vec<(&str, Vec<f64>)> {
         let members = self.members.iter().enumerate();
         members
             .filter(|(_, member)| matches!(member.scorer, Scorer::Model(_)))
-            .map(|(idx, member)| (member.aspect, column(raw, idx)))
+            .map(|(idx, member)| (member.name.as_str(), Scores::column(raw, idx)))
             .collect()
     }
 
-    /// Takes the statistics of members that have none from these scores of the reference.
+    /// Whether what is paid never varies, by intention.
+    pub(crate) fn is_constant(&self) -> bool {
+        let is =
+            |member: &Member| matches!(member.scorer, Scorer::Rule(ProgrammedReward::Constant));
+        self.members.iter().all(is)
+    }
+
+    /// Fits what reply lengths explain of these standardised scores of the reference.
+    pub fn fit_length(&mut self, conversations: &[Conversation], raw: &[Vec<f64>]) {
+        for (idx, member) in self.members.iter_mut().enumerate() {
+            let stats = member.stats.as_ref().expect("statistics are known before trends are");
+            let z: Vec<f64> = raw.iter().map(|row| standardise(row[idx], stats)).collect();
+            let lengths: Vec<f64> =
+                conversations.iter().map(|c| n_reply_tokens(c, member.turn)).collect();
+            member.length_trend = Some(LengthTrend::fit(&lengths, &z));
+        }
+    }
+
+    /// Takes the statistics of members that have none from these scores of the reference's replies, of which equal `prompts` are
+    /// samples of one prompt.
     ///
     /// # Errors
     ///
@@ -203,6 +315,7 @@ impl RewardModels {
     pub fn calibrate(
         &mut self,
         raw: &[Vec<f64>],
+        prompts: &[usize],
         split: &str,
         base_sha256: &str,
     ) -> Result<(), Error> {
@@ -210,18 +323,23 @@ impl RewardModels {
             if member.stats.is_some() {
                 continue;
             }
-            let scores = column(raw, idx);
+            let scores = Scores::column(raw, idx);
             if let Some(got) = scores.iter().find(|score| !score.is_finite()) {
                 return Err(Error::NotANumber {
-                    what: format!("scores of the {} reward model on the reference", member.aspect),
+                    what: format!("scores of the {} reward model on the reference", member.name),
                     got: *got,
                 });
             }
             let source = "replies of the reference".to_owned();
-            let stats = ScoreStats { source, ..ScoreStats::of(&scores, split, base_sha256) };
+            let stats = ScoreStats {
+                source,
+                n_prompts: prompts.iter().collect::<BTreeSet<_>>().len(),
+                standard_error: stats::clustered_error(&scores, prompts),
+                ..ScoreStats::of(&scores, split, base_sha256)
+            };
             if !(stats.std.is_finite() && stats.std >= MIN_STD) {
                 return Err(Error::ZeroVariance {
-                    what: format!("scores of the {} reward model on the reference", member.aspect),
+                    what: format!("scores of the {} reward model on the reference", member.name),
                     got: stats.mean,
                     n: stats.n,
                 });
@@ -230,6 +348,21 @@ impl RewardModels {
         }
         Ok(())
     }
+}
+
+impl Member {
+    /// A score as it is paid: standard deviations from the mean, less what the reply's length explains.
+    fn standardise(&self, score: f64, conversation: &Conversation) -> f64 {
+        let stats = self.stats.as_ref().expect("statistics are known before scores are");
+        let z = standardise(score, stats);
+        let length = n_reply_tokens(conversation, self.turn);
+        self.length_trend.as_ref().map_or(z, |trend| z - trend.at(length))
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "lengths are small")]
+fn n_reply_tokens(conversation: &Conversation, turn: usize) -> f64 {
+    conversation.replies[turn].tokens.len() as f64
 }
 
 impl ProgrammedReward {
@@ -251,41 +384,63 @@ impl ProgrammedReward {
                 let n = conversation.replies[turn].tokens.len();
                 -(n as f64 - *target as f64).abs() / *target as f64
             }
+            Self::Constant => 1.0,
+            Self::Coin => {
+                let tokens = &conversation.token_ids[conversation.replies[turn].tokens.clone()];
+                f64::from(u8::from(is_heads(tokens)))
+            }
         }
     }
 }
 
-/// A reward model that takes no part in training: it shows whether the others are being gamed.
+/// The toss that belongs to a sequence of tokens (the parity of its FNV-1a hash).
+fn is_heads(tokens: &[i64]) -> bool {
+    let bytes = tokens.iter().flat_map(|token| token.to_le_bytes());
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    hash.count_ones().is_multiple_of(2)
+}
+
+/// The yardstick, which takes no part in training: it shows whether the reward models are being gamed. It reads the answer
+/// alone, as everywhere ([`arete_chain::yardstick`]).
 #[derive(Debug)]
 pub struct Yardstick {
-    /// Its own model, where it is merged; else it sits on the policy's base.
+    /// Its own model, unless it sits on the policy's base.
     model: Option<Model>,
-    reward: RewardModel,
-    stats: Option<ScoreStats>,
+    judge: arete_chain::Yardstick,
 }
 
 impl Yardstick {
-    /// Loads `DIR/adapter` if it was trained on this base, else the merged model in `DIR/merged`.
+    /// Loads the yardstick in `dir` over `model` if its adapters were trained on it, else with a model of its own.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAReward`] if neither can be used.
-    pub fn load(dir: &Path, model: &Model, options: &LoadOptions) -> Result<Self, Error> {
-        let (adapter_dir, merged) = (dir.join("adapter"), dir.join("merged"));
-        let reason = match RewardModel::over(&adapter_dir, "yardstick", model) {
-            Ok(reward) => {
-                let stats = read_stats(dir, Some(model))?;
-                return Ok(Self { model: None, reward, stats });
+    /// As [`Place::resolve`] and [`arete_chain::Yardstick::over`].
+    pub fn load(
+        dir: &Path,
+        source: &Source,
+        model: &Model,
+        options: &LoadOptions,
+    ) -> Result<Self, Error> {
+        let (place, own) = match Place::on(dir, source, model)? {
+            Some(place) => (place, None),
+            None => {
+                let place = Place::resolve(dir, None)?;
+                let options = LoadOptions { nf4: place.nf4, ..*options };
+                tracing::info!(source = %place.source, "yardstick: on a base of its own");
+                let own = Model::load(&place.source, &options)?;
+                (place, Some(own))
             }
-            Err(reason) => reason,
         };
-        if merged.is_dir() {
-            tracing::info!(%reason, "yardstick: its merged model, on a base of its own");
-            let options = LoadOptions { nf4: None, ..*options };
-            let (own, reward) = RewardModel::load(&Source::Directory(merged), None, &options)?;
-            return Ok(Self { model: Some(own), reward, stats: read_stats(dir, None)? });
+        if !place.is_cross_fitted() {
+            tracing::warn!(
+                path = %dir.display(),
+                "the yardstick is a single reward model, not cross-fitted: it may have seen these prompts (make yardstick)"
+            );
         }
-        Err(reason.into())
+        let judge = arete_chain::Yardstick::over(&place, own.as_ref().unwrap_or(model))?;
+        Ok(Self { model: own, judge })
     }
 
     /// Scores of conversations through their answer, standardised if the yardstick has statistics.
@@ -301,27 +456,16 @@ impl Yardstick {
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Vec<f64>, Error> {
         let transcripts = transcripts(conversations, 0);
-        let (raw, _) = match &self.model {
-            None => self.reward.scores(base, &transcripts)?,
+        let scores = match &self.model {
+            None => self.judge.scores(base, &transcripts)?,
             Some(model) => {
                 let base = Base { model, chat: &model.chat()?, ..base };
-                self.reward.scores(base, &transcripts)?
+                self.judge.scores(base, &transcripts)?
             }
         };
-        check_finite(&raw, conversations, "score of the yardstick", iteration, &prompt_id)?;
-        let z = |score| self.stats.as_ref().map_or(score, |stats| standardise(score, stats));
-        Ok(raw.into_iter().map(z).collect())
+        check_finite(&scores, conversations, "score of the yardstick", iteration, &prompt_id)?;
+        Ok(scores)
     }
-}
-
-/// The turns that are asked for, with their places.
-pub(crate) fn asked(turns: &Turns, kind: RolloutKind) -> impl Iterator<Item = (usize, Aspect)> {
-    turns.names().into_iter().enumerate().take(kind.n_turns(turns.len()))
-}
-
-/// The scores of one member.
-fn column(raw: &[Vec<f64>], member: usize) -> Vec<f64> {
-    raw.iter().map(|row| row[member]).collect()
 }
 
 /// A score for each conversation that is a number, or an error that names the prompt.
@@ -407,11 +551,14 @@ mod tests {
             RolloutKind::Answer,
         );
         assert_eq!(rewards.members.len(), 1);
-        let error = rewards.calibrate(&[vec![0.5], vec![0.5]], "validation", "x").unwrap_err();
+        let error =
+            rewards.calibrate(&[vec![0.5], vec![0.5]], &[0, 1], "validation", "x").unwrap_err();
         assert!(error.to_string().contains("got 0.5 for all 2"), "{error}");
-        rewards.calibrate(&[vec![1.0], vec![3.0]], "validation", "x").unwrap();
-        rewards.calibrate(&[vec![100.0], vec![300.0]], "validation", "x").unwrap();
+        rewards.calibrate(&[vec![1.0], vec![3.0]], &[0, 1], "validation", "x").unwrap();
+        rewards.calibrate(&[vec![100.0], vec![300.0]], &[0, 1], "validation", "x").unwrap();
         let stats = rewards.members[0].stats.as_ref().unwrap();
-        assert_eq!((stats.mean, stats.std, stats.n), (2.0, 1.0, 2));
+        assert_eq!((stats.mean, stats.std, stats.n, stats.n_prompts), (2.0, 1.0, 2, 2));
+        // s² = 2, over two prompts.
+        assert_eq!(stats.standard_error, Some(1.0));
     }
 }

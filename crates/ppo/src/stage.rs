@@ -5,29 +5,33 @@ mod finish;
 mod probing;
 mod state;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_chain::constitution::{self, Constitution};
-use arete_chain::{Turns, reading};
+use arete_chain::{Turns, reading, yardstick};
 use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
-use arete_records::{parquet, score_stats, stats};
+use arete_records::{atomic, parquet, score_stats, stats};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::{interrupt, timings};
-use arete_training::{CheckpointStore, Select, runtime};
+use arete_training::{AdamW, CheckpointStore, Select, runtime};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use self::state::{Schedules, State};
 use crate::assess;
+use crate::config::ProgrammedReward;
 use crate::iteration::{Iteration, Outcome, Phase};
 use crate::journal::{self, Journal};
 use crate::models::Models;
 use crate::prompts::{Prompt, Prompts, draw};
-use crate::rollout::Sampler;
-use crate::scorer::{RewardModels, Yardstick, asked};
+use crate::rollout::{Conversation, Sampler};
+use crate::scorer::{NamedReward, RewardModels, Scores, Yardstick, asked};
+use crate::standardisation::Standardisation;
 use crate::update::Optimisers;
 use crate::{Config, Error};
 
@@ -44,8 +48,10 @@ const ROLLOUTS: &str = "rollouts";
 pub struct TrainInputs {
     /// Directory with `prompts.parquet`.
     pub prompts: PathBuf,
-    /// Directory with `<turn>/adapter`; none for a programmed reward.
+    /// Directory with `<turn>/adapter` for every turn that the rollouts ask for.
     pub rewards: Option<PathBuf>,
+    /// Further reward models, or the only ones; with neither, the reward is programmed.
+    pub named_rewards: Vec<NamedReward>,
     /// The constitution whose turns are asked for; none for the one that the reward models carry, or the shipped turns.
     pub constitution: Option<PathBuf>,
     /// Directory of a reward model that only watches.
@@ -64,13 +70,11 @@ pub struct TrainInputs {
 pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     config.check()?;
     let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model"))?;
-    if inputs.rewards.is_some() == config.programmed_reward.is_some() {
-        return Err(setting("rewards", "either --rewards or --programmed-reward"));
-    }
-    let source = Source::fetch(name)?;
     let constitution = constitution_of(inputs)?;
     let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
-    let run = match open(config, inputs, &source, constitution.as_ref(), &turns)? {
+    let rewards = reward_models(config, inputs, &turns)?;
+    let source = Source::fetch(name)?;
+    let run = match open(config, inputs, &rewards, &source, constitution.as_ref())? {
         Start::UpToDate(_) => {
             tracing::info!(output = %inputs.output.display(), "up to date");
             return Ok(());
@@ -82,7 +86,8 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     }
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
-    let counts = Stage::new(config, inputs, turns, &model, &options, &run)?.train(name, &source)?;
+    let counts = Stage::new(config, inputs, &rewards, turns, (&source, &model), &options, &run)?
+        .train(name, &source)?;
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
@@ -97,8 +102,7 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
 }
 
 fn setting(name: &'static str, expected: &str) -> Error {
-    let got = if name == "rewards" { "both or neither" } else { "none" };
-    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
+    Error::Setting { name, expected: expected.to_owned(), got: "none".to_owned() }
 }
 
 /// The constitution given or carried by the reward models, if it is of other turns than the shipped ones.
@@ -118,12 +122,48 @@ fn constitution_of(inputs: &TrainInputs) -> Result<Option<Constitution>, Error> 
     Ok(own.filter(|own| own.turns != Turns::default()))
 }
 
+/// The reward models of the directory, one a turn that is asked for, and those that are named.
+fn reward_models(
+    config: &Config,
+    inputs: &TrainInputs,
+    turns: &Turns,
+) -> Result<Vec<NamedReward>, Error> {
+    let refuse = |expected: &str, got: &str| {
+        let (expected, got) = (expected.to_owned(), got.to_owned());
+        Err(Error::Setting { name: "rewards", expected, got })
+    };
+    let is_given = inputs.rewards.is_some() || !inputs.named_rewards.is_empty();
+    if is_given && config.programmed_reward.as_ref().is_some_and(ProgrammedReward::is_control) {
+        // So that a recipe's one key makes a control of a whole pipeline.
+        tracing::warn!("a control: the reward models that are given are not read");
+        return Ok(Vec::new());
+    }
+    if is_given == config.programmed_reward.is_some() {
+        let expected = "either reward models (--rewards, --reward) or --programmed-reward";
+        return refuse(expected, if is_given { "both" } else { "neither" });
+    }
+    let mut out = Vec::new();
+    if let Some(dir) = &inputs.rewards {
+        out.extend(asked(turns, config.rollout).map(|(_, aspect)| NamedReward {
+            name: aspect.name().to_owned(),
+            dir: dir.join(aspect.name()),
+        }));
+    }
+    for reward in &inputs.named_rewards {
+        if out.iter().any(|other| other.name == reward.name) {
+            return refuse("a name of its own for every reward model", &reward.name);
+        }
+        out.push(reward.clone());
+    }
+    Ok(out)
+}
+
 fn open(
     config: &Config,
     inputs: &TrainInputs,
+    rewards: &[NamedReward],
     source: &Source,
     constitution: Option<&Constitution>,
-    turns: &Turns,
 ) -> Result<Start, Error> {
     let mut files = vec![("prompts".to_owned(), inputs.prompts.clone())];
     let mut push = |name: String, path: PathBuf| {
@@ -134,17 +174,14 @@ fn open(
     if let Some(own) = constitution {
         push("constitution".to_owned(), own.path().to_owned());
     }
-    for (_, aspect) in asked(turns, config.rollout) {
-        if let Some(dir) = &inputs.rewards {
-            let dir = dir.join(aspect.name());
-            push(format!("reward_{aspect}"), dir.join("adapter"));
-            push(format!("reward_{aspect}_stats"), dir.join(score_stats::FILE));
-            push(format!("reward_{aspect}_reading"), dir.join(reading::FILE));
-        }
+    for NamedReward { name, dir } in rewards {
+        push(format!("reward_{name}"), dir.join("adapter"));
+        push(format!("reward_{name}_stats"), dir.join(score_stats::FILE));
+        push(format!("reward_{name}_reading"), dir.join(reading::FILE));
     }
     if let Some(dir) = &inputs.yardstick {
-        for part in ["adapter", "merged", score_stats::FILE, reading::FILE] {
-            push(format!("yardstick_{part}"), dir.join(part));
+        for (name, path) in yardstick::files(dir)? {
+            push(name, path);
         }
     }
     let mut recorded = config.clone();
@@ -189,8 +226,9 @@ impl<'a> Stage<'a> {
     fn new(
         config: &'a Config,
         inputs: &TrainInputs,
+        rewards: &[NamedReward],
         turns: Turns,
-        model: &'a Model,
+        (source, model): (&Source, &'a Model),
         options: &LoadOptions,
         run: &StageRun,
     ) -> Result<Self, Error> {
@@ -202,6 +240,7 @@ impl<'a> Stage<'a> {
             max_new_tokens: config.max_new_tokens,
             temperature: config.temperature,
             stop_ids: model.stop_ids()?,
+            samples_per_prompt: config.samples_per_prompt,
             max_rows: config.max_rows,
             seed: config.seed,
         };
@@ -212,13 +251,15 @@ impl<'a> Stage<'a> {
             + chat.next_turn(false, "")?.len();
         let context = model.config.max_position_embeddings;
         let prompts = Prompts::read(&inputs.prompts, &chat, context, reserved)?;
-        let rewards = match (&inputs.rewards, &config.programmed_reward) {
-            (Some(dir), _) => RewardModels::load(dir, model, turns, config.rollout)?,
-            (None, Some(rule)) => RewardModels::programmed(rule, turns, config.rollout),
-            (None, None) => unreachable!("checked in train"),
+        let mut rewards = match &config.programmed_reward {
+            Some(rule) => RewardModels::programmed(rule, turns, config.rollout),
+            None => RewardModels::load(rewards, model, turns, config.rollout)?,
         };
+        if let Some(weights) = &config.weights {
+            rewards.weigh(weights)?;
+        }
         let yardstick = match &inputs.yardstick {
-            Some(dir) => Some(Yardstick::load(dir, model, options)?),
+            Some(dir) => Some(Yardstick::load(dir, source, model, options)?),
             None => None,
         };
 
@@ -235,7 +276,9 @@ impl<'a> Stage<'a> {
         let state = match loaded {
             Some(loaded) => {
                 optimisers.policy.load_state(POLICY, &loaded.tensors)?;
-                optimisers.critic.load_state(CRITIC, &loaded.tensors)?;
+                if let Some(critic) = &mut optimisers.critic {
+                    critic.load_state(CRITIC, &loaded.tensors)?;
+                }
                 optimisers.scale = loaded.state.loss_scale;
                 tracing::info!(iteration = loaded.step, "resuming from checkpoint");
                 loaded.state
@@ -248,6 +291,7 @@ impl<'a> Stage<'a> {
                 best: None,
                 first_probe: None,
                 highest_probe: None,
+                standardisation: None,
                 loss_scale: optimisers.scale,
             },
         };
@@ -255,9 +299,11 @@ impl<'a> Stage<'a> {
             prompts = prompts.train.len(),
             validation = prompts.validation.len(),
             policy_parameters = optimisers.policy.n_parameters(),
-            critic_parameters = optimisers.critic.n_parameters(),
+            critic_parameters = optimisers.critic.as_ref().map_or(0, AdamW::n_parameters),
+            rewards = rewards.names().join(", "),
+            algorithm = config.algorithm.name(),
             dtype = runtime::dtype_name(options.dtype),
-            "policy, critic and reward models over one base"
+            "policy and reward models over one base"
         );
         if let Some((iteration, _)) = saved {
             journal::remove_through(&output.join(ROLLOUTS), iteration)?;
@@ -343,10 +389,11 @@ impl<'a> Stage<'a> {
         let config = self.config;
         let iteration = self.state.iteration + 1;
         let rates = self.schedules.rates(self.state.iteration);
-        let drawn = draw(self.prompts.train.len(), config.rollout_size, iteration, config.seed);
+        let drawn = draw(self.prompts.train.len(), config.n_prompts(), iteration, config.seed);
         let prompts: Vec<&Prompt> = drawn.iter().map(|&idx| &self.prompts.train[idx]).collect();
         let rollouts = self.output.join(ROLLOUTS);
-        let mut journal = Journal::open(&rollouts, iteration, prompts.len())?;
+        let mut journal =
+            Journal::open(&rollouts, iteration, config.rollout_size, config.samples_per_prompt)?;
         let work = Iteration {
             config,
             model: self.model,
@@ -360,10 +407,14 @@ impl<'a> Stage<'a> {
         let outcome = work.run(&self.models, &mut self.optimisers, &prompts, Some(&mut journal))?;
         let Outcome { conversations, assessment, report, mut metrics, phases } = outcome;
 
-        let turns = &self.sampler.turns;
         let rows =
-            assess::rows(iteration, &conversations, &prompts, &assessment, turns, &self.rewards);
-        write_rows(&rollouts.join(format!("iteration-{iteration:06}.parquet")), &rows)?;
+            assess::rows(iteration, &conversations, &prompts, &assessment, &self.sampler.turns);
+        let path = rollouts.join(format!("iteration-{iteration:06}.parquet"));
+        write_rows(&path, &rows)?;
+        write_scores(&path, &rows, &assessment.scores)?;
+        if iteration == 1 {
+            self.check_standardisation(&conversations, &assessment.scores, &mut metrics);
+        }
         let mean_kl = stats::mean(&assessment.kl);
         let kl_coef = self.state.kl_coef;
         self.state.iteration = iteration;
@@ -386,6 +437,40 @@ impl<'a> Stage<'a> {
             "iteration"
         );
         Ok(format!("score {paid:.3}, KL {mean_kl:.2}"))
+    }
+
+    /// Do the statistics fit the policy that this run starts from? Told in log, metrics and `run.json`; no reason to stop.
+    fn check_standardisation(
+        &mut self,
+        conversations: &[Conversation],
+        scores: &Scores,
+        metrics: &mut Vec<(String, f64)>,
+    ) {
+        let prompts: Vec<usize> = conversations.iter().map(|c| c.prompt).collect();
+        let mut found = BTreeMap::new();
+        for (idx, member) in self.rewards.members.iter().enumerate() {
+            let Some(statistics) = member.stats.as_ref().filter(|stats| stats.n > 0) else {
+                continue;
+            };
+            let z = Scores::column(&scores.z, idx);
+            let Some(result) = Standardisation::of(&z, &prompts, statistics) else { continue };
+            let Standardisation { z, limit, spread, fits } = result;
+            if !fits {
+                tracing::warn!(
+                    reward = member.name,
+                    z,
+                    limit,
+                    spread,
+                    statistics = statistics.source,
+                    "the policy's first scores are not standardised (mean 0 within the limit, spread 0.6 to 1.6): the score \
+                     statistics are of other replies than this run starts from, and every weight in standard deviations \
+                     means something else"
+                );
+            }
+            metrics.push((format!("z_limit_{}", member.name), limit));
+            found.insert(member.name.clone(), result);
+        }
+        self.state.standardisation = Some(found);
     }
 
     /// Wall times and throughput, a line a phase, and TRL's `eps` (conversations a second) for the whole.
@@ -416,7 +501,7 @@ impl<'a> Stage<'a> {
         let clock = Clock { output: &self.output, iteration };
         clock.time("checkpoint", |_| {
             let mut tensors = self.optimisers.policy.state(POLICY);
-            tensors.extend(self.optimisers.critic.state(CRITIC));
+            tensors.extend(self.optimisers.critic.iter().flat_map(|critic| critic.state(CRITIC)));
             let protect: Vec<u64> = self.best().into_iter().collect();
             Ok(self.store.save(iteration, &tensors, &self.state, &protect)?)
         })?;
@@ -480,6 +565,49 @@ fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
         fs_err::create_dir_all(dir)?;
     }
     Ok(parquet::write(path, rows)?)
+}
+
+/// The scores of one conversation by reward model, where these are others than the turns, for which rollouts have columns.
+#[derive(Debug, Serialize, Deserialize)]
+struct NamedScores {
+    prompt_id: String,
+    score: BTreeMap<String, f64>,
+    z: BTreeMap<String, f64>,
+}
+
+/// `….scores.jsonl` beside a rollout or probe, a line a conversation, if a reward model has no column in it.
+fn write_scores(rows_path: &Path, rows: &[RolloutRow], scores: &Scores) -> Result<(), Error> {
+    let has_column = |name: &String| {
+        rows.iter().all(|row| row.turns.iter().any(|turn| turn.aspect.name() == name))
+    };
+    if scores.names.iter().all(has_column) {
+        return Ok(());
+    }
+    let by_name = |row: &[f64]| scores.names.iter().cloned().zip(row.iter().copied()).collect();
+    let mut text = Vec::new();
+    for ((row, raw), z) in rows.iter().zip(&scores.raw).zip(&scores.z) {
+        let prompt_id = row.prompt_id.clone();
+        let line = NamedScores { prompt_id, score: by_name(raw), z: by_name(z) };
+        serde_json::to_writer(&mut text, &line).expect("finite numbers serialise");
+        text.push(b'\n');
+    }
+    Ok(atomic::write(scores_path(rows_path), &text)?)
+}
+
+fn read_scores(path: &Path) -> Result<Vec<NamedScores>, Error> {
+    let lines = arete_records::jsonl::read(path)?;
+    let parse = |(line, value): (usize, Value)| {
+        serde_json::from_value(value).map_err(|error| Error::NotAReward {
+            path: path.to_owned(),
+            expected: "a line of scores by reward model",
+            got: format!("line {line}: {error}"),
+        })
+    };
+    lines.into_iter().map(parse).collect()
+}
+
+fn scores_path(rows_path: &Path) -> PathBuf {
+    rows_path.with_extension("scores.jsonl")
 }
 
 /// Mean standardised score of a conversation.

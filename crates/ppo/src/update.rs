@@ -1,22 +1,50 @@
 //! The learning half of an iteration: the clipped steps.
 
 use arete_model::Tensor;
+use arete_records::stats;
 use arete_training::{AdamW, AdamWConfig, LossScale};
 use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::Config;
-use crate::loss::{policy_loss, value_loss};
+use crate::loss::{Units, importance_weights, kl_loss, policy_loss, sequence_loss, value_loss};
 use crate::models::{Graph, Learning, Models};
 use crate::packs::{FirstPass, Pack, PackedRollout};
 
-/// What the steps learn from, beside the first pass; `[n]` f32 each, in the order of conversations.
+/// What the steps learn from, beside the first pass; `[n]` each, in the order of conversations.
 #[derive(Debug)]
 pub struct Targets {
-    /// Whitened, if that is wanted.
+    /// f32; whitened, if that is wanted.
     pub advantage: Tensor,
-    /// Raw.
-    pub returns: Tensor,
+    /// f32, raw; for a critic.
+    pub returns: Option<Tensor>,
+    /// i64: which reply or conversation each token belongs to, where the loss is one of whole replies.
+    pub units: Option<Tensor>,
+    /// f32: log P under the reference, and the weight of leaving it, where the KL penalty is part of the loss.
+    pub reference: Option<(Tensor, f64)>,
+    /// f32: log P(trainer) − log P(sampler), where that weighs.
+    pub log_importance: Option<Tensor>,
+}
+
+impl Targets {
+    /// PPO's.
+    #[must_use]
+    pub fn of_critic(advantage: Tensor, returns: Tensor) -> Self {
+        let returns = Some(returns);
+        Self { advantage, returns, units: None, reference: None, log_importance: None }
+    }
+
+    /// Those of some tokens, by their places.
+    fn at(&self, places: &Tensor) -> Self {
+        let at = |tensor: &Tensor| tensor.index_select(0, places);
+        Self {
+            advantage: at(&self.advantage),
+            returns: self.returns.as_ref().map(at),
+            units: self.units.as_ref().map(at),
+            reference: self.reference.as_ref().map(|(logprob, coef)| (at(logprob), *coef)),
+            log_importance: self.log_importance.as_ref().map(at),
+        }
+    }
 }
 
 /// The optimisers of policy and critic.
@@ -24,8 +52,8 @@ pub struct Targets {
 pub struct Optimisers {
     /// Of the policy's adapter.
     pub policy: AdamW,
-    /// Of the critic.
-    pub critic: AdamW,
+    /// Of the critic, if there is one.
+    pub critic: Option<AdamW>,
     /// The part of their state that is not tensors.
     pub scale: LossScale,
 }
@@ -47,17 +75,20 @@ impl Optimisers {
     /// [`Error::Training`] if memory runs out.
     pub fn new(models: &Models<'_>, config: &Config) -> Result<Self, Error> {
         let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
-        let [policy, critic] = models.parameters();
+        let (policy, critic) = (models.policy_parameters(), models.critic_parameters());
         Ok(Self {
             policy: AdamW::new(policy, adamw)?,
-            critic: AdamW::new(critic, adamw)?,
+            critic: critic.map(|critic| AdamW::new(critic, adamw)).transpose()?,
             scale: LossScale::new(models.decoder.kind() == Kind::Half),
         })
     }
 
     fn zero_grad(&mut self) {
-        self.policy.zero_grad();
-        self.critic.zero_grad();
+        self.all().for_each(AdamW::zero_grad);
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut AdamW> {
+        std::iter::once(&mut self.policy).chain(&mut self.critic)
     }
 
     /// Takes the gradients at hand; their norms, or none if an f16 overflow made this step be skipped.
@@ -69,10 +100,9 @@ impl Optimisers {
         iteration: u64,
     ) -> Result<Option<[f64; 2]>, Error> {
         if let Some(factor) = self.scale.factor {
-            self.policy.scale_gradients(1.0 / factor);
-            self.critic.scale_gradients(1.0 / factor);
             let mut overflow = false;
-            for part in [&self.policy, &self.critic] {
+            for part in self.all() {
+                part.scale_gradients(1.0 / factor);
                 match part.gradient_norm(iteration) {
                     Ok(_) => {}
                     Err(arete_training::Error::NonFinite { .. }) => overflow = true,
@@ -88,12 +118,17 @@ impl Optimisers {
             self.scale = self.scale.after_step();
         }
         // Both are looked at before either changes.
-        self.critic.gradient_norm(iteration)?;
+        if let Some(critic) = &self.critic {
+            critic.gradient_norm(iteration)?;
+        }
         let policy = match learning {
             Learning::Both => self.policy.step(rates.policy, max_norm, iteration)?,
             Learning::Critic | Learning::Neither => 0.0,
         };
-        let critic = self.critic.step(rates.critic, max_norm, iteration)?;
+        let critic = match &mut self.critic {
+            Some(critic) => critic.step(rates.critic, max_norm, iteration)?,
+            None => 0.0,
+        };
         Ok(Some([policy, critic]))
     }
 }
@@ -139,6 +174,8 @@ struct Sums {
     ratio: f64,
     squared_ratio: f64,
     max_log_ratio: f64,
+    /// |log ratio| of every token, where they are not promised to be 0.
+    log_ratios: Vec<f64>,
 }
 
 impl Sums {
@@ -182,6 +219,7 @@ pub fn update(
         for (place, packs) in minibatches.minibatches.iter().enumerate() {
             let is_first = epoch == 0 && place == 0;
             let n_tokens: usize = packs.iter().map(|pack| pack.rows.len()).sum();
+            let n_sequences: usize = packs.iter().map(|pack| pack.conversations.len()).sum();
             let mut sums = Sums { n_tokens: n_tokens as f64, ..Sums::default() };
             let mut kept = graphs.take().map(Vec::into_iter);
             for pack in packs {
@@ -194,9 +232,10 @@ pub fn update(
                 let places = rollout.places(pack);
                 let part = Part {
                     old_logprob: old_logprob.index_select(0, &places),
-                    old_value: old_value.index_select(0, &places),
-                    advantage: targets.advantage.index_select(0, &places),
-                    returns: targets.returns.index_select(0, &places),
+                    old_value: old_value.as_ref().map(|value| value.index_select(0, &places)),
+                    targets: targets.at(&places),
+                    n_tokens: sums.n_tokens,
+                    n_sequences: n_sequences as f64,
                 };
                 let scale = optimisers.scale.factor();
                 let pass = PackPass { models, pack, learning, config, scale, iteration };
@@ -204,7 +243,7 @@ pub fn update(
             }
             if is_first {
                 report.first_log_ratio = sums.max_log_ratio;
-                check_first_ratio(models, sums.max_log_ratio, iteration)?;
+                check_first_ratio(models, &mut sums, iteration)?;
             }
             let approx_kl = 0.5 * sums.squared_log_ratio / sums.n_tokens;
             total.add(&sums);
@@ -241,12 +280,13 @@ pub fn update(
     Ok(report)
 }
 
-/// A pack's share of the rollout's numbers.
+/// A pack's share of the rollout's numbers, and what its minibatch holds in all.
 struct Part {
     old_logprob: Tensor,
-    old_value: Tensor,
-    advantage: Tensor,
-    returns: Tensor,
+    old_value: Option<Tensor>,
+    targets: Targets,
+    n_tokens: f64,
+    n_sequences: f64,
 }
 
 /// One pack of a minibatch on its way through the losses.
@@ -265,6 +305,10 @@ impl PackPass<'_> {
     fn learn(&self, graph: Graph<'_>, part: &Part, sums: &mut Sums) -> Result<(), Error> {
         let Graph { policy, critic } = graph;
         let policy_loss = self.policy_loss(&policy.logprob, part, sums)?;
+        if !self.models.has_critic() {
+            let pass = policy.pass.expect("without a critic the policy learns");
+            return Ok(pass.backward(&policy_loss)?);
+        }
         if self.models.in_turn(self.learning) {
             let pass = policy.pass.expect("the policy learns");
             pass.backward(&policy_loss)?;
@@ -288,32 +332,41 @@ impl PackPass<'_> {
 
     /// The policy's loss, scaled for the backward pass.
     fn policy_loss(&self, logprob: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
-        let policy = policy_loss(
-            logprob,
-            &part.old_logprob,
-            &part.advantage,
-            self.config.clip_range,
-            sums.n_tokens,
-        )?;
-        sums.policy_loss += self.finite("the policy loss", &policy.loss)?;
+        let Part { old_logprob, targets, n_tokens, n_sequences, .. } = part;
+        let (advantage, clip) = (&targets.advantage, self.config.clip_range);
+        let cap = self.config.importance_cap;
+        let log_importance = targets.log_importance.as_ref();
+        let policy = if let Some(units) = &targets.units {
+            let importance = log_importance.map(|log| (log, cap));
+            let units = Units::of(units);
+            sequence_loss(logprob, old_logprob, advantage, &units, importance, clip, *n_sequences)?
+        } else {
+            let weight = log_importance.map(|log| importance_weights(log, cap));
+            policy_loss(logprob, old_logprob, advantage, weight.as_ref(), clip, *n_tokens)?
+        };
+        let mut loss = policy.loss;
+        if let Some((ref_logprob, coef)) = &targets.reference {
+            loss = loss + kl_loss(logprob, ref_logprob, *n_tokens)? * *coef;
+        }
+        sums.policy_loss += self.finite("the policy loss", &loss)?;
         sums.squared_log_ratio += number(&policy.squared_log_ratio.sum(Kind::Double))?;
         sums.n_clipped += number(&policy.n_clipped)?;
         sums.ratio += number(&policy.ratio.sum(Kind::Double))?;
         sums.squared_ratio += number(&policy.ratio.square().sum(Kind::Double))?;
-        let log_ratio = (logprob.detach() - &part.old_logprob).abs().max();
-        sums.max_log_ratio = sums.max_log_ratio.max(number(&log_ratio)?);
-        Ok(policy.loss * self.scale)
+        let log_ratio = (logprob.detach() - old_logprob).abs(); // [n]
+        sums.max_log_ratio = sums.max_log_ratio.max(number(&log_ratio.max())?);
+        if self.models.decoder.device() != Device::Cpu {
+            sums.log_ratios.extend(Vec::<f64>::try_from(log_ratio.to_kind(Kind::Double))?);
+        }
+        Ok(loss * self.scale)
     }
 
     /// The critic's loss, weighted and scaled for the backward pass.
     fn value_loss(&self, value: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
-        let critic = value_loss(
-            value,
-            &part.old_value,
-            &part.returns,
-            self.config.value_clip_range,
-            sums.n_tokens,
-        )?;
+        let old_value = part.old_value.as_ref().expect("a critic had a first pass");
+        let returns = part.targets.returns.as_ref().expect("a critic has returns to learn");
+        let clip = self.config.value_clip_range;
+        let critic = value_loss(value, old_value, returns, clip, part.n_tokens)?;
         sums.value_loss += self.finite("the value loss", &critic.loss)?;
         sums.n_value_clipped += number(&critic.n_clipped)?;
         Ok(critic.loss * (self.config.value_coef * self.scale))
@@ -333,7 +386,13 @@ fn number(tensor: &Tensor) -> Result<f64, tch::TchError> {
     f64::try_from(tensor.to_kind(Kind::Double))
 }
 
-fn check_first_ratio(models: &Models<'_>, got: f64, iteration: u64) -> Result<(), Error> {
+/// Where one GPU's kernels may round differently from call to call, so many tokens must keep to [`FIRST_LOG_RATIO`].
+const AGREEING: f64 = 0.999;
+/// |log ratio| before the first step that is no news on a GPU: bf16 rounds log-probabilities of order 10 by less.
+const FIRST_LOG_RATIO: f64 = 1e-2;
+
+fn check_first_ratio(models: &Models<'_>, sums: &mut Sums, iteration: u64) -> Result<(), Error> {
+    let got = sums.max_log_ratio;
     if got == 0.0 {
         return Ok(());
     }
@@ -341,6 +400,36 @@ fn check_first_ratio(models: &Models<'_>, got: f64, iteration: u64) -> Result<()
         return Err(Error::Ratio { iteration, got });
     }
     // cuBLAS promises equal bits for equal shapes on one stream, but not on every GPU and setting.
-    tracing::warn!(iteration, log_ratio = got, "the first ratio is not 1");
+    if let Some(found) = disagreement(&mut sums.log_ratios) {
+        tracing::warn!(
+            iteration,
+            log_ratio = found,
+            quantile = AGREEING,
+            largest = got,
+            "the first ratio is not 1"
+        );
+    }
     Ok(())
+}
+
+/// What nearly all |log ratios| keep to, if that is more than rounding.
+fn disagreement(log_ratios: &mut [f64]) -> Option<f64> {
+    log_ratios.sort_by(f64::total_cmp);
+    let found = stats::quantile(log_ratios, AGREEING);
+    (found.is_nan() || found > FIRST_LOG_RATIO).then_some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_bad_tokens_are_no_news_and_many_are() {
+        let tokens = |n_bad: usize| -> Vec<f64> {
+            (0..10_000).map(|token| if token < n_bad { 0.5 } else { 1e-3 }).collect()
+        };
+        assert_eq!(disagreement(&mut tokens(5)), None);
+        assert_eq!(disagreement(&mut tokens(20)), Some(0.5));
+        assert!(disagreement(&mut [f64::NAN]).is_some_and(f64::is_nan));
+    }
 }

@@ -119,6 +119,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             score: 1.5,
             z: 0.5,
             yardstick: None,
+            yardstick_words: None,
             n_tokens: 11,
             finish_reason: FinishReason::Stop,
         }],

@@ -26,7 +26,7 @@ mod vocabulary;
 
 pub use class::{At, Class, Classified, Refusal, class_of, memory_refused};
 pub use error::Error;
-pub use message::{Message, Role, hex, normalise, prompt_id, split_of};
+pub use message::{Message, Role, fold_of, hex, normalise, opening_id, prompt_id, split_of};
 pub use names::{Aspect, MAX_NAME_BYTES, NAME_RULE, Virtue};
 #[cfg(feature = "statistics")]
 pub use score_stats::ScoreStats;

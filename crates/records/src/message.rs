@@ -76,16 +76,38 @@ pub fn prompt_id(messages: &[Message]) -> String {
 /// number modulo 100: below 80 train, below 90 validation, else test. Messages without a user
 /// turn are hashed whole.
 pub fn split_of(messages: &[Message]) -> Split {
-    let digest = match messages.iter().find(|m| m.role == Role::User) {
-        Some(opening) => canonical_digest(std::slice::from_ref(opening)),
-        None => canonical_digest(messages),
-    };
-    let number = digest[..8].iter().fold(0u64, |number, &byte| number << 8 | u64::from(byte));
-    match number % 100 {
+    match number(&opening_digest(messages)[..8]) % 100 {
         0..80 => Split::Train,
         80..90 => Split::Validation,
         _ => Split::Test,
     }
+}
+
+/// The fold of a prompt among `n_folds`, from a hash of its opening question alone: the second 8 bytes of the digest that
+/// [`split_of`] takes the first of, modulo the number of folds.
+///
+/// # Panics
+///
+/// If there is no fold.
+pub fn fold_of(messages: &[Message], n_folds: usize) -> usize {
+    let fold = number(&opening_digest(messages)[8..16]) % n_folds as u64;
+    usize::try_from(fold).expect("below a usize")
+}
+
+/// The id of a prompt's opening question, by which prompts belong together.
+pub fn opening_id(messages: &[Message]) -> String {
+    hex(&opening_digest(messages)[..8])
+}
+
+fn opening_digest(messages: &[Message]) -> [u8; 32] {
+    match messages.iter().find(|m| m.role == Role::User) {
+        Some(opening) => canonical_digest(std::slice::from_ref(opening)),
+        None => canonical_digest(messages),
+    }
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
 fn canonical_digest(messages: &[Message]) -> [u8; 32] {
@@ -153,6 +175,16 @@ mod tests {
             counts[split_of(&question(i)) as usize] += 1;
         }
         assert_eq!(counts, [821, 88, 91]);
+    }
+
+    #[test]
+    fn folds_are_those_of_an_independent_implementation() {
+        let question = |i: usize| [Message::user(format!("Question {i}?"))];
+        let folds: Vec<usize> = (0..12).map(|i| fold_of(&question(i), 5)).collect();
+        assert_eq!(folds, [4, 1, 4, 0, 1, 2, 1, 4, 0, 3, 3, 3]);
+        let longer = [Message::system("s"), Message::user("Question 3?"), Message::assistant("a")];
+        assert_eq!(fold_of(&longer, 5), 0);
+        assert_eq!(opening_id(&longer), prompt_id(&question(3)));
     }
 
     #[test]

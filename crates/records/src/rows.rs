@@ -107,8 +107,10 @@ pub struct ScoreRow {
     pub score: f32,
     /// Standardised score.
     pub z: f32,
-    /// Score of the yardstick reward model, if there is one.
+    /// Of an answer, score of the yardstick, if there is one: in standard deviations of its held-out human replies.
     pub yardstick: Option<f32>,
+    /// The same of the yardstick's second judge, a bag of words and length.
+    pub yardstick_words: Option<f32>,
     /// Tokens sampled for the reply.
     pub n_tokens: i32,
     /// Why the reply ended.

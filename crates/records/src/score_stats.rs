@@ -28,6 +28,9 @@ pub struct ScoreStats {
     /// Whose conversations they are, in words.
     #[serde(default)]
     pub source: String,
+    /// Standard error of the mean, the replies of a prompt taken together; none if not recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standard_error: Option<f64>,
 }
 
 impl ScoreStats {
@@ -41,6 +44,7 @@ impl ScoreStats {
             base_sha256: base_sha256.to_owned(),
             n_prompts: 0,
             source: String::new(),
+            standard_error: None,
         }
     }
 

@@ -1,13 +1,19 @@
 //! Statistics of scores and verdicts, in f64.
 
+mod clustered;
 mod crossed;
+mod equal_length;
+
+use std::collections::BTreeMap;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, Normal};
 
-pub use crossed::{CrossedMean, PairedReplies, at_equal_length, crossed_difference, crossed_mean};
+pub use clustered::{MeanOfRuns, clustered_mean, difference_of_runs, mean_of_runs};
+pub use crossed::{CrossedMean, crossed_difference, crossed_mean};
+pub use equal_length::{PairedReplies, at_equal_length, win_rate_at_equal_length};
 
 /// Draws of a bootstrap when nothing else is said.
 pub const DRAWS: usize = 10_000;
@@ -65,6 +71,23 @@ pub fn std(values: &[f64]) -> f64 {
 /// The report's Score of a model: mean − ½ · population standard deviation of its scores.
 pub fn score(values: &[f64]) -> f64 {
     mean(values) - 0.5 * std(values)
+}
+
+/// Standard error of the mean of `values`, whole clusters at a time; none for fewer than two clusters.
+///
+/// # Source
+///
+/// Liang & Zeger 1986 for a mean, with the factor G / (G − 1); with clusters of one value it is s / √n.
+#[must_use]
+pub fn clustered_error(values: &[f64], clusters: &[usize]) -> Option<f64> {
+    let mean = mean(values);
+    let mut sums: BTreeMap<usize, f64> = BTreeMap::new();
+    for (value, cluster) in values.iter().zip(clusters) {
+        *sums.entry(*cluster).or_default() += value - mean;
+    }
+    let (n, n_clusters) = (count(values.len()), count(sums.len()));
+    let squares: f64 = sums.values().map(|sum| sum * sum).sum();
+    (sums.len() > 1).then(|| (squares * n_clusters / (n_clusters - 1.0)).sqrt() / n)
 }
 
 /// Wilson's interval of a proportion; `z` = 1.96 for 95 %.
@@ -377,6 +400,17 @@ mod tests {
     #[track_caller]
     fn close(got: f64, expected: f64, tolerance: f64) {
         assert!((got - expected).abs() <= tolerance, "expected {expected}, got {got}");
+    }
+
+    #[test]
+    fn errors_are_clustered_by_prompt() {
+        // Clusters of one: s / √n with s² = (4 + 0 + 4) / 2 = 4.
+        let error = clustered_error(&[1.0, 3.0, 5.0], &[0, 1, 2]).unwrap();
+        assert!((error - 2.0 / 3f64.sqrt()).abs() < 1e-12);
+        // Copies of the same three samples know no more: sums ±4 and 0, √(32 · 3/2) / 6.
+        let doubled = clustered_error(&[1.0, 1.0, 3.0, 3.0, 5.0, 5.0], &[0, 0, 1, 1, 2, 2]);
+        assert!((doubled.unwrap() - error).abs() < 1e-12);
+        assert_eq!(clustered_error(&[1.0, 2.0], &[4, 4]), None);
     }
 
     #[test]

@@ -4,6 +4,9 @@ use arete_training::{ComputeArgs, LoopArgs, LoraArgs};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
+/// Score statistics that rest on fewer replies get a warning.
+pub(crate) const MIN_STATS: usize = 64;
+
 /// What happens to a conversation longer than `max_length`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -67,9 +70,24 @@ pub struct Config {
     /// Fewest pairs to train on
     #[arg(long, default_value_t = 20)]
     pub min_pairs: usize,
+    /// Fewest replies of the base that score statistics rest on: where the conversations hold fewer at validation prompts, further
+    /// samples of these prompts are drawn; 0 = none are
+    #[arg(long, default_value_t = MIN_STATS)]
+    pub stats_samples: usize,
+    /// Most tokens sampled in one turn of those; default: as the conversations' run.json says, else 96
+    #[arg(long)]
+    pub stats_max_new_tokens: Option<usize>,
+    /// Sampling temperature of those; default: as the conversations' run.json says, else 0.7
+    #[arg(long)]
+    pub stats_temperature: Option<f64>,
     /// Control: flip each training pair by the toss of a coin, which leaves nothing to learn
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub shuffle_labels: bool,
+    /// With --pairs: so many reward models, each trained on the pairs of all folds but its own (folds by opening question): a
+    /// cross-fitted yardstick; 0 = one reward model
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    #[serde(default)]
+    pub folds: usize,
     /// With --pairs: train on the held-out fifth as well
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub all_pairs: bool,

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use arete_chain::pairs;
+use arete_chain::{Ruled, pairs};
 use arete_model::Chat;
 use arete_records::{Split, split_of};
 use arete_training::order;
@@ -56,6 +56,10 @@ impl Pair {
 pub struct Pairs {
     /// In file order.
     pub pairs: Vec<Pair>,
+    /// Row of each in its file, from 1.
+    pub rows: Vec<usize>,
+    /// What the null rulers see of each.
+    pub ruled: Vec<Ruled>,
     /// Pairs of which a side was cut.
     pub n_cut: usize,
     /// Pairs left out for their length.
@@ -196,6 +200,8 @@ pub fn tokenize(
         #[expect(clippy::cast_possible_truncation, reason = "a small number")]
         let margin = (margin_per_vote * f64::from(preference.vote_lead)) as f32;
         out.pairs.push(Pair::new(chosen, rejected, chosen_prob, margin));
+        out.rows.push(preference.row);
+        out.ruled.push(Ruled::of(&preference.chosen.messages, &preference.rejected.messages));
     }
     Ok(out)
 }

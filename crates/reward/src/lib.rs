@@ -2,7 +2,8 @@
 //!
 //! Inputs: `preferences/<aspect>/{train,validation}.parquet`, or human pairs in the hub's hh-rlhf form; a base model.
 //! Outputs, in one directory an aspect: `adapter/` (peft, SEQ_CLS with the head), `score_stats.json`, `evaluation.json`,
-//! with `--merge` `merged/` (a `…ForSequenceClassification` directory), `metrics.jsonl`, `run.json`.
+//! with `--merge` `merged/` (a `…ForSequenceClassification` directory), `metrics.jsonl`, `run.json`. With `--folds K` human pairs make
+//! K of them, each trained without the questions of its own fold, and the card of both judges, `yardstick.json`.
 //!
 //! Method: Bradley–Terry (see [`loss`]); the input is the whole chat template of a conversation, the score is read at its
 //! last token. Deviations from TRL's `RewardTrainer`: chosen and rejected are one packed tree whose common tokens
@@ -13,11 +14,13 @@ pub mod bench;
 pub mod config;
 pub mod data;
 mod error;
+mod folds;
 pub mod loss;
 pub mod model;
 pub mod objective;
 pub mod score;
 mod stage;
+mod statistics;
 
 pub use config::Config;
 pub use error::{Error, class_of};

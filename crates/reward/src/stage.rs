@@ -1,29 +1,29 @@
 //! The stage: from files to files.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use arete_chain::constitution::{Constitution, listed};
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
-use arete_chain::{CutReply, Reading, Transcript, Turns, through_aspect};
+use arete_chain::yardstick::fold_dir;
+use arete_chain::{CutReply, Reading, Turns};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
-use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, ScoreStats, Split, parquet, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, write_json};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Select, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
 use crate::data::{self, Pair, Pairs, Preference, Rendering};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
-use crate::{Config, Error};
+use crate::statistics::{Asked, BaseReplies, Scored, StatsSampling};
+use crate::{Config, Error, folds};
 
 /// Settings that say how long it is trained: with more of them, training goes on.
 const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
@@ -33,22 +33,6 @@ const HEAD: &str = "base_model.model.score.weight";
 const CONVERSATIONS: &str = "conversations.parquet";
 /// Conversations whose scores are compared between the merged model and the adapter.
 const N_COMPARED: usize = 16;
-
-/// Score statistics that rest on fewer replies get a warning.
-const MIN_STATS: usize = 64;
-/// The virtuous persona of contrastive sampling.
-const VIRTUOUS: &str = "virtuous";
-/// Personas of samples that stand for the model PPO starts from: the tuned model, and for want of one without a persona
-/// prompt the virtuous persona.
-const OWN: [&str; 2] = ["tuned", VIRTUOUS];
-
-/// Conversations that score statistics are taken from.
-#[derive(Debug, Default)]
-struct Own {
-    sequences: Vec<Vec<i64>>,
-    n_prompts: usize,
-    source: &'static str,
-}
 
 /// Scores of the chosen and the rejected side, one entry a pair.
 type PairScores = Vec<[f64; 2]>;
@@ -84,9 +68,15 @@ struct Job {
     name: String,
     /// The turn and its place in the chain; none of pairs.
     aspect: Option<(Aspect, usize)>,
+    /// All turns of the chain.
+    turns: Turns,
+    /// Of a cross-fitted yardstick.
+    fold: Option<usize>,
     /// The files of the stage, or the pairs twice.
     train: PathBuf,
     validation: PathBuf,
+    /// Pairs that nothing is selected by.
+    test: Option<PathBuf>,
     conversations: Option<PathBuf>,
     run: StageRun,
 }
@@ -98,16 +88,44 @@ struct Job {
 /// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
 pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     check(config)?;
+    if config.folds > 0 && matches!(inputs.preferences, PreferenceSource::Stage { .. }) {
+        return Err(setting(
+            "folds",
+            "0 for judged preferences: folds are of human pairs (--pairs)",
+            &config.folds.to_string(),
+        ));
+    }
     let model_name =
         config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
     let source = Source::fetch(model_name)?;
-    let jobs = open_jobs(config, inputs, &source)?;
-    if jobs.is_empty() {
-        return Ok(());
+    let conversations = inputs
+        .conversations
+        .as_ref()
+        .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
+    let sampling = StatsSampling::new(config, conversations.as_deref())?;
+    let jobs = open_jobs(config, inputs, conversations.as_ref(), sampling, &source)?;
+    if !jobs.is_empty() {
+        train_jobs(config, model_name, source, sampling, jobs)?;
     }
+    match &inputs.preferences {
+        PreferenceSource::Pairs(pairs) if config.folds > 0 => {
+            folds::write_card(config, pairs, &inputs.output)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn train_jobs(
+    config: &Config,
+    model_name: &str,
+    source: Source,
+    sampling: StatsSampling,
+    jobs: Vec<Job>,
+) -> Result<(), Error> {
     let options = config.compute.start()?;
     let model = Model::load(&source, &options)?;
-    let base = Base { config, name: model_name, source, options, model };
+    let replies = BaseReplies::default();
+    let base = Base { config, name: model_name, source, options, model, sampling, replies };
     for job in jobs {
         let name = job.name.clone();
         base.train(job)?;
@@ -124,6 +142,13 @@ fn check(config: &Config) -> Result<(), Error> {
     if config.max_length < 2 {
         return Err(setting("max_length", "at least 2", &config.max_length.to_string()));
     }
+    if config.folds == 1 {
+        return Err(setting("folds", "two or more, or 0 for one reward model", "1"));
+    }
+    if config.folds > 0 && (config.all_pairs || config.steps.select == Select::Best) {
+        let expected = "neither all_pairs nor select = \"best\": no fold may see its own pairs";
+        return Err(setting("folds", expected, &config.folds.to_string()));
+    }
     for (name, value) in [
         ("center_rewards_coefficient", config.center_rewards_coefficient),
         ("margin_per_vote", config.margin_per_vote),
@@ -136,35 +161,47 @@ fn check(config: &Config) -> Result<(), Error> {
 }
 
 /// Opens the run of every reward model that is not up to date.
-fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<Vec<Job>, Error> {
+fn open_jobs(
+    config: &Config,
+    inputs: &TrainInputs,
+    conversations: Option<&PathBuf>,
+    sampling: StatsSampling,
+    source: &Source,
+) -> Result<Vec<Job>, Error> {
     let mut jobs = Vec::new();
-    let conversations = inputs
-        .conversations
-        .as_ref()
-        .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
-    let (carried, wanted) = match &inputs.preferences {
+    type Wanted = (Option<(Aspect, usize)>, Option<usize>, PathBuf, PathBuf);
+    let (carried, wanted): (_, Vec<Wanted>) = match &inputs.preferences {
         PreferenceSource::Stage { dir, aspects } => {
             let carried = Constitution::carried(dir)?;
             let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
             let of = |(aspect, place): (Aspect, usize)| {
                 let name = aspect.name();
-                (Some((aspect, place)), dir.join(name), inputs.output.join(name))
+                (Some((aspect, place)), None, dir.join(name), inputs.output.join(name))
             };
             let wanted = wanted(&turns, aspects)?.into_iter().map(of).collect();
             (carried, wanted)
         }
-        PreferenceSource::Pairs(file) => (None, vec![(None, file.clone(), inputs.output.clone())]),
+        PreferenceSource::Pairs(file) if config.folds > 0 => {
+            let of = |fold| (None, Some(fold), file.clone(), fold_dir(&inputs.output, fold));
+            (None, (0..config.folds).map(of).collect())
+        }
+        PreferenceSource::Pairs(file) => {
+            (None, vec![(None, None, file.clone(), inputs.output.clone())])
+        }
     };
-    for (aspect, data, output) in wanted {
+    let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+    for (aspect, fold, data, output) in wanted {
         let (train, validation) = match aspect {
             Some(_) => (data.join("train.parquet"), data.join("validation.parquet")),
-            None => (data.clone(), data),
+            None => (data.clone(), data.clone()),
         };
+        let test = aspect.map(|_| data.join("test.parquet")).filter(|path| path.is_file());
         let mut files = vec![("train".to_owned(), train.clone())];
         if aspect.is_some() {
             files.push(("validation".to_owned(), validation.clone()));
+            files.extend(test.iter().map(|file| ("test".to_owned(), file.clone())));
             files.extend(
-                conversations.iter().map(|file| ("conversations".to_owned(), file.clone())),
+                conversations.iter().map(|&file| ("conversations".to_owned(), file.clone())),
             );
         }
         let mut recorded = config.clone();
@@ -175,11 +212,21 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
         if let Some(own) = &carried {
             files.push(("constitution".to_owned(), own.path().to_owned()));
         }
-        let name = aspect.map_or("yardstick".to_owned(), |(aspect, _)| aspect.name().to_owned());
+        let name = match (aspect, fold) {
+            (Some((aspect, _)), _) => aspect.name().to_owned(),
+            (None, Some(fold)) => format!("yardstick, fold {fold}"),
+            (None, None) => "yardstick".to_owned(),
+        };
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
         arete_training::forget_harmless(&mut recorded, &[]);
         // Not a setting: reward models of versions that recorded no reading rule are trained again.
         recorded["reading"] = "as trained".into();
+        if aspect.is_some() && conversations.is_some() {
+            recorded["stats_sampling"] = serde_json::json!(sampling);
+        }
+        // Nor this: the figures of versions that knew one null ruler, and no pairs of the test split, are taken again.
+        recorded["evaluation"] = "beside null rulers".into();
+        recorded["fold"] = fold.into();
         recorded["aspect"] = aspect.map_or(Value::Null, |(aspect, _)| aspect.name().into());
         let stage = if aspect.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
@@ -195,8 +242,18 @@ fn open_jobs(config: &Config, inputs: &TrainInputs, source: &Source) -> Result<V
                 if let Some(own) = &carried {
                     own.leave(&output)?;
                 }
-                let conversations = aspect.and(conversations.clone());
-                jobs.push(Job { name, aspect, train, validation, conversations, run });
+                let (turns, conversations) = (turns.clone(), aspect.and(conversations.cloned()));
+                jobs.push(Job {
+                    name,
+                    aspect,
+                    turns,
+                    fold,
+                    train,
+                    validation,
+                    test,
+                    conversations,
+                    run,
+                });
             }
         }
     }
@@ -223,6 +280,9 @@ struct Data {
     validation: Pairs,
     /// What the validation pairs are called in reports.
     validation_name: &'static str,
+    test: Pairs,
+    /// Both splits as they were read, of a fold.
+    read: [Vec<Preference>; 2],
 }
 
 /// What every reward model shares.
@@ -232,6 +292,8 @@ struct Base<'a> {
     source: Source,
     options: LoadOptions,
     model: Model,
+    sampling: StatsSampling,
+    replies: BaseReplies,
 }
 
 impl Base<'_> {
@@ -273,20 +335,15 @@ impl Base<'_> {
         reading.write(&output)?;
         let stats = self.score_stats(&job, &data, &scores, &chat, (&adapter, &head, &reading))?;
         write_json(&output.join(score_stats::FILE), &stats)?;
-        if !scores.is_empty() {
-            let lengths: Vec<[usize; 2]> = (data.validation.pairs.iter())
-                .map(|pair| [pair.chosen.n_own_tokens, pair.rejected.n_own_tokens])
-                .collect();
-            let report = &evaluation::report(data.validation_name, &lengths, &scores, config.seed);
-            write_json(&output.join("evaluation.json"), report)?;
-            tracing::info!(
-                n = report.n,
-                accuracy = report.accuracy.estimate,
-                low = report.accuracy.low,
-                high = report.accuracy.high,
-                shorter_answer = report.shorter_answer.estimate,
-                "evaluated on pairs not trained on"
-            );
+        self.evaluate(&data, &scores, &adapter, &head, &output)?;
+        if job.fold.is_some() {
+            let [train, held_out] = &data.read;
+            folds::write(
+                &output,
+                train,
+                held_out,
+                (data.validation.rows.as_slice(), scores.as_slice()),
+            )?;
         }
         let meta = AdapterMeta::of(model, self.name, Task::SequenceClassification);
         adapter_files::save(&output.join("adapter"), &adapter, Some(&head), &meta)?;
@@ -309,6 +366,59 @@ impl Base<'_> {
         Ok(())
     }
 
+    /// Writes `evaluation.json`, of pairs that nothing was selected by where there are any: of the test split if the weights were
+    /// those that did best on the validation split, else of both.
+    fn evaluate(
+        &self,
+        data: &Data,
+        validation: &[[f64; 2]],
+        adapter: &Adapter,
+        head: &ScalarHead,
+        output: &Path,
+    ) -> Result<(), Error> {
+        let test_pairs: Vec<&Pair> = data.test.pairs.iter().collect();
+        let budget = self.config.steps.micro_batch_tokens;
+        let test = pair_scores(&self.model.decoder, Some(adapter), head, &test_pairs, budget)?;
+        let name = data.validation_name;
+        let selected = self.config.steps.select == Select::Best;
+        let (split, with_validation, with_test) = match (selected, test.is_empty()) {
+            (true, false) => (Split::Test.name().to_owned(), false, true),
+            (true, true) => {
+                (format!("{name} (the weights were selected on these pairs)"), true, false)
+            }
+            (false, false) if validation.is_empty() => (Split::Test.name().to_owned(), false, true),
+            (false, false) => (format!("{name} and {}", Split::Test), true, true),
+            (false, true) => (name.to_owned(), true, false),
+        };
+        let (mut lengths, mut ruled, mut scores) = (Vec::new(), Vec::new(), Vec::new());
+        for (own, own_scores, is_in) in [
+            (&data.validation, validation, with_validation),
+            (&data.test, test.as_slice(), with_test),
+        ] {
+            if is_in {
+                let length = |pair: &Pair| [pair.chosen.n_own_tokens, pair.rejected.n_own_tokens];
+                lengths.extend(own.pairs.iter().map(length));
+                ruled.extend(own.ruled.iter().cloned());
+                scores.extend_from_slice(own_scores);
+            }
+        }
+        if lengths.is_empty() {
+            return Ok(());
+        }
+        let report = evaluation::report(&split, &lengths, &ruled, &scores);
+        write_json(&output.join("evaluation.json"), &report)?;
+        tracing::info!(
+            split,
+            n = report.n,
+            accuracy = report.accuracy.estimate,
+            low = report.accuracy.low,
+            high = report.accuracy.high,
+            beside = report.null_rulers.words(),
+            "evaluated"
+        );
+        Ok(())
+    }
+
     fn read(&self, job: &Job, chat: &Chat<'_>) -> Result<Data, Error> {
         let config = self.config;
         let rendering = Rendering {
@@ -325,7 +435,10 @@ impl Base<'_> {
             if n_unfinished > 0 {
                 tracing::warn!(n_unfinished, "pairs left out: a side does not end with a reply");
             }
-            let is_train = |pair: &Preference| data::split_of_pair(pair) == Split::Train;
+            let is_train = |pair: &Preference| match job.fold {
+                Some(fold) => !folds::is_in(pair, fold, config.folds),
+                None => data::split_of_pair(pair) == Split::Train,
+            };
             let (train, held_out): (Vec<_>, Vec<_>) = pairs.into_iter().partition(is_train);
             if config.all_pairs {
                 ([train, held_out.clone()].concat(), held_out, "held-out (trained on as well)")
@@ -336,10 +449,19 @@ impl Base<'_> {
         if config.shuffle_labels {
             data::shuffle_labels(&mut train, config.seed);
         }
+        let tokenize = |path: &Path, preferences: &[Preference]| {
+            data::tokenize(path, preferences, chat, &rendering)
+        };
+        let test = match &job.test {
+            Some(path) => tokenize(path, &data::read_preferences(path)?)?,
+            None => Pairs::default(),
+        };
         Ok(Data {
-            train: data::tokenize(&job.train, &train, chat, &rendering)?,
-            validation: data::tokenize(&job.validation, &validation, chat, &rendering)?,
+            train: tokenize(&job.train, &train)?,
+            validation: tokenize(&job.validation, &validation)?,
             validation_name,
+            test,
+            read: if job.fold.is_some() { [train, validation] } else { Default::default() },
         })
     }
 
@@ -422,8 +544,8 @@ impl Base<'_> {
         Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
     }
 
-    /// Statistics of the scores of what PPO starts from: validation conversations of this base. Without those, of the validation
-    /// pairs, which are of other models too.
+    /// Statistics of the scores of what PPO starts from: this base's replies to validation prompts. Without conversations, of the
+    /// validation pairs, which are of other models too.
     fn score_stats(
         &self,
         job: &Job,
@@ -433,25 +555,21 @@ impl Base<'_> {
         reward: (&Adapter, &ScalarHead, &Reading),
     ) -> Result<ScoreStats, Error> {
         let (adapter, head, reading) = reward;
-        let score = |sequences: &[Vec<i64>]| {
-            let budget = self.config.steps.micro_batch_tokens;
-            sequence_scores(&self.model.decoder, Some(adapter), head, sequences, budget)
-        };
+        let micro_batch_tokens = self.config.steps.micro_batch_tokens;
+        let scored =
+            Scored { model: &self.model, chat, adapter, head, reading, micro_batch_tokens };
+        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
+            let asked =
+                Asked { path, turns: &job.turns, sampling: self.sampling, seed: self.config.seed };
+            let of = self.replies.statistics(asked, aspect, &scored)?;
+            if let Some(stats) = of {
+                return Ok(stats);
+            }
+        }
         let stats = |scores: &[f64], n_prompts, split: &str, source: &str| {
             let of = ScoreStats::of(scores, split, &self.model.base_sha256);
             ScoreStats { n_prompts, source: source.to_owned(), ..of }
         };
-        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
-            let own = self.conversations(path, aspect, chat, reading)?;
-            if !own.sequences.is_empty() {
-                let n = own.sequences.len();
-                if n < MIN_STATS {
-                    tracing::warn!(n, wanted = MIN_STATS, "score statistics rest on few replies");
-                }
-                let scores = score(&own.sequences)?;
-                return Ok(stats(&scores, own.n_prompts, data.validation_name, own.source));
-            }
-        }
         if !pair_scores.is_empty() {
             let (split, n) = (data.validation_name, pair_scores.len());
             return Ok(stats(
@@ -462,44 +580,9 @@ impl Base<'_> {
             ));
         }
         tracing::warn!("no validation conversations: score statistics are of training pairs");
-        let scores = score(&both_sides(&data.train.pairs))?;
+        let scores = scored.scores(&both_sides(&data.train.pairs))?;
         let (split, n) = (Split::Train.name(), data.train.pairs.len());
         Ok(stats(&scores, n, split, "both sides of the training pairs"))
-    }
-
-    /// The base's own samples of the validation prompts, through the aspect's reply, read as PPO and scoring read them. With
-    /// personas, samples of another model or of the vicious persona are left out.
-    fn conversations(
-        &self,
-        path: &Path,
-        aspect: Aspect,
-        chat: &Chat<'_>,
-        reading: &Reading,
-    ) -> Result<Own, Error> {
-        let rows: Vec<ConversationRow> = parquet::read(path)?;
-        let is_own = |row: &ConversationRow| {
-            let persona = row.persona.as_deref();
-            row.split == Split::Validation && persona.is_none_or(|name| OWN.contains(&name))
-        };
-        let mut own = Own { source: "the base's replies", ..Own::default() };
-        let mut prompts = BTreeSet::new();
-        for (idx, row) in rows.iter().enumerate().filter(|(_, row)| is_own(row)) {
-            let in_row = |source| Error::Rendering {
-                path: path.to_owned(),
-                row: idx + 1,
-                source: Box::new(source),
-            };
-            let (messages, finish_reasons) = through_aspect(row, aspect)?;
-            let transcript = Transcript { messages, finish_reasons };
-            let context = self.model.config.max_position_embeddings;
-            own.sequences.push(reading.token_ids(chat, &transcript, context).map_err(in_row)?);
-            prompts.insert(&row.prompt_id);
-            if row.persona.as_deref() == Some(VIRTUOUS) {
-                own.source = "the base's replies as the virtuous persona";
-            }
-        }
-        own.n_prompts = prompts.len();
-        Ok(own)
     }
 
     /// Writes the merged model; the largest difference between its scores and the adapter's.
@@ -570,9 +653,10 @@ fn report_losses(data: &Data, name: &str) {
 }
 
 fn counts(data: &Data, outcome: &Outcome) -> Map<String, Value> {
-    let numbers: [(&str, Value); 9] = [
+    let numbers: [(&str, Value); 10] = [
         ("train", data.train.pairs.len().into()),
         ("validation", data.validation.pairs.len().into()),
+        ("test", data.test.pairs.len().into()),
         ("cut", (data.train.n_cut + data.validation.n_cut).into()),
         ("dropped", (data.train.n_dropped + data.validation.n_dropped).into()),
         ("identical", (data.train.n_identical + data.validation.n_identical).into()),

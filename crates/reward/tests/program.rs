@@ -124,11 +124,9 @@ fn answer(text: String, n_tokens: i32) -> TurnRow {
     TurnRow { aspect: Aspect::ACTION, text, finish_reason: FinishReason::Stop, n_tokens }
 }
 
-#[test]
-fn preferences_become_a_reward_model_that_scores() {
-    let dir = tempfile::tempdir().unwrap();
-    let preferences = preferences(dir.path());
-    let conversations = dir.path().join("conversations");
+/// `conversations/` with two samples of six validation prompts, one of the tuned model and one of another; the rows.
+fn conversations(dir: &Path) -> (PathBuf, Vec<ConversationRow>) {
+    let conversations = dir.join("conversations");
     fs_err::create_dir_all(&conversations).unwrap();
     let row = |i: usize, sample: i32, split: Split| {
         let PreferenceRow { prompt, chosen, rejected, prompt_id, .. } = pair(i);
@@ -149,8 +147,57 @@ fn preferences_become_a_reward_model_that_scores() {
         .chain([row(0, 0, Split::Train)])
         .collect();
     parquet::write(conversations.join("conversations.parquet"), &rows).unwrap();
+    (conversations, rows)
+}
+
+#[test]
+fn score_statistics_rest_on_64_replies_of_the_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (conversations, _) = conversations(dir.path());
+    let flags = ["--max-steps", "2", "--conversations", &text(&conversations)];
+    let run = |output: &str, more: &[&str]| {
+        let output = dir.path().join(output);
+        let done = succeed(train(&preferences, &output, &[&flags[..], more].concat()));
+        (json(&output.join("action/score_stats.json")), message(&done))
+    };
+    let (stats, log) = run("one", &["--stats-max-new-tokens", "8"]);
+    assert!(!log.contains("rest on few replies"), "{log}");
+    // Six replies are at hand; the six prompts are asked again, nine or ten times each.
+    assert_eq!((&stats["n"], &stats["n_prompts"]), (&64.into(), &6.into()));
+    let said = "the base's replies, 58 of them sampled for this (temperature 0.7, at most 8 tokens a turn)";
+    assert_eq!(stats["source"], said);
+    let (std, error) = (number(&stats, "std"), number(&stats, "standard_error"));
+    assert!(error > 0.0 && error < std, "{stats}");
+    // The same command, the same statistics.
+    assert_eq!(run("two", &["--stats-max-new-tokens", "8"]).0, stats);
+    let more = ["--stats-max-new-tokens", "8", "--stats-samples", "100"];
+    assert_eq!(run("three", &more).0["n"], 100);
+    let (few, log) = run("four", &["--stats-samples", "0"]);
+    assert!(log.contains("score statistics rest on few replies"), "{log}");
+    assert_eq!(few["n"], 6);
+
+    // What the conversations were sampled with is what further samples are drawn with.
+    let record = serde_json::json!({
+        "stage": "conversations", "config": {"max_new_tokens": 6, "temperature": 1.25}, "seed": 0, "inputs": {},
+        "versions": {}, "device": "cpu", "dtype": "f32", "counts": {}, "fingerprint": "", "outputs": {},
+    });
+    fs_err::write(conversations.join("run.json"), record.to_string()).unwrap();
+    let source = run("five", &[]).0["source"].as_str().unwrap().to_owned();
+    assert!(source.ends_with("(temperature 1.25, at most 6 tokens a turn)"), "{source}");
+    let mut command = train(&preferences, &dir.path().join("six"), &flags);
+    let refused = command.args(["--stats-temperature", "0"]).output().unwrap();
+    let message = message(&refused);
+    assert!(message.contains("stats_temperature: expected a number above 0, got 0"), "{message}");
+}
+
+#[test]
+fn preferences_become_a_reward_model_that_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (conversations, rows) = conversations(dir.path());
     let output = dir.path().join("reward");
-    let flags = ["--merge", "--conversations", conversations.to_str().unwrap()];
+    let flags = ["--merge", "--stats-samples", "0", "--conversations", &text(&conversations)];
     succeed(train(&preferences, &output, &flags));
 
     let action = output.join("action");
@@ -402,6 +449,105 @@ fn pairs_in_text_form_train_a_yardstick() {
     // With labels by the toss of a coin there is nothing to learn.
     let (_, control) = train("control", &["--shuffle-labels"]);
     assert!(number(&control, "mean_margin") < 0.5 * number(&evaluation, "mean_margin"));
+}
+
+#[test]
+fn f6_a_yardstick_is_trained_in_folds_and_its_card_stands_beside_null_rulers() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pairs.jsonl");
+    let side = |i: usize, text: &str| format!("\n\nHuman: Question {i}?\n\nAssistant: {text}");
+    // Two pairs a question; the better reply is the longer one.
+    let line = |i: usize| {
+        let (better, worse) = ("I would ask her first.", "Steal it.");
+        serde_json::json!({"chosen": side(i / 2, &format!("{better} {i}")), "rejected": side(i / 2, worse)})
+    };
+    let lines_of_file: Vec<String> = (0..80).map(|i| line(i).to_string()).collect();
+    fs_err::write(&file, lines_of_file.join("\n")).unwrap();
+    let output = dir.path().join("yardstick");
+    let train = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+        command.args(["train", "--model", &text(&model()), "--pairs", &text(&file)]);
+        command.args(["--output", &text(&output), "--rank", "2", "--max-steps", "3"]);
+        command.args(["--learning-rate", "5e-3", "--dtype", "f32", "--threads", "1"]);
+        command.args(["--folds", "3"]).args(more);
+        command
+    };
+    succeed(train(&[]));
+    let card = json(&output.join("yardstick.json"));
+    let mut held_out = Vec::new();
+    for fold in 0..3 {
+        let dir = output.join(format!("fold-{fold}"));
+        let counts = &json(&dir.join("run.json"))["counts"];
+        let own = lines(&dir.join("held_out.jsonl"));
+        assert_eq!(number(counts, "train") + number(counts, "validation"), 80.0);
+        assert_eq!(number(counts, "validation"), own.len() as f64);
+        assert_eq!(json(&dir.join("evaluation.json"))["split"], "held-out");
+        // No question of the fold's own is among those it trained on: both pairs of a question are here.
+        for held in &own {
+            let row = number(held, "row") as usize;
+            let question = [arete_records::Message::user(format!("Question {}?", (row - 1) / 2))];
+            assert_eq!(arete_records::fold_of(&question, 3), fold);
+            held_out.push(row);
+        }
+        // The bag of words beside it was trained on the other folds' pairs, which all hold "ask".
+        let words = json(&dir.join("words.json"));
+        assert!(number(&words["weights"], "ask") > 0.0 && number(&words["weights"], "steal") < 0.0);
+    }
+    held_out.sort_unstable();
+    assert_eq!(held_out, (1..=80).collect::<Vec<usize>>(), "every pair is held out once");
+    assert_eq!(card["n_pairs"], 80);
+    let by_words = &card["bag_of_words"]["cross_fitted"];
+    assert_eq!(number(&by_words["accuracy"], "estimate"), 1.0);
+    for judge in ["reward_model", "bag_of_words"] {
+        let rulers = &card[judge]["cross_fitted"]["null_rulers"];
+        assert_eq!(
+            (&rulers["best"], &rulers["accuracy"]["longer"]["estimate"]),
+            (&"longer".into(), &1.0.into())
+        );
+        // No side is within a tenth of the other's length.
+        assert!(card[judge]["length_matched"].is_null());
+    }
+    let markdown = fs_err::read_to_string(output.join("yardstick.md")).unwrap();
+    assert!(markdown.contains("| bag of words | all | 80 | 100.0 %"), "{markdown}");
+    // A second call has nothing to do.
+    let before = fs_err::metadata(output.join("yardstick.json")).unwrap().modified().unwrap();
+    assert!(message(&succeed(train(&[]))).contains("up to date"));
+    let after = fs_err::metadata(output.join("yardstick.json")).unwrap().modified().unwrap();
+    assert_eq!(before, after);
+    // What would let a fold see its own pairs is refused.
+    for flags in [&["--select", "best"][..], &["--all-pairs"]] {
+        let refused = train(flags).output().unwrap();
+        assert!(!refused.status.success());
+        assert!(
+            message(&refused).contains("no fold may see its own pairs"),
+            "{}",
+            message(&refused)
+        );
+    }
+}
+
+#[test]
+fn f8_accuracy_is_of_pairs_that_nothing_was_selected_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let test: Vec<PreferenceRow> = (36..43).map(pair).collect();
+    write_pairs(&preferences, "test", &test);
+    let evaluate = |output: &str, flags: &[&str]| {
+        let output = dir.path().join(output);
+        let steps = ["--max-steps", "4"];
+        succeed(train(&preferences, &output, &[&steps, flags].concat()));
+        let evaluation = json(&output.join("action/evaluation.json"));
+        (evaluation["split"].clone(), number(&evaluation, "n"))
+    };
+    // Ten validation pairs choose the weights: the seven test pairs say how good they are.
+    assert_eq!(evaluate("best", &["--select", "best"]), ("test".into(), 7.0));
+    assert_eq!(evaluate("last", &[]), ("validation and test".into(), 17.0));
+    fs_err::remove_file(preferences.join("action/test.parquet")).unwrap();
+    let (split, n) = evaluate("selected", &["--select", "best"]);
+    assert_eq!(
+        (split.as_str().unwrap(), n),
+        ("validation (the weights were selected on these pairs)", 10.0)
+    );
 }
 
 #[test]

@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arete_chain::constitution::{Turns, carried_by_reward_models};
-use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
+use arete_chain::yardstick::{self, Place};
+use arete_chain::{Yardstick, reading};
 use arete_model::machine::Machine;
 use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
@@ -23,7 +24,7 @@ use crate::Error;
 use crate::config::{ScoreConfig, setting};
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{YardstickPlace, aspect_scores};
+use crate::rewards::{answers, aspect_scores};
 use crate::run_files::rollout_reply;
 
 /// Prompts sampled together: with 16 samples each, a full batch.
@@ -221,12 +222,17 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         }
         files.push((format!("score_stats {aspect}"), dir.join(score_stats::FILE)));
     }
-    let yardstick =
-        inputs.yardstick.as_ref().map(|dir| YardstickPlace::resolve(dir, None)).transpose()?;
-    files.extend(yardstick.iter().flat_map(YardstickPlace::files));
+    let yardstick = inputs.yardstick.as_ref().map(|dir| Place::resolve(dir, None)).transpose()?;
+    if let (Some(place), Some(dir)) = (&yardstick, &inputs.yardstick) {
+        let base = place.source.local_path().map(Path::to_owned);
+        files.extend(base.map(|path| ("yardstick base".to_owned(), path)));
+        files.extend(yardstick::files(dir)?);
+    }
     let mut settings = serde_json::to_value(config).expect("settings are numbers and words");
     settings["n_samples"] = n.into();
     settings["threads"] = 0.into();
+    // Not a setting: results of versions that averaged the yardstick over three turns are taken again.
+    settings["yardstick"] = "of answers, by fold".into();
     let spec = StageSpec {
         stage: "best-of",
         output: &inputs.output,
@@ -305,8 +311,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
                 )
             })?;
     if let Some(place) = &yardstick {
-        let scores =
-            yardstick_scores(place, &mut shelf, &all_rows, &aspects, config.micro_batch_tokens)?;
+        let scores = yardstick_scores(place, &mut shelf, &all_rows, config.micro_batch_tokens)?;
         let scores: Vec<Vec<f64>> = scores.chunks(n).map(<[f64]>::to_vec).collect();
         best = best.with_yardstick(&samples, &scores, resampling);
     }
@@ -323,21 +328,18 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     Ok(best)
 }
 
-/// The yardstick's score of each conversation: the mean of those through each reply.
+/// The yardstick's score of each conversation's answer.
 fn yardstick_scores(
-    place: &YardstickPlace,
+    place: &Place,
     shelf: &mut Shelf,
     rows: &[ConversationRow],
-    aspects: &[Aspect],
     budget: usize,
 ) -> Result<Vec<f64>, Error> {
     let model = shelf.get_packed(&place.source, place.nf4)?;
     let chat = model.chat()?;
-    let reward = place.reward_model(model)?;
+    let judge = Yardstick::over(place, model)?;
     let base = Base { model, chat: &chat, micro_batch_tokens: budget };
-    let scores = aspect_scores(&reward, base, rows, aspects)?;
-    let n = aspects.len() as f64;
-    Ok(scores.iter().map(|scores| scores.iter().map(|score| score / n).sum()).collect())
+    Ok(judge.scores(base, &answers(rows)?)?)
 }
 
 fn read(path: &Path) -> Result<BestOf, Error> {

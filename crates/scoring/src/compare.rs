@@ -1,27 +1,33 @@
 //! Runs compared: what each recipe gained within its own runs, and the yardstick's scores between recipes.
 //!
 //! In: `scoring/scores.parquet` and `scoring/summary.json` of several runs, each under the name of an arm (a recipe, say);
-//! an arm with several runs has several seeds. Out: two tables.
+//! an arm with several runs has several seeds. Out: tables, as text, JSON or HTML.
 //!
 //! Each recipe trains reward models of its own, so its Score means something within its runs alone; between arms only
-//! the yardstick's scores of the same test prompts are compared. A prompt counts once, with the mean of its scores in all
-//! runs of the arm that answered it (seeds may draw different test prompts), and prompts are redrawn, so the interval covers
-//! the choice of prompts; how far seeds agree is seen in the first table, which has a row for every run.
+//! the yardstick's scores of answers to the same test prompts are compared. Seeds and prompts are both luck: where the runs
+//! share ten prompts or more they are crossed random effects ([`stats::crossed_mean`]), else every run is one number and
+//! Student's t covers both. Arms of one seed say so. Several looks at one question are corrected by Bonferroni, and named.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arete_records::parquet;
 use arete_records::rows::ScoreRow;
-use arete_records::stats::{self, Interval, Resampling};
+use arete_records::stats::Interval;
 use arete_stage::run::RunJson;
 
 use arete_chain::Turns;
 
 use crate::Error;
 use crate::score;
-use crate::summary::{Change, Difference, Scale, Scope, Summary};
+use crate::summary::{Difference, Scale, Summary};
 use crate::table::{Text, bounds, dash, effect, interval, number, row};
+
+mod figures;
+mod page;
+
+pub use figures::{ArmFigure, Comparison, Figure, compare};
+pub use page::html;
 
 /// A run under the name of its arm.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +84,14 @@ impl ScoredRun {
         Ok(Self { arm, summary, scores, turns, yardstick })
     }
 
+    /// Whether the run's labels were made from the contrast of these two models.
+    fn is_circular(&self, first: &str, last: &str) -> bool {
+        self.summary
+            .differences
+            .iter()
+            .any(|own| own.circular && (own.first.as_str(), own.last.as_str()) == (first, last))
+    }
+
     /// Refuses a model that the run did not score.
     fn check_model(&self, name: &str) -> Result<(), Error> {
         let names: Vec<&str> =
@@ -91,20 +105,6 @@ impl ScoredRun {
             expected: name.to_owned(),
             found: names.join(", "),
         })
-    }
-
-    /// The yardstick's scores of one model's replies in the first `n_turns`, by prompt; none without a yardstick.
-    fn yardstick(&self, model: &str, n_turns: usize) -> BTreeMap<&str, Vec<f64>> {
-        let mut out: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        let is_among = |row: &&ScoreRow| {
-            row.model == model && self.turns.place(row.aspect).is_some_and(|place| place < n_turns)
-        };
-        for row in self.scores.iter().filter(is_among) {
-            if let Some(score) = row.yardstick {
-                out.entry(&row.prompt_id).or_default().push(f64::from(score));
-            }
-        }
-        out
     }
 }
 
@@ -139,99 +139,33 @@ pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// How two arms compare by the yardstick.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ArmDifference {
-    /// What is subtracted.
-    pub first: String,
-    /// What it is subtracted from.
-    pub last: String,
-    /// Prompts that both answered, in one run or more.
-    pub n_prompts: usize,
-    /// Turns that both were asked for in the same words.
-    pub n_turns: usize,
-    /// Of the mean over prompts, aspects and seeds.
-    pub mean: Change,
+/// How a comparison is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// Aligned tables.
+    Text,
+    /// Every figure.
+    Json,
+    /// A page.
+    Html,
 }
 
-/// The number of turns that all runs share: as many as have the same questions from the first on, for a reply depends on
-/// what was asked before it. The first, the answer to the prompt, all share.
-pub fn n_shared_turns<'a>(runs: impl IntoIterator<Item = &'a ScoredRun>) -> usize {
-    let mut shared: Option<Vec<Option<String>>> = None;
-    for run in runs {
-        let questions = run.turns.iter().map(|turn| turn.question.clone());
-        let same = |before: Vec<Option<String>>| {
-            before.into_iter().zip(questions.clone()).take_while(|(a, b)| a == b).map(|(a, _)| a)
-        };
-        shared = Some(
-            shared.take().map_or_else(|| questions.clone().collect(), |own| same(own).collect()),
-        );
-    }
-    shared.map_or(0, |own| own.len())
-}
-
-/// The yardstick's mean score of `model`, later arm − earlier arm, for every two arms that have one; of the turns that the
-/// two arms' constitutions share.
-///
-/// # Panics
-///
-/// If `resampling` has no draws.
-pub fn arm_differences(
-    runs: &[ScoredRun],
-    model: &str,
-    resampling: Resampling,
-) -> Vec<ArmDifference> {
-    let mut names: Vec<&str> = Vec::new();
-    for run in runs {
-        if !names.contains(&run.arm.name.as_str()) {
-            names.push(&run.arm.name);
+/// The comparison in a format.
+pub fn shown(runs: &[ScoredRun], comparison: &Comparison, format: Format) -> String {
+    match format {
+        Format::Text => text(runs, comparison),
+        Format::Json => {
+            serde_json::to_string_pretty(comparison).expect("numbers and words serialise") + "\n"
         }
+        Format::Html => html(runs, comparison),
     }
-    let of = |name: &str, n_turns: usize| {
-        let runs = runs.iter().filter(|run| run.arm.name == name);
-        means_by_prompt(runs.map(|run| run.yardstick(model, n_turns)))
-    };
-    let mut out = Vec::new();
-    for (at, last) in names.iter().enumerate() {
-        for first in &names[..at] {
-            let either = |run: &&ScoredRun| [first, last].contains(&&run.arm.name.as_str());
-            let n_turns = n_shared_turns(runs.iter().filter(either));
-            let (before, after) = (of(first, n_turns), of(last, n_turns));
-            let (before, after): (Vec<_>, Vec<_>) = before
-                .iter()
-                .filter_map(|(id, score)| Some((vec![*score], vec![*after.get(id)?])))
-                .unzip();
-            if before.is_empty() {
-                continue;
-            }
-            let difference = stats::paired_difference_of(&before, &after, stats::mean, resampling);
-            out.push(ArmDifference {
-                first: (*first).to_owned(),
-                last: (*last).to_owned(),
-                n_prompts: before.len(),
-                n_turns,
-                mean: Change::of(difference),
-            });
-        }
-    }
-    out
 }
 
-/// The mean of each prompt's scores in all of these runs.
-fn means_by_prompt<'a>(
-    runs: impl Iterator<Item = BTreeMap<&'a str, Vec<f64>>>,
-) -> BTreeMap<&'a str, f64> {
-    let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for (id, scores) in runs.flatten() {
-        all.entry(id).or_default().extend(scores);
-    }
-    all.into_iter().map(|(id, scores)| (id, stats::mean(&scores))).collect()
-}
-
-/// Both tables as aligned text.
-pub fn text(runs: &[ScoredRun], first: &str, last: &str, resampling: Resampling) -> String {
+/// The tables as aligned text.
+pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
+    let Comparison { first, last, within, between, n_looks } = comparison;
     let mut text = Text::default();
-    text.line(format!("{last} − {first} within each run; [95 % interval]"));
+    text.line(format!("{last} − {first} within each run; [95 % interval], of that run only"));
     text.line("");
     let mut rows = vec![row([
         "arm",
@@ -241,48 +175,87 @@ pub fn text(runs: &[ScoredRun], first: &str, last: &str, resampling: Resampling)
         "standardised",
         "better/same/worse",
         "detectable from",
-        "yardstick",
+        "yardstick, answers",
+        "at equal length",
     ])];
     rows.extend(runs.iter().map(|run| run_row(run, first, last)));
     text.table(1, &rows);
+    if runs.iter().any(|run| run.is_circular(first, last)) {
+        text.line(crate::table::CIRCULAR);
+    }
+    let header = ["seeds", "prompts", "yardstick, answers", "at equal length"];
+    let looks = format!("corrected for {n_looks} looks (Bonferroni)");
+    let header = |name: &str| {
+        let mut out = vec![name.to_owned()];
+        out.extend(header.map(str::to_owned));
+        out.push(looks.clone());
+        out
+    };
     text.line("");
-    let between = arm_differences(runs, last, resampling);
-    if between.is_empty() {
+    if within.is_empty() {
         text.line(format!(
-            "No two arms share a yardstick's scores of {last}: score them with the same --yardstick to compare them."
+            "No arm has a yardstick's scores of {first} and {last}: score them with the same --yardstick."
         ));
+        return text.finish();
+    }
+    text.line(format!(
+        "{last} − {first} within arms, seeds and prompts as crossed random effects; [95 % interval]"
+    ));
+    text.line("");
+    let mut rows = vec![header("arm")];
+    rows.extend(within.iter().map(|own| figure_row(own.name.clone(), own)));
+    text.table(1, &rows);
+    text.line("");
+    if between.is_empty() {
+        text.line(format!("No two arms share a yardstick's scores of {last}."));
     } else {
-        text.line(format!("The yardstick's mean score of {last} between arms; [95 % interval]"));
+        text.line(format!("The yardstick's score of {last} between arms; [95 % interval]"));
         text.line("");
-        let mut rows = vec![row(["arms", "yardstick", "prompts", "detectable from"])];
-        rows.extend(between.iter().map(|own| {
-            vec![
-                format!("{} − {}", own.last, own.first),
-                interval(&own.mean.interval, true),
-                own.n_prompts.to_string(),
-                effect(&own.mean),
-            ]
-        }));
+        let mut rows = vec![header("arms")];
+        rows.extend(between.iter().map(|own| figure_row(own.name.clone(), own)));
         text.table(1, &rows);
-        let n_shared = n_shared_turns(runs);
-        if runs.iter().any(|run| run.turns.len() > n_shared) {
-            let turns =
-                if n_shared == 1 { "the answer alone" } else { "the turns that both share" };
+        if runs.windows(2).any(|pair| pair[0].turns.names() != pair[1].turns.names()) {
             text.line("");
-            text.line(format!(
-                "The runs are of different constitutions: arms that differ are compared in {turns}."
-            ));
+            text.line(
+                "The runs are of different constitutions: arms that differ are compared in the answer alone.",
+            );
         }
+    }
+    for note in comparison.notes() {
+        text.line(note);
     }
     text.finish()
 }
 
+fn figure_row(name: String, own: &ArmFigure) -> Vec<String> {
+    let shown = |figure: &Figure| match figure.interval() {
+        Some(found) => interval(&found, true),
+        None => figure.reason.clone().unwrap_or_default(),
+    };
+    vec![
+        name,
+        own.n_seeds.clone(),
+        own.n_prompts.to_string(),
+        shown(&own.yardstick),
+        shown(&own.equal_length),
+        dash(own.corrected.as_ref().map(bounds)),
+    ]
+}
+
 fn run_row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {
-    let of = |scale| run.summary.difference(first, last, scale, Scope::All);
+    let of = |scale: Scale| run.summary.difference(first, last, scale, run.summary.widest(scale));
     let change = |found: Option<&Difference>, read: fn(&Difference) -> &Interval| {
-        dash(found.map(|own| format!("{} {}", number(read(own).estimate, true), bounds(read(own)))))
+        dash(found.map(|own| {
+            let mark = if own.circular { " (circular)" } else { "" };
+            format!("{} {}{mark}", number(read(own).estimate, true), bounds(read(own)))
+        }))
     };
     let standardised = of(Scale::Standardised);
+    let yardstick = of(Scale::Yardstick);
+    let equal_length = yardstick.map(|own| match own.equal_length.interval() {
+        Some(found) => interval(&found, true),
+        None => "not comparable".to_owned(),
+    });
     vec![
         run.arm.name.clone(),
         name_of(&run.arm.run),
@@ -291,14 +264,15 @@ fn run_row(run: &ScoredRun, first: &str, last: &str) -> Vec<String> {
         change(standardised, |own| &own.score.interval),
         dash(standardised.map(Difference::tally)),
         dash(standardised.map(|own| effect(&own.score))),
-        change(of(Scale::Yardstick), |own| &own.mean.interval),
+        change(yardstick, |own| &own.mean.interval),
+        dash(equal_length),
     ]
 }
 
 /// The last part of a path.
 fn name_of(path: &Path) -> String {
-    path.file_name()
-        .map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| path.display().to_string())
 }
 
 #[cfg(test)]
@@ -309,62 +283,41 @@ mod tests {
     use crate::coherence::Coherence;
     use crate::summary::ModelSummary;
 
-    /// A run in which every aspect of prompt i has the i-th yardstick score.
-    fn run(arm: &str, scores: &[(u32, f32)]) -> ScoredRun {
-        let scores = scores
-            .iter()
-            .flat_map(|&(prompt, score)| {
-                Aspect::SHIPPED.map(|aspect| ScoreRow {
-                    model: "final".to_owned(),
-                    prompt_id: format!("{prompt:016x}"),
-                    aspect,
-                    score: 0.0,
-                    z: 0.0,
-                    yardstick: Some(score),
-                    n_tokens: 1,
-                    finish_reason: FinishReason::Stop,
-                })
-            })
-            .collect();
-        let summary = Summary {
-            n_prompts: 2,
-            n_left_out: 0,
-            draws: 1,
-            level: 0.95,
-            base: String::new(),
-            yardstick: None,
-            standardisation: BTreeMap::new(),
-            models: Vec::new(),
-            differences: Vec::new(),
+    /// A run in which the yardstick gives the original's answer to prompt i nothing, and the final model's the i-th score.
+    pub(super) fn run(arm: &str, scores: &[(u32, f32)]) -> ScoredRun {
+        let of = |model: &str, (prompt, score): (u32, f32)| ScoreRow {
+            model: model.to_owned(),
+            prompt_id: format!("{prompt:016x}"),
+            aspect: Aspect::ACTION,
+            score: 0.0,
+            z: 0.0,
+            yardstick: Some(score),
+            yardstick_words: None,
+            n_tokens: 20,
+            finish_reason: FinishReason::Stop,
         };
+        let rows = scores.iter().flat_map(|&(prompt, score)| {
+            [of("original", (prompt, 0.0)), of("final", (prompt, score))]
+        });
+        let scores = rows.collect();
+        let model = |name: &str| ModelSummary {
+            name: name.to_owned(),
+            source: String::new(),
+            scores: Vec::new(),
+            coherence: Coherence::default(),
+            coherence_by_aspect: BTreeMap::new(),
+            retokenised: false,
+            preference_accuracy: None,
+        };
+        let models = vec![model("original"), model("final")];
+        let summary = Summary { n_prompts: 2, models, ..Summary::default() };
         let arm = Arm { name: arm.to_owned(), run: PathBuf::from(format!("runs/{arm}")) };
         ScoredRun { arm, summary, scores, turns: Turns::default(), yardstick: BTreeMap::new() }
     }
 
-    fn quick() -> Resampling {
-        Resampling { draws: 200, level: 0.95, seed: 1 }
-    }
-
     #[test]
-    fn seeds_are_averaged_and_prompts_paired() {
-        // Prompt 2 was drawn by one seed of the second arm only; prompt 3 by no run of the first, so it counts nowhere.
-        let runs = [
-            run("report", &[(1, 0.0), (2, 1.0)]),
-            run("recommended", &[(1, 1.0)]),
-            run("recommended", &[(1, 2.0), (2, 2.5), (3, 9.0)]),
-        ];
-        let differences = arm_differences(&runs, "final", quick());
-        assert_eq!(differences.len(), 1);
-        let own = &differences[0];
-        assert_eq!((own.first.as_str(), own.last.as_str()), ("report", "recommended"));
-        assert_eq!(own.n_prompts, 2);
-        // (1 + 2) / 2 − 0 and 2.5 − 1; every prompt has the same difference, so no redraw has another.
-        assert_eq!(own.mean.interval, Interval { estimate: 1.5, low: 1.5, high: 1.5 });
-    }
-
-    #[test]
-    fn runs_of_different_constitutions_are_compared_in_what_they_share() {
-        // The second arm asked another question after the answer, and its replies to that score 9.
+    fn runs_of_different_constitutions_are_compared_in_their_answers() {
+        // The second arm calls its answer otherwise, and asks something else after it.
         let dir = tempfile::tempdir().unwrap();
         let other = "[[turn]]\nname = \"deed\"\n[[turn]]\nname = \"why\"\nquestion = \"Why?\"\n\
                      [virtues]\nren = \"Which is kinder?\"";
@@ -372,16 +325,15 @@ mod tests {
         let (answer, why) = (Aspect::new("deed").unwrap(), Aspect::new("why").unwrap());
         let mut confucian = run("confucian", &[(1, 1.0), (2, 2.0)]);
         confucian.turns = Turns::carried(dir.path()).unwrap();
-        confucian.scores.retain(|row| row.aspect != Aspect::CONSEQUENCE);
         for row in &mut confucian.scores {
-            row.aspect = if row.aspect == Aspect::ACTION { answer } else { why };
-            row.yardstick = row.yardstick.map(|score| if row.aspect == why { 9.0 } else { score });
+            row.aspect = answer;
         }
+        let others = confucian.scores.clone().into_iter();
+        confucian.scores.extend(others.map(|row| ScoreRow { aspect: why, ..row }));
         let runs = [run("report", &[(1, 0.0), (2, 1.0)]), confucian];
-        assert_eq!((n_shared_turns(&runs), n_shared_turns(&runs[..1])), (1, 3));
-        let own = &arm_differences(&runs, "final", quick())[0];
-        assert_eq!((own.n_prompts, own.n_turns, own.mean.interval.estimate), (2, 1, 1.0));
-        let text = text(&runs, "original", "final", quick());
+        let found = compare(&runs, "original", "final");
+        assert_eq!((found.between[0].n_prompts, found.between[0].yardstick.value), (2, Some(1.0)));
+        let text = text(&runs, &found);
         assert!(text.contains("compared in the answer alone"), "{text}");
     }
 
@@ -391,16 +343,6 @@ mod tests {
             let mut run = run(name, &[(1, 0.0)]);
             run.yardstick =
                 sum.map(|sum| ("yardstick".to_owned(), sum.to_owned())).into_iter().collect();
-            let model = |name: &str| ModelSummary {
-                name: name.to_owned(),
-                source: String::new(),
-                scores: Vec::new(),
-                coherence: Coherence::default(),
-                coherence_by_aspect: BTreeMap::new(),
-                retokenised: false,
-                preference_accuracy: None,
-            };
-            run.summary.models = vec![model("original"), model("final")];
             run
         };
         let runs = [by("a", Some("aa")), by("b", None), by("c", Some("aa"))];
@@ -421,7 +363,8 @@ mod tests {
         for row in runs.iter_mut().flat_map(|run| &mut run.scores) {
             row.yardstick = None;
         }
-        assert_eq!(arm_differences(&runs, "final", quick()), []);
-        assert!(text(&runs, "original", "final", quick()).contains("the same --yardstick"));
+        let found = compare(&runs, "original", "final");
+        assert!(found.within.is_empty() && found.between.is_empty());
+        assert!(text(&runs, &found).contains("the same --yardstick"));
     }
 }

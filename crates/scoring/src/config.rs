@@ -7,6 +7,7 @@ use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::endpoint::{self, Endpoint};
 
 /// Settings of scoring.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -30,6 +31,10 @@ pub struct ScoreConfig {
     /// Most labelled pairs of --pairs to use, the first of the file; 0 = all of them
     #[arg(long, default_value_t = 200, value_name = "N")]
     pub max_pairs: usize,
+    /// The one comparison that the run is judged by, named before it: LAST - FIRST, TURN (answer, all, or its name),
+    /// MEASURE (yardstick, bag of words, score; each also "… at equal length")
+    #[arg(long, default_value = endpoint::DEFAULT, value_name = "WORDS")]
+    pub primary: String,
     /// Redraws of every bootstrap
     #[arg(long, default_value_t = 10_000, value_name = "N")]
     pub draws: usize,
@@ -72,7 +77,18 @@ impl ScoreConfig {
                 return Err(setting(name, "at least 1", "0"));
             }
         }
-        Ok(())
+        self.endpoint().map(|_| ())
+    }
+
+    /// The primary endpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if it is none.
+    pub fn endpoint(&self) -> Result<Endpoint, Error> {
+        self.primary
+            .parse()
+            .map_err(|expected: String| setting("primary", &expected, &self.primary))
     }
 
     /// How replies are drawn.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::best_of::BestOf;
 use crate::judge::Verdicts;
-use crate::run_files::RunFiles;
+use crate::run_files::{Evaluation, RunFiles};
 use crate::summary::Scale;
 use crate::table::{FEW_PROMPTS, Text, interval, number, percent};
 
@@ -24,6 +24,12 @@ const ONE_SIDED: [f64; 2] = [0.1, 0.25];
 /// KL (nats a conversation) below which the policy has hardly moved, and above which it has moved far (Ziegler et al. 2019
 /// aim at 6 for an answer).
 const KL: [f64; 3] = [0.05, 0.5, 30.0];
+/// Largest difference of a token's log-probability between sampler and trainer, nats, in bf16 and in f32: PPO's own limits.
+const SAMPLER_TRAINER: [f64; 2] = [1e-3, 1e-4];
+/// KL of the first iteration, nats a conversation, above which policy and reference cannot be the same weights.
+const FIRST_KL: f64 = 1e-2;
+/// Within which the spread of standardised scores lies where they are standardised by such replies.
+const SPREAD: std::ops::RangeInclusive<f64> = 0.6..=1.6;
 /// Samples of a prompt that show whether the ensemble can tell them apart.
 const BEST_OF: usize = 16;
 
@@ -77,14 +83,18 @@ fn unknown(step: &str, missing: &str, advice: &str) -> Finding {
 
 /// The whole diagnosis, in order.
 pub fn diagnose(run: &RunFiles) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         truncation(run),
         swap_consistency(run),
         reward_accuracy(run),
         best_of(run),
+        beginning(run),
         kl(run),
         score(run),
-    ]
+    ];
+    // After the best of n: what is standardised wrongly makes that figure, and what comes after it, mean something else.
+    findings.splice(4..4, standardisation(run));
+    findings
 }
 
 /// The findings as text: one line each, what to change below.
@@ -201,31 +211,28 @@ fn reward_accuracy(run: &RunFiles) -> Finding {
     }
     let mut worst = Grade::Ok;
     let mut parts = Vec::new();
-    for (aspect, evaluation) in &evaluations {
-        // The rule "the shorter answer", or its opposite, whichever does better.
-        let shorter = evaluation.shorter_answer.estimate;
-        let baseline = shorter.max(1.0 - shorter);
-        let accuracy = &evaluation.accuracy;
-        worst = worst.max(if accuracy.low > baseline {
+    for (aspect, Evaluation { accuracy, null_rulers, split, n, .. }) in &evaluations {
+        let Some(null_rulers) = null_rulers else {
+            let found = format!("{aspect}: an accuracy without null rulers, by an older version");
+            let advice = "train the reward models again (`make reward`): their data stays";
+            return finding(step, Grade::Warn, found, advice);
+        };
+        worst = worst.max(if null_rulers.is_beaten() {
             Grade::Ok
-        } else if accuracy.estimate > baseline {
+        } else if accuracy.estimate > null_rulers.best_accuracy() {
             Grade::Warn
         } else {
             Grade::Bad
         });
-        parts.push(format!(
-            "{aspect} {} (shorter answer {}, n = {})",
-            percent(accuracy.estimate),
-            percent(evaluation.shorter_answer.estimate),
-            evaluation.n
-        ));
+        let found = percent(accuracy.estimate);
+        parts.push(format!("{aspect} {found} of {n} {split} pairs ({})", null_rulers.words()));
     }
     finding(
         step,
         worst,
         parts.join(", "),
-        "more pairs, a LoRA-sized learning rate (1e-4) and enough steps, cleaner labels; an interval above the baseline needs \
-         more validation pairs too",
+        "more pairs, a LoRA-sized learning rate (1e-4) and enough steps, cleaner labels; a lead that excludes zero \
+         needs more held-out pairs too",
     )
 }
 
@@ -266,6 +273,32 @@ fn best_of(run: &RunFiles) -> Finding {
     )
 }
 
+/// PPO's own check of the score statistics against its first rollout; none for a run that has not made it.
+fn standardisation(run: &RunFiles) -> Option<Finding> {
+    let found = run.stage("ppo")?.counts.get("standardisation")?.as_object()?;
+    if found.is_empty() {
+        return None;
+    }
+    let number_of = |of: &serde_json::Value, key: &str| of[key].as_f64().unwrap_or(f64::NAN);
+    let fits = found.values().all(|of| of["fits"] == true);
+    let describe = |(name, of): (&String, &serde_json::Value)| {
+        format!(
+            "{name} {} (limit {}), spread {}",
+            number(number_of(of, "z"), true),
+            number(number_of(of, "limit"), false),
+            number(number_of(of, "spread"), false)
+        )
+    };
+    let parts: Vec<String> = found.iter().map(describe).collect();
+    Some(finding(
+        "score statistics",
+        if fits { Grade::Ok } else { Grade::Warn },
+        format!("at PPO's start {}", parts.join(", ")),
+        "the statistics are of other replies than PPO starts from, and kl_coef and missing_eos_penalty mean something else: train \
+         the reward models on this base's conversations, or remove score_stats.json to have them taken at the start",
+    ))
+}
+
 fn kl(run: &RunFiles) -> Finding {
     let step = "KL at the end";
     let Some(kl) = run.end_kl() else {
@@ -290,8 +323,57 @@ fn kl(run: &RunFiles) -> Finding {
     finding(step, grade, format!("{} nats a conversation", number(kl, false)), advice)
 }
 
+/// The first iteration of PPO, where policy and reference are the same weights: the sampler must agree with the trainer, the KL
+/// be nothing, and scores have the mean and the spread that they are standardised to.
+fn beginning(run: &RunFiles) -> Finding {
+    let step = "PPO's beginning";
+    let first = |name: &str| {
+        let curve = run.ppo.as_ref().map(|ppo| ppo.curve(&[name])).unwrap_or_default();
+        curve.first().map(|(_, value)| *value)
+    };
+    let Some(kl) = first("objective/kl") else {
+        return unknown(step, "no PPO metrics", "run the stage `ppo`");
+    };
+    let difference = run.ppo.as_ref().map_or(0.0, |ppo| {
+        let curve = ppo.curve(&["sampler_trainer_difference"]);
+        curve.into_iter().map(|(_, value)| value).fold(0.0, f64::max)
+    });
+    let spread = run.aspects().into_iter().filter_map(|aspect| {
+        let wide = first(&format!("score_spread_{aspect}"))?;
+        (!SPREAD.contains(&wide)).then(|| format!("{aspect} {}", number(wide, false)))
+    });
+    let spread: Vec<String> = spread.collect();
+    let is_f32 = run.stage("ppo").is_some_and(|record| record.dtype == "f32");
+    let limit = SAMPLER_TRAINER[usize::from(is_f32)];
+    let found = format!(
+        "KL {} nats a conversation, sampler and trainer differ by {difference:.4} at most (limit {limit}){}",
+        number(kl, false),
+        if spread.is_empty() {
+            String::new()
+        } else {
+            format!("; spread of scores {}", spread.join(", "))
+        },
+    );
+    if difference > limit {
+        let advice = "rows depend on their neighbours here: the policy is trained on other probabilities than it sampled by; try \
+                      --dtype f32, one thread, or a processor level without AMX (`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`)";
+        return finding(step, Grade::Bad, found, advice);
+    }
+    if kl.abs() > FIRST_KL {
+        let advice = "policy and reference are the same weights there, so it should be 0: is the reference's adapter off, and are \
+                      both read at one temperature?";
+        return finding(step, Grade::Bad, found, advice);
+    }
+    let advice = "scores are standardised by other replies than PPO starts from (1 is right): train the reward models again";
+    let grade = if spread.is_empty() { Grade::Ok } else { Grade::Warn };
+    finding(step, grade, found, advice)
+}
+
 fn score(run: &RunFiles) -> Finding {
     let step = "Score";
+    if let Some(why) = &run.outdated_scoring {
+        return finding(step, Grade::Bad, why.clone(), "score again (`make scoring`)");
+    }
     let last = run.scoring.as_ref().and_then(|scoring| {
         let summary = &scoring.summary;
         Some((summary, summary.last_step(Scale::Standardised)?))
@@ -351,260 +433,4 @@ fn score(run: &RunFiles) -> Finding {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeMap;
-
-    use arete_records::rows::{ConversationRow, JudgementRow, TurnRow};
-    use arete_records::stats::Interval;
-    use arete_records::{FinishReason, Split, Virtue};
-
-    use crate::coherence::Coherence;
-    use crate::run_files::{Evaluation, Metrics, MetricsLine, Reward, Scoring};
-    use crate::summary::{Change, Difference, ModelSummary, Scope, Summary};
-
-    fn evaluation(low: f64, estimate: f64, shorter: f64) -> Evaluation {
-        let interval = |estimate: f64| Interval { estimate, low, high: 1.0 };
-        Evaluation {
-            split: "validation".to_owned(),
-            n: 100,
-            accuracy: interval(estimate),
-            shorter_answer: Interval { estimate: shorter, low: 0.0, high: 1.0 },
-            lead_over_shorter_answer: interval(0.0),
-            expected_calibration_error: 0.1,
-            calibration: Vec::new(),
-            pearson_score_length: None,
-            mean_margin: 0.0,
-        }
-    }
-
-    #[test]
-    fn an_empty_run_knows_nothing() {
-        let findings = diagnose(&RunFiles::default());
-        assert_eq!(findings.len(), 6);
-        assert!(findings.iter().all(|f| f.grade == Grade::Unknown && !f.advice.is_empty()));
-    }
-
-    #[test]
-    fn a_reward_model_must_beat_the_shorter_answer() {
-        let grade = |evaluation| {
-            let mut run = RunFiles::default();
-            let reward = Reward { evaluation: Some(evaluation), ..Reward::default() };
-            run.rewards.insert(Aspect::ACTION, reward);
-            reward_accuracy(&run).grade
-        };
-        assert_eq!(grade(evaluation(0.62, 0.7, 0.55)), Grade::Ok);
-        assert_eq!(grade(evaluation(0.53, 0.6, 0.55)), Grade::Warn);
-        assert_eq!(grade(evaluation(0.45, 0.54, 0.55)), Grade::Bad);
-        // A baseline below a coin is a coin.
-        assert_eq!(grade(evaluation(0.4, 0.49, 0.3)), Grade::Bad);
-    }
-
-    /// 200 conversations of which so many were cut in one turn.
-    fn cut(aspect: Aspect, n_cut: usize) -> RunFiles {
-        let row = |idx: usize| {
-            let reason = |own: Aspect| match own == aspect && idx < n_cut {
-                true => FinishReason::Length,
-                false => FinishReason::Stop,
-            };
-            ConversationRow {
-                prompt_id: idx.to_string(),
-                split: Split::Train,
-                sample: 0,
-                persona: None,
-                messages: Vec::new(),
-                turns: Aspect::SHIPPED
-                    .map(|aspect| TurnRow {
-                        aspect,
-                        text: String::new(),
-                        finish_reason: reason(aspect),
-                        n_tokens: 1,
-                    })
-                    .into(),
-                seed: 0,
-            }
-        };
-        let conversations = Some((0..200).map(row).collect());
-        RunFiles { conversations, ..RunFiles::default() }
-    }
-
-    #[test]
-    fn one_cut_turn_is_enough_to_see_truncation() {
-        for aspect in Aspect::SHIPPED {
-            let grade = |n_cut| truncation(&cut(aspect, n_cut)).grade;
-            assert_eq!([grade(0), grade(10)], [Grade::Ok, Grade::Ok]); // 5 %
-            assert_eq!([grade(11), grade(50)], [Grade::Warn, Grade::Warn]); // 25 %
-            assert_eq!([grade(51), grade(200)], [Grade::Bad, Grade::Bad]);
-        }
-        let finding = truncation(&cut(Aspect::MOTIVATION, 51));
-        assert!(finding.found.starts_with("action 0.0 %, motivation 25.5 %"), "{finding:?}");
-        assert!(finding.advice.contains("raise max_new_tokens"));
-        assert_eq!(truncation(&cut(Aspect::MOTIVATION, 0)).advice, "");
-    }
-
-    #[test]
-    fn a_judge_of_one_order_is_seen_to_follow_the_place() {
-        let grade = |n_first: usize| {
-            let verdict = |idx: usize| JudgementRow {
-                prompt_id: idx.to_string(),
-                split: Split::Train,
-                aspect: Aspect::ACTION,
-                virtue: Virtue::HONESTY,
-                method: "pairwise-text".to_owned(),
-                judge: "j".to_owned(),
-                p_ab: Some(if idx < n_first { 1.0 } else { 0.0 }),
-                p_ba: None,
-                p_sample0: None,
-                vote: Some(0),
-            };
-            let judgements = Some((0..100).map(verdict).collect());
-            swap_consistency(&RunFiles { judgements, ..RunFiles::default() })
-        };
-        assert_eq!([grade(50).grade, grade(60).grade], [Grade::Ok, Grade::Ok]);
-        assert_eq!([grade(65).grade, grade(35).grade], [Grade::Warn, Grade::Warn]);
-        assert_eq!([grade(94).grade, grade(6).grade], [Grade::Bad, Grade::Bad]);
-        assert!(grade(94).found.ends_with("the first shown preferred 94.0 %"));
-        assert!(grade(94).advice.contains("orders = \"both\""));
-    }
-
-    #[test]
-    fn a_judge_that_follows_the_place_is_seen() {
-        // Of 100 verdicts so many are the same in both orders; the others prefer what is shown first.
-        let grade = |n_same: usize| {
-            let verdict = |idx: usize| JudgementRow {
-                prompt_id: idx.to_string(),
-                split: Split::Train,
-                aspect: Aspect::ACTION,
-                virtue: Virtue::HONESTY,
-                method: "pairwise-logits".to_owned(),
-                judge: "j".to_owned(),
-                p_ab: Some(0.9),
-                p_ba: Some(if idx < n_same { 0.1 } else { 0.9 }),
-                p_sample0: Some(0.9),
-                vote: Some(0),
-            };
-            let judgements = Some((0..100).map(verdict).collect());
-            swap_consistency(&RunFiles { judgements, ..RunFiles::default() })
-        };
-        assert_eq!([grade(100).grade, grade(75).grade], [Grade::Ok, Grade::Ok]);
-        assert_eq!([grade(74).grade, grade(60).grade], [Grade::Warn, Grade::Warn]);
-        assert_eq!([grade(59).grade, grade(0).grade], [Grade::Bad, Grade::Bad]);
-        // Sample 0 first: preferred 100 times; sample 1 first: 41 times; 141 of 200.
-        assert!(grade(59).found.ends_with("the first shown 70.5 %"), "{}", grade(59).found);
-        assert!(grade(59).advice.contains("stronger judge"));
-    }
-
-    #[test]
-    fn samples_that_the_ensemble_cannot_tell_apart_are_seen() {
-        let grade = |gain| {
-            let best = BestOf {
-                n: 16,
-                n_prompts: 10,
-                from: "a test".to_owned(),
-                mean: 0.0,
-                curve: vec![(1, 0.0), (16, gain)],
-                gain: Interval { estimate: gain, low: gain, high: gain },
-                gain_by_aspect: BTreeMap::new(),
-                yardstick_gain: None,
-            };
-            let finding = best_of(&RunFiles { best_of: Some(best), ..RunFiles::default() });
-            assert_eq!(finding.step, "best of 16");
-            finding.grade
-        };
-        assert_eq!([grade(1.5), grade(0.5)], [Grade::Ok, Grade::Ok]);
-        assert_eq!([grade(0.499), grade(0.2)], [Grade::Warn, Grade::Warn]);
-        assert_eq!([grade(0.199), grade(0.0)], [Grade::Bad, Grade::Bad]);
-    }
-
-    #[test]
-    fn a_policy_that_stayed_is_seen() {
-        let find = |kl| {
-            let values = [("objective/kl".to_owned(), kl)].into();
-            let ppo = Some(Metrics { lines: vec![MetricsLine { step: 1, values }] });
-            super::kl(&RunFiles { ppo, ..RunFiles::default() })
-        };
-        let grade = |kl| find(kl).grade;
-        assert_eq!([grade(-0.01), grade(0.0), grade(0.049)], [Grade::Bad; 3]);
-        assert_eq!([grade(0.05), grade(0.499)], [Grade::Warn; 2]);
-        assert_eq!([grade(0.5), grade(6.0), grade(30.0)], [Grade::Ok; 3]);
-        assert_eq!([grade(30.1), grade(80.0)], [Grade::Warn; 2]);
-        assert!(find(0.0).advice.contains("raise learning_rate"));
-        assert!(find(80.0).advice.contains("raise kl_coef"));
-    }
-
-    /// Two models whose Score and mean differ so.
-    fn scored(score: [f64; 3], mean: [f64; 3]) -> RunFiles {
-        let change = |[estimate, low, high]: [f64; 3]| Change {
-            interval: Interval { estimate, low, high },
-            standard_error: 0.1,
-            minimum_detectable_effect: 0.28,
-        };
-        let model = |name: &str| ModelSummary {
-            name: name.to_owned(),
-            source: name.to_owned(),
-            scores: Vec::new(),
-            coherence: Coherence::default(),
-            coherence_by_aspect: BTreeMap::new(),
-            retokenised: false,
-            preference_accuracy: None,
-        };
-        let difference = Difference {
-            first: "sft".to_owned(),
-            last: "final".to_owned(),
-            scale: Scale::Standardised,
-            scope: Scope::All,
-            score: change(score),
-            mean: change(mean),
-            wins: 30,
-            ties: 5,
-            losses: 15,
-            sign_test: 0.04,
-        };
-        let summary = Summary {
-            n_prompts: 50,
-            n_left_out: 0,
-            draws: 100,
-            level: 0.95,
-            base: "b".to_owned(),
-            yardstick: None,
-            standardisation: BTreeMap::new(),
-            models: vec![model("original"), model("sft"), model("final"), model("extra")],
-            differences: vec![difference],
-        };
-        let scoring = Some(Scoring { summary, scores: Vec::new(), replies: Vec::new() });
-        RunFiles { scoring, ..RunFiles::default() }
-    }
-
-    #[test]
-    fn a_score_counts_where_its_interval_excludes_zero() {
-        let find = |score, mean| super::score(&scored(score, mean));
-        let (up, down, open) = ([0.3, 0.1, 0.5], [-0.3, -0.5, -0.1], [0.14, -0.1, 0.4]);
-        let good = find(up, up);
-        assert_eq!((good.grade, good.advice.as_str()), (Grade::Ok, ""));
-        assert!(good.found.starts_with("final − sft: +0.300") && good.found.contains("30/5/15"));
-        // The spread fell, the mean did not move.
-        let narrower = find(up, open);
-        assert_eq!(narrower.grade, Grade::Warn);
-        assert!(narrower.advice.contains("only the spread fell"));
-        assert_eq!(find(down, down).grade, Grade::Bad);
-        assert!(find(down, open).advice.contains("got worse"));
-        // Twice the difference would be seen with 50 prompts, so this one with four times as many.
-        let undecided = find(open, open);
-        assert_eq!(undecided.grade, Grade::Warn);
-        assert!(undecided.advice.ends_with("200 would show it"), "{}", undecided.advice);
-        let nothing = find([-0.01, -0.2, 0.2], open);
-        assert!(nothing.advice.contains("mend the steps above first"), "{}", nothing.advice);
-    }
-
-    #[test]
-    fn findings_are_lines_and_the_first_bad_one_leads() {
-        let findings = [
-            finding("a", Grade::Ok, "fine".to_owned(), "unused"),
-            finding("bb", Grade::Bad, "broken".to_owned(), "mend it"),
-        ];
-        assert_eq!(
-            text(&findings),
-            "ok    a   fine\nbad   bb  broken\n          → mend it\n\nBegin with: bb.\n"
-        );
-    }
-}
+mod tests;

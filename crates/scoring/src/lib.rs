@@ -7,14 +7,17 @@
 //! reward model scores the conversation up to that aspect's reply; Score = μ − 0.5 σ over all 3n scores, as the
 //! report has it. Deviations from the report: f64 instead of half precision, standardised scores and each
 //! aspect beside the raw Score, paired bootstrap intervals clustered by prompt, a coherence guard, and, if there is
-//! one, the scores of a yardstick reward model that no training saw.
+//! one, the answers' scores by a yardstick that no training saw. A run is judged by one comparison that its recipe names before
+//! it (`endpoint`), read at equal length; what the labels themselves were made of is marked as circular.
 
 pub mod best_of;
 pub mod coherence;
 pub mod compare;
 pub mod config;
 pub mod doctor;
+pub mod endpoint;
 mod error;
+mod labels;
 pub mod pairs;
 pub mod policies;
 pub mod replies;

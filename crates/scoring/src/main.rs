@@ -6,9 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use arete_chain::Turns;
-use arete_records::stats::Resampling;
 use arete_scoring::best_of::{self, BestOfInputs};
-use arete_scoring::compare::{self, Arm, ScoredRun};
+use arete_scoring::compare::{self, Arm, Format, ScoredRun};
 use arete_scoring::{
     Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
 };
@@ -70,12 +69,9 @@ enum Command {
         /// The model that is compared
         #[arg(long, default_value = "final", value_name = "NAME")]
         last: String,
-        /// Redraws of the bootstrap
-        #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-        draws: u32,
-        /// Seed of the bootstrap
-        #[arg(long, default_value_t = 0)]
-        seed: u64,
+        /// How it is printed
+        #[arg(long, value_enum, default_value_t = Format::Text)]
+        format: Format,
     },
     /// Say why the reward is flat: truncation, judge, reward models, best of n, KL, Score, and what to change
     #[command(after_help = "Examples:\n  arete-scoring doctor --run runs/demo\n  \
@@ -90,7 +86,7 @@ enum Command {
         /// The model that samples for --best-of [default: RUN/sft/merged, else what the reward models name]
         #[arg(long, value_name = "MODEL")]
         base: Option<String>,
-        /// A reward model that no recipe trained: are the ensemble's favourites better by it, too?
+        /// The yardstick, which no recipe trained: are the ensemble's favourites better by it, too?
         #[arg(long, value_name = "DIR", requires = "best_of")]
         yardstick: Option<PathBuf>,
         /// Print the findings as JSON
@@ -134,10 +130,10 @@ struct Places {
     /// Directory with one reward model an aspect [default: RUN/reward]
     #[arg(long, visible_alias = "rewards", value_name = "DIR")]
     reward: Option<PathBuf>,
-    /// A reward model that no training saw: merged, or an adapter's directory [default: RUN/yardstick]
+    /// The yardstick (`make yardstick`), or a single reward model, which is marked as not cross-fitted [default: RUN/yardstick]
     #[arg(long, value_name = "DIR")]
     yardstick: Option<PathBuf>,
-    /// Base of the yardstick's adapter [default: what the adapter names]
+    /// Base of the yardstick's adapters [default: what they name]
     #[arg(long, value_name = "MODEL")]
     yardstick_base: Option<String>,
     /// Labelled pairs (hh-rlhf's form, JSON lines, .gz too, or Parquet): which side does each model find likelier?
@@ -258,14 +254,14 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
                 .with_context(|| format!("reporting on {}", inputs.run.display()))?;
             format!("{}\n", page.display())
         }
-        Command::Compare { runs, first, last, draws, seed } => {
+        Command::Compare { runs, first, last, format } => {
             let runs = runs
                 .iter()
                 .map(|text| Ok(ScoredRun::read(arm(text)?)?))
                 .collect::<anyhow::Result<Vec<_>>>()?;
-            let resampling = Resampling { draws: draws as usize, ..Resampling::seeded(seed) };
             compare::check(&runs, &first, &last)?;
-            compare::text(&runs, &first, &last, resampling)
+            let comparison = compare::compare(&runs, &first, &last);
+            compare::shown(&runs, &comparison, format)
         }
         Command::Doctor { run, best_of, base, yardstick, json, recipe, .. } => {
             if best_of > 0 {

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use arete_model::adapter_files::{self, LoadedAdapter};
 use arete_model::{LoadOptions, Model, Nf4Options, Source, Tokenizer};
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::Error;
@@ -14,8 +13,6 @@ use crate::config::setting;
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// What marks a directory as a model.
 const MODEL_CONFIG: &str = "config.json";
-/// Largest `adapter_config.json` that is read, in bytes.
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// A model to compare.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,23 +90,7 @@ pub(crate) fn same_source(a: &Source, b: &Source) -> bool {
 ///
 /// [`Error::Io`], [`Error::File`] if the adapter's configuration is missing or says nothing.
 pub fn base_of_adapter(adapter: &Path) -> Result<String, Error> {
-    let path = adapter.join(ADAPTER_CONFIG);
-    let wrong = |field: &str, found: String| Error::File {
-        path: path.clone(),
-        field: field.to_owned(),
-        expected: "peft's configuration with base_model_name_or_path".to_owned(),
-        found,
-    };
-    let size = fs_err::metadata(&path)?.len();
-    if size > MAX_CONFIG_BYTES {
-        return Err(wrong("size", format!("{size} bytes")));
-    }
-    let config: Value = serde_json::from_slice(&fs_err::read(&path)?)
-        .map_err(|error| wrong("JSON", error.to_string()))?;
-    match config.get("base_model_name_or_path").and_then(Value::as_str) {
-        Some(base) if !base.is_empty() => Ok(base.to_owned()),
-        _ => Err(wrong("base_model_name_or_path", "nothing".to_owned())),
-    }
+    Ok(arete_chain::yardstick::base_of_adapter(adapter)?)
 }
 
 /// Holds one model at a time.

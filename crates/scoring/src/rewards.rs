@@ -1,20 +1,14 @@
 //! Reward models at work, and what the base finds probable.
 
-use std::path::{Path, PathBuf};
-
 use arete_chain::batches::micro_batches;
-use arete_chain::reward_model::{Base, adapter_dir};
-use arete_chain::{RewardModel, Transcript, reading};
-use arete_chain::{prompt_of, through_aspect};
-use arete_model::{
-    Adapter, Batch, Chat, Decoder, Model, Nf4Options, SegmentIdx, Source, adapter_files, logprobs,
-};
+use arete_chain::reward_model::Base;
+use arete_chain::{RewardModel, Transcript, prompt_of, through_aspect};
+use arete_model::{Adapter, Batch, Chat, Decoder, SegmentIdx, logprobs};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
-use crate::policies::base_of_adapter;
 use crate::rows::TokensRow;
 
 /// The scores of conversations through the reply of each aspect, an entry a conversation.
@@ -39,69 +33,21 @@ pub fn aspect_scores(
     Ok(scores.chunks(aspects.len()).map(<[f64]>::to_vec).collect())
 }
 
-/// Where a reward model with a base of its own lies: merged, or an adapter and what it belongs to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct YardstickPlace {
-    /// The merged model, or the base.
-    pub source: Source,
-    /// The adapter over the base.
-    pub adapter: Option<PathBuf>,
-    /// How the base is held: as in the adapter's training, whatever the recipe does with its own models, so that every recipe
-    /// is measured by the same numbers.
-    pub nf4: Option<Nf4Options>,
-}
-
-impl YardstickPlace {
-    /// `base`: of the adapter, if it is not the one that the adapter names.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::File`] if the adapter names no base; [`Error::Model`] if that cannot be a model or the adapter's files are
-    /// damaged.
-    pub(crate) fn resolve(dir: &Path, base: Option<&str>) -> Result<Self, Error> {
-        if dir.join("config.json").is_file() {
-            return Ok(Self {
-                source: Source::Directory(dir.to_owned()),
-                adapter: None,
-                nf4: None,
-            });
-        }
-        let adapter = adapter_dir(dir);
-        let base = match base {
-            Some(base) => base.to_owned(),
-            None => base_of_adapter(&adapter)?,
-        };
-        let nf4 = adapter_files::packing(&adapter)?;
-        Ok(Self { source: Source::fetch(&base)?, adapter: Some(adapter), nf4 })
-    }
-
-    /// Its files, for hashing, by name.
-    pub(crate) fn files(&self) -> impl Iterator<Item = (String, PathBuf)> {
-        let rule = self.adapter.as_deref().map(|dir| dir.join("..").join(reading::FILE));
-        let rule = rule.filter(|path| path.is_file());
-        [
-            ("yardstick base", self.source.local_path().map(Path::to_owned)),
-            ("yardstick", self.adapter.clone()),
-            ("yardstick reading", rule),
-        ]
-        .into_iter()
-        .filter_map(|(name, path)| Some((name.to_owned(), path?)))
-    }
-
-    /// The reward model over `model`, which is the loaded [`YardstickPlace::source`].
-    ///
-    /// # Errors
-    ///
-    /// As [`RewardModel::over`] and [`RewardModel::merged`].
-    pub(crate) fn reward_model(&self, model: &Model) -> Result<RewardModel, Error> {
-        Ok(match &self.adapter {
-            Some(dir) => RewardModel::over(dir, "yardstick", model)?,
-            None => RewardModel::merged(
-                model,
-                self.source.local_path().unwrap_or(Path::new("yardstick")),
-            )?,
+/// What the yardstick reads of each row: everything through the answer.
+///
+/// # Errors
+///
+/// [`Error::Refused`] if a row is no chain.
+pub(crate) fn answers(rows: &[ConversationRow]) -> Result<Vec<Transcript<'_>>, Error> {
+    rows.iter()
+        .map(|row| {
+            let answer = row.aspects().next().ok_or_else(|| {
+                arete_records::Refusal::setting("turns", "a chain with an answer", "none")
+            })?;
+            let (messages, finish_reasons) = through_aspect(row, answer)?;
+            Ok(Transcript { messages, finish_reasons })
         })
-    }
+        .collect()
 }
 
 /// Numbers of a tensor `[n]`, in f64.

@@ -91,8 +91,9 @@ impl TokensRow {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct YardstickRow {
     pub(crate) prompt_id: String,
-    pub(crate) aspect: Aspect,
     pub(crate) score: f32,
+    /// By the second judge, where the yardstick has one.
+    pub(crate) words: Option<f32>,
 }
 
 fn fields(columns: &[(&str, DataType, bool)]) -> Vec<FieldRef> {
@@ -170,8 +171,8 @@ impl Row for YardstickRow {
     fn fields() -> Vec<FieldRef> {
         fields(&[
             ("prompt_id", TEXT, false),
-            ("aspect", TEXT, false),
             ("score", DataType::Float32, false),
+            ("words", DataType::Float32, true),
         ])
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arete_chain::{Constitution, Reading, Turns};
+use arete_chain::{Constitution, NullRulers, Reading, Turns};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
@@ -83,10 +83,9 @@ pub struct Evaluation {
     pub n: usize,
     /// Part of the pairs whose chosen side scores higher.
     pub accuracy: Interval,
-    /// The same for always choosing the shorter answer.
-    pub shorter_answer: Interval,
-    /// `accuracy − shorter_answer`.
-    pub lead_over_shorter_answer: Interval,
+    /// What knows nothing of what is right, on the same pairs; none in files of earlier versions.
+    #[serde(default)]
+    pub null_rulers: Option<NullRulers>,
     /// Gap between stated probability and observed frequency.
     pub expected_calibration_error: f64,
     /// Bin by bin; none in files of earlier versions.
@@ -133,6 +132,9 @@ pub struct JudgeMethod {
     pub by: String,
     /// Pairs on which it agrees with the label.
     pub agreement: Agreement,
+    /// What knows nothing of what is right, on the same pairs.
+    #[serde(default)]
+    pub null_rulers: Option<NullRulers>,
     /// How often the first shown was preferred.
     pub first_position_percent: Option<f64>,
     /// How often both orders gave the same answer.
@@ -198,6 +200,8 @@ pub struct RunFiles {
     pub rollouts: Vec<RolloutRow>,
     /// `scoring`.
     pub scoring: Option<Scoring>,
+    /// Why `scoring` is there and cannot be used: it was made by an older version.
+    pub outdated_scoring: Option<String>,
     /// `best-of`.
     pub best_of: Option<BestOf>,
 }
@@ -286,6 +290,7 @@ impl RunFiles {
             rewards,
             ppo: metrics(&at("ppo"))?,
             rollouts: rollouts(&at("ppo/rollouts"))?,
+            outdated_scoring: outdated_scoring(&at("scoring"))?,
             scoring: scoring(&at("scoring"))?,
             best_of: json(&at("best-of/best_of.json"))?,
         })
@@ -463,7 +468,23 @@ fn rollouts(dir: &Path) -> Result<Vec<RolloutRow>, Error> {
     Ok(rows)
 }
 
+/// Why a summary is of no use: versions that named no primary endpoint read cut replies otherwise than reward models were
+/// trained to, and gave no figures at equal length.
+fn outdated_scoring(dir: &Path) -> Result<Option<String>, Error> {
+    let summary = json::<Value>(&dir.join(score::SUMMARY))?;
+    let is_old = summary.is_some_and(|summary| summary.get("primary").is_none());
+    Ok(is_old.then(|| {
+        format!(
+            "{}: made by an older version, whose Scores compare replies that were read in different ways",
+            dir.join(score::SUMMARY).display()
+        )
+    }))
+}
+
 fn scoring(dir: &Path) -> Result<Option<Scoring>, Error> {
+    if outdated_scoring(dir)?.is_some() {
+        return Ok(None);
+    }
     // The summary is written last: without it the other files may be half of the story.
     let Some(summary) = json::<Summary>(&dir.join(score::SUMMARY))? else { return Ok(None) };
     let scores = parquet::read(dir.join(score::SCORES))?;

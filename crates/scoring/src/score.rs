@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use arete_chain::constitution::{Constitution, Turns, carried_by_reward_models};
-use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
+use arete_chain::yardstick::{self, Place};
+use arete_chain::{Yardstick, reading};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Source, runtime};
 use arete_records::parquet;
@@ -25,10 +26,10 @@ use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{self, YardstickPlace, aspect_scores};
+use crate::rewards::{self, answers, aspect_scores};
 use crate::rows::{MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
-use crate::summary::Summary;
-use crate::{Error, table};
+use crate::summary::{Labels, Summary};
+use crate::{Error, labels, table};
 
 /// Units sampled together: completions do not depend on their neighbours, full batches are faster.
 const UNITS_TOGETHER: usize = 2;
@@ -74,7 +75,7 @@ pub fn score(config: &ScoreConfig, inputs: &ScoreInputs) -> Result<String, Error
     config.check()?;
     let plan = Plan::new(config, inputs)?;
     let output = &inputs.output;
-    match run::begin(plan.spec(output))? {
+    match run::begin(plan.spec(output)?)? {
         Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
         Start::Run(run) => plan.run(run)?,
     }
@@ -105,7 +106,8 @@ struct Plan<'a> {
     constitution: Option<Constitution>,
     turns: Turns,
     policies: Vec<Policy>,
-    yardstick: Option<YardstickPlace>,
+    yardstick: Option<Place>,
+    labels: Option<Labels>,
     prompts_file: PathBuf,
 }
 
@@ -131,19 +133,35 @@ impl<'a> Plan<'a> {
         let yardstick = inputs
             .yardstick
             .as_ref()
-            .map(|dir| YardstickPlace::resolve(dir, base_of_yardstick))
+            .map(|dir| Place::resolve(dir, base_of_yardstick))
             .transpose()?;
+        if yardstick.as_ref().is_some_and(|place| !place.is_cross_fitted()) {
+            tracing::warn!(
+                "the yardstick is a single reward model, not cross-fitted: it may have seen the test prompts (make yardstick)"
+            );
+        }
         let prompts_file = if inputs.prompts.is_dir() {
             inputs.prompts.join("prompts.parquet")
         } else {
             inputs.prompts.clone()
         };
+        let labels = labels::of(&inputs.rewards)?;
         let constitution = carried_by_reward_models(&inputs.rewards)?;
         let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
-        Ok(Self { config, inputs, base, constitution, turns, policies, yardstick, prompts_file })
+        Ok(Self {
+            config,
+            inputs,
+            base,
+            constitution,
+            turns,
+            policies,
+            yardstick,
+            labels,
+            prompts_file,
+        })
     }
 
-    fn spec(&self, output: &'a Path) -> StageSpec<'a> {
+    fn spec(&self, output: &'a Path) -> Result<StageSpec<'a>, Error> {
         let mut config = serde_json::to_value(self.config).expect("settings are numbers and words");
         // These change no result.
         let settings = config.as_object_mut().expect("settings are a table");
@@ -156,7 +174,11 @@ impl<'a> Plan<'a> {
             record(format!("model {}", policy.name), policy.files());
         }
         record("base".to_owned(), self.base.local_path());
-        files.extend(self.yardstick.iter().flat_map(YardstickPlace::files));
+        if let (Some(place), Some(dir)) = (&self.yardstick, &self.inputs.yardstick) {
+            let base = place.source.local_path().map(Path::to_owned);
+            files.extend(base.map(|path| ("yardstick base".to_owned(), path)));
+            files.extend(yardstick::files(dir)?);
+        }
         let order: Vec<Value> = self.policies.iter().map(|p| p.name.as_str().into()).collect();
         if let Some(own) = &self.constitution {
             files.push(("constitution".to_owned(), own.path().to_owned()));
@@ -180,7 +202,12 @@ impl<'a> Plan<'a> {
         settings.insert("models".to_owned(), Value::Array(order));
         // Not a setting: runs of versions that took the replies' text in tokens anew are done again.
         settings.insert("perplexity".to_owned(), "of the sampled tokens".into());
-        StageSpec { stage: "scoring", output, config, seed: self.config.seed, inputs: files }
+        settings.insert("yardstick".to_owned(), "of answers, by fold".into());
+        settings.insert(
+            "labels".to_owned(),
+            serde_json::to_value(&self.labels).expect("words serialise"),
+        );
+        Ok(StageSpec { stage: "scoring", output, config, seed: self.config.seed, inputs: files })
     }
 
     fn reward_dir(&self, aspect: Aspect) -> PathBuf {
@@ -280,7 +307,7 @@ impl<'a> Work<'a> {
         for policy in &self.plan.policies {
             self.measure_by_yardstick(policy)?;
         }
-        self.join(labelled.len())
+        self.join(&labelled)
     }
 
     fn reply(&mut self, policy: &Policy) -> Result<(), Error> {
@@ -419,18 +446,20 @@ impl<'a> Work<'a> {
         let budget = self.plan.config.micro_batch_tokens;
         let model = self.shelf.get_packed(&yardstick.source, yardstick.nf4)?;
         let chat = model.chat()?;
-        let reward = yardstick.reward_model(model)?;
+        let judge = Yardstick::over(yardstick, model)?;
         let base = Base { model, chat: &chat, micro_batch_tokens: budget };
         for (&unit, replies) in missing.iter().zip(&replies) {
             interrupt::check()?;
+            let transcripts = answers(replies)?;
+            let by_words = judge.word_scores(&transcripts);
+            let scores = judge.scores(base, &transcripts)?;
             let mut rows = Vec::new();
-            let aspects = self.plan.turns.names();
-            let scores = aspect_scores(&reward, base, replies, &aspects)?;
-            for (idx, &aspect) in aspects.iter().enumerate() {
-                for (row, scores) in replies.iter().zip(&scores) {
-                    let score = finite(scores[idx], "yardstick", policy, row)?;
-                    rows.push(YardstickRow { prompt_id: row.prompt_id.clone(), aspect, score });
-                }
+            for (at, (row, score)) in replies.iter().zip(scores).enumerate() {
+                rows.push(YardstickRow {
+                    prompt_id: row.prompt_id.clone(),
+                    score: finite(score, "yardstick", policy, row)?,
+                    words: by_words.as_ref().map(|scores| scores[at] as f32),
+                });
             }
             units.write(unit, &rows)?;
         }

@@ -4,22 +4,24 @@
 
 use std::collections::BTreeMap;
 
-use arete_records::Aspect;
+use arete_chain::rulers::{NullRulers, Ruled, share};
 use arete_records::rows::ScoreRow;
-use arete_records::stats::{self, Bootstrap, Interval, Resampling};
+use arete_records::stats::{self, Bootstrap, Interval, PairedReplies, Resampling};
+use arete_records::{Aspect, FinishReason};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::coherence::Coherence;
+use crate::endpoint::Primary;
 
 /// Level of the two-sided test behind [`Change::minimum_detectable_effect`].
 const ALPHA: f64 = 0.05;
 /// Probability with which that effect would be found.
 const POWER: f64 = 0.8;
-/// Standard normal quantile of a two-sided 95 % interval.
-const Z: f64 = 1.96;
 
 /// Name of the model after PPO.
 const FINAL: &str = "final";
+/// Name of the untouched model.
+pub(crate) const ORIGINAL: &str = "original";
 
 /// Which numbers are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -29,19 +31,27 @@ pub enum Scale {
     Raw,
     /// Scores with each reward model's mean and standard deviation removed.
     Standardised,
-    /// Scores of the yardstick, the only ones comparable between recipes.
+    /// Scores of the yardstick, the only ones comparable between recipes; of answers alone.
     Yardstick,
+    /// Scores of the yardstick's second judge, a bag of words and length; of answers alone.
+    Words,
 }
 
 impl Scale {
     /// Every scale.
-    pub const ALL: [Self; 3] = [Self::Raw, Self::Standardised, Self::Yardstick];
+    pub const ALL: [Self; 4] = [Self::Raw, Self::Standardised, Self::Yardstick, Self::Words];
+
+    /// Whether they are those of the run's own reward models.
+    pub(crate) fn is_own(self) -> bool {
+        matches!(self, Self::Raw | Self::Standardised)
+    }
 
     fn of(self, row: &ScoreRow) -> Option<f64> {
         match self {
             Self::Raw => Some(f64::from(row.score)),
             Self::Standardised => Some(f64::from(row.z)),
             Self::Yardstick => row.yardstick.map(f64::from),
+            Self::Words => row.yardstick_words.map(f64::from),
         }
     }
 }
@@ -122,14 +132,24 @@ pub struct PreferenceAccuracy {
     pub n: usize,
     /// Part whose chosen reply has the higher mean log P per token, with Wilson's interval.
     pub accuracy: Interval,
+    /// What knows nothing of what is right, on the same pairs.
+    pub null_rulers: NullRulers,
 }
 
 impl PreferenceAccuracy {
-    /// From (chosen, rejected) mean log-probabilities; none without pairs. A tie is no win.
-    pub fn of(logprobs: &[(f64, f64)]) -> Option<Self> {
-        let n = logprobs.len();
-        let wins = logprobs.iter().filter(|(chosen, rejected)| chosen > rejected).count();
-        (n > 0).then(|| Self { n, accuracy: stats::wilson(wins as u64, n as u64, Z) })
+    /// From (chosen, rejected) mean log-probabilities and what the null rulers see of the same pairs; none without pairs. A tie
+    /// is no win.
+    ///
+    /// # Panics
+    ///
+    /// Unless there are as many of both.
+    pub fn of(logprobs: &[(f64, f64)], ruled: &[Ruled]) -> Option<Self> {
+        let wins: Vec<f64> = logprobs
+            .iter()
+            .map(|(chosen, rejected)| f64::from(u8::from(chosen > rejected)))
+            .collect();
+        let null_rulers = NullRulers::beside(ruled, &wins)?;
+        Some(Self { n: wins.len(), accuracy: share(&wins), null_rulers })
     }
 }
 
@@ -199,6 +219,12 @@ pub struct Difference {
     pub score: Change,
     /// Of the mean alone.
     pub mean: Change,
+    /// What is left of the mean's difference at equal length and equal truncation.
+    pub equal_length: AtEqualLength,
+    /// The share of prompts on which `last` would win at equal length and equal truncation.
+    pub win_rate: AtEqualLength,
+    /// Whether the labels that the scores were learned from were made from this very contrast.
+    pub circular: bool,
     /// Prompts on which `last` has the higher mean.
     pub wins: u64,
     /// Prompts on which both have the same (the same replies).
@@ -216,6 +242,66 @@ impl Difference {
     }
 }
 
+/// A figure at equal length, or why there is none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AtEqualLength {
+    /// The figure.
+    pub value: Option<f64>,
+    /// Lower end of its 95 % interval; of this run only.
+    pub low: Option<f64>,
+    /// Upper end.
+    pub high: Option<f64>,
+    /// Why there is no figure.
+    pub reason: Option<String>,
+}
+
+impl AtEqualLength {
+    pub(crate) fn of(found: Result<Interval, String>) -> Self {
+        match found {
+            Ok(Interval { estimate, low, high }) => {
+                Self { value: Some(estimate), low: Some(low), high: Some(high), reason: None }
+            }
+            Err(reason) => Self { reason: Some(reason), ..Self::default() },
+        }
+    }
+
+    /// The figure with its interval.
+    pub fn interval(&self) -> Option<Interval> {
+        Some(Interval { estimate: self.value?, low: self.low?, high: self.high? })
+    }
+}
+
+/// What two models' answers differ by at equal length: an entry of `equal_length` in `summary.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EqualLength {
+    /// The figure by the yardstick, or, without one, by the run's own reward model of the answer.
+    #[serde(flatten)]
+    pub figure: AtEqualLength,
+    /// Whose scores: `yardstick` or `score`.
+    pub measure: String,
+    /// The share of prompts on which the later model would win.
+    pub win_rate: AtEqualLength,
+    /// Whether the labels behind the scores were made from this very contrast.
+    pub circular: bool,
+}
+
+/// How the reward models' labels came about, as far as it makes comparisons circular.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Labels {
+    /// Method of the preferences stage.
+    pub method: String,
+    /// Personas of the conversations stage.
+    pub personas: String,
+}
+
+impl Labels {
+    /// Whether a comparison of these two models asks what the labels were made of: "the tuned model's sample beats the original's".
+    fn is_contrast_of(&self, first: &str, last: &str) -> bool {
+        let of_models = self.method == "contrast" && self.personas == ORIGINAL;
+        of_models && [first, last].contains(&ORIGINAL)
+    }
+}
+
 /// How scores are standardised.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Standardisation {
@@ -230,8 +316,12 @@ pub struct Standardisation {
 }
 
 /// The contents of `summary.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
+    /// The one comparison that was named before the run.
+    pub primary: Primary,
+    /// By comparison (`final - sft`), of the answer turn.
+    pub equal_length: BTreeMap<String, EqualLength>,
     /// Test prompts that every model answered.
     pub n_prompts: usize,
     /// Test prompts left out because prompt and replies do not fit some model.
@@ -242,8 +332,12 @@ pub struct Summary {
     pub level: f64,
     /// What the reward models read with.
     pub base: String,
-    /// The yardstick reward model, if there is one.
+    /// The yardstick, if there is one.
     pub yardstick: Option<String>,
+    /// Whether every prompt was scored by a fold of the yardstick that never saw its question; none without a yardstick.
+    pub yardstick_cross_fitted: Option<bool>,
+    /// How the reward models' labels came about; none if nothing says so.
+    pub labels: Option<Labels>,
     /// By reward model.
     pub standardisation: BTreeMap<Aspect, Standardisation>,
     /// In the order given.
@@ -262,6 +356,18 @@ impl Summary {
             }
         }
         aspects
+    }
+
+    /// The first turn, the answer; all together if there are no scores.
+    pub fn answer(&self) -> Scope {
+        let of_models = self.models.iter().flat_map(|model| &model.scores).map(|own| own.scope);
+        let scopes = of_models.chain(self.differences.iter().map(|own| own.scope));
+        scopes.into_iter().find(|scope| *scope != Scope::All).unwrap_or(Scope::All)
+    }
+
+    /// The most turns that have scores of a scale: the yardstick reads the answer alone.
+    pub fn widest(&self, scale: Scale) -> Scope {
+        if scale.is_own() { Scope::All } else { self.answer() }
     }
 
     /// The model that the run is about: `final`, or else the last one.
@@ -283,6 +389,32 @@ impl Summary {
         self.difference(&before.name, &outcome.name, scale, Scope::All)
     }
 
+    /// Marks what is circular, and fills in `equal_length`, from the differences.
+    pub(crate) fn complete(&mut self) {
+        let answer = self.answer();
+        for own in &mut self.differences {
+            let labels = self.labels.as_ref().filter(|_| own.scale.is_own());
+            own.circular =
+                labels.is_some_and(|labels| labels.is_contrast_of(&own.first, &own.last));
+        }
+        let (scale, measure) = match self.yardstick {
+            Some(_) => (Scale::Yardstick, "yardstick"),
+            None => (Scale::Standardised, "score"),
+        };
+        let of = |own: &Difference| EqualLength {
+            figure: own.equal_length.clone(),
+            measure: measure.to_owned(),
+            win_rate: own.win_rate.clone(),
+            circular: own.circular,
+        };
+        self.equal_length = self
+            .differences
+            .iter()
+            .filter(|own| (own.scale, own.scope) == (scale, answer))
+            .map(|own| (comparison(&own.first, &own.last), of(own)))
+            .collect();
+    }
+
     /// A difference, if both models are there.
     pub fn difference(
         &self,
@@ -297,6 +429,25 @@ impl Summary {
                 && (difference.scale, difference.scope) == (scale, scope)
         })
     }
+}
+
+/// `final - sft`.
+pub(crate) fn comparison(first: &str, last: &str) -> String {
+    format!("{last} - {first}")
+}
+
+/// Tokens, and the part of the replies that were cut, of each prompt.
+fn lengths(rows: &[&ScoreRow], prompt_ids: &[&str], scope: Scope) -> Vec<[f64; 2]> {
+    let mut by_prompt: BTreeMap<&str, Vec<[f64; 2]>> = BTreeMap::new();
+    for row in rows.iter().filter(|row| scope.holds(row.aspect)) {
+        let is_cut = f64::from(u8::from(row.finish_reason == FinishReason::Length));
+        by_prompt.entry(&row.prompt_id).or_default().push([f64::from(row.n_tokens), is_cut]);
+    }
+    let mean = |prompt_id: &&str| {
+        let own = by_prompt.get(prompt_id).map_or(&[][..], Vec::as_slice);
+        [0, 1].map(|at| stats::mean(&own.iter().map(|both| both[at]).collect::<Vec<_>>()))
+    };
+    prompt_ids.iter().map(mean).collect()
 }
 
 /// The scores of one model as clusters: one a prompt, in the order of `prompt_ids`.
@@ -386,7 +537,16 @@ pub fn differences(rows: &[ScoreRow], resampling: Resampling) -> Vec<Difference>
                 let sides = clusters(first_rows, &shared, scale, scope)
                     .zip(clusters(last_rows, &shared, scale, scope));
                 if let Some((before, after)) = sides {
-                    out.push(difference(first, last, (scale, scope), &before, &after, resampling));
+                    let lengths = [first_rows, last_rows].map(|rows| lengths(rows, &shared, scope));
+                    let pairs = paired(&before, &after, &lengths);
+                    let mut own =
+                        difference((*first, *last), (scale, scope), &before, &after, resampling);
+                    let pairs = [pairs];
+                    own.equal_length = AtEqualLength::of(
+                        stats::at_equal_length(&pairs).map(|found| found.interval),
+                    );
+                    own.win_rate = AtEqualLength::of(stats::win_rate_at_equal_length(&pairs));
+                    out.push(own);
                 }
             }
         }
@@ -412,9 +572,26 @@ pub(crate) fn aspects_of(rows: &[ScoreRow]) -> Vec<Aspect> {
     aspects
 }
 
+/// One entry a prompt: how much better the last replies are, how much longer, and how many more of them were cut.
+fn paired(
+    before: &[Vec<f64>],
+    after: &[Vec<f64>],
+    [first, last]: &[Vec<[f64; 2]>; 2],
+) -> Vec<PairedReplies> {
+    before
+        .iter()
+        .zip(after)
+        .zip(first.iter().zip(last))
+        .map(|((before, after), (first, last))| PairedReplies {
+            score: stats::mean(after) - stats::mean(before),
+            tokens: last[0] - first[0],
+            cut: last[1] - first[1],
+        })
+        .collect()
+}
+
 fn difference(
-    first: &str,
-    last: &str,
+    (first, last): (&str, &str),
     (scale, scope): (Scale, Scope),
     before: &[Vec<f64>],
     after: &[Vec<f64>],
@@ -438,6 +615,9 @@ fn difference(
         scope,
         score: change(stats::score),
         mean: change(stats::mean),
+        equal_length: AtEqualLength::default(),
+        win_rate: AtEqualLength::default(),
+        circular: false,
         wins,
         ties,
         losses,
@@ -446,90 +626,4 @@ fn difference(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use arete_records::FinishReason;
-
-    fn row(model: &str, prompt: u32, aspect: Aspect, score: f32) -> ScoreRow {
-        ScoreRow {
-            model: model.to_owned(),
-            prompt_id: format!("{prompt:016x}"),
-            aspect,
-            score,
-            z: score / 2.0,
-            yardstick: None,
-            n_tokens: 3,
-            finish_reason: FinishReason::Stop,
-        }
-    }
-
-    /// Three scores a prompt.
-    fn rows(model: &str, prompts: &[[f32; 3]]) -> Vec<ScoreRow> {
-        let mut out = Vec::new();
-        for (prompt, scores) in (0..).zip(prompts) {
-            for (aspect, score) in Aspect::SHIPPED.into_iter().zip(scores) {
-                out.push(row(model, prompt, aspect, *score));
-            }
-        }
-        out
-    }
-
-    fn quick() -> Resampling {
-        Resampling { draws: 500, level: 0.95, seed: 1 }
-    }
-
-    #[test]
-    fn the_score_is_that_of_the_report() {
-        // All six: 2 4 4 4 5 5 → μ = 4, σ² = (4+0+0+0+1+1)/6 = 1, Score = 3.5.
-        let rows = rows("original", &[[2.0, 4.0, 4.0], [4.0, 5.0, 5.0]]);
-        let scores = scores(&rows, quick());
-        let (name, scores) = &scores[0];
-        assert_eq!(name, "original");
-        let of =
-            |scale, scope| scores.iter().find(|s| (s.scale, s.scope) == (scale, scope)).unwrap();
-        let all = of(Scale::Raw, Scope::All);
-        assert_eq!((all.n, all.mean, all.std, all.score.estimate), (6, 4.0, 1.0, 3.5));
-        assert!(all.score.low <= 3.5 && all.score.high >= 3.5);
-        // The action alone: 2 and 4 → μ = 3, σ = 1, Score = 2.5; standardised: half of everything.
-        assert_eq!(of(Scale::Raw, Scope::Of(Aspect::ACTION)).score.estimate, 2.5);
-        assert_eq!(of(Scale::Standardised, Scope::All).score.estimate, 1.75);
-        assert!(!scores.iter().any(|score| score.scale == Scale::Yardstick));
-    }
-
-    #[test]
-    fn differences_are_paired_and_count_wins() {
-        let mut all = rows("original", &[[0.0; 3], [1.0; 3], [5.0, 6.0, 7.0], [2.0; 3]]);
-        all.extend(rows("final", &[[1.0; 3], [2.0; 3], [6.0, 7.0, 8.0], [2.0; 3]]));
-        let differences = differences(&all, quick());
-        let of =
-            |scope| differences.iter().find(|d| (d.scale, d.scope) == (Scale::Raw, scope)).unwrap();
-        let d = of(Scope::All);
-        assert_eq!((d.first.as_str(), d.last.as_str()), ("original", "final"));
-        assert_eq!((d.wins, d.ties, d.losses), (3, 1, 0));
-        assert_eq!(d.mean.interval.estimate, 0.75);
-        // Sign test of 3 : 0 = 2 · (1/2)³.
-        assert!((d.sign_test - 0.25).abs() < 1e-12);
-        // 2.8016 = z(0.975) + z(0.8)
-        let ratio = d.mean.minimum_detectable_effect / d.mean.standard_error;
-        assert!((ratio - 2.801_585).abs() < 1e-5, "{ratio}");
-        assert_eq!(of(Scope::Of(Aspect::ACTION)).mean.interval.estimate, 0.75);
-    }
-
-    #[test]
-    fn only_shared_prompts_are_compared() {
-        let mut all = rows("a", &[[1.0; 3], [2.0; 3]]);
-        all.extend(rows("b", &[[1.5; 3]]));
-        let differences = differences(&all, quick());
-        let d = &differences[0];
-        assert_eq!((d.wins, d.ties, d.losses), (1, 0, 0));
-        assert_eq!(d.mean.interval.estimate, 0.5);
-    }
-
-    #[test]
-    fn accuracy_of_a_policy_on_pairs() {
-        let accuracy =
-            PreferenceAccuracy::of(&[(-1.0, -2.0), (-2.0, -1.0), (-1.0, -1.0), (-0.5, -3.0)]);
-        assert_eq!(accuracy.unwrap().accuracy.estimate, 0.5);
-        assert!(PreferenceAccuracy::of(&[]).is_none());
-    }
-}
+mod tests;

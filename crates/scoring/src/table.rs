@@ -5,10 +5,16 @@ use std::fmt::Write as _;
 use arete_records::stats::Interval;
 use arete_stage::cli::printable;
 
-use crate::summary::{Change, Difference, ModelSummary, Scale, Scope, Summary};
+use crate::endpoint::Primary;
+use crate::summary::{
+    AtEqualLength, Change, Difference, ModelSummary, PreferenceAccuracy, Scale, Scope, Summary,
+};
 
 /// Percentile intervals of fewer clusters are known to be too narrow (Efron & Tibshirani 1993, ch. 14).
 pub(crate) const FEW_PROMPTS: usize = 20;
+
+/// What `circular` means.
+pub(crate) const CIRCULAR: &str = "circular: the reward models' labels said which of these two models' replies is better; scores by them are no evidence";
 
 /// What the star behind a perplexity means.
 pub(crate) const RETOKENISED: &str =
@@ -19,8 +25,10 @@ pub fn of(summary: &Summary) -> String {
     let mut text = Text::default();
     let (n, n_aspects) = (summary.n_prompts, summary.aspects().len());
     let aspects = if n_aspects == 1 { "aspect" } else { "aspects" };
+    text.line(primary(&summary.primary));
+    text.line("");
     text.line(format!(
-        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × {n_aspects} {aspects}); [95 % interval]",
+        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × {n_aspects} {aspects}); [95 % interval], of this run only",
         n_aspects * n
     ));
     text.line("");
@@ -28,6 +36,11 @@ pub fn of(summary: &Summary) -> String {
     if !summary.differences.is_empty() {
         text.line("");
         text.table(1, &differences(summary));
+        if summary.differences.iter().any(|own| own.circular) {
+            text.line(CIRCULAR);
+        }
+        text.line("");
+        text.table(1, &equal_length(summary));
     }
     text.line("");
     text.table(1, &coherence(summary));
@@ -41,16 +54,58 @@ pub fn of(summary: &Summary) -> String {
     text.finish()
 }
 
-fn has_yardstick(summary: &Summary) -> bool {
-    summary.models.iter().any(|model| model.score(Scale::Yardstick, Scope::All).is_some())
+/// The scales of the yardstick's judges that there are.
+fn yardsticks(summary: &Summary) -> impl Iterator<Item = (Scale, &'static str)> {
+    let name = match summary.yardstick_cross_fitted {
+        Some(false) => "yardstick (not cross-fitted), answers",
+        _ => "yardstick, answers",
+    };
+    let answer = summary.answer();
+    [(Scale::Yardstick, name), (Scale::Words, "bag of words, answers")].into_iter().filter(
+        move |(scale, _)| summary.models.iter().any(|model| model.score(*scale, answer).is_some()),
+    )
+}
+
+/// What came of the primary endpoint, in one line.
+pub(crate) fn primary(primary: &Primary) -> String {
+    let Primary { comparison, turn, measure, at_equal_length, reason, .. } = primary;
+    let comparison = comparison.replace(" - ", " − ");
+    let equal = if *at_equal_length { " at equal length" } else { "" };
+    let found = match primary.interval() {
+        Some(own) if primary.is_clear() => interval(&own, true),
+        Some(own) => format!("{}, not told from zero", interval(&own, true)),
+        None => "no figure".to_owned(),
+    };
+    format!("Primary endpoint: {comparison}, {turn}, {measure}{equal}: {found} ({reason}).")
+}
+
+/// What is left of each difference between answers at equal length.
+fn equal_length(summary: &Summary) -> Vec<Vec<String>> {
+    let measure = summary.equal_length.values().next().map_or("score", |own| own.measure.as_str());
+    let mut rows =
+        vec![vec!["answers at equal length".to_owned(), measure.to_owned(), "win rate".to_owned()]];
+    for (comparison, own) in &summary.equal_length {
+        let cell = |figure: &AtEqualLength, show: fn(&Interval) -> String| match figure.interval() {
+            Some(found) => show(&found),
+            None => figure.reason.clone().unwrap_or_default(),
+        };
+        let mark = if own.circular { " (circular)" } else { "" };
+        rows.push(vec![
+            format!("{}{mark}", comparison.replace(" - ", " − ")),
+            cell(&own.figure, |found| interval(found, true)),
+            match own.figure.value {
+                Some(_) => cell(&own.win_rate, rate),
+                None => "–".to_owned(),
+            },
+        ]);
+    }
+    rows
 }
 
 fn models(summary: &Summary) -> Vec<Vec<String>> {
     let mut header = row(["model", "Score", "standardised"]);
     header.extend(summary.aspects().iter().map(ToString::to_string));
-    if has_yardstick(summary) {
-        header.push("yardstick".to_owned());
-    }
+    header.extend(yardsticks(summary).map(|(_, name)| name.to_owned()));
     let mut rows = vec![header];
     for model in &summary.models {
         let score =
@@ -64,9 +119,10 @@ fn models(summary: &Summary) -> Vec<Vec<String>> {
             let own = model.score(Scale::Standardised, Scope::Of(aspect));
             row.push(dash(own.map(|own| number(own.score.estimate, false))));
         }
-        if has_yardstick(summary) {
-            row.push(score(Scale::Yardstick, Scope::All));
-        }
+        row.extend(yardsticks(summary).map(|(scale, _)| {
+            let own = model.score(scale, summary.answer());
+            dash(own.map(|own| number(own.mean, false)))
+        }));
         rows.push(row);
     }
     rows
@@ -83,7 +139,7 @@ fn differences(summary: &Summary) -> Vec<Vec<String>> {
         let cell = |show: fn(&Difference) -> String| dash(standardised.map(show));
         let score = |own: &Difference| interval(&own.score.interval, true);
         rows.push(vec![
-            format!("{last} − {first}"),
+            format!("{last} − {first}{}", if difference.circular { " (circular)" } else { "" }),
             score(difference),
             cell(score),
             cell(Difference::tally),
@@ -122,9 +178,10 @@ fn coherence(summary: &Summary) -> Vec<Vec<String>> {
         ];
         if with_pairs {
             let pairs = preference_accuracy.as_ref();
-            row.push(dash(
-                pairs.map(|own| format!("{} of {}", percent(own.accuracy.estimate), own.n)),
-            ));
+            row.push(dash(pairs.map(|own| {
+                let PreferenceAccuracy { n, accuracy, null_rulers } = own;
+                format!("{} of {n}, {}", percent(accuracy.estimate), null_rulers.words())
+            })));
         }
         rows.push(row);
     }
@@ -137,7 +194,7 @@ pub(crate) fn perplexity(model: &ModelSummary) -> Option<String> {
     model.coherence.perplexity.map(|value| format!("{value:.1}{star}"))
 }
 
-/// One sentence on what the run changed.
+/// What the run changed: the primary endpoint, then a sentence on the Score.
 pub(crate) fn verdict(summary: &Summary) -> Option<String> {
     let difference = summary.headline(Scale::Standardised)?;
     let Difference { first, last, score, mean, .. } = difference;
@@ -164,6 +221,9 @@ pub(crate) fn verdict(summary: &Summary) -> Option<String> {
             " The mean alone changed by {}, which may be nothing: what changed is the spread.",
             interval(&mean.interval, true)
         );
+    }
+    if difference.circular {
+        let _ = write!(sentence, " This comparison is circular: the labels were made from it.");
     }
     if summary.n_prompts < FEW_PROMPTS {
         let _ = write!(sentence, " With {} prompts intervals are too narrow.", summary.n_prompts);

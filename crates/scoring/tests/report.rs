@@ -155,6 +155,7 @@ fn the_doctor_reads_the_run_in_order() {
             "judge, both orders",
             "reward models",
             "best of 16",
+            "PPO's beginning",
             "KL at the end",
             "Score"
         ]

@@ -6,17 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use arete_chain::{Turns, through_aspect};
+use arete_chain::rulers::Ruler;
+use arete_chain::words::BagOfWords;
+use arete_chain::yardstick::{Card, FoldCard, JudgeCard, fold_dir};
+use arete_chain::{CutReply, Reading, Ruled, Transcript, Turns, through_aspect};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
 use arete_model::runtime::Dtype;
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, SegmentIdx, Source};
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
-use arete_records::{Aspect, FinishReason, Message, Split, parquet, prompt_id};
+use arete_records::{Aspect, FinishReason, Message, Split, fold_of, parquet, prompt_id};
 use arete_scoring::rows::{CoherenceRow, PolicyPreferenceRow};
 use arete_scoring::summary::{Scale, Scope};
 use arete_scoring::{ScoreConfig, ScoreInputs, score};
-use arete_stage::run::RunJson;
+use arete_stage::run::{Completion, RunJson, StageSpec, Start};
 use clap::Parser;
 use tch::{Device, Kind};
 
@@ -184,6 +187,14 @@ fn models_are_scored_and_compared() {
 
     let summary = arete_scoring::score::read_summary(&out).unwrap();
     assert_eq!((summary.n_prompts, summary.n_left_out), (5, 0));
+    let primary = &summary.primary;
+    assert_eq!((primary.measure.as_str(), primary.n_seeds), ("score", 1));
+    assert!(primary.reason.contains("no yardstick") && primary.reason.contains("no evidence"));
+    let equal_length = &summary.equal_length["final - original"];
+    assert_eq!((equal_length.figure.value, primary.value), (None, None));
+    let rulers = &summary.models[0].preference_accuracy.as_ref().unwrap().null_rulers;
+    // "Hello there." is longer than "Go away!", "Yes." longer than "No".
+    assert_eq!((rulers.best, rulers.best_accuracy()), (Ruler::Longer, 1.0));
     let raw = summary.models[1].score(Scale::Raw, Scope::All).unwrap();
     let own: Vec<f64> =
         scores.iter().filter(|row| row.model == "final").map(|row| f64::from(row.score)).collect();
@@ -351,7 +362,7 @@ fn any_number_of_models_is_compared_and_final_is_the_outcome() {
         summary.models.iter().map(|own| own.retokenised).collect::<Vec<_>>(),
         [false, false, true, false]
     );
-    // Every two models, three scales less the missing yardstick, four scopes.
+    // Every two models, four scales less the missing yardstick's two, four scopes.
     assert_eq!(summary.differences.len(), 6 * 2 * 4);
     let headline = summary.headline(Scale::Raw).unwrap();
     assert_eq!((headline.first.as_str(), headline.last.as_str()), ("original", "final"));
@@ -462,6 +473,130 @@ fn what_cannot_be_scored_is_said() {
     assert!(message(&config(), &run.inputs()).contains("adapter's base: expected"));
 }
 
+/// A yardstick of two folds with arbitrary weights, and its card.
+fn write_yardstick(dir: &Path, model: &Model) {
+    for fold in 0..2 {
+        let own = fold_dir(dir, fold);
+        let seed = 20 + fold as u64;
+        let head = ScalarHead::normal(model.config.hidden_size, seed, Device::Cpu);
+        let meta =
+            AdapterMeta::of(model, fixture().to_str().unwrap(), Task::SequenceClassification);
+        let adapter = adapter(model, "yardstick", seed);
+        adapter_files::save(&own.join("adapter"), &adapter, Some(&head), &meta).unwrap();
+        Reading::whole(model, CutReply::Trim).write(&own).unwrap();
+        let stats = format!(
+            r#"{{"mean": {}, "std": 2.0, "n": 8, "split": "held-out", "base_sha256": ""}}"#,
+            0.5 + fold as f64
+        );
+        fs_err::write(own.join("score_stats.json"), stats).unwrap();
+        let texts = |text: &str| text.to_owned();
+        let pairs = vec![[texts("help a friend"), texts("go away now")]; 6];
+        BagOfWords::train(&pairs[..5 + fold]).write(&own).unwrap();
+    }
+    let side = |text: &str| [Message::user("q"), Message::assistant(text)];
+    let judge = JudgeCard::of(&[Ruled::of(&side("a"), &side("b"))], &[[1.0, 0.0]]).unwrap();
+    let fold = || FoldCard { n_train: 1, n_held_out: 1, fingerprint: "x".to_owned() };
+    let card = Card {
+        folds: vec![fold(), fold()],
+        n_pairs: 2,
+        shuffled_labels: false,
+        reward_model: judge.clone(),
+        bag_of_words: judge,
+    };
+    card.write(dir).unwrap();
+}
+
+/// The yardstick's score of an answer by hand: one conversation at a time, by the named fold.
+fn fold_score(model: &Model, dir: &Path, fold: usize, row: &ConversationRow) -> f64 {
+    let own = fold_dir(dir, fold);
+    let loaded =
+        adapter_files::load(&own.join("adapter"), "x", &model.config, Device::Cpu).unwrap();
+    let (messages, finish_reasons) = through_aspect(row, Aspect::ACTION).unwrap();
+    let transcript = Transcript { messages, finish_reasons };
+    let chat = model.chat().unwrap();
+    let token_ids =
+        Reading::whole(model, CutReply::Trim).token_ids(&chat, &transcript, 10_000).unwrap();
+    let batch = Batch::from_sequences(&[&token_ids]);
+    let _guard = tch::no_grad_guard();
+    let hidden = model.decoder.forward(&batch, Some(&loaded.adapter)).unwrap();
+    let last = hidden.get(batch.last_row(SegmentIdx(0)) as i64).unsqueeze(0);
+    let raw = f64::try_from(loaded.head.unwrap().forward(&last).get(0)).unwrap();
+    (raw - 0.5 - fold as f64) / 2.0
+}
+
+#[test]
+fn f5_f6_each_answer_is_measured_by_the_fold_that_never_saw_its_question() {
+    let run = Run::new(12);
+    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
+    let yardstick = run.at("yardstick");
+    write_yardstick(&yardstick, &model);
+    let inputs = ScoreInputs { yardstick: Some(yardstick.clone()), ..run.inputs() };
+    let text = score(&config(), &inputs).unwrap();
+    assert!(
+        text.contains("bag of words, answers") && text.contains(", answer, yardstick"),
+        "{text}"
+    );
+    let replies: Vec<ConversationRow> =
+        parquet::read(inputs.output.join("replies/final.parquet")).unwrap();
+    let scores: Vec<ScoreRow> = parquet::read(inputs.output.join("scores.parquet")).unwrap();
+    let mut by_fold = [0, 0];
+    for row in scores.iter().filter(|row| row.model == "final") {
+        // One definition: the answer, and nothing else.
+        assert_eq!(row.yardstick.is_some(), row.aspect == Aspect::ACTION, "{row:?}");
+        let Some(found) = row.yardstick else { continue };
+        let reply = replies.iter().find(|reply| reply.prompt_id == row.prompt_id).unwrap();
+        let fold = fold_of(&reply.messages, 2);
+        by_fold[fold] += 1;
+        let expected = fold_score(&model, &yardstick, fold, reply);
+        assert!((f64::from(found) - expected).abs() < 1e-4, "{row:?}, expected {expected}");
+        let other = fold_score(&model, &yardstick, 1 - fold, reply);
+        assert!((f64::from(found) - other).abs() > 1e-3, "the folds are told apart");
+        assert!(row.yardstick_words.is_some());
+    }
+    assert!(by_fold[0] > 0 && by_fold[1] > 0, "{by_fold:?}");
+    let summary = arete_scoring::score::read_summary(&inputs.output).unwrap();
+    assert_eq!(summary.yardstick_cross_fitted, Some(true));
+    assert_eq!(summary.primary.measure, "yardstick");
+    assert!(summary.models[1].score(Scale::Yardstick, Scope::All).is_none());
+
+    // A single reward model is marked: nothing says what it has seen.
+    let single = ScoreInputs {
+        yardstick: Some(fold_dir(&yardstick, 0)),
+        output: run.at("single"),
+        ..run.inputs()
+    };
+    let text = score(&config(), &single).unwrap();
+    assert!(text.contains("yardstick (not cross-fitted)"), "{text}");
+    let summary = arete_scoring::score::read_summary(&single.output).unwrap();
+    assert!(summary.primary.reason.contains("may have seen these prompts"));
+    // A card without its folds is refused by name.
+    fs_err::remove_dir_all(fold_dir(&yardstick, 1)).unwrap();
+    let error = score(&config(), &ScoreInputs { output: run.at("missing"), ..inputs }).unwrap_err();
+    assert!(error.to_string().contains("fold-1"), "{error}");
+}
+
+#[test]
+fn labels_made_of_a_contrast_make_its_score_circular() {
+    let run = Run::new(3);
+    for (stage, config) in [
+        ("preferences", serde_json::json!({ "method": "contrast" })),
+        ("conversations", serde_json::json!({ "personas": "original" })),
+    ] {
+        let output = run.at(stage);
+        let spec = StageSpec { stage, output: &output, config, seed: 0, inputs: Vec::new() };
+        match arete_stage::run::begin(spec).unwrap() {
+            Start::Run(run) => drop(run.finish(Completion::default()).unwrap()),
+            Start::UpToDate(_) => unreachable!("it is new"),
+        }
+    }
+    let text = score(&config(), &run.inputs()).unwrap();
+    assert!(text.contains("final − original (circular)"), "{text}");
+    let summary = arete_scoring::score::read_summary(&run.at("scoring")).unwrap();
+    assert!(summary.differences.iter().all(|own| own.circular));
+    assert!(summary.equal_length["final - original"].circular);
+    assert!(summary.primary.reason.contains("circular"));
+}
+
 fn run_binary(args: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_arete-scoring")).args(args).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -478,7 +613,11 @@ fn a_run_directory_is_all_the_program_needs() {
     let (dir, recipe) = (run.dir.path().to_str().unwrap(), recipe.to_str().unwrap());
     let (code, stdout, stderr) = run_binary(&["score", "--run", dir, "--recipe", recipe]);
     assert_eq!(code, 0, "{stderr}");
-    assert!(stdout.starts_with("Score = ") && stdout.contains("final − original"), "{stdout}");
+    assert!(stdout.starts_with("Primary endpoint: final − original, answer, score"), "{stdout}");
+    assert!(
+        stdout.contains("no evidence") && stdout.contains("not comparable: 4 pairs"),
+        "{stdout}"
+    );
     let again = run_binary(&["score", "--run", dir, "--recipe", recipe]);
     assert_eq!((again.0, &again.1), (0, &stdout));
     assert!(again.2.contains("up to date"), "{}", again.2);

@@ -2,14 +2,13 @@
 
 use std::path::Path;
 
+use arete_chain::rulers::{NullRulers, Ruled, share};
 use arete_records::atomic;
-use arete_records::stats::{self, CalibrationBin, Interval, Resampling};
+use arete_records::stats::{self, CalibrationBin, Interval};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
-/// 95 %, two-sided.
-const Z: f64 = 1.96;
 /// Bins of the calibration error.
 const N_BINS: usize = 10;
 
@@ -22,10 +21,8 @@ pub struct Report {
     pub n: usize,
     /// Part of the pairs whose chosen side scores higher, with Wilson's 95 % interval. A tie is no win.
     pub accuracy: Interval,
-    /// The same for always choosing the shorter answer (in the model's own tokens); a tie is half a win.
-    pub shorter_answer: Interval,
-    /// `accuracy − shorter_answer`, with a paired bootstrap's 95 % interval.
-    pub lead_over_shorter_answer: Interval,
+    /// What knows nothing of what is right, on the same pairs, and the lead over the best of it.
+    pub null_rulers: NullRulers,
     /// Gap between the probability of the predicted side and how often it is right.
     pub expected_calibration_error: f64,
     /// The same gap bin by bin: stated probability of the predicted side (½ to 1) against how often it is right.
@@ -44,23 +41,20 @@ pub fn win_probability(chosen: f64, rejected: f64) -> f64 {
 }
 
 /// Compares the scores of pairs (`[chosen, rejected]`) with which side was chosen; `n_own_tokens` are the lengths of both
-/// sides in the model's own tokens.
+/// sides in the model's own tokens, `ruled` is what the null rulers see of each.
 ///
 /// # Panics
 ///
-/// If there is no pair, or not one score pair each.
-pub fn report(split: &str, n_own_tokens: &[[usize; 2]], scores: &[[f64; 2]], seed: u64) -> Report {
+/// If there is no pair, or not one score pair (and one entry for the rulers) each.
+pub fn report(
+    split: &str,
+    n_own_tokens: &[[usize; 2]],
+    ruled: &[Ruled],
+    scores: &[[f64; 2]],
+) -> Report {
     let n = n_own_tokens.len();
     assert!(n > 0 && n == scores.len(), "one pair of scores a pair");
     let wins: Vec<f64> = scores.iter().map(|[c, r]| f64::from(u8::from(c > r))).collect();
-    let shorter: Vec<f64> = n_own_tokens
-        .iter()
-        .map(|[chosen, rejected]| match chosen.cmp(rejected) {
-            std::cmp::Ordering::Less => 1.0,
-            std::cmp::Ordering::Equal => 0.5,
-            std::cmp::Ordering::Greater => 0.0,
-        })
-        .collect();
     let confidences: Vec<f64> = scores
         .iter()
         .map(|&[c, r]| win_probability(c, r))
@@ -71,19 +65,11 @@ pub fn report(split: &str, n_own_tokens: &[[usize; 2]], scores: &[[f64; 2]], see
     let lengths: Vec<f64> = n_own_tokens.iter().flatten().map(|&length| length as f64).collect();
     let flat: Vec<f64> = scores.iter().flatten().copied().collect();
     let margins: Vec<f64> = scores.iter().map(|[c, r]| c - r).collect();
-    let cluster = |values: &[f64]| -> Vec<Vec<f64>> { values.iter().map(|&v| vec![v]).collect() };
-    let lead = stats::paired_difference_of(
-        &cluster(&shorter),
-        &cluster(&wins),
-        stats::mean,
-        Resampling::seeded(seed),
-    );
     Report {
         split: split.to_owned(),
         n,
-        accuracy: proportion(&wins),
-        shorter_answer: proportion(&shorter),
-        lead_over_shorter_answer: lead.interval,
+        accuracy: share(&wins),
+        null_rulers: NullRulers::beside(ruled, &wins).expect("there are pairs"),
         expected_calibration_error: stats::expected_calibration_error(
             &confidences,
             &is_right,
@@ -94,18 +80,6 @@ pub fn report(split: &str, n_own_tokens: &[[usize; 2]], scores: &[[f64; 2]], see
         spearman_score_length: finite(stats::spearman(&flat, &lengths)),
         mean_margin: stats::mean(&margins),
     }
-}
-
-/// Wilson's interval of wins (half wins rounded down for the interval, exact in the estimate).
-fn proportion(wins: &[f64]) -> Interval {
-    let total: f64 = wins.iter().sum();
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "between 0 and the number of pairs"
-    )]
-    let whole = total as u64;
-    Interval { estimate: stats::mean(wins), ..stats::wilson(whole, wins.len() as u64, Z) }
 }
 
 fn finite(value: f64) -> Option<f64> {
@@ -126,20 +100,35 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use arete_chain::rulers::Ruler;
+    use arete_records::Message;
+
     use super::*;
 
     #[test]
     fn a_report_by_hand() {
         let lengths = [[5, 9], [9, 5], [7, 7], [3, 4]];
+        // The better reply is the shorter one, but for the last.
+        let ruled = |question: &str, better: &str, worse: &str| {
+            let side = |reply| [Message::user(question), Message::assistant(reply)];
+            Ruled::shown(&side(better), &side(worse), false)
+        };
+        let ruled = [
+            ruled("a", "x", "xy"),
+            ruled("b", "x", "xy"),
+            ruled("c", "x", "xy"),
+            ruled("d", "xy", "x"),
+        ];
         // Wins: yes, no, tie, yes.
         let scores = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 0.0]];
-        let report = report("validation", &lengths, &scores, 0);
+        let report = report("validation", &lengths, &ruled, &scores);
         assert_eq!(report.n, 4);
         assert_eq!(report.accuracy.estimate, 0.5);
         // Wilson at 2 of 4, z = 1.96: centre 0.5, half-width 0.3499…
         assert!((report.accuracy.low - 0.150_04).abs() < 1e-4, "{:?}", report.accuracy);
-        assert_eq!(report.shorter_answer.estimate, (1.0 + 0.0 + 0.5 + 1.0) / 4.0);
-        assert_eq!(report.lead_over_shorter_answer.estimate, 0.5 - 0.625);
+        assert_eq!(report.null_rulers.best, Ruler::Shorter);
+        assert_eq!(report.null_rulers.best_accuracy(), 0.75);
+        assert_eq!(report.null_rulers.lead.unwrap().estimate, 0.5 - 0.75);
         // Confidences: σ(1) = 0.7311 right, 0.7311 wrong, 0.5 "wrong", σ(2) = 0.8808 right.
         // Bins: [0.7, 0.8): |1.4621 − 1|, [0.5, 0.6): 0.5, [0.8, 0.9): |0.8808 − 1|.
         let expected = (0.462_117_157 + 0.5 + 0.119_202_922) / 4.0;

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use arete_chain::Ruled;
 use arete_chain::pairs::{self, Parts};
 use arete_chain::sample::key_of;
 use arete_records::{At, Message, prompt_id};
@@ -50,6 +51,12 @@ impl Labelled {
             sides.swap(0, 1);
         }
         Pair { question: self.question.clone(), sides, key: key_of(&self.id) }
+    }
+
+    /// What the null rulers see of it, in the order it is shown in.
+    pub(super) fn ruled(&self) -> Ruled {
+        let side = |own: &[Message]| [self.question.as_slice(), own].concat();
+        Ruled::shown(&side(&self.better), &side(&self.worse), self.better_sample() == 0)
     }
 
     pub(super) fn n_chars(&self) -> [usize; 2] {

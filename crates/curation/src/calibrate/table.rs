@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use arete_chain::rulers::NullRulers;
 use arete_chain::verdicts::Verdicts;
 use arete_chain::verdicts::virtues_of;
 use arete_records::rows::JudgementRow;
@@ -60,6 +61,8 @@ pub struct Line {
     pub by: String,
     /// Agreement with the labels, among decided pairs.
     pub agreement: Agreement,
+    /// What knows nothing of what is right, on the decided pairs; none of the baseline, which is one of them.
+    pub null_rulers: Option<NullRulers>,
     /// Share of undecided pairs, per cent.
     pub tie_percent: Value,
     /// Share of verdicts abstained, per cent.
@@ -116,6 +119,7 @@ pub(super) fn baseline(pairs: &[Labelled]) -> Vec<Line> {
                 few_shot: 0,
                 by: "length".to_owned(),
                 agreement,
+                null_rulers: None,
                 tie_percent: stage::percent(own.len() - agreement.n as usize, own.len()),
                 abstained_percent: json!(0.0),
                 first_position_percent: Value::Null,
@@ -190,10 +194,13 @@ fn line(
     let mut halves: [Vec<bool>; 2] = [Vec::new(), Vec::new()];
     let mut verdicts = Verdicts::default();
     let (mut probabilities, mut lengths) = (Vec::new(), Vec::new());
+    let (mut ruled, mut right) = (Vec::new(), Vec::new());
     for (pair, rows) in pairs {
         let tally = Tally::of(rows.iter().copied());
         if let Some(winner) = tally.winner() {
             halves[pair.half()].push(winner == pair.better_sample());
+            ruled.push(pair.ruled());
+            right.push(f64::from(u8::from(winner == pair.better_sample())));
         }
         for row in rows {
             verdicts.add(row);
@@ -215,6 +222,7 @@ fn line(
         few_shot,
         by: by.to_owned(),
         agreement,
+        null_rulers: NullRulers::beside(&ruled, &right),
         tie_percent: stage::percent(pairs.len() - agreement.n as usize, pairs.len()),
         abstained_percent: stage::percent(verdicts.abstained, verdicts.n),
         first_position_percent: stage::percent(verdicts.first, verdicts.seen),
@@ -243,8 +251,9 @@ pub(super) fn recommend(table: &[Line]) -> Recommendation {
         false => corrected(line).low,
     };
     let best = candidates.iter().copied().max_by(|a, b| floor(a).total_cmp(&floor(b)));
-    let shorter = table.iter().find(|line| line.method == "shorter" && line.set == widest);
-    let shorter = shorter.map_or(0.5, |line| line.agreement.estimate);
+    let beside = |line: &Line| {
+        line.null_rulers.as_ref().map_or("no null ruler".to_owned(), NullRulers::words)
+    };
     let figure = |line: &Line| {
         let Interval { low, high, .. } = corrected(line);
         format!(
@@ -261,11 +270,11 @@ pub(super) fn recommend(table: &[Line]) -> Recommendation {
             few_shot: line.few_shot,
             flip: line.flip,
             reason: format!(
-                "agrees with {}{}; {}; choosing the shorter answer agrees with {:.1} %",
+                "agrees with {}{}; {}; {}",
                 figure(line),
                 if line.flip { ", so its sides are exchanged" } else { "" },
                 by_set(table, line),
-                100.0 * shorter
+                beside(line)
             ),
         },
         best => Recommendation {
@@ -275,8 +284,13 @@ pub(super) fn recommend(table: &[Line]) -> Recommendation {
             reason: format!(
                 "no method's interval lies above 50 %{}: use method = \"contrast\" (labels by \
                  construction), or a stronger judge",
-                best.map(|line| format!(" (best: {} with {})", line.method, figure(line)))
-                    .unwrap_or_default()
+                best.map(|line| format!(
+                    " (best: {} with {}; {})",
+                    line.method,
+                    figure(line),
+                    beside(line)
+                ))
+                .unwrap_or_default()
             ),
         },
     }
@@ -305,6 +319,7 @@ pub(super) fn markdown(calibration: &Calibration) -> String {
         "n",
         "agreement %",
         "95 % interval",
+        "best null ruler; lead",
         "ties %",
         "abstained %",
         "first-shown %",
@@ -322,6 +337,7 @@ pub(super) fn markdown(calibration: &Calibration) -> String {
                 line.agreement.n.to_string(),
                 format!("{:.1}", 100.0 * line.agreement.estimate),
                 format!("{:.1} to {:.1}", 100.0 * line.agreement.low, 100.0 * line.agreement.high),
+                line.null_rulers.as_ref().map_or("–".to_owned(), NullRulers::words),
                 cell(&line.tie_percent),
                 cell(&line.abstained_percent),
                 cell(&line.first_position_percent),
@@ -349,6 +365,7 @@ pub(super) fn show(table: &[Line], recommendation: &Recommendation) {
             agreement_percent = format!("{:.1}", 100.0 * line.agreement.estimate),
             interval = format!("{:.1}-{:.1}", 100.0 * line.agreement.low, 100.0 * line.agreement.high),
             n = line.agreement.n,
+            beside = line.null_rulers.as_ref().map(NullRulers::words),
             tie_percent = %line.tie_percent,
             abstained_percent = %line.abstained_percent,
             first_position_percent = %line.first_position_percent,
@@ -364,6 +381,7 @@ pub(super) fn show(table: &[Line], recommendation: &Recommendation) {
 
 #[cfg(test)]
 mod tests {
+    use arete_chain::rulers::Ruler;
     use arete_records::{Aspect, Message, Virtue, split_of};
 
     use super::*;
@@ -409,6 +427,9 @@ mod tests {
         table.extend(lines(&pairs, &rows, Method::PairwiseLogits, 0));
         assert_eq!(table[0].agreement.agreed, 100); // the better side is the shorter one
         let votes = &table[1];
+        // 75 of 100 stand beside a rule that is always right: 25 points behind.
+        let rulers = votes.null_rulers.as_ref().unwrap();
+        assert_eq!((rulers.best, rulers.best_accuracy()), (Ruler::Shorter, 1.0));
         assert_eq!((votes.agreement.n, votes.agreement.agreed), (100, 75));
         // Wilson, 75 of 100, z = 1.96: 0.6570 to 0.8246 (Newcombe 1998's formula by hand).
         assert!((votes.agreement.low - 0.6570).abs() < 2e-4, "{votes:?}");

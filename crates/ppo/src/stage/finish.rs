@@ -8,7 +8,9 @@ use arete_records::stats::{self, Resampling};
 use serde_json::{Map, Value, json};
 
 use super::state::State;
-use super::{POLICY, Stage, completions_path, round, z_mean};
+use super::{
+    NamedScores, POLICY, Stage, completions_path, read_scores, round, scores_path, z_mean,
+};
 use crate::Error;
 
 /// Prompts whose logits are compared between the merged model and the adapter.
@@ -55,6 +57,9 @@ impl Stage<'_> {
         counts.insert("train".to_owned(), self.prompts.train.len().into());
         counts.insert("validation".to_owned(), self.prompts.validation.len().into());
         counts.insert("selected_iteration".to_owned(), selected.into());
+        if let Some(found) = &self.state.standardisation {
+            counts.insert("standardisation".to_owned(), json!(found));
+        }
         counts.extend(self.probe_difference(selected, last)?);
         if self.config.merge {
             let difference = self.merge(source)?;
@@ -99,6 +104,13 @@ impl Stage<'_> {
         let path = completions_path(&self.output, iteration);
         if !path.exists() {
             return Ok(None);
+        }
+        let named = scores_path(&path);
+        if named.exists() {
+            let mean = |line: NamedScores| stats::mean(&line.z.into_values().collect::<Vec<_>>());
+            return Ok(Some(
+                read_scores(&named)?.into_iter().map(|line| vec![mean(line)]).collect(),
+            ));
         }
         let rows: Vec<RolloutRow> = parquet::read(path)?;
         Ok(Some(rows.iter().map(|row| vec![z_mean(row)]).collect()))

@@ -1,12 +1,10 @@
 //! Probes within a run: what they show on the terminal, which is the best, and the alarm for over-optimisation.
 
-use arete_records::rows::RolloutRow;
-
 use super::state::Best;
-use super::{Clock, Stage, completions_path, log, round, write_rows, z_mean};
+use super::{Clock, Stage, completions_path, log, round, write_rows, write_scores};
 use crate::Error;
 use crate::alarm::Change;
-use crate::probe::Probe;
+use crate::probe::{Probe, Report};
 use crate::prompts::Prompt;
 use crate::rollout::Sampler;
 
@@ -30,15 +28,21 @@ impl Stage<'_> {
             rewards: &self.rewards,
             yardstick: self.yardstick.as_ref(),
             prompts: self.prompts.validation.iter().take(n_prompts).collect(),
-            sampler: Sampler { temperature: config.probe_temperature(), ..self.sampler.clone() },
+            sampler: Sampler {
+                temperature: config.probe_temperature(),
+                samples_per_prompt: 1,
+                ..self.sampler.clone()
+            },
         };
         let mut report = clock.time("probe", |n| {
             let report = probe.run(&self.models.policy, config, self.state.kl_coef, iteration)?;
             *n = report.n_sampled();
             Ok(report)
         })?;
-        write_rows(&completions_path(&self.output, iteration), &report.rows)?;
-        show(&report.rows, &probe.prompts);
+        let path = completions_path(&self.output, iteration);
+        write_rows(&path, &report.rows)?;
+        write_scores(&path, &report.rows, &report.scores)?;
+        show(&report, &probe.prompts);
         tracing::info!(
             iteration,
             score = round(report.score),
@@ -69,15 +73,16 @@ impl Stage<'_> {
 }
 
 /// The first completions of a probe, for the terminal; all of them are in `completions/`.
-fn show(rows: &[RolloutRow], prompts: &[&Prompt]) {
-    for (row, prompt) in rows.iter().zip(prompts).take(N_SHOWN) {
+fn show(report: &Report, prompts: &[&Prompt]) {
+    let rows = report.rows.iter().zip(report.scores.z_means());
+    for ((row, z_mean), prompt) in rows.zip(prompts).take(N_SHOWN) {
         let replies = row.messages.iter().skip(prompt.messages.len()).step_by(2);
         let replies: Vec<&str> = replies.map(|message| message.content.as_str()).collect();
         let question = prompt.messages.last().map_or("", |message| message.content.as_str());
         tracing::info!(
             iteration = row.iteration,
             prompt_id = row.prompt_id,
-            z_mean = round(z_mean(row)),
+            z_mean = round(z_mean),
             kl = row.kl,
             question,
             replies = replies.join(" | "),

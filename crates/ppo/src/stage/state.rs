@@ -1,9 +1,12 @@
 //! What a run remembers between iterations and in checkpoints.
 
+use std::collections::BTreeMap;
+
 use arete_training::{LossScale, Schedule};
 use serde::{Deserialize, Serialize};
 
 use crate::alarm::Baseline;
+use crate::standardisation::Standardisation;
 use crate::update::Rates;
 use crate::{Config, Error};
 
@@ -24,6 +27,8 @@ pub(crate) struct State {
     pub(crate) first_probe: Option<(f64, Baseline)>,
     /// The probe that the yardstick liked best.
     pub(crate) highest_probe: Option<Baseline>,
+    /// How the first rollout's scores lie, by reward model.
+    pub(crate) standardisation: Option<BTreeMap<String, Standardisation>>,
     /// Loss scale of an f16 run.
     pub(crate) loss_scale: LossScale,
 }

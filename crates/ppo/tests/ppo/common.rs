@@ -1,6 +1,7 @@
 //! What the tests of the stage share: prompts, reward models over tiny-chat, settings.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::{Adapter, LoadOptions, LoraConfig, Model, ScalarHead, Source, Target, Tensor};
@@ -146,6 +147,7 @@ pub(crate) fn by_rule(dir: &Path, output: &str) -> TrainInputs {
     TrainInputs {
         prompts: write_prompts(dir),
         rewards: None,
+        named_rewards: Vec::new(),
         constitution: None,
         yardstick: None,
         output: dir.join(output),
@@ -169,4 +171,29 @@ pub(crate) fn rollout(output: &Path, iteration: u64) -> Vec<RolloutRow> {
 /// SHA-256 of the policy's weights.
 pub(crate) fn adapter_sum(output: &Path) -> String {
     arete_records::hashes::sha256_file(output.join("adapter/adapter_model.safetensors")).unwrap()
+}
+
+/// What `work` returns, and what it logged.
+pub(crate) fn logged<T>(work: impl FnOnce() -> T) -> (T, String) {
+    let lines: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let writer = Writer(Arc::clone(&lines));
+    let subscriber =
+        tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    let out = tracing::subscriber::with_default(subscriber, work);
+    let log = String::from_utf8(lines.lock().unwrap().clone()).unwrap();
+    (out, log)
+}
+
+#[derive(Clone)]
+struct Writer(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }

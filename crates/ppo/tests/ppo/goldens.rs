@@ -79,7 +79,7 @@ fn losses_and_their_gradients_are_trls() {
     let logprob = of("new_logprob").copy().set_requires_grad(true);
     let own = |tensor: &Tensor| tensor.masked_select(valid); // [n]
     let (old, advantage) = (own(of("old_logprob")), own(of("advantages")));
-    let policy = policy_loss(&own(&logprob), &old, &advantage, 0.2, n_tokens).unwrap();
+    let policy = policy_loss(&own(&logprob), &old, &advantage, None, 0.2, n_tokens).unwrap();
     let value = of("new_value").copy().set_requires_grad(true);
     let (old, target) = (own(of("old_value")), own(of("target")));
     let critic = value_loss(&own(&value), &old, &target, 0.3, n_tokens).unwrap();
@@ -135,7 +135,7 @@ pub(crate) fn policy_and_critic<'a>(
     models.policy.set_trainable(true);
     let mut head = ScalarHead { weight: golden["head"].copy() };
     head.set_trainable(true);
-    models.critic = Critic::Trunk { head, detached: false };
+    models.critic = Some(Critic::Trunk { head, detached: false });
     models
 }
 
@@ -151,19 +151,18 @@ fn three_steps(
     let first = packed.first_pass(&models, Learning::Both).unwrap();
     for (name, ours) in [
         ("old_logprob", &first.old_logprob),
-        ("old_value", &first.old_value),
+        ("old_value", first.old_value.as_ref().unwrap()),
         ("entropy", &first.entropy),
     ] {
         let difference = number(&(ours - &golden[name]).abs().max());
         assert!(difference < 2e-5, "{name}: {difference:e}");
     }
-    let targets =
-        Targets { advantage: golden["advantage"].copy(), returns: golden["returns"].copy() };
+    let targets = Targets::of_critic(golden["advantage"].copy(), golden["returns"].copy());
     let rates = Rates { policy: 0.003, critic: 0.03 };
     let both = Learning::Both;
     let report = update(&models, &mut optimisers, &packed, first, &targets, config, both, rates, 1);
     let mut tensors = models.policy.parameters();
-    let Critic::Trunk { head, .. } = &models.critic else { unreachable!("made above") };
+    let Some(Critic::Trunk { head, .. }) = &models.critic else { unreachable!("made above") };
     tensors.push(("head".to_owned(), head.weight.shallow_clone()));
     (report.unwrap(), tensors)
 }

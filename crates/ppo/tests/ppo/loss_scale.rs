@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
-use crate::common::{adapter_sum, config, metric, prepared, tiny_model, tiny_model_in};
+use crate::common::{adapter_sum, config, logged, metric, prepared, tiny_model, tiny_model_in};
 use crate::goldens::{conversations, number, policy_and_critic, tensors};
 use crate::resume::{start, start_and_kill_in_the_third_rollout};
 use arete_model::{Kind, Model, Tensor};
@@ -38,11 +37,10 @@ impl<'a> Learner<'a> {
     fn update(&mut self, size: f64) -> Result<UpdateReport, Error> {
         let packed = PackedRollout::new(&conversations(&self.golden), &self.config, 1)?;
         let first = packed.first_pass(&self.models, Learning::Both)?;
-        let error = &self.golden["returns"] - &first.old_value;
-        let targets = Targets {
-            advantage: &self.golden["advantage"] * size,
-            returns: &first.old_value + error * size,
-        };
+        let old_value = first.old_value.as_ref().unwrap();
+        let error = &self.golden["returns"] - old_value;
+        let advantage = &self.golden["advantage"] * size;
+        let targets = Targets::of_critic(advantage, old_value + error * size);
         let rates = Rates { policy: 0.003, critic: 0.03 };
         let (models, optimisers, config) = (&self.models, &mut self.optimisers, &self.config);
         let both = Learning::Both;
@@ -52,13 +50,15 @@ impl<'a> Learner<'a> {
     /// Weights, moments and step counts.
     fn state(&self) -> BTreeMap<String, Tensor> {
         let Optimisers { policy, critic, .. } = &self.optimisers;
-        let views = policy.state("policy").into_iter().chain(critic.state("critic"));
+        let critic = critic.as_ref().unwrap().state("critic");
+        let views = policy.state("policy").into_iter().chain(critic);
         views.map(|(name, view)| (name, view.detach().copy())).collect()
     }
 
     /// The gradients of the only step taken: ten times Adam's first moment.
     fn gradients(&self) -> BTreeMap<String, Tensor> {
-        assert_eq!((self.optimisers.policy.n_steps(), self.optimisers.critic.n_steps()), (1, 1));
+        let Optimisers { policy, critic, .. } = &self.optimisers;
+        assert_eq!((policy.n_steps(), critic.as_ref().unwrap().n_steps()), (1, 1));
         let moments = self.state().into_iter().filter(|(name, _)| name.contains("/first_moment/"));
         moments.map(|(name, moment)| (name, moment * 10.0)).collect()
     }
@@ -83,31 +83,6 @@ fn worst(ours: &BTreeMap<String, Tensor>, theirs: &BTreeMap<String, Tensor>) -> 
         })
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .unwrap()
-}
-
-/// What `work` returns, and what it logged.
-fn logged<T>(work: impl FnOnce() -> T) -> (T, String) {
-    let lines: Arc<Mutex<Vec<u8>>> = Arc::default();
-    let writer = Writer(Arc::clone(&lines));
-    let subscriber =
-        tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-    let out = tracing::subscriber::with_default(subscriber, work);
-    let log = String::from_utf8(lines.lock().unwrap().clone()).unwrap();
-    (out, log)
-}
-
-#[derive(Clone)]
-struct Writer(Arc<Mutex<Vec<u8>>>);
-
-impl std::io::Write for Writer {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 fn scale(factor: f64, n_good: u64) -> LossScale {

@@ -4,7 +4,9 @@
 
 mod bench;
 mod common;
+mod controls;
 mod goldens;
+mod groups;
 mod loss_scale;
 mod refusals;
 mod resume;

@@ -17,6 +17,7 @@ fn refused(config: &Config, dir: &Path) -> Error {
     let inputs = TrainInputs {
         prompts: dir.join("prompts"),
         rewards: Some(dir.join("reward")),
+        named_rewards: Vec::new(),
         constitution: None,
         yardstick: None,
         output: dir.join("out"),

@@ -15,6 +15,13 @@ fn n_kills() -> usize {
 }
 
 pub(crate) fn start(dir: &Path, output: &str) -> Child {
+    start_with(dir, output, &[])
+}
+
+/// The same run without a critic.
+const RLOO: [&str; 4] = ["--algorithm", "rloo", "--samples-per-prompt", "4"];
+
+fn start_with(dir: &Path, output: &str, flags: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_arete-ppo"))
         .args(["train", "--prompts"])
         .arg(dir.join("prompts"))
@@ -30,6 +37,7 @@ pub(crate) fn start(dir: &Path, output: &str) -> Child {
         .args(["--learning-rate", "2e-3", "--kl-control", "adaptive", "--kl-horizon", "100"])
         .args(["--probe-every", "2", "--probe-prompts", "4", "--stats-samples", "8"])
         .args(["--checkpoint-every", "2", "--device", "cpu", "--threads", "1"])
+        .args(flags)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -59,10 +67,19 @@ fn sums(output: &Path) -> Vec<(String, String)> {
 
 #[test]
 fn torture_by_kills_changes_no_byte() {
+    kill_and_compare(&[]);
+}
+
+#[test]
+fn torture_by_kills_changes_no_byte_without_a_critic() {
+    kill_and_compare(&RLOO);
+}
+
+fn kill_and_compare(flags: &[&str]) {
     let dir = prepared();
     let dir = dir.path();
     let started = Instant::now();
-    assert!(start(dir, "whole").wait().unwrap().success());
+    assert!(start_with(dir, "whole", flags).wait().unwrap().success());
     let whole_run = started.elapsed();
     let expected = sums(&dir.join("whole"));
 
@@ -70,7 +87,7 @@ fn torture_by_kills_changes_no_byte() {
     let mut rng = random::stream(5, "kills");
     let (mut n_killed, mut n_finished) = (0, 0);
     while n_killed < n_kills() {
-        let mut child = start(dir, "killed");
+        let mut child = start_with(dir, "killed", flags);
         // A resumed run has less left than a whole one; one that is through starts again from nothing.
         std::thread::sleep(whole_run.mul_f64(random::uniform(&mut rng)));
         if let Some(status) = child.try_wait().unwrap() {
@@ -84,7 +101,7 @@ fn torture_by_kills_changes_no_byte() {
         child.wait().unwrap();
         n_killed += 1;
     }
-    assert!(start(dir, "killed").wait().unwrap().success());
+    assert!(start_with(dir, "killed", flags).wait().unwrap().success());
     assert_eq!(sums(&output), expected, "after {n_killed} kills");
     println!("{n_killed} kills, {} runs with the same bytes", n_finished + 1);
 }
@@ -92,9 +109,13 @@ fn torture_by_kills_changes_no_byte() {
 /// Killed as soon as the first sequences of the third rollout have ended: with a checkpoint every second iteration,
 /// its journal, which is returned, is the only one left.
 pub(crate) fn start_and_kill_in_the_third_rollout(dir: &Path, output: &str) -> PathBuf {
+    kill_in_the_third_rollout(dir, output, &[])
+}
+
+fn kill_in_the_third_rollout(dir: &Path, output: &str, flags: &[&str]) -> PathBuf {
     let journal = dir.join(output).join("rollouts/iteration-000003.partial.jsonl");
     let has_lines = || fs_err::metadata(&journal).is_ok_and(|file| file.len() > 0);
-    let mut child = start(dir, output);
+    let mut child = start_with(dir, output, flags);
     while !has_lines() {
         std::thread::sleep(Duration::from_micros(200));
         assert!(child.try_wait().unwrap().is_none(), "it ended before its third rollout began");
@@ -106,10 +127,16 @@ pub(crate) fn start_and_kill_in_the_third_rollout(dir: &Path, output: &str) -> P
 
 #[test]
 fn a_half_finished_rollout_is_continued() {
+    for flags in [&[][..], &RLOO] {
+        continue_a_rollout(flags);
+    }
+}
+
+fn continue_a_rollout(flags: &[&str]) {
     let dir = prepared();
     let dir = dir.path();
-    assert!(start(dir, "whole").wait().unwrap().success());
-    let journal = start_and_kill_in_the_third_rollout(dir, "out");
+    assert!(start_with(dir, "whole", flags).wait().unwrap().success());
+    let journal = kill_in_the_third_rollout(dir, "out", flags);
     // Tokens of the whole lines; the kill may have cut the last.
     let kept: u64 = fs_err::read_to_string(&journal)
         .unwrap()
@@ -122,7 +149,7 @@ fn a_half_finished_rollout_is_continued() {
         })
         .sum();
     assert!(kept > 0);
-    assert!(start(dir, "out").wait().unwrap().success());
+    assert!(start_with(dir, "out", flags).wait().unwrap().success());
     assert!(!journal.exists());
     assert_eq!(sums(&dir.join("out")), sums(&dir.join("whole")));
     // What was kept was not sampled again. The killed attempt had not come to log its phases.

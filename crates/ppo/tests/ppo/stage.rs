@@ -12,6 +12,7 @@ fn inputs(dir: &std::path::Path, output: &str) -> arete_ppo::TrainInputs {
     arete_ppo::TrainInputs {
         prompts: write_prompts(dir),
         rewards: Some(dir.join("reward")),
+        named_rewards: Vec::new(),
         constitution: None,
         yardstick: None,
         output: dir.join(output),
@@ -250,7 +251,7 @@ fn everything_that_is_to_be_watched_is_logged() {
     };
     train(&config(&["--iterations", "4", "--probe-every", "2"]), &inputs).unwrap();
     let aspects = ["action", "motivation", "consequence"];
-    let per_aspect = ["score", "z", "length", "truncated"];
+    let per_aspect = ["score", "z", "score_spread", "length", "truncated"];
     let per_aspect =
         per_aspect.iter().flat_map(|name| aspects.map(|aspect| format!("{name}_{aspect}")));
     let described: Vec<String> =
@@ -312,7 +313,7 @@ fn everything_that_is_to_be_watched_is_logged() {
 }
 
 #[test]
-fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
+fn f4_a_yardstick_that_falls_rings_the_alarm_and_where_every_probe_rings_the_start_is_the_result() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_model();
     let (adapter, head) = crate::common::random_reward(&model, 3);
@@ -361,7 +362,10 @@ fn a_yardstick_that_falls_while_the_ensemble_rises_rings_the_alarm() {
         yardstick: Some(dir.path().join("opposite")),
         ..inputs(dir.path(), "out/start")
     };
-    train(&config, &inputs).unwrap();
+    let (done, log) = crate::common::logged(|| train(&config, &inputs));
+    done.unwrap();
+    let said = "every probe after an iteration rang the alarm for over-optimisation: the start is the result";
+    assert!(log.contains(said), "{log}");
     let run = fs_err::read_to_string(inputs.output.join("run.json")).unwrap();
     let run: serde_json::Value = serde_json::from_str(&run).unwrap();
     assert_eq!(run["counts"]["selected_iteration"], 0);

@@ -177,6 +177,7 @@ impl Row for ScoreRow {
             column("score", DataType::Float32),
             column("z", DataType::Float32),
             nullable("yardstick", DataType::Float32),
+            nullable("yardstick_words", DataType::Float32),
             column("n_tokens", DataType::Int32),
             text("finish_reason"),
         ]

@@ -184,17 +184,22 @@ fn others() -> &'static [Aspect] {
 }
 
 fn scores() -> impl Strategy<Value = ScoreRow> {
-    let numbers = (number(), number(), proptest::option::of(number()));
+    let of_yardstick = || proptest::option::of(number());
+    let numbers = (number(), number(), of_yardstick(), of_yardstick());
     (text(), text(), aspect(), numbers, any::<i32>(), finish_reason()).prop_map(
-        |(model, prompt_id, aspect, (score, z, yardstick), n_tokens, finish_reason)| ScoreRow {
-            model,
-            prompt_id,
-            aspect,
-            score,
-            z,
-            yardstick,
-            n_tokens,
-            finish_reason,
+        |(model, prompt_id, aspect, numbers, n_tokens, finish_reason)| {
+            let (score, z, yardstick, yardstick_words) = numbers;
+            ScoreRow {
+                model,
+                prompt_id,
+                aspect,
+                score,
+                z,
+                yardstick,
+                yardstick_words,
+                n_tokens,
+                finish_reason,
+            }
         },
     )
 }
@@ -343,7 +348,7 @@ fn columns_are_those_of_the_design_in_that_order() {
     );
     assert_eq!(
         names::<ScoreRow>(),
-        "model prompt_id aspect score z yardstick n_tokens finish_reason"
+        "model prompt_id aspect score z yardstick yardstick_words n_tokens finish_reason"
     );
 }
 

@@ -1,4 +1,4 @@
-//! Means over seeds and prompts, and over pairs of replies of unequal length.
+//! Means over seeds and prompts.
 //!
 //! A run draws a seed, answers prompts and is scored. Both the seed and the choice of prompts are luck: an interval that
 //! redraws prompts alone says nothing of the next seed. Seeds and prompts are crossed (every seed answers every prompt), so
@@ -7,16 +7,18 @@
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-use super::{Interval, mean, quantile};
+use super::{Interval, mean};
 
-/// Share of the pairs that must be longer, and shorter, for lengths to overlap.
-const OVERLAP: f64 = 0.1;
+/// Probability with which an interval misses.
+pub(super) const ALPHA: f64 = 0.05;
 
 /// A mean over seeds and prompts, with the interval it may lie in.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct CrossedMean {
     /// The estimate and its 95 % interval.
     pub interval: Interval,
+    /// Standard error of the estimate.
+    pub standard_error: f64,
     /// Fewest seeds on either side.
     pub n_seeds: usize,
     /// Prompts that every run answered.
@@ -29,6 +31,17 @@ impl CrossedMean {
     /// Whether the interval covers one run alone: nothing is known about other seeds.
     pub fn is_of_this_run_only(&self) -> bool {
         self.n_seeds == 1
+    }
+
+    /// The interval that holds 95 % for `n_looks` of its kind together (Bonferroni): each at level 1 − 0.05 / `n_looks`.
+    ///
+    /// # Panics
+    ///
+    /// If `n_looks` is 0.
+    #[must_use]
+    pub fn corrected(&self, n_looks: usize) -> Interval {
+        assert!(n_looks > 0, "at least one look");
+        around(self.interval.estimate, self.standard_error, self.degrees, 0.05 / count(n_looks))
     }
 }
 
@@ -126,157 +139,40 @@ fn combine(estimate: f64, sides: &[Side], columns: &[f64]) -> Option<CrossedMean
     }
     let degrees =
         if shares > 0.0 { (of_mean * of_mean / shares).max(1.0) } else { count(n_prompts - 1) };
-    let half = t_quantile(degrees) * of_mean.sqrt();
-    let interval = Interval { estimate, low: estimate - half, high: estimate + half };
-    Some(CrossedMean { interval, n_seeds, n_prompts, degrees })
+    let standard_error = of_mean.sqrt();
+    let interval = around(estimate, standard_error, degrees, ALPHA);
+    Some(CrossedMean { interval, standard_error, n_seeds, n_prompts, degrees })
 }
 
-/// The 97.5 % quantile of Student's t.
-fn t_quantile(degrees: f64) -> f64 {
-    StudentsT::new(0.0, 1.0, degrees).expect("degrees of freedom are positive").inverse_cdf(0.975)
+/// `estimate` ± its quantile of Student's t: the interval that misses with probability `alpha`.
+pub(super) fn around(estimate: f64, standard_error: f64, degrees: f64, alpha: f64) -> Interval {
+    let t = StudentsT::new(0.0, 1.0, degrees).expect("degrees of freedom are positive");
+    let half = t.inverse_cdf(1.0 - alpha / 2.0) * standard_error;
+    Interval { estimate, low: estimate - half, high: estimate + half }
 }
 
-/// A pair of replies to one prompt: how much better the last is, how much longer, and whether more of it was cut.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PairedReplies {
-    /// Score of the last reply minus that of the first.
-    pub score: f64,
-    /// Its tokens minus those of the first.
-    pub tokens: f64,
-    /// 1 if only the last was cut by the limit, −1 if only the first was, else 0.
-    pub cut: f64,
-}
-
-/// What is left of a difference at equal length and equal truncation: the intercept of score ~ 1 + tokens + cut, over
-/// pairs, one row a seed, one column a prompt.
-///
-/// # Errors
-///
-/// In words, why there is no such number: too few pairs, or lengths (or cuts) of the two that do not overlap.
-///
-/// # Panics
-///
-/// If the rows differ in length.
-///
-/// # Source
-///
-/// Dubois et al. 2024 (arXiv:2404.04475), length-controlled AlpacaEval: the regression read at no difference of length. Differs from
-/// it in a straight line for scores instead of a logit for win rates. The interval is that of [`crossed_mean`] over
-/// the pairs' influence on the intercept, so it contains what the slopes' uncertainty adds.
-pub fn at_equal_length(pairs: &[Vec<PairedReplies>]) -> Result<CrossedMean, String> {
-    let all: Vec<PairedReplies> = pairs.concat();
-    if all.len() < 10 {
-        return Err(format!("not comparable: {} pairs, expected 10 or more", all.len()));
-    }
-    let mut longer: Vec<f64> = all.iter().map(|pair| pair.tokens).collect();
-    longer.sort_by(f64::total_cmp);
-    if quantile(&longer, OVERLAP) > 0.0 || quantile(&longer, 1.0 - OVERLAP) < 0.0 {
-        let share = longer.iter().filter(|tokens| **tokens > 0.0).count();
-        return Err(format!(
-            "not comparable: the last reply is longer in {share} of {} pairs, lengths do not overlap",
-            all.len()
-        ));
-    }
-    let alike = all.iter().filter(|pair| pair.cut == 0.0).count();
-    if count(alike) < OVERLAP * count(all.len()) {
-        return Err(format!("not comparable: {alike} of {} pairs are cut alike", all.len()));
-    }
-    let fit = Regression::of(&all);
-    let influences: Vec<Vec<f64>> =
-        pairs.iter().map(|row| row.iter().map(|pair| fit.influence(pair)).collect()).collect();
-    crossed_mean(&influences).ok_or_else(|| "not comparable: fewer than two prompts".to_owned())
-}
-
-/// Least squares of score on a constant, tokens and cut; a column that does not vary is left out.
-struct Regression {
-    coefficients: [f64; 3],
-    /// First row of the inverse of XᵀX / n.
-    intercept_row: [f64; 3],
-}
-
-impl Regression {
-    fn of(pairs: &[PairedReplies]) -> Self {
-        let mut normal = [[0.0; 3]; 3];
-        let mut right = [0.0; 3];
-        for pair in pairs {
-            let x = regressors(pair);
-            for i in 0..3 {
-                right[i] += x[i] * pair.score / count(pairs.len());
-                for j in 0..3 {
-                    normal[i][j] += x[i] * x[j] / count(pairs.len());
-                }
-            }
-        }
-        for i in 1..3 {
-            // A column without variance tells nothing: pinned to zero.
-            if normal[i][i] - normal[0][i] * normal[0][i] <= 1e-12 * (1.0 + normal[i][i]) {
-                (0..3).for_each(|j| (normal[i][j], normal[j][i]) = (0.0, 0.0));
-                (normal[i][i], right[i]) = (1.0, 0.0);
-            }
-        }
-        let coefficients = solve(normal, right);
-        // The inverse is symmetric: its first row is its first column.
-        let intercept_row = solve(normal, [1.0, 0.0, 0.0]);
-        Self { coefficients, intercept_row }
-    }
-
-    /// The pair's influence on the intercept, plus the intercept: their mean is the intercept.
-    fn influence(&self, pair: &PairedReplies) -> f64 {
-        let x = regressors(pair);
-        let dot = |a: &[f64; 3]| a.iter().zip(&x).map(|(a, x)| a * x).sum::<f64>();
-        self.coefficients[0] + dot(&self.intercept_row) * (pair.score - dot(&self.coefficients))
-    }
-}
-
-fn regressors(pair: &PairedReplies) -> [f64; 3] {
-    [1.0, pair.tokens, pair.cut]
-}
-
-/// Solves a positive definite 3 × 3 system by elimination, largest pivot first.
-fn solve(mut a: [[f64; 3]; 3], mut b: [f64; 3]) -> [f64; 3] {
-    for i in 0..3 {
-        let pivot = (i..3).max_by(|&p, &q| a[p][i].abs().total_cmp(&a[q][i].abs())).unwrap_or(i);
-        a.swap(i, pivot);
-        b.swap(i, pivot);
-        for row in i + 1..3 {
-            let factor = a[row][i] / a[i][i];
-            let above = a[i];
-            for (cell, above) in a[row].iter_mut().zip(above) {
-                *cell -= factor * above;
-            }
-            b[row] -= factor * b[i];
-        }
-    }
-    let mut x = [0.0; 3];
-    for i in (0..3).rev() {
-        let known: f64 = (i + 1..3).map(|j| a[i][j] * x[j]).sum();
-        x[i] = (b[i] - known) / a[i][i];
-    }
-    x
-}
-
-fn variance(values: &[f64]) -> f64 {
+pub(super) fn variance(values: &[f64]) -> f64 {
     let all = mean(values);
     values.iter().map(|value| (value - all).powi(2)).sum::<f64>() / count(values.len() - 1)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-fn count(n: usize) -> f64 {
+pub(super) fn count(n: usize) -> f64 {
     n as f64
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use rand_chacha::ChaCha8Rng;
     use rand_chacha::rand_core::{Rng, SeedableRng};
 
     use super::*;
 
     /// Standard normals by Box and Muller.
-    struct Normals(ChaCha8Rng);
+    pub(in crate::stats) struct Normals(pub(in crate::stats) ChaCha8Rng);
 
     impl Normals {
-        fn next(&mut self) -> f64 {
+        pub(in crate::stats) fn next(&mut self) -> f64 {
             let mut uniform = || (count((self.0.next_u64() >> 11) as usize) + 0.5) / 2f64.powi(53);
             (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()
         }
@@ -362,34 +258,5 @@ mod tests {
             held += usize::from(low <= 0.0 && 0.0 <= high);
         }
         assert!(held < 400, "{held} of 500");
-    }
-
-    #[test]
-    fn a_gain_that_is_length_alone_vanishes_at_equal_length() {
-        let mut normals = Normals(ChaCha8Rng::seed_from_u64(3));
-        let mut pairs = |gain: f64| -> Vec<Vec<PairedReplies>> {
-            let mut pair = || {
-                let tokens = (-3.0 + 8.0 * normals.next()).round();
-                PairedReplies {
-                    score: gain - 0.1 * tokens + 0.2 * normals.next(),
-                    tokens,
-                    cut: 0.0,
-                }
-            };
-            (0..2).map(|_| (0..200).map(|_| pair()).collect()).collect()
-        };
-        let none = at_equal_length(&pairs(0.0)).unwrap().interval;
-        assert!(none.low < 0.0 && 0.0 < none.high && none.high < 0.1, "{none:?}");
-        let real = at_equal_length(&pairs(0.5)).unwrap().interval;
-        assert!(real.low < 0.5 && 0.5 < real.high && real.low > 0.4, "{real:?}");
-    }
-
-    #[test]
-    fn lengths_that_do_not_overlap_give_no_number() {
-        let pair = |tokens: f64| PairedReplies { score: 1.0, tokens, cut: 0.0 };
-        let shorter: Vec<PairedReplies> = (0..100).map(|i| pair(-1.0 - f64::from(i % 7))).collect();
-        let reason = at_equal_length(&[shorter]).unwrap_err();
-        assert!(reason.contains("longer in 0 of 100 pairs"), "{reason}");
-        assert!(at_equal_length(&[vec![pair(0.0); 4]]).unwrap_err().contains("4 pairs"));
     }
 }

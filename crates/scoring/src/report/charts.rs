@@ -1,5 +1,6 @@
 //! Every section's charts: the curves of the table, and what other files hold (estimates, distributions, calibration).
 
+use arete_chain::NullRulers;
 use arete_chain::verdicts::virtues_of;
 use arete_records::Aspect;
 use arete_records::rows::{JudgementRow, ScoreRow};
@@ -67,9 +68,11 @@ fn scores(summary: &Summary) -> Result<Option<Chart>, Error> {
 }
 
 fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
-    let Some(Difference { first, last, .. }) = summary.headline(Scale::Standardised) else {
+    let Some(Difference { first, last, circular, .. }) = summary.headline(Scale::Standardised)
+    else {
         return Ok(None);
     };
+    let circular = if *circular { " (circular)" } else { "" };
     let aspects = summary.aspects();
     let place = |aspect| aspects.iter().position(|own| *own == aspect).unwrap_or(0);
     let differences: Vec<Estimate> = Scope::every(&aspects)
@@ -86,7 +89,7 @@ fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
         .collect();
     Chart::estimates(
         "score-difference",
-        &format!("{last} − {first}, mean standardised score"),
+        &format!("{last} − {first}, mean standardised score{circular}"),
         "Paired over the same prompts. An interval across the dashed line leaves open whether there is any difference.",
         Unit::Number,
         &differences,
@@ -138,13 +141,14 @@ fn accuracy(run: &RunFiles) -> Result<Option<Chart>, Error> {
             name: aspect.name().to_owned(),
             colour: Colour::of_turn(run.place(aspect)),
             interval: evaluation.accuracy,
-            reference: Some(evaluation.shorter_answer.estimate),
+            reference: evaluation.null_rulers.as_ref().map(NullRulers::best_accuracy),
         })
     };
     Chart::estimates(
         "reward-accuracy",
         "Accuracy on unseen pairs",
-        "Dot and bar: accuracy with its 95 % interval. Ring: always choosing the shorter answer. Dashed: a coin.",
+        "Dot and bar: accuracy with its 95 % interval. Ring: the best rule that knows nothing (shorter, longer, first shown, more \
+         hedges, more refusals). Dashed: a coin.",
         Unit::Share,
         &run.rewards.iter().filter_map(estimate).collect::<Vec<_>>(),
         Some(0.5),
@@ -180,7 +184,10 @@ fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
     let Some(best) = &run.best_of else { return Ok(None) };
     let points = best.curve.iter().map(|(k, score)| (*k as f64, *score)).collect();
     let by_yardstick = best.yardstick_gain.as_ref().map_or(String::new(), |gain| {
-        format!(" By the yardstick the ensemble's favourites gain {}.", interval(gain, true))
+        format!(
+            " By the yardstick the answers of the ensemble's favourites gain {}.",
+            interval(gain, true)
+        )
     });
     Chart::lines(
         "best-of",

@@ -34,6 +34,7 @@ pub(crate) fn render(page: &Page<'_>) -> String {
     let context = context! {
         page => Serde(page),
         retokenised => table::RETOKENISED,
+        circular => table::CIRCULAR,
         style => STYLE,
         script => SCRIPT,
         script_sha256 => base64(&Sha256::digest(SCRIPT)),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use arete_chain::NullRulers;
 use arete_chain::verdicts::virtues_of;
 use arete_records::rows::{JudgementRow, PreferenceRow};
 use arete_records::stats::{self, Interval};
@@ -15,10 +16,10 @@ use crate::coherence::Coherence;
 use crate::doctor::{self, Finding};
 use crate::judge::{Verdicts, kappa};
 use crate::run_files::{
-    Evaluation, JudgeCalibration, RolloutReply, RunFiles, StageRecord, rollout_reply,
+    Evaluation, JudgeMethod, RolloutReply, RunFiles, StageRecord, rollout_reply,
 };
 use crate::summary::{Difference, ModelSummary, Scale, Scope, ScoreOf, Summary};
-use crate::table::{perplexity, verdict};
+use crate::table::{percent, perplexity, primary, verdict};
 
 /// The whole page; a part that is none was not run.
 #[derive(Serialize)]
@@ -29,9 +30,13 @@ pub(crate) struct Page<'a> {
     n_virtues: usize,
     /// One sentence on what the run changed.
     verdict: Option<String>,
+    /// What came of the endpoint that the recipe named.
+    primary: Option<String>,
     /// The outcome against the first model.
     headline: Option<&'a Difference>,
     accuracies: Vec<f64>,
+    /// The highest of the accuracies that null rulers reach beside them.
+    best_null: Option<f64>,
     end_kl: Option<f64>,
     /// Mean over the aspects of the parts that the token limit cut.
     cut: Option<f64>,
@@ -43,7 +48,7 @@ pub(crate) struct Page<'a> {
     ppo: Option<Ppo>,
     rewards: Vec<Reward<'a>>,
     judge: Option<Judge<'a>>,
-    calibration: Option<&'a JudgeCalibration>,
+    calibration: Option<Calibration<'a>>,
     counts: Vec<Counts>,
     lengths: Vec<Lengths>,
     preferences: Vec<Preferences>,
@@ -88,6 +93,8 @@ struct ModelScore<'a> {
 #[derive(Serialize)]
 struct Model<'a> {
     summary: &'a ModelSummary,
+    /// The null rulers beside its accuracy on labelled pairs.
+    pairs_beside: Option<String>,
     perplexity: Option<String>,
 }
 
@@ -103,12 +110,16 @@ struct Ppo {
     selected_iteration: Option<u64>,
     /// How far the ensemble's mean on validation prompts moved.
     probe: Option<Interval>,
+    /// Whether the weights are those that did best on these prompts.
+    selected_by_probe: bool,
 }
 
 #[derive(Serialize)]
 struct Reward<'a> {
     aspect: Aspect,
     evaluation: Option<&'a Evaluation>,
+    /// `shorter 61.0 %`.
+    best_null: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -123,6 +134,19 @@ struct Judge<'a> {
     votes: Vec<Votes>,
     /// Fleiss' κ of the virtues.
     kappa: Vec<(Aspect, f64)>,
+}
+
+#[derive(Serialize)]
+struct Calibration<'a> {
+    table: Vec<JudgingMethod<'a>>,
+    reason: &'a str,
+}
+
+#[derive(Serialize)]
+struct JudgingMethod<'a> {
+    method: &'a JudgeMethod,
+    /// The null rulers beside its agreement.
+    beside: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -202,10 +226,13 @@ impl<'a> Page<'a> {
             caption: &chart.caption,
             svg: chart.inline(),
         };
-        let evaluations = run
-            .rewards
-            .iter()
-            .map(|(&aspect, reward)| Reward { aspect, evaluation: reward.evaluation.as_ref() });
+        let evaluations = run.rewards.iter().map(|(&aspect, reward)| {
+            let evaluation = reward.evaluation.as_ref();
+            let best_null = evaluation
+                .and_then(|own| own.null_rulers.as_ref())
+                .map(|own| format!("{} {}", own.best.name(), percent(own.best_accuracy())));
+            Reward { aspect, evaluation, best_null }
+        });
         let rewards: Vec<Reward<'_>> = evaluations.collect();
         let aspects = run.aspects();
         let cut: Option<Vec<f64>> = aspects.iter().map(|a| run.truncated(*a)).collect();
@@ -214,11 +241,16 @@ impl<'a> Page<'a> {
             aspects,
             n_virtues: run.judgements.iter().map(|rows| virtues_of(rows).len()).sum(),
             verdict: summary.and_then(verdict),
+            primary: summary.map(|summary| primary(&summary.primary)),
             headline: summary.and_then(|summary| summary.headline(Scale::Standardised)),
             accuracies: rewards
                 .iter()
                 .filter_map(|reward| Some(reward.evaluation?.accuracy.estimate))
                 .collect(),
+            best_null: rewards
+                .iter()
+                .filter_map(|reward| Some(reward.evaluation?.null_rulers.as_ref()?.best_accuracy()))
+                .max_by(f64::total_cmp),
             end_kl: run.end_kl(),
             cut: cut.map(|cut| stats::mean(&cut)),
             stages: run.stages.iter().filter_map(stage).collect(),
@@ -239,7 +271,17 @@ impl<'a> Page<'a> {
                 .as_ref()
                 .filter(|rows| !rows.is_empty())
                 .map(|rows| judge(rows, &run.aspects())),
-            calibration: run.calibration.as_ref(),
+            calibration: run.calibration.as_ref().map(|own| Calibration {
+                reason: &own.recommendation.reason,
+                table: own
+                    .table
+                    .iter()
+                    .map(|method| JudgingMethod {
+                        method,
+                        beside: method.null_rulers.as_ref().map(NullRulers::words),
+                    })
+                    .collect(),
+            }),
             counts: counts(run),
             lengths: lengths(run),
             preferences: preferences(run),
@@ -265,13 +307,13 @@ fn score(summary: &Summary) -> Score<'_> {
     let mut scores = Vec::new();
     for scale in Scale::ALL {
         for model in &summary.models {
-            let Some(all) = model.score(scale, Scope::All) else { continue };
+            let Some(all) = model.score(scale, summary.widest(scale)) else { continue };
             let of = |aspect| Some(model.score(scale, Scope::Of(aspect))?.score.estimate);
             let aspects = summary.aspects().into_iter().map(of).collect();
             scores.push(ModelScore { model: &model.name, scale, all, aspects });
         }
     }
-    let chosen = |holds: fn(&Difference) -> bool| -> Vec<DifferenceOf<'_>> {
+    let chosen = |holds: &dyn Fn(&Difference) -> bool| -> Vec<DifferenceOf<'_>> {
         let mut chosen: Vec<_> = summary.differences.iter().filter(|own| holds(own)).collect();
         chosen.sort_by_key(|difference| difference.scale); // stable: models keep their order
         let of = |difference: &'_ Difference| {
@@ -288,11 +330,15 @@ fn score(summary: &Summary) -> Score<'_> {
         models: summary
             .models
             .iter()
-            .map(|model| Model { summary: model, perplexity: perplexity(model) })
+            .map(|model| Model {
+                summary: model,
+                pairs_beside: model.preference_accuracy.as_ref().map(|own| own.null_rulers.words()),
+                perplexity: perplexity(model),
+            })
             .collect(),
-        differences: chosen(|own| own.scope == Scope::All),
+        differences: chosen(&|own| own.scope == summary.widest(own.scale)),
         // Raw scores of one aspect say nothing that standardised ones do not.
-        by_aspect: chosen(|own| own.scope != Scope::All && own.scale != Scale::Raw),
+        by_aspect: chosen(&|own| own.scope != summary.widest(own.scale) && own.scale != Scale::Raw),
     }
 }
 
@@ -301,6 +347,10 @@ fn ppo(run: &RunFiles) -> Ppo {
     Ppo {
         selected_iteration: count("selected_iteration").and_then(|at| at.as_u64()),
         probe: count("probe_z_difference").and_then(|own| serde_json::from_value(own).ok()),
+        selected_by_probe: run
+            .stage("ppo")
+            .and_then(|record| record.config.get("select"))
+            .is_some_and(|select| select == "best"),
     }
 }
 

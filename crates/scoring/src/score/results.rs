@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use arete_chain::Ruled;
+use arete_chain::yardstick::Place;
 use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
 use arete_records::stats::{self, Resampling};
@@ -11,6 +13,9 @@ use super::{COHERENCE, POLICY_PREFERENCES, REPLIES, SCORES, SUMMARY, Units, Work
 use crate::Error;
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
 use crate::config::setting;
+use crate::endpoint::Primary;
+use crate::pairs::LabelledPair;
+use crate::policies::same_source;
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
 
@@ -19,7 +24,7 @@ const LEVEL: f64 = 0.95;
 
 impl Work<'_> {
     /// Joins the units and says what they show.
-    pub(super) fn join(&self, n_pairs: usize) -> Result<(), Error> {
+    pub(super) fn join(&self, labelled: &[LabelledPair]) -> Result<(), Error> {
         let plan = self.plan;
         let mut conversations = Vec::new();
         for policy in &plan.policies {
@@ -43,19 +48,17 @@ impl Work<'_> {
         for rows in &mut conversations {
             rows.retain(|row| keeps(&row.prompt_id));
         }
-        let mut yardstick: Vec<HashMap<(String, Aspect), f32>> = Vec::new();
+        let mut yardstick: Vec<HashMap<String, YardstickRow>> = Vec::new();
         for policy in &plan.policies {
             let rows = match plan.yardstick {
                 Some(_) => self.units("yardstick", policy).read_all::<YardstickRow>()?,
                 None => Vec::new(),
             };
-            yardstick.push(
-                rows.into_iter().map(|row| ((row.prompt_id, row.aspect), row.score)).collect(),
-            );
+            yardstick.push(rows.into_iter().map(|row| (row.prompt_id.clone(), row)).collect());
         }
         let mut preferences: Vec<PolicyPreferenceRow> = Vec::new();
         for policy in &plan.policies {
-            let units = Units { n_items: n_pairs, ..self.units("pairs", policy) };
+            let units = Units { n_items: labelled.len(), ..self.units("pairs", policy) };
             preferences.extend(units.read_all::<PolicyPreferenceRow>()?);
         }
 
@@ -74,13 +77,16 @@ impl Work<'_> {
                 let conversation = by_prompt[row.prompt_id.as_str()];
                 let turn = conversation.turn(row.aspect).expect("its turns were scored");
                 let Standardisation { mean, std, .. } = standardisation[&row.aspect];
+                let is_answer = row.aspect == plan.turns.answer();
+                let measured = is_answer.then(|| yardstick.get(&row.prompt_id)).flatten();
                 scores.push(ScoreRow {
                     model: policy.name.clone(),
                     prompt_id: row.prompt_id.clone(),
                     aspect: row.aspect,
                     score: row.score,
                     z: ((f64::from(row.score) - mean) / std) as f32,
-                    yardstick: yardstick.get(&(row.prompt_id.clone(), row.aspect)).copied(),
+                    yardstick: measured.map(|own| own.score),
+                    yardstick_words: measured.and_then(|own| own.words),
                     n_tokens: turn.n_tokens,
                     finish_reason: turn.finish_reason,
                 });
@@ -100,10 +106,10 @@ impl Work<'_> {
             &scores,
             &coherence,
             &conversations,
-            &preferences,
+            (preferences.as_slice(), labelled),
             standardisation,
             shared.len(),
-        );
+        )?;
         for model in &mut summary.models {
             model.retokenised = retokenised.contains(model.name.as_str());
         }
@@ -171,12 +177,19 @@ impl Work<'_> {
         scores: &[ScoreRow],
         coherence: &[CoherenceRow],
         conversations: &[Vec<ConversationRow>],
-        preferences: &[PolicyPreferenceRow],
+        (preferences, labelled): (&[PolicyPreferenceRow], &[LabelledPair]),
         standardisation: BTreeMap<Aspect, Standardisation>,
         n_prompts: usize,
-    ) -> Summary {
+    ) -> Result<Summary, Error> {
         let config = self.plan.config;
         let resampling = Resampling { draws: config.draws, level: LEVEL, seed: config.seed };
+        let ruled: HashMap<i32, Ruled> = labelled
+            .iter()
+            .map(|pair| {
+                let ruled = Ruled::of(&pair.chosen.messages, &pair.rejected.messages);
+                (i32::try_from(pair.row).unwrap_or(i32::MAX), ruled)
+            })
+            .collect();
         let mut models = Vec::new();
         for ((policy, (_, own_scores)), conversations) in
             self.plan.policies.iter().zip(summary::scores(scores, resampling)).zip(conversations)
@@ -207,11 +220,14 @@ impl Work<'_> {
                     .collect();
                 Coherence::of(&facts)
             };
-            let logprobs: Vec<(f64, f64)> = preferences
+            let (logprobs, by_rule): (Vec<(f64, f64)>, Vec<Ruled>) = preferences
                 .iter()
                 .filter(|row| row.model == policy.name)
-                .map(|row| (f64::from(row.logprob_chosen), f64::from(row.logprob_rejected)))
-                .collect();
+                .map(|row| {
+                    let both = (f64::from(row.logprob_chosen), f64::from(row.logprob_rejected));
+                    (both, ruled[&row.pair].clone())
+                })
+                .unzip();
             models.push(ModelSummary {
                 name: policy.name.clone(),
                 source: policy.given.clone(),
@@ -225,20 +241,36 @@ impl Work<'_> {
                     .map(|aspect| (aspect, of(Some(aspect))))
                     .collect(),
                 retokenised: false,
-                preference_accuracy: PreferenceAccuracy::of(&logprobs),
+                preference_accuracy: PreferenceAccuracy::of(&logprobs, &by_rule),
             });
         }
-        Summary {
+        let mut summary = Summary {
+            primary: Primary::default(),
+            equal_length: BTreeMap::new(),
             n_prompts,
             n_left_out: self.prompts.len() - n_prompts,
             draws: config.draws,
             level: LEVEL,
             base: self.plan.inputs.base.clone(),
             yardstick: self.plan.inputs.yardstick.as_ref().map(|path| path.display().to_string()),
+            yardstick_cross_fitted: self.plan.yardstick.as_ref().map(Place::is_cross_fitted),
+            labels: self.plan.labels.clone(),
             standardisation,
             models,
             differences: summary::differences(scores, resampling),
-        }
+        };
+        summary.complete();
+        summary.primary =
+            Primary::of(&self.plan.config.endpoint()?, &summary, self.is_without_sft());
+        Ok(summary)
+    }
+
+    /// Whether the model that the reward models read with, and PPO started from, is the original.
+    fn is_without_sft(&self) -> bool {
+        let original = self.plan.policies.iter().find(|policy| policy.name == summary::ORIGINAL);
+        original.is_some_and(|policy| {
+            policy.adapter.is_none() && same_source(&policy.source, &self.plan.base)
+        })
     }
 }
 

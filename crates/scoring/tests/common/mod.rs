@@ -3,7 +3,7 @@
 use std::f64::consts::PI;
 use std::path::{Path, PathBuf};
 
-use arete_chain::Turns;
+use arete_chain::{Ruled, Turns};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow,
     RolloutTurn, Round, ScoreRow, TurnRow,
@@ -12,7 +12,11 @@ use arete_records::stats::Resampling;
 use arete_records::{Aspect, FinishReason, Message, Split, Virtue, parquet, prompt_id};
 use arete_scoring::best_of::BestOf;
 use arete_scoring::coherence::{Coherence, ReplyFacts};
-use arete_scoring::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
+use arete_scoring::endpoint::Primary;
+use arete_scoring::summary::{
+    self, Difference, EqualLength, ModelSummary, PreferenceAccuracy, Scale, Scope, Standardisation,
+    Summary,
+};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use serde_json::{Map, Value, json};
@@ -37,6 +41,12 @@ fn noise(a: usize, b: usize) -> f64 {
 /// Roughly normal.
 fn normal(a: usize, b: usize) -> f64 {
     (0..4).map(|k| noise(a + 31 * k, b + 17 * k)).sum::<f64>() * 0.85
+}
+
+/// A labelled pair about a question of its own, as the null rulers see it: the better side is the shorter one.
+fn ruled(idx: usize) -> Ruled {
+    let side = |text| [Message::user(format!("{idx}")), Message::assistant(text)];
+    Ruled::of(&side("short"), &side("longer"))
 }
 
 pub(crate) struct SyntheticRun<'a> {
@@ -326,8 +336,11 @@ impl SyntheticRun<'_> {
             let evaluation = json!({
                 "split": "validation", "n": 120,
                 "accuracy": { "estimate": accuracy, "low": accuracy - 0.085, "high": accuracy + 0.08 },
-                "shorter_answer": { "estimate": 0.52, "low": 0.43, "high": 0.61 },
-                "lead_over_shorter_answer": { "estimate": accuracy - 0.52, "low": accuracy - 0.6, "high": accuracy - 0.43 },
+                "null_rulers": {
+                    "best": "shorter",
+                    "accuracy": { "shorter": { "estimate": 0.52, "low": 0.43, "high": 0.61 } },
+                    "lead": { "estimate": accuracy - 0.52, "low": accuracy - 0.6, "high": accuracy - 0.43 },
+                },
                 "calibration": [
                     { "n": 60, "stated": 0.56, "observed": 0.55 - 0.03 * k as f64 },
                     { "n": 40, "stated": 0.72, "observed": 0.7 - 0.04 * k as f64 },
@@ -468,7 +481,10 @@ impl SyntheticRun<'_> {
                         aspect,
                         score: (0.8 * z + 0.1) as f32,
                         z: z as f32,
-                        yardstick: Some((0.3 * z + 0.2 * noise(at, 77 + m)) as f32),
+                        yardstick: (aspect == Aspect::ACTION)
+                            .then(|| (0.3 * z + 0.2 * noise(at, 77 + m)) as f32),
+                        yardstick_words: (aspect == Aspect::ACTION)
+                            .then(|| (0.1 * z + 0.5 * noise(at, 78 + m)) as f32),
                         n_tokens: row.turn(aspect).unwrap().n_tokens,
                         finish_reason: row.turn(aspect).unwrap().finish_reason,
                     });
@@ -509,11 +525,10 @@ impl SyntheticRun<'_> {
                         .map(|aspect| (aspect, of(Some(aspect))))
                         .into(),
                     retokenised: false,
-                    preference_accuracy: PreferenceAccuracy::of(&[
-                        (-1.0, -2.0),
-                        (-1.5, -1.2),
-                        (-1.0, -1.1),
-                    ]),
+                    preference_accuracy: PreferenceAccuracy::of(
+                        &[(-1.0, -2.0), (-1.5, -1.2), (-1.0, -1.1)],
+                        &[ruled(0), ruled(1), ruled(2)],
+                    ),
                 }
             })
             .collect();
@@ -523,7 +538,34 @@ impl SyntheticRun<'_> {
             n: 48,
             from: "validation conversations of the base".to_owned(),
         };
+        let difference = |own: &Difference| EqualLength {
+            figure: own.equal_length.clone(),
+            measure: "yardstick".to_owned(),
+            win_rate: own.win_rate.clone(),
+            circular: own.first == "original",
+        };
+        let differences = summary::differences(&scores, resampling);
+        let answers = differences
+            .iter()
+            .filter(|own| (own.scale, own.scope) == (Scale::Yardstick, Scope::Of(Aspect::ACTION)));
+        let equal_length =
+            answers.map(|own| (format!("{} - {}", own.last, own.first), difference(own))).collect();
+        let primary = Primary {
+            comparison: "final - sft".to_owned(),
+            turn: "answer".to_owned(),
+            measure: "yardstick".to_owned(),
+            at_equal_length: true,
+            value: Some(0.1),
+            low: Some(-0.2),
+            high: Some(0.4),
+            n_seeds: 1,
+            reason: "this run only: one seed".to_owned(),
+        };
         let summary = Summary {
+            primary,
+            equal_length,
+            yardstick_cross_fitted: Some(true),
+            labels: None,
             n_prompts: N_TEST,
             n_left_out: 0,
             draws: 1000,
@@ -532,7 +574,7 @@ impl SyntheticRun<'_> {
             yardstick: Some("runs/yardstick".to_owned()),
             standardisation: Aspect::SHIPPED.map(|aspect| (aspect, standardisation(aspect))).into(),
             models,
-            differences: summary::differences(&scores, resampling),
+            differences,
         };
         parquet::write(self.at("scoring/scores.parquet"), &scores).unwrap();
         fs_err::write(

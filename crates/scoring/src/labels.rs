@@ -1,0 +1,29 @@
+//! How the labels of a run's reward models came about, as far as it makes comparisons circular.
+
+use std::path::Path;
+
+use arete_stage::run::RunJson;
+use serde_json::Value;
+
+use crate::Error;
+use crate::summary::Labels;
+
+/// From what the stages beside the reward models recorded; none if they are not there.
+///
+/// # Errors
+///
+/// [`Error::Stage`] if a record is there but damaged.
+pub(crate) fn of(rewards: &Path) -> Result<Option<Labels>, Error> {
+    let Some(run) = rewards.parent() else { return Ok(None) };
+    let setting = |stage: &str, name: &str| -> Result<Option<String>, Error> {
+        let dir = run.join(stage);
+        if !dir.join("run.json").is_file() {
+            return Ok(None);
+        }
+        let config = RunJson::read(&dir)?.config;
+        Ok(config.get(name).and_then(Value::as_str).map(str::to_owned))
+    };
+    let method = setting("preferences", "method")?;
+    let personas = setting("conversations", "personas")?;
+    Ok(method.zip(personas).map(|(method, personas)| Labels { method, personas }))
+}
