@@ -296,7 +296,9 @@ fn a_foreign_reward_model_is_read_before_its_padding() {
 #[test]
 fn scores_that_overflow_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let large = |name: &str, tensor: Tensor| match name.contains("layers.0.self_attn.q_proj") || name.contains("layers.0.self_attn.k_proj") {
+    let large = |name: &str, tensor: Tensor| match name.contains("layers.0.self_attn.q_proj")
+        || name.contains("layers.0.self_attn.k_proj")
+    {
         true => tensor * 1e30,
         false => tensor,
     };

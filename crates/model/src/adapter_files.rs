@@ -17,10 +17,10 @@ use crate::Error;
 use crate::checkpoint::check_adapter;
 use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
 use crate::config::ModelConfig;
-use crate::json::read_object;
 use crate::head::ScalarHead;
-use crate::merge;
+use crate::json::read_object;
 use crate::lora::{Adapter, LoraConfig, LoraPair, Target};
+use crate::merge;
 use crate::model::Model;
 use crate::nf4::Nf4Options;
 

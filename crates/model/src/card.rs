@@ -12,8 +12,8 @@ use arete_stage::run::{RUN_JSON, RunJson};
 use serde_json::{Map, Value};
 
 use crate::Error;
-use crate::json::read_object;
 use crate::hub::{Content, RepositoryKind, Upload, split_id};
+use crate::json::read_object;
 
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 const ADAPTER_META: &str = "arete_adapter.json";

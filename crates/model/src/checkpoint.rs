@@ -32,9 +32,9 @@ mod gguf_names;
 pub mod safetensors;
 mod source;
 
+pub(crate) use self::directory::check_adapter;
 #[cfg(feature = "gguf")]
 use self::gguf_names::{ROPE_FACTORS, hugging_face_name, vocabulary};
-pub(crate) use self::directory::check_adapter;
 pub use self::source::Source;
 pub(crate) use self::source::conversion_command;
 use self::source::download;
@@ -145,7 +145,8 @@ impl Checkpoint {
         let expected = config.expected_tensors();
         let ours = |name: &str| expected.iter().any(|(known, _)| known == name);
         for name in weights.place.keys() {
-            let of_model = name.strip_suffix(".bias").is_some_and(|stem| ours(&format!("{stem}.weight")));
+            let of_model =
+                name.strip_suffix(".bias").is_some_and(|stem| ours(&format!("{stem}.weight")));
             if of_model || (name.ends_with(".bias") && !is_beyond(name, &config)) {
                 let expected = "no biases (they are not supported)";
                 return Err(Error::field(weights.file_of(name)?.path(), name, expected, "a bias"));
@@ -338,10 +339,12 @@ impl Checkpoint {
 
     /// A tensor in another dtype, whose range must hold its numbers.
     fn narrowed(&self, name: &str, tensor: Tensor, kind: Kind) -> Result<Tensor, Error> {
-        let may_overflow = tensor.kind() != kind && (kind == Kind::Half || tensor.kind() == Kind::Double);
+        let may_overflow =
+            tensor.kind() != kind && (kind == Kind::Half || tensor.kind() == Kind::Double);
         let tensor = tensor.f_to_kind(kind)?;
         if may_overflow
-            && let Some(place) = bytes::first_non_finite(kind, bytes::bytes_of(&tensor.contiguous()))
+            && let Some(place) =
+                bytes::first_non_finite(kind, bytes::bytes_of(&tensor.contiguous()))
         {
             let expected = format!("numbers that fit {}", dtype_name(kind));
             let found = format!("a larger one at element {place}; use another dtype");

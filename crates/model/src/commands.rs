@@ -261,8 +261,7 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     let (adapter, head) = (&loaded.adapter, loaded.head.as_ref());
     check_task(&model, &loaded)?;
     let (output, extra) = (&arguments.output, serde_json::Map::new());
-    let staged =
-        merge::Staged::write(&source, Some(adapter), head, output, dtype, packed, extra)?;
+    let staged = merge::Staged::write(&source, Some(adapter), head, output, dtype, packed, extra)?;
     let merged = Source::Directory(staged.path().to_path_buf());
     let options = LoadOptions { nf4: None, ..arguments.model.options() };
     let merged = Model::streamed(&merged, &options)?;

@@ -440,7 +440,12 @@ fn check_quantization(reader: &Reader<'_>) -> Result<(), Error> {
     let is_8bit = |key| inner.flag(key, false);
     if is_8bit("load_in_8bit")? || is_8bit("_load_in_8bit")? {
         let expected = "four-bit NF4 or unquantised weights (load the model with transformers and save it dequantised)";
-        return Err(Error::field(reader.path, "load_in_8bit", expected, "an int8 checkpoint of bitsandbytes"));
+        return Err(Error::field(
+            reader.path,
+            "load_in_8bit",
+            expected,
+            "an int8 checkpoint of bitsandbytes",
+        ));
     }
     // bitsandbytes' own default is fp4; files without a method are older bitsandbytes ones.
     match (method.unwrap_or("bitsandbytes"), kind) {

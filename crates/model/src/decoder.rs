@@ -328,7 +328,8 @@ impl Decoder {
     pub fn head(&self) -> Result<&Tensor, Error> {
         self.head.as_ref().ok_or_else(|| {
             let expected = "a language model (…ForCausalLM)";
-            let found = "a reward model (…ForSequenceClassification), which has no vocabulary matrix";
+            let found =
+                "a reward model (…ForSequenceClassification), which has no vocabulary matrix";
             Error::field(&self.path, "architectures", expected, found)
         })
     }

@@ -250,7 +250,9 @@ impl Classified for Error {
             #[cfg(feature = "cli")]
             Self::Stage(error) => error.class(),
             Self::Io(error) => error.class(),
-            Self::Torch(error) if memory_refused(&error.to_string()).is_some() => Some(Class::Memory),
+            Self::Torch(error) if memory_refused(&error.to_string()).is_some() => {
+                Some(Class::Memory)
+            }
             Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(Class::Other),
             Self::Hub { .. } => Some(Class::Unavailable),
             Self::Invalid { .. } | Self::Source { .. } => Some(Class::Setting),

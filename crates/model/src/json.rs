@@ -21,8 +21,9 @@ const WORDS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
 /// [`Error::Field`] if it is no such file, [`Error::Records`] if it is no regular one of at most `max_bytes`.
 pub fn read_object(path: &Path, max_bytes: u64) -> Result<Map<String, Value>, Error> {
     let bytes = files::read_capped(path, max_bytes)?;
-    let parsed = serde_json::from_slice(&bytes)
-        .or_else(|error| with_words_quoted(&bytes).map_or(Err(error), |text| serde_json::from_slice(&text)));
+    let parsed = serde_json::from_slice(&bytes).or_else(|error| {
+        with_words_quoted(&bytes).map_or(Err(error), |text| serde_json::from_slice(&text))
+    });
     match parsed {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::field(path, "content", "a JSON object", "another JSON value")),
@@ -74,7 +75,9 @@ mod tests {
 
     #[test]
     fn pythons_words_are_texts_and_texts_stay() {
-        let map = read(r#"{"a": NaN, "b": [-Infinity, 1], "c": "NaN \" NaN", "Infinity": Infinity}"#).unwrap();
+        let map =
+            read(r#"{"a": NaN, "b": [-Infinity, 1], "c": "NaN \" NaN", "Infinity": Infinity}"#)
+                .unwrap();
         let expected = serde_json::json!({"a": "NaN", "b": ["-Infinity", 1], "c": "NaN \" NaN", "Infinity": "Infinity"});
         assert_eq!(Value::Object(map.clone()), expected);
         assert!(is_word(&map["a"]) && !is_word(&map["c"]));

@@ -47,8 +47,7 @@ pub fn write_packed(
     write_settings(&checkpoint, staging.path(), config_json)?;
 
     let mut writer = ShardWriter::new(staging.path());
-    let names: Vec<String> =
-        config.expected_tensors().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = config.expected_tensors().into_iter().map(|(name, _)| name).collect();
     let progress = arete_records::progress::start("quantising", "tensors", names.len() as u64);
     for name in names {
         let weight = checkpoint.tensor(&name)?;

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use arete_records::atomic;
 use arete_records::files::read_capped;
 use serde_json::{Map, Value};
+use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::{
     NormalizedString, Normalizer as _, OffsetReferential, OffsetType, PreTokenizedString,
     PreTokenizer as _, PreTokenizerWrapper,
 };
-use tokenizers::pre_tokenizers::split::SplitPattern;
 
 use crate::Error;
 use crate::json::{is_word, read_object};
@@ -27,9 +27,9 @@ mod gguf;
 mod spelling;
 mod validate;
 
+use self::declared::Declared;
 #[cfg(feature = "gguf")]
 pub use self::gguf::GgufVocabulary;
-use self::declared::Declared;
 
 /// A `tokenizer.json` larger than this is refused; the largest published ones have 33 MB.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
@@ -154,7 +154,8 @@ impl Tokenizer {
         })?;
         drop_cutting(&path, &mut tokenizer)?;
         validate::check_added(&path, &json, &tokenizer)?;
-        let special = Declared { path: &path, config: &config, map: special_map }.apply(&mut tokenizer)?;
+        let special =
+            Declared { path: &path, config: &config, map: special_map }.apply(&mut tokenizer)?;
         Ok(Self::assemble(tokenizer, path, Some(bytes), config, special, template))
     }
 
@@ -227,7 +228,9 @@ impl Tokenizer {
                 word.2 = end;
                 continue;
             }
-            if word.2 - word.1 > LONG_WORD_BYTES && self.is_split_in_pieces(&text[word.1..word.2])? {
+            if word.2 - word.1 > LONG_WORD_BYTES
+                && self.is_split_in_pieces(&text[word.1..word.2])?
+            {
                 return Err(Error::Tokenizer {
                     path: self.0.path.clone(),
                     reason: format!(
@@ -539,7 +542,8 @@ fn around_space(word: &str) -> Option<&str> {
     let gap = inside + word[inside..].find(char::is_whitespace)?;
     let after = gap + word[gap..].find(|c: char| !c.is_whitespace())?;
     let begin = word[..after].char_indices().rev().nth(CHARS_BEFORE).map_or(0, |(at, _)| at);
-    let end = word[after..].char_indices().nth(CHARS_AFTER).map_or(word.len(), |(at, _)| after + at);
+    let end =
+        word[after..].char_indices().nth(CHARS_AFTER).map_or(word.len(), |(at, _)| after + at);
     Some(&word[begin..end])
 }
 

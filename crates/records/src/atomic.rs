@@ -610,7 +610,8 @@ mod tests {
             for round in 0..200u32 {
                 let bytes = round.to_le_bytes();
                 let fresh = replaced_by(&target, &[("weights", &bytes)]);
-                if round % 2 == 0 { fresh.commit() } else { fresh.commit_beside().map(drop) }.unwrap();
+                if round % 2 == 0 { fresh.commit() } else { fresh.commit_beside().map(drop) }
+                    .unwrap();
             }
             done.store(true, Ordering::Relaxed);
             watcher.join().unwrap();

@@ -196,7 +196,10 @@ mod tests {
         let torch = "called `Result::unwrap()` on an `Err` value: Torch(\"[enforce fail at alloc_cpu.cpp:119] err == 0. \
                      DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (x)\\nframe #0\")";
         let found = super::memory_refused(torch).unwrap();
-        assert_eq!(found, "can't allocate memory: you tried to allocate 8 bytes. Error code 12 (x)");
+        assert_eq!(
+            found,
+            "can't allocate memory: you tried to allocate 8 bytes. Error code 12 (x)"
+        );
         assert!(super::memory_refused("CUDA out of memory. Tried to allocate").is_some());
         assert!(super::memory_refused("std::bad_alloc").is_some());
         assert_eq!(super::memory_refused("index out of bounds"), None);

@@ -213,7 +213,10 @@ mod tests {
         assert_eq!(code(|| Ok(())), is(0));
         assert_eq!(code(|| Err(BadInput("row 3".to_owned()).into())), is(65));
         assert_eq!(code(|| panic!("index out of bounds")), is(INTERNAL));
-        assert_eq!(code(|| panic!("DefaultCPUAllocator: can't allocate memory: you tried")), is(71));
+        assert_eq!(
+            code(|| panic!("DefaultCPUAllocator: can't allocate memory: you tried")),
+            is(71)
+        );
         // Caught by a library's caller, a panic is none of the program's.
         let caught = || {
             assert!(catch_unwind(|| panic!("a parser's")).is_err());

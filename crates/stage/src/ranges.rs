@@ -19,7 +19,10 @@ const ANY: [&str; 1] = ["seed"];
 /// # Errors
 ///
 /// [`Error::Records`] naming the flag.
-pub(crate) fn check_flags(matches: &ArgMatches, settings: &Map<String, Value>) -> Result<(), Error> {
+pub(crate) fn check_flags(
+    matches: &ArgMatches,
+    settings: &Map<String, Value>,
+) -> Result<(), Error> {
     for (key, value) in settings {
         if let Value::Object(inner) = value {
             check_flags(matches, inner)?;
@@ -33,7 +36,8 @@ pub(crate) fn check_flags(matches: &ArgMatches, settings: &Map<String, Value>) -
         let raw = matches.try_get_raw(key).ok().flatten().and_then(|mut raw| raw.next());
         let raw = raw.map(|raw| raw.to_string_lossy().into_owned()).unwrap_or_default();
         // JSON has no infinities: what was one is null.
-        let is_endless = value.is_null() && raw.parse().is_ok_and(|number: f64| !number.is_finite());
+        let is_endless =
+            value.is_null() && raw.parse().is_ok_and(|number: f64| !number.is_finite());
         if let Some(expected) = expected(value).or_else(|| is_endless.then(|| FINITE.to_owned())) {
             let flag = format!("--{}", key.replace('_', "-"));
             return Err(arete_records::Error::from(Refusal::setting(flag, expected, raw)).into());
@@ -49,11 +53,14 @@ pub(crate) fn check_flags(matches: &ArgMatches, settings: &Map<String, Value>) -
 /// [`Error::Records`] naming the file, the table and the key.
 pub(crate) fn check_entry(path: &Path, table: &str, key: &str, value: &Value) -> Result<(), Error> {
     if let Value::Object(inner) = value {
-        return inner.iter().try_for_each(|(inner, value)| check_entry(path, &format!("{table}.{key}"), inner, value));
+        return inner.iter().try_for_each(|(inner, value)| {
+            check_entry(path, &format!("{table}.{key}"), inner, value)
+        });
     }
     match expected(value) {
         Some(expected) if !ANY.contains(&key) => {
-            let refusal = Refusal::file(path, format!("key `{key}` in `[{table}]`"), expected, value);
+            let refusal =
+                Refusal::file(path, format!("key `{key}` in `[{table}]`"), expected, value);
             Err(arete_records::Error::from(refusal).into())
         }
         _ => Ok(()),
@@ -68,7 +75,9 @@ fn expected(value: &Value) -> Option<String> {
     let is_too_large = match (number.as_u64(), number.as_i64()) {
         (Some(number), _) => number > MOST,
         (None, Some(number)) => number.unsigned_abs() > MOST,
-        (None, None) => return (number.as_f64()?.abs() > 1e30).then(|| "a number below 1e30".to_owned()),
+        (None, None) => {
+            return (number.as_f64()?.abs() > 1e30).then(|| "a number below 1e30".to_owned());
+        }
     };
     is_too_large.then(|| format!("a whole number of at most {MOST}"))
 }
@@ -114,7 +123,10 @@ mod tests {
         fs_err::write(file.path(), recipe.unwrap_or_default()).unwrap();
         let recipe = recipe.map(|_| file.path());
         crate::recipe::resolve(&matches, "sft", recipe).map_err(|error| {
-            assert!(matches!(crate::exit::class_of(&error), Some(arete_records::Class::Setting | arete_records::Class::Data)));
+            assert!(matches!(
+                crate::exit::class_of(&error),
+                Some(arete_records::Class::Setting | arete_records::Class::Data)
+            ));
             error.to_string()
         })
     }
@@ -135,7 +147,12 @@ mod tests {
                 let error = resolve(&[&given], recipe).unwrap_err();
                 assert!(error.starts_with(flag) && error.contains(arguments[1]), "{error}");
             }
-            for fine in ["--seed=18446744073709551615", "--title=inf", "--title=99999999999999", "--draws=1000000000"] {
+            for fine in [
+                "--seed=18446744073709551615",
+                "--title=inf",
+                "--title=99999999999999",
+                "--draws=1000000000",
+            ] {
                 resolve(&[fine], recipe).unwrap();
             }
         }

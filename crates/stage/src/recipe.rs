@@ -354,10 +354,11 @@ type Tables = BTreeMap<String, Map<String, Value>>;
 
 fn read_tables(path: &Path, stage: &str) -> Result<Tables, Error> {
     let recipe_error = |reason: String| Error::Recipe { path: path.to_owned(), reason };
-    let bytes = arete_records::files::read_capped(path, MAX_RECIPE_BYTES).map_err(|error| match error {
-        arete_records::Error::Io(error) => Error::Io(error),
-        other => Error::Records(other),
-    })?;
+    let bytes =
+        arete_records::files::read_capped(path, MAX_RECIPE_BYTES).map_err(|error| match error {
+            arete_records::Error::Io(error) => Error::Io(error),
+            other => Error::Records(other),
+        })?;
     let text = String::from_utf8(bytes).map_err(|error| recipe_error(error.to_string()))?;
     // A text of several lines is the same whatever system the recipe was written on.
     let text = text.replace("\r\n", "\n");

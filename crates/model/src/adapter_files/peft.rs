@@ -25,7 +25,7 @@ const WITHOUT_EFFECT: [&str; 24] = [
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
-    "megatron_core", // the name of a module
+    "megatron_core",   // the name of a module
     "modules_to_save", // what they are is checked with the tensors
     "peft_version",
     "qalora_group_size", // of use_qalora
@@ -137,7 +137,10 @@ pub(super) fn is_on(config: &Map<String, Value>, layer: usize, target: Target) -
     let name = format!("model.layers.{layer}.{}", target.module());
     let names = |key: &str| config.get(key).and_then(Value::as_array);
     let among = |names: &Vec<Value>| {
-        names.iter().filter_map(Value::as_str).any(|known| name.ends_with(&format!(".{known}")) || name == known)
+        names
+            .iter()
+            .filter_map(Value::as_str)
+            .any(|known| name.ends_with(&format!(".{known}")) || name == known)
     };
     let layers = match config.get("layers_to_transform") {
         Some(Value::Array(layers)) => Some(layers.clone()),
@@ -146,5 +149,6 @@ pub(super) fn is_on(config: &Map<String, Value>, layer: usize, target: Target) -
     };
     names("target_modules").is_none_or(among)
         && !names("exclude_modules").is_some_and(among)
-        && layers.is_none_or(|layers| layers.iter().any(|known| known.as_u64() == Some(layer as u64)))
+        && layers
+            .is_none_or(|layers| layers.iter().any(|known| known.as_u64() == Some(layer as u64)))
 }

@@ -135,9 +135,8 @@ fn codes(weights: &Weights, name: &str, n: i64) -> Result<Tensor, Error> {
     let known = [Kind::Uint8, Kind::BFloat16, Kind::Half, Kind::Float].map(Some).contains(&kind);
     if !known || count * width != n {
         let found = format!("{kind:?} {shape:?}");
-        let expected = format!(
-            "{n} bytes of codes, stored as U8, BF16, F16 or F32 (bnb_4bit_quant_storage)"
-        );
+        let expected =
+            format!("{n} bytes of codes, stored as U8, BF16, F16 or F32 (bnb_4bit_quant_storage)");
         return Err(Error::field(file.path(), name, expected, found));
     }
     file.raw(name)

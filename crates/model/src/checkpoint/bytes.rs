@@ -75,7 +75,8 @@ pub(crate) fn first_non_finite(kind: Kind, bytes: &[u8]) -> Option<usize> {
     fn find<const N: usize>(bytes: &[u8], is_finite: impl Fn([u8; N]) -> bool) -> Option<usize> {
         const BLOCK: usize = 4096;
         let numbers = bytes.as_chunks::<N>().0;
-        let all = |block: &&[[u8; N]]| block.iter().fold(true, |all, &number| all & is_finite(number));
+        let all =
+            |block: &&[[u8; N]]| block.iter().fold(true, |all, &number| all & is_finite(number));
         let block = numbers.chunks(BLOCK).position(|block| !all(&block))?;
         let first = numbers[block * BLOCK..].iter().position(|&number| !is_finite(number))?;
         Some(block * BLOCK + first)
@@ -135,7 +136,8 @@ mod tests {
 
     #[test]
     fn the_first_number_that_is_not_finite_is_found() {
-        let bad = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7F80_0001)];
+        let bad =
+            [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7F80_0001)];
         let good = [0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, f32::from_bits(1)];
         for place in [0, 1, 4095, 4096, 9999] {
             for bad in bad {

@@ -34,7 +34,9 @@ pub(super) fn check_model(directory: &Path) -> Result<(), Error> {
             Some(base) => format!("its base ({base})"),
             None => "its base".to_owned(),
         };
-        return wrong(format!("an adapter: name {base} with --model, and this directory with --adapter"));
+        return wrong(format!(
+            "an adapter: name {base} with --model, and this directory with --adapter"
+        ));
     }
     let files = names(directory);
     if let Some(file) = files.iter().find(|file| file.ends_with(".gguf")) {
@@ -49,7 +51,9 @@ pub(super) fn check_model(directory: &Path) -> Result<(), Error> {
     let inner = subdirectories(directory, |path| path.join("config.json").is_file());
     match inner.as_slice() {
         [] => wrong("none".to_owned()),
-        [one, ..] => wrong(format!("none, but models in directories below it, such as {}", one.display())),
+        [one, ..] => {
+            wrong(format!("none, but models in directories below it, such as {}", one.display()))
+        }
     }
 }
 
@@ -65,7 +69,9 @@ pub(super) fn no_weights(directory: &Path) -> Error {
     }
     let expected = "model.safetensors, or model.safetensors.index.json and its shards";
     let found = match files.iter().find(|file| file.ends_with(".safetensors")) {
-        Some(file) => format!("{file}, which nothing says how to read as the whole model (a variant, or another layout)"),
+        Some(file) => format!(
+            "{file}, which nothing says how to read as the whole model (a variant, or another layout)"
+        ),
         None => "neither".to_owned(),
     };
     Error::field(directory, "weights", expected, found)

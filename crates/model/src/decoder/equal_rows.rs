@@ -124,7 +124,8 @@ fn gradients(decoder: &Decoder, sequences: &[Vec<i64>]) -> (Vec<[Tensor; 2]>, Ve
     let attend = |qkv: &Tensor| decoder.attend(qkv, &positions, &batch.tables);
     let (hidden, delta) = decoder.block(0, &leaf, None, Some(&prepared), attend).unwrap();
     let out = ops::rms_norm(&hidden, Some(&delta), &decoder.norm, 1e-5).unwrap().0;
-    let found = ops::token_logprobs(&out, decoder.head.as_ref().unwrap(), &tokens, 0.8, false).unwrap().0;
+    let found =
+        ops::token_logprobs(&out, decoder.head.as_ref().unwrap(), &tokens, 0.8, false).unwrap().0;
     found.sum(Kind::Float).backward();
     let grad = leaf.grad();
     let mut row = 0;

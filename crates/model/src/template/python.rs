@@ -97,9 +97,8 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
         true => Err(wrong("cycler: at least one item has to be provided")),
         false => Ok(Value::from_object(Cycler { items: items.0, at: AtomicUsize::new(0) })),
     });
-    environment.add_function("lipsum", || {
-        Err::<Value, _>(wrong("lipsum: random text is not supported"))
-    });
+    environment
+        .add_function("lipsum", || Err::<Value, _>(wrong("lipsum: random text is not supported")));
     environment.add_function("dict", dict);
     environment.add_global("self", Value::from_pairs(std::iter::empty::<(&str, Value)>()));
 }
@@ -148,7 +147,12 @@ fn padded(state: &State, text: &str, width: usize, fill: char, side: Side) -> Re
 }
 
 /// Methods of Python's `str` that pycompat lacks or has otherwise; none for the others.
-fn method_of(state: &State, text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+fn method_of(
+    state: &State,
+    text: &str,
+    method: &str,
+    args: &[Value],
+) -> Result<Option<Value>, Error> {
     let all = |is: fn(char) -> bool| Value::from(!text.is_empty() && text.chars().all(is));
     let pad = |side| -> Result<Value, Error> {
         let (width, fill): (usize, Option<char>) = from_args(args)?;
@@ -183,7 +187,9 @@ fn method_of(state: &State, text: &str, method: &str, args: &[Value]) -> Result<
         "swapcase" => Value::from(text.chars().flat_map(swap_case).collect::<String>()),
         "casefold" => Value::from(text.to_lowercase().replace('ß', "ss")),
         "isspace" => all(is_space),
-        "isdecimal" => all(|c| c.is_ascii_digit() || (c.is_numeric() && !c.is_ascii() && is_decimal(c))),
+        "isdecimal" => {
+            all(|c| c.is_ascii_digit() || (c.is_numeric() && !c.is_ascii() && is_decimal(c)))
+        }
         "removeprefix" => Value::from(text.strip_prefix(affix()?).unwrap_or(text)),
         "removesuffix" => Value::from(text.strip_suffix(affix()?).unwrap_or(text)),
         "zfill" => {
@@ -244,12 +250,14 @@ fn split(
     let pieces: Vec<&str> = match &separator {
         None => split_at_space(text, most, from_right),
         Some(separator) => {
-            let separator = separator.as_str().ok_or_else(|| wrong("split: a separator must be a string"))?;
+            let separator =
+                separator.as_str().ok_or_else(|| wrong("split: a separator must be a string"))?;
             if separator.is_empty() {
                 return Err(wrong("empty separator"));
             }
             if from_right {
-                let mut pieces: Vec<&str> = text.rsplitn(most.saturating_add(1), separator).collect();
+                let mut pieces: Vec<&str> =
+                    text.rsplitn(most.saturating_add(1), separator).collect();
                 pieces.reverse();
                 pieces
             } else {
@@ -291,7 +299,10 @@ fn split_at_space(text: &str, most: usize, from_right: bool) -> Vec<&str> {
 
 fn lines(text: &str, keep_ends: bool) -> Value {
     let is_end = |c: char| {
-        matches!(c, '\n' | '\r' | '\x0B' | '\x0C' | '\x1C'..='\x1E' | '\u{85}' | '\u{2028}' | '\u{2029}')
+        matches!(
+            c,
+            '\n' | '\r' | '\x0B' | '\x0C' | '\x1C'..='\x1E' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        )
     };
     let mut out = Vec::new();
     let mut rest = text;
@@ -330,7 +341,12 @@ fn python_number(text: &str) -> Option<String> {
 }
 
 /// Jinja2's `int`: whole numbers, also out of text, else `default` (0).
-fn int(value: &Value, default: Option<Value>, base: Option<u32>, kwargs: Kwargs) -> Result<Value, Error> {
+fn int(
+    value: &Value,
+    default: Option<Value>,
+    base: Option<u32>,
+    kwargs: Kwargs,
+) -> Result<Value, Error> {
     let default = default.or(kwargs.get("default")?).unwrap_or_else(|| Value::from(0));
     let base = base.or(kwargs.get("base")?).unwrap_or(10);
     kwargs.assert_all_used()?;
@@ -359,7 +375,8 @@ fn int(value: &Value, default: Option<Value>, base: Option<u32>, kwargs: Kwargs)
 
 fn dict(entries: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let mut pairs: Vec<(Value, Value)> = Vec::new();
-    let mut put = |key: Value, value: Value| match pairs.iter_mut().find(|(known, _)| *known == key) {
+    let mut put = |key: Value, value: Value| match pairs.iter_mut().find(|(known, _)| *known == key)
+    {
         Some((_, known)) => *known = value,
         None => pairs.push((key, value)),
     };
@@ -405,7 +422,11 @@ fn truncate(value: &Value, given: Rest<Value>, kwargs: Kwargs) -> Result<String,
         return Err(wrong("truncate: expected a length of at least that of the end"));
     }
     let kept: String = text.chars().take(length - n_end).collect();
-    let kept = if kill_words { kept.as_str() } else { kept.rsplit_once(' ').map_or(kept.as_str(), |(words, _)| words) };
+    let kept = if kill_words {
+        kept.as_str()
+    } else {
+        kept.rsplit_once(' ').map_or(kept.as_str(), |(words, _)| words)
+    };
     Ok(format!("{kept}{end}"))
 }
 
@@ -425,7 +446,9 @@ fn urlencode(value: &Value) -> Result<String, Error> {
         }
         out
     }
-    if value.as_str().is_some() || !matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Iterable) {
+    if value.as_str().is_some()
+        || !matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Iterable)
+    {
         return Ok(quoted(&text_of(value), "/", false));
     }
     let mut parts = Vec::new();
@@ -440,7 +463,11 @@ fn urlencode(value: &Value) -> Result<String, Error> {
             };
             (key, value)
         };
-        parts.push(format!("{}={}", quoted(&text_of(&key), "", true), quoted(&text_of(&value), "", true)));
+        parts.push(format!(
+            "{}={}",
+            quoted(&text_of(&key), "", true),
+            quoted(&text_of(&value), "", true)
+        ));
     }
     Ok(parts.join("&"))
 }
@@ -507,7 +534,14 @@ fn is_float(value: &Value) -> bool {
 fn float(value: &Value) -> String {
     let Ok(number) = f64::try_from(value.clone()) else { return value.to_string() };
     if !number.is_finite() {
-        return if number.is_nan() { "nan" } else if number > 0.0 { "inf" } else { "-inf" }.to_owned();
+        return if number.is_nan() {
+            "nan"
+        } else if number > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        }
+        .to_owned();
     }
     let scientific = format!("{number:e}");
     let Some((digits, exponent)) = scientific.split_once('e') else { return scientific };
@@ -537,7 +571,8 @@ fn repr(value: &Value) -> String {
     match value.kind() {
         ValueKind::Number if is_float(value) => float(value),
         ValueKind::Seq => {
-            let items: Vec<String> = value.try_iter().into_iter().flatten().map(|item| repr(&item)).collect();
+            let items: Vec<String> =
+                value.try_iter().into_iter().flatten().map(|item| repr(&item)).collect();
             match (value.is_tuple(), items.as_slice()) {
                 (false, _) => format!("[{}]", items.join(", ")),
                 (true, [one]) => format!("({one},)"),
@@ -602,7 +637,9 @@ impl Object for Cycler {
     ) -> Result<Value, Error> {
         let () = from_args(args)?;
         match method {
-            "next" => Ok(self.items[self.at.fetch_add(1, Ordering::Relaxed) % self.items.len()].clone()),
+            "next" => {
+                Ok(self.items[self.at.fetch_add(1, Ordering::Relaxed) % self.items.len()].clone())
+            }
             "reset" => {
                 self.at.store(0, Ordering::Relaxed);
                 Ok(().into())

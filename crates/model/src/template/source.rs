@@ -25,7 +25,10 @@ pub(super) fn rewritten(source: &str) -> String {
         } else if let Some(raw) = raw_block(rest) {
             out.push_str(&rest[..raw.begin]);
             // minijinja drops a line end after the tag, Jinja2 does not.
-            if rest[..raw.begin].ends_with("%}") && !rest[..raw.begin].ends_with("-%}") && rest[raw.begin..].starts_with('\n') {
+            if rest[..raw.begin].ends_with("%}")
+                && !rest[..raw.begin].ends_with("-%}")
+                && rest[raw.begin..].starts_with('\n')
+            {
                 out.push('\n');
             }
             out.push_str(&rest[raw.begin..raw.end]);
@@ -208,7 +211,8 @@ enum Escaped {
 fn escape(rest: &str) -> (Escaped, usize) {
     let Some(c) = rest.chars().next() else { return (Escaped::Kept, 0) };
     let hex = |digits: usize| {
-        let code = rest.get(1..1 + digits).filter(|text| text.chars().all(|c| c.is_ascii_hexdigit()));
+        let code =
+            rest.get(1..1 + digits).filter(|text| text.chars().all(|c| c.is_ascii_hexdigit()));
         let code = code.and_then(|text| u32::from_str_radix(text, 16).ok());
         match code.and_then(char::from_u32) {
             Some(c) => (Escaped::Character(c), 1 + digits),
@@ -261,13 +265,22 @@ mod tests {
 
     #[test]
     fn tags_are_found_where_they_are() {
-        assert_eq!(rewritten("{%- generation -%} a {%endgeneration%}"), "{%- if true -%} a {%endif%}");
+        assert_eq!(
+            rewritten("{%- generation -%} a {%endgeneration%}"),
+            "{%- if true -%} a {%endif%}"
+        );
         assert_eq!(rewritten("{{ '{% generation %}' }}"), "{{ '{% generation %}' }}");
         assert_eq!(rewritten("{% raw %}\na{% endraw %}"), "{% raw %}\n\na{% endraw %}");
         assert_eq!(rewritten("{% raw -%}\na{% endraw %}"), "{% raw -%}\na{% endraw %}");
-        assert_eq!(rewritten("{%- set ns.x = a, 'b=c' -%}"), "{%- set ns.x = ( a, 'b=c' )|__store(ns) -%}");
+        assert_eq!(
+            rewritten("{%- set ns.x = a, 'b=c' -%}"),
+            "{%- set ns.x = ( a, 'b=c' )|__store(ns) -%}"
+        );
         assert_eq!(rewritten("{% set ns.x = a == b %}"), "{% set ns.x = ( a == b )|__store(ns) %}");
-        assert_eq!(rewritten("{% set (a.b.c, d) = v %}"), "{% set (a.b.c, d) = ( v )|__store(a.b) %}");
+        assert_eq!(
+            rewritten("{% set (a.b.c, d) = v %}"),
+            "{% set (a.b.c, d) = ( v )|__store(a.b) %}"
+        );
         assert_eq!(rewritten("{% set n.x | upper -%}"), "{% set n.x | upper |__store(n) -%}");
         assert_eq!(rewritten("a\r\nb\rc\n"), "a\nb\nc\n");
     }

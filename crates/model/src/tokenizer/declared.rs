@@ -69,7 +69,9 @@ impl Declared<'_> {
 
     /// Adds the tokens of [`DECODER`], in the order of their ids.
     fn add_listed(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<(), Error> {
-        let Some(listed) = self.config.get(DECODER).and_then(Value::as_object) else { return Ok(()) };
+        let Some(listed) = self.config.get(DECODER).and_then(Value::as_object) else {
+            return Ok(());
+        };
         let mut listed: Vec<(u32, &Value)> =
             listed.iter().filter_map(|(id, token)| Some((id.parse().ok()?, token))).collect();
         listed.sort_by_key(|(id, _)| *id);
@@ -113,7 +115,8 @@ impl Declared<'_> {
                 let path = self.path.display();
                 tracing::warn!(%path, key, token, "not in tokenizer.json: added after its tokens, as transformers does");
             }
-            let mut special = known.unwrap_or_else(|| AddedToken::from(token, true).normalized(false));
+            let mut special =
+                known.unwrap_or_else(|| AddedToken::from(token, true).normalized(false));
             special.special = true;
             add(self.path, tokenizer, special)?;
         }

@@ -115,7 +115,8 @@ pub struct GgufVocabulary {
 
 pub(super) fn build(path: &Path, mut vocabulary: GgufVocabulary) -> Result<Tokenizer, Error> {
     check(path, &vocabulary)?;
-    for (id, token) in vocabulary.tokens.iter_mut().enumerate().filter(|(_, token)| token.is_empty())
+    for (id, token) in
+        vocabulary.tokens.iter_mut().enumerate().filter(|(_, token)| token.is_empty())
     {
         *token = format!("[EMPTY_{id}]"); // as llama.cpp names them
     }

@@ -43,7 +43,8 @@ pub(crate) fn mistral_vocabulary(golden: &Value) -> GgufVocabulary {
 /// Mistral-7B-Instruct-v0.2's tokenizer, as from a GGUF file.
 pub(crate) fn mistral() -> Tokenizer {
     let golden = golden("tokenizer_mistral.json.gz");
-    let built = Tokenizer::from_gguf(Path::new("mistral.gguf"), mistral_vocabulary(&golden)).unwrap();
+    let built =
+        Tokenizer::from_gguf(Path::new("mistral.gguf"), mistral_vocabulary(&golden)).unwrap();
     // As in the published directory: one space before a whole text. Of GGUF files llama.cpp puts one after every special token,
     // too (tests/cases/tokens.rs).
     let directory = tempfile::tempdir().unwrap();

@@ -74,7 +74,11 @@ pub(crate) fn edit(path: &Path, change: impl FnOnce(&mut Map<String, Value>)) {
 }
 
 /// Changes the tensors of a model's directory; none in place of one removes it.
-pub(crate) fn rewrite(directory: &Path, change: impl Fn(&str, Tensor) -> Option<Tensor>, more: Vec<(&str, Tensor)>) {
+pub(crate) fn rewrite(
+    directory: &Path,
+    change: impl Fn(&str, Tensor) -> Option<Tensor>,
+    more: Vec<(&str, Tensor)>,
+) {
     let path = weights(directory);
     let file = SafetensorsFile::open(&path).unwrap();
     let mut tensors: Vec<(String, Tensor)> = file
@@ -87,7 +91,11 @@ pub(crate) fn rewrite(directory: &Path, change: impl Fn(&str, Tensor) -> Option<
 
 pub(crate) fn weights(directory: &Path) -> PathBuf {
     let adapter = directory.join("adapter_model.safetensors");
-    if adapter.exists() && !directory.join("model.safetensors").exists() { adapter } else { directory.join("model.safetensors") }
+    if adapter.exists() && !directory.join("model.safetensors").exists() {
+        adapter
+    } else {
+        directory.join("model.safetensors")
+    }
 }
 
 /// Writes one number into a tensor of a safetensors file, which the library would refuse to read afterwards.
@@ -156,12 +164,20 @@ pub(crate) fn refuses(arguments: &[&str], code: i32, words: &[&str]) -> String {
 
 /// The ids and the log-probabilities of a text.
 #[track_caller]
-pub(crate) fn logprobs(scratch: &Scratch, model: &Path, line: &Value, more: &[&str]) -> (Vec<i64>, Vec<f64>) {
+pub(crate) fn logprobs(
+    scratch: &Scratch,
+    model: &Path,
+    line: &Value,
+    more: &[&str],
+) -> (Vec<i64>, Vec<f64>) {
     let lines = scratch.line(line);
     let arguments = ["logprobs", "--model", text(model), "--dtype", "f32", "--jsonl", text(&lines)];
     let row: Value = serde_json::from_str(&prints(&[&arguments, more].concat())).unwrap();
     let numbers: Vec<Option<f64>> = serde_json::from_value(row["logprobs"].clone()).unwrap();
-    (serde_json::from_value(row["token_ids"].clone()).unwrap(), numbers.into_iter().flatten().collect())
+    (
+        serde_json::from_value(row["token_ids"].clone()).unwrap(),
+        numbers.into_iter().flatten().collect(),
+    )
 }
 
 pub(crate) fn largest(a: &[f64], b: &[f64]) -> f64 {

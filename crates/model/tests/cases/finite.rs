@@ -1,7 +1,10 @@
 //! Numbers that are not finite stop whoever meets them, by the name of their tensor.
 
 use arete_model::checkpoint::gguf::Gguf;
-use arete_model::{Batch, Checkpoint, Decoder, Device, Kind, ModelConfig, Source, adapter_files, logprobs, no_grad_guard};
+use arete_model::{
+    Batch, Checkpoint, Decoder, Device, Kind, ModelConfig, Source, adapter_files, logprobs,
+    no_grad_guard,
+};
 use serde_json::json;
 
 use crate::common::*;
@@ -12,7 +15,9 @@ fn every_tensor_of_a_model_is_looked_at() {
     let config = ModelConfig::from_directory(&golden("llama_untied")).unwrap();
     for (tensor, shape) in config.expected_tensors() {
         let last = shape.iter().product::<i64>() as usize - 1;
-        for (number, element) in [(f32::NAN, 0), (f32::INFINITY, last), (f32::NEG_INFINITY, last / 2)] {
+        for (number, element) in
+            [(f32::NAN, 0), (f32::INFINITY, last), (f32::NEG_INFINITY, last / 2)]
+        {
             let model = scratch.copy(&golden("llama_untied"), "model");
             spoil(&weights(&model), &tensor, element, number);
             let error = load(&model).unwrap_err().to_string();
@@ -42,7 +47,8 @@ fn adapters_and_heads_are_looked_at() {
     for tensor in tensors {
         let adapter = scratch.copy(&golden("peft/reward"), "adapter");
         spoil(&weights(&adapter), tensor, 2, f32::NAN);
-        let error = adapter_files::load(&adapter, "x", &config, Device::Cpu).unwrap_err().to_string();
+        let error =
+            adapter_files::load(&adapter, "x", &config, Device::Cpu).unwrap_err().to_string();
         assert!(error.contains(tensor) && error.contains("element 2"), "{error}");
     }
 }
@@ -50,7 +56,11 @@ fn adapters_and_heads_are_looked_at() {
 #[test]
 fn packed_and_gguf_weights_are_looked_at() {
     let scratch = Scratch::new();
-    for (base, part) in [("nf4_llama", "absmax"), ("nf4_llama_double", "nested_absmax"), ("nf4_llama_double", "nested_quant_map")] {
+    for (base, part) in [
+        ("nf4_llama", "absmax"),
+        ("nf4_llama_double", "nested_absmax"),
+        ("nf4_llama_double", "nested_quant_map"),
+    ] {
         let model = scratch.copy(&golden(base), "model");
         let name = format!("model.layers.0.mlp.up_proj.weight.{part}");
         spoil(&weights(&model), &name, 0, f32::NAN);
@@ -75,7 +85,9 @@ fn packed_and_gguf_weights_are_looked_at() {
         let raw = file.raw(name).unwrap();
         let at = whole.windows(raw.len()).position(|window| window == raw).unwrap();
         let stored: &[u8] = match tensor.ggml_type.kind() {
-            Kind::Float if raw.len() as i64 == 4 * tensor.shape.iter().product::<i64>() => &[0, 0, 0xC0, 0x7F],
+            Kind::Float if raw.len() as i64 == 4 * tensor.shape.iter().product::<i64>() => {
+                &[0, 0, 0xC0, 0x7F]
+            }
             Kind::BFloat16 => &[0xC0, 0x7F],
             _ => &[0x00, 0x7E], // an f16, or a block's f16 scale
         };
@@ -94,23 +106,37 @@ fn packed_and_gguf_weights_are_looked_at() {
 fn numbers_that_overflow_reach_the_end() {
     let scratch = Scratch::new();
     let lines = scratch.line(&json!({"text": "hello there"}));
-    for tensor in ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"] {
+    for tensor in [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "lm_head.weight",
+    ] {
         let model = scratch.copy(&golden("llama_untied"), "model");
         let change = |name: &str, numbers: arete_model::Tensor| match name {
             _ if name == tensor => Some(numbers * 1e38),
             // Queries of ordinary size leave finite scores; both are made large.
-            _ if tensor.contains("q_proj") && name.contains("layers.0.self_attn.k_proj") => Some(numbers * 1e30),
-            _ if tensor.contains("k_proj") && name.contains("layers.1.self_attn.q_proj") => Some(numbers * 1e30),
+            _ if tensor.contains("q_proj") && name.contains("layers.0.self_attn.k_proj") => {
+                Some(numbers * 1e30)
+            }
+            _ if tensor.contains("k_proj") && name.contains("layers.1.self_attn.q_proj") => {
+                Some(numbers * 1e30)
+            }
             "model.norm.weight" if tensor == "lm_head.weight" => Some(numbers * 1e5),
             _ => Some(numbers),
         };
         rewrite(&model, change, Vec::new());
         for dtype in ["f32", "bf16"] {
-            let arguments = |command| [command, "--model", text(&model), "--dtype", dtype, "--jsonl", text(&lines)];
+            let arguments = |command| {
+                [command, "--model", text(&model), "--dtype", dtype, "--jsonl", text(&lines)]
+            };
             refuses(&arguments("logprobs"), 1, &["is not finite", "overflowed"]);
             for sampling in [&["--temperature", "0"][..], &["--top-k", "5"], &[]] {
                 let short = ["--max-new-tokens", "3"];
-                refuses(&[&arguments("generate")[..], &short, sampling].concat(), 1, &["is not finite"]);
+                refuses(
+                    &[&arguments("generate")[..], &short, sampling].concat(),
+                    1,
+                    &["is not finite"],
+                );
             }
         }
         let model = load(&model).unwrap();

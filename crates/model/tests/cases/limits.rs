@@ -9,8 +9,13 @@ use crate::common::*;
 fn devices_and_pipes_are_no_files_of_a_model() {
     let scratch = Scratch::new();
     let files = [
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "chat_template.jinja", "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "model.safetensors",
     ];
     let pipe = scratch.at("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -20,7 +25,8 @@ fn devices_and_pipes_are_no_files_of_a_model() {
             let _ = fs_err::remove_file(model.join(file));
             fs_err::os::unix::fs::symlink(target, model.join(file)).unwrap();
             // A single weight file that is none is passed over for shards, which are not there either.
-            let words: &[&str] = if file == "model.safetensors" { &["weights"] } else { &["regular file", file] };
+            let words: &[&str] =
+                if file == "model.safetensors" { &["weights"] } else { &["regular file", file] };
             refuses(&["generate", "--model", text(&model), "--prompt", "hi"], 65, words);
         }
     }
@@ -29,7 +35,8 @@ fn devices_and_pipes_are_no_files_of_a_model() {
         fs_err::remove_file(adapter.join(file)).unwrap();
         fs_err::os::unix::fs::symlink("/dev/zero", adapter.join(file)).unwrap();
         let base = golden("llama_untied");
-        let arguments = ["generate", "--model", text(&base), "--adapter", text(&adapter), "--prompt", "hi"];
+        let arguments =
+            ["generate", "--model", text(&base), "--adapter", text(&adapter), "--prompt", "hi"];
         refuses(&arguments, 65, &["regular file", file]);
     }
     let large = scratch.copy(&golden("llama_untied"), "large");
@@ -59,14 +66,26 @@ fn settings_out_of_range_name_their_flag() {
 fn memory_that_is_not_there_is_exit_code_71() {
     let scratch = Scratch::new();
     let model = scratch.copy(&tiny_chat(), "model");
-    let head_size = object(&model.join("config.json")).get("head_dim").and_then(|n| n.as_u64()).unwrap_or(16);
+    let head_size =
+        object(&model.join("config.json")).get("head_dim").and_then(|n| n.as_u64()).unwrap_or(16);
     edit(&model.join("config.json"), |config| {
-        drop(config.insert("max_position_embeddings".to_owned(), ((1u64 << 28) / head_size).into()));
+        drop(
+            config.insert("max_position_embeddings".to_owned(), ((1u64 << 28) / head_size).into()),
+        );
     });
     let program = env!("CARGO_BIN_EXE_arete-model");
     let mut command = Command::new("sh");
-    let script = format!("ulimit -v 2500000; exec '{program}' generate --dtype f32 --model '{}' --prompt hi --max-new-tokens 1", model.display());
-    let output = command.args(["-c", &script]).arg0("sh").env("OMP_NUM_THREADS", "1").stdin(Stdio::null()).output().unwrap();
+    let script = format!(
+        "ulimit -v 2500000; exec '{program}' generate --dtype f32 --model '{}' --prompt hi --max-new-tokens 1",
+        model.display()
+    );
+    let output = command
+        .args(["-c", &script])
+        .arg0("sh")
+        .env("OMP_NUM_THREADS", "1")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(71), "{stderr}");
     assert!(stderr.contains("out of memory") && stderr.contains("--dtype bf16"), "{stderr}");

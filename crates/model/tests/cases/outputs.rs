@@ -12,7 +12,13 @@ fn what_stands_under_the_name_of_an_output_is_set_aside() {
     let (base, adapter) = (golden("llama_untied"), golden("peft/causal"));
     let quantize = |output: &str| {
         let output = scratch.at(output);
-        prints(&["quantize", "--model", text(&golden("gradients/base")), "--output", text(&output)]);
+        prints(&[
+            "quantize",
+            "--model",
+            text(&golden("gradients/base")),
+            "--output",
+            text(&output),
+        ]);
     };
     let mine = scratch.at("mine");
     fs_err::create_dir_all(mine.join("sub")).unwrap();
@@ -27,7 +33,16 @@ fn what_stands_under_the_name_of_an_output_is_set_aside() {
     // A file, and a link to a directory.
     fs_err::write(scratch.at("file"), "thesis").unwrap();
     fs_err::os::unix::fs::symlink(scratch.at("mine.old-1"), scratch.at("link")).unwrap();
-    let arguments = ["merge", "--model", text(&base), "--adapter", text(&adapter), "--dtype", "f32", "--output"];
+    let arguments = [
+        "merge",
+        "--model",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+        "--dtype",
+        "f32",
+        "--output",
+    ];
     for name in ["file", "link"] {
         prints(&[&arguments[..], &[text(&scratch.at(name))]].concat());
     }
@@ -53,7 +68,15 @@ fn what_kills_left_is_swept_and_what_fails_leaves_nothing() {
     }
     let (base, adapter) = (golden("llama_untied"), golden("peft/causal"));
     let merged = scratch.at("merged");
-    prints(&["merge", "--model", text(&base), "--adapter", text(&adapter), "--output", text(&merged)]);
+    prints(&[
+        "merge",
+        "--model",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+        "--output",
+        text(&merged),
+    ]);
     assert_eq!(scratch.names(), [".other.tmp-4711-0", ".packed.tmp-4711-0", "merged"]);
     // A number of the source that is none is found while it is written.
     let spoilt = scratch.copy(&golden("gradients/base"), "spoilt");
@@ -76,10 +99,13 @@ fn settings_of_generation_are_kept_and_what_is_not_the_models_is_not() {
     });
     fs_err::write(base.join("generation_config.json"), settings.to_string()).unwrap();
     let layers = object(&base.join("config.json"))["num_hidden_layers"].as_u64().unwrap();
-    let (stray, buffer) =
-        (format!("model.layers.{layers}.self_attn.q_proj.weight"), "model.layers.0.self_attn.rotary_emb.inv_freq");
+    let (stray, buffer) = (
+        format!("model.layers.{layers}.self_attn.q_proj.weight"),
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    );
     let more = [(stray.as_str(), &[64i64, 64][..]), (buffer, &[8i64][..])];
-    let zeros = |size: &[i64]| Tensor::zeros(size, (arete_model::Kind::Float, arete_model::Device::Cpu));
+    let zeros =
+        |size: &[i64]| Tensor::zeros(size, (arete_model::Kind::Float, arete_model::Device::Cpu));
     rewrite(&base, |_, tensor| Some(tensor), more.map(|(name, size)| (name, zeros(size))).into());
     let output = scratch.at("packed");
     prints(&["quantize", "--model", text(&base), "--output", text(&output)]);

@@ -29,20 +29,29 @@ const REFUSED: [&str; 10] = [
 
 #[test]
 fn fragments_are_rendered_as_jinja2_renders_them() {
-    let golden: Value = serde_json::from_slice(&fs_err::read(golden("jinja.json")).unwrap()).unwrap();
+    let golden: Value =
+        serde_json::from_slice(&fs_err::read(golden("jinja.json")).unwrap()).unwrap();
     let messages: Vec<Message> = serde_json::from_value(golden["messages"].clone()).unwrap();
     let (mut n_equal, mut wrong) = (0, Vec::new());
     for case in golden["cases"].as_array().unwrap() {
         let source = case["source"].as_str().unwrap();
         let Some(text) = case["text"].as_str() else { continue };
-        let compiled = ChatTemplate::new(Path::new("test.jinja"), source, vec![
-            ("bos_token", "<s>".to_owned()), ("eos_token", "</s>".to_owned()), ("unk_token", "<unk>".to_owned()),
-        ]);
+        let compiled = ChatTemplate::new(
+            Path::new("test.jinja"),
+            source,
+            vec![
+                ("bos_token", "<s>".to_owned()),
+                ("eos_token", "</s>".to_owned()),
+                ("unk_token", "<unk>".to_owned()),
+            ],
+        );
         match compiled.and_then(|template| template.render(&messages, false)) {
             Ok(got) if got == text => n_equal += 1,
             Ok(got) => wrong.push(format!("{source:?}\n  expected {text:?}\n  found    {got:?}")),
             Err(_) if REFUSED.iter().any(|known| source.contains(known)) => {}
-            Err(error) => wrong.push(format!("{source:?}\n  expected {text:?}\n  refused: {error}")),
+            Err(error) => {
+                wrong.push(format!("{source:?}\n  expected {text:?}\n  refused: {error}"))
+            }
         }
     }
     assert!(wrong.is_empty(), "{} of {}\n{}", wrong.len(), wrong.len() + n_equal, wrong.join("\n"));
@@ -75,7 +84,11 @@ fn line_ends_of_other_systems_are_line_ends() {
     let expected = template(source).render(&messages, true).unwrap();
     assert_eq!(expected, "<|im_start|>user\none\r\ntwo\n<|im_end|>\n<|im_start|>assistant\n");
     for ends in ["\r\n", "\r"] {
-        assert_eq!(template(&source.replace('\n', ends)).render(&messages, true).unwrap(), expected, "{ends:?}");
+        assert_eq!(
+            template(&source.replace('\n', ends)).render(&messages, true).unwrap(),
+            expected,
+            "{ends:?}"
+        );
     }
 }
 
@@ -97,7 +110,9 @@ fn nothing_contains_itself() {
         "{% macro f() %}{{ n }}{% endmacro %}{% set n = namespace() %}{% set n.x = f %}{{ n }}{{ n.x() }}",
     ] {
         // Refused, or rendered: what matters is that it comes back.
-        match template_or_refused(source).map(|template| template.render(&[Message::user("Hi")], true)) {
+        match template_or_refused(source)
+            .map(|template| template.render(&[Message::user("Hi")], true))
+        {
             Some(Err(Error::Template { .. } | Error::TemplateBudget { .. })) | None => {}
             Some(Ok(text)) => assert!(text.len() < 1000, "{source}: {text}"),
             Some(Err(error)) => panic!("{source}: {error}"),
@@ -105,8 +120,16 @@ fn nothing_contains_itself() {
     }
     let scratch = Scratch::new();
     let model = scratch.copy(&tiny_chat(), "model");
-    fs_err::write(model.join("chat_template.jinja"), "{% set n = namespace() %}{% set n.x = n %}{{ n }}").unwrap();
-    refuses(&["generate", "--model", text(&model), "--prompt", "hi"], 65, &["a namespace cannot be stored in itself"]);
+    fs_err::write(
+        model.join("chat_template.jinja"),
+        "{% set n = namespace() %}{% set n.x = n %}{{ n }}",
+    )
+    .unwrap();
+    refuses(
+        &["generate", "--model", text(&model), "--prompt", "hi"],
+        65,
+        &["a namespace cannot be stored in itself"],
+    );
 }
 
 fn template_or_refused(source: &str) -> Option<ChatTemplate> {

@@ -74,7 +74,10 @@ fn an_end_of_turn_needs_no_name() {
         assert_eq!(chat.end_of_turn_id(), 2);
         let rendered = chat.render(&messages).unwrap();
         assert_eq!(rendered.token_ids.iter().filter(|id| **id == 2).count(), 2);
-        assert_eq!(chat.reply_text(&[79, 80, 2, 81]).unwrap(), tokenizer.decode(&[79, 80]).unwrap());
+        assert_eq!(
+            chat.reply_text(&[79, 80, 2, 81]).unwrap(),
+            tokenizer.decode(&[79, 80]).unwrap()
+        );
         assert_eq!(tokenizer.is_special(2), eos == "<|im_end|>");
     }
     // In GGUF llama.cpp knows it by its name.
@@ -125,7 +128,11 @@ fn the_three_files_are_read_as_transformers_reads_them() {
             for (i, text) in texts.iter().enumerate() {
                 let ids = tokenizer.encode(text, false).unwrap();
                 assert_eq!(json!(ids), case["ids"][i], "{name} {how}: {text:?}");
-                assert_eq!(json!(tokenizer.decode(&ids).unwrap()), case["decoded"][i], "{name} {how}: {text:?}");
+                assert_eq!(
+                    json!(tokenizer.decode(&ids).unwrap()),
+                    case["decoded"][i],
+                    "{name} {how}: {text:?}"
+                );
             }
         };
         let tokenizer = Tokenizer::from_directory(&model).unwrap();
@@ -160,14 +167,20 @@ fn a_pattern_that_cuts_seldom_did_not_give_up() {
     for pattern in ["\\d", "[0-9]", "\n"] {
         let model = scratch.copy(&tiny_chat(), "model");
         edit(&model.join("tokenizer.json"), |json| {
-            json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [split(pattern), bytes]});
+            json["pre_tokenizer"] =
+                json!({"type": "Sequence", "pretokenizers": [split(pattern), bytes]});
         });
         let tokenizer = Tokenizer::from_directory(&model).unwrap();
         let ids = tokenizer.encode(&long, false).unwrap();
         // What the library itself gives for it: one word, merged as far as it goes.
         let own = tokenizers::Tokenizer::from_file(model.join("tokenizer.json")).unwrap();
-        let expected: Vec<i64> =
-            own.encode(long.as_str(), false).unwrap().get_ids().iter().map(|id| i64::from(*id)).collect();
+        let expected: Vec<i64> = own
+            .encode(long.as_str(), false)
+            .unwrap()
+            .get_ids()
+            .iter()
+            .map(|id| i64::from(*id))
+            .collect();
         assert_eq!(ids, expected, "{pattern}");
     }
     // SentencePiece with digits apart.
@@ -179,6 +192,7 @@ fn a_pattern_that_cuts_seldom_did_not_give_up() {
 
 #[test]
 fn one_part_of_a_split_gguf_is_named() {
-    let error = Checkpoint::open(&Source::Gguf(golden("llama_cpp/split.gguf"))).unwrap_err().to_string();
+    let error =
+        Checkpoint::open(&Source::Gguf(golden("llama_cpp/split.gguf"))).unwrap_err().to_string();
     assert!(error.contains("part 1 of 2") && error.contains("llama-gguf-split --merge"), "{error}");
 }

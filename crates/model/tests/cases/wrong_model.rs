@@ -1,7 +1,9 @@
 //! Directories that were taken for another model than they are.
 
 use arete_model::checkpoint::safetensors::SafetensorsFile;
-use arete_model::{Batch, Checkpoint, Device, ModelConfig, Source, Tensor, adapter_files, no_grad_guard};
+use arete_model::{
+    Batch, Checkpoint, Device, ModelConfig, Source, Tensor, adapter_files, no_grad_guard,
+};
 use serde_json::{Value, json};
 
 use crate::common::*;
@@ -25,18 +27,34 @@ fn a_head_that_differs_is_not_tied() {
         let hidden = model.decoder.forward(&Batch::from_sequences(&[&ids]), None).unwrap();
         model.decoder.logits(&hidden).unwrap()
     };
-    let difference = (logits(&model) - expected.tensor("logits").unwrap().squeeze_dim(0)).abs().max();
+    let difference =
+        (logits(&model) - expected.tensor("logits").unwrap().squeeze_dim(0)).abs().max();
     assert!(difference.double_value(&[]) <= 1e-5, "{difference:?}");
     // Copies keep it.
     let (adapter, merged) = (golden("peft/causal"), scratch.at("merged"));
-    prints(&["merge", "--model", text(&model), "--adapter", text(&adapter), "--dtype", "f32", "--output", text(&merged)]);
+    prints(&[
+        "merge",
+        "--model",
+        text(&model),
+        "--adapter",
+        text(&adapter),
+        "--dtype",
+        "f32",
+        "--output",
+        text(&merged),
+    ]);
     assert_eq!(object(&merged.join("config.json"))["tie_word_embeddings"], json!(false));
     let source = SafetensorsFile::open(&weights(&model)).unwrap().tensor("lm_head.weight").unwrap();
-    let copied = SafetensorsFile::open(&weights(&merged)).unwrap().tensor("lm_head.weight").unwrap();
+    let copied =
+        SafetensorsFile::open(&weights(&merged)).unwrap().tensor("lm_head.weight").unwrap();
     assert!(source.equal(&copied));
     // An equal one is the embedding.
-    let embedding = SafetensorsFile::open(&weights(&model)).unwrap().tensor("model.embed_tokens.weight").unwrap();
-    let tied = |name: &str, tensor| Some(if name == "lm_head.weight" { embedding.copy() } else { tensor });
+    let embedding = SafetensorsFile::open(&weights(&model))
+        .unwrap()
+        .tensor("model.embed_tokens.weight")
+        .unwrap();
+    let tied =
+        |name: &str, tensor| Some(if name == "lm_head.weight" { embedding.copy() } else { tensor });
     rewrite(&model, tied, Vec::new());
     assert!(Checkpoint::open(&Source::Directory(model)).unwrap().config().tie_word_embeddings);
 }
@@ -80,7 +98,15 @@ fn a_key_that_changes_the_formula_is_refused_by_name() {
         let base = golden("llama_untied");
         let lines = scratch.line(&json!({"text": "hello"}));
         if key.starts_with('a') {
-            let arguments = ["logprobs", "--model", text(&base), "--adapter", text(&adapter), "--jsonl", text(&lines)];
+            let arguments = [
+                "logprobs",
+                "--model",
+                text(&base),
+                "--adapter",
+                text(&adapter),
+                "--jsonl",
+                text(&lines),
+            ];
             refuses(&arguments, 65, &[key]);
         }
     }
@@ -114,8 +140,16 @@ fn an_adapter_beside_a_model_is_not_passed_over() {
     let both = scratch.copy(&golden("llama_untied"), "both");
     scratch.copy(&golden("peft/causal"), "both");
     let lines = scratch.line(&json!({"text": "hello"}));
-    refuses(&["logprobs", "--model", text(&both), "--jsonl", text(&lines)], 65, &["adapter_config.json", "--adapter"]);
-    refuses(&["quantize", "--model", text(&both), "--output", text(&scratch.at("out"))], 65, &["--adapter"]);
+    refuses(
+        &["logprobs", "--model", text(&both), "--jsonl", text(&lines)],
+        65,
+        &["adapter_config.json", "--adapter"],
+    );
+    refuses(
+        &["quantize", "--model", text(&both), "--output", text(&scratch.at("out"))],
+        65,
+        &["--adapter"],
+    );
     assert_eq!(scratch.names(), ["both", "lines.jsonl"]);
 }
 
@@ -132,17 +166,37 @@ fn a_reward_model_does_not_speak() {
     // A language model's adapter makes nothing of it, and nothing is left.
     let adapter = scratch.copy(&golden("peft/causal"), "adapter");
     let output = scratch.at("merged");
-    let arguments = ["merge", "--model", text(&reward), "--adapter", text(&adapter), "--dtype", "f32", "--output", text(&output)];
+    let arguments = [
+        "merge",
+        "--model",
+        text(&reward),
+        "--adapter",
+        text(&adapter),
+        "--dtype",
+        "f32",
+        "--output",
+        text(&output),
+    ];
     refuses(&arguments, 65, &["task_type", "SEQ_CLS"]);
     assert_eq!(scratch.names(), ["adapter", "lines.jsonl"]);
     // One of a reward model that brings no head leaves it its own, as peft's merge does.
     set(&adapter.join("adapter_config.json"), "task_type", json!("SEQ_CLS"));
     prints(&arguments);
-    let (before, after) =
-        (SafetensorsFile::open(&weights(&reward)).unwrap(), SafetensorsFile::open(&weights(&output)).unwrap());
+    let (before, after) = (
+        SafetensorsFile::open(&weights(&reward)).unwrap(),
+        SafetensorsFile::open(&weights(&output)).unwrap(),
+    );
     assert!(before.tensor("score.weight").unwrap().equal(&after.tensor("score.weight").unwrap()));
-    assert_eq!(object(&output.join("config.json"))["architectures"], json!(["LlamaForSequenceClassification"]));
-    assert!(!before.tensor("model.layers.0.self_attn.q_proj.weight").unwrap().equal(&after.tensor("model.layers.0.self_attn.q_proj.weight").unwrap()));
+    assert_eq!(
+        object(&output.join("config.json"))["architectures"],
+        json!(["LlamaForSequenceClassification"])
+    );
+    assert!(
+        !before
+            .tensor("model.layers.0.self_attn.q_proj.weight")
+            .unwrap()
+            .equal(&after.tensor("model.layers.0.self_attn.q_proj.weight").unwrap())
+    );
 }
 
 #[test]
@@ -161,7 +215,8 @@ fn a_base_is_its_weights_and_its_configuration() {
     set(&model.join("generation_config.json"), "eos_token_id", json!([2, 0]));
     set(&model.join("tokenizer_config.json"), "model_max_length", json!(77));
     let config = fs_err::read_to_string(model.join("config.json")).unwrap();
-    fs_err::write(model.join("config.json"), format!("\n{}\n\n", config.replace(',', " ,"))).unwrap();
+    fs_err::write(model.join("config.json"), format!("\n{}\n\n", config.replace(',', " ,")))
+        .unwrap();
     assert_eq!(sum(&model), original);
     // What makes it another.
     for (key, value) in [("rms_norm_eps", json!(1e-4)), ("rope_theta", json!(123.0))] {
@@ -175,7 +230,11 @@ fn a_base_is_its_weights_and_its_configuration() {
         assert_ne!(sum(&other), original, "{key}");
     }
     let other = scratch.copy(&tiny_chat(), "other");
-    rewrite(&other, |name, tensor| Some(if name == "model.norm.weight" { tensor * 1.01 } else { tensor }), Vec::new());
+    rewrite(
+        &other,
+        |name, tensor| Some(if name == "model.norm.weight" { tensor * 1.01 } else { tensor }),
+        Vec::new(),
+    );
     assert_ne!(sum(&other), original);
     // Adapters that earlier versions wrote know the sum of all files.
     let plain = load(&tiny_chat()).unwrap();
@@ -195,10 +254,16 @@ fn four_bits_are_read_however_they_are_stored() {
         let path = weights(&model);
         let bytes = fs_err::read(&path).unwrap();
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let mut parsed: serde_json::Map<String, Value> = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+        let mut parsed: serde_json::Map<String, Value> =
+            serde_json::from_slice(&bytes[8..8 + header]).unwrap();
         for (name, entry) in &mut parsed {
             if name.ends_with("_proj.weight") {
-                let n: u64 = entry["shape"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).product();
+                let n: u64 = entry["shape"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|n| n.as_u64().unwrap())
+                    .product();
                 entry["dtype"] = json!(storage);
                 entry["shape"] = json!([n / width, 1]);
             }
@@ -207,7 +272,8 @@ fn four_bits_are_read_however_they_are_stored() {
         while text.len() % 8 != 0 {
             text.push(' ');
         }
-        let whole = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &bytes[8 + header..]].concat();
+        let whole = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &bytes[8 + header..]]
+            .concat();
         fs_err::write(&path, whole).unwrap();
         assert_eq!(logprobs(&scratch, &model, &line, &[]).1, expected, "{storage}");
     }
@@ -270,15 +336,25 @@ fn wrong_directories_are_told_what_they_are() {
     as_model(&scratch.at("empty"), &["config.json"]);
     let variant = scratch.copy(&base, "variant");
     fs_err::remove_file(variant.join("golden.safetensors")).unwrap();
-    fs_err::rename(variant.join("model.safetensors"), variant.join("model.fp16.safetensors")).unwrap();
+    fs_err::rename(variant.join("model.safetensors"), variant.join("model.fp16.safetensors"))
+        .unwrap();
     as_model(&variant, &["model.fp16.safetensors"]);
 
     let as_adapter = |directory: &std::path::Path, words: &[&str]| {
-        let arguments = ["logprobs", "--model", text(&base), "--adapter", text(directory), "--jsonl", text(&lines)];
+        let arguments = [
+            "logprobs",
+            "--model",
+            text(&base),
+            "--adapter",
+            text(directory),
+            "--jsonl",
+            text(&lines),
+        ];
         refuses(&arguments, 65, words);
     };
     let pickled = scratch.copy(&adapter, "pickled");
-    fs_err::rename(pickled.join("adapter_model.safetensors"), pickled.join("adapter_model.bin")).unwrap();
+    fs_err::rename(pickled.join("adapter_model.safetensors"), pickled.join("adapter_model.bin"))
+        .unwrap();
     as_adapter(&pickled, &["pickle", "adapter_model.bin", "weights_only=True"]);
     as_adapter(&base, &["a model, not an adapter"]);
     as_adapter(&run, &["run/adapter"]);

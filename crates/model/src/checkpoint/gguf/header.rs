@@ -4,7 +4,8 @@ use std::io::Read;
 use std::path::Path;
 
 use super::{
-    GgmlType, MAX_ARRAY_ELEMENTS, MAX_DIMS, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_NESTING, MAX_STRING_BYTES, Value,
+    GgmlType, MAX_ARRAY_ELEMENTS, MAX_DIMS, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_NESTING,
+    MAX_STRING_BYTES, Value,
 };
 use crate::Error;
 
@@ -31,7 +32,12 @@ impl<'a, R: Read> HeaderReader<'a, R> {
         Self { path, reader, position: 0, file_bytes, array_elements: 0 }
     }
 
-    pub(super) fn error(&self, field: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    pub(super) fn error(
+        &self,
+        field: &str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
         let field: String = field.chars().take(120).collect();
         Error::field(self.path, field, expected, found)
     }
@@ -74,7 +80,12 @@ impl<'a, R: Read> HeaderReader<'a, R> {
     }
 
     /// A count of things that take at least `min_bytes` each.
-    pub(super) fn count(&mut self, field: &str, limit: u64, min_bytes: u64) -> Result<usize, Error> {
+    pub(super) fn count(
+        &mut self,
+        field: &str,
+        limit: u64,
+        min_bytes: u64,
+    ) -> Result<usize, Error> {
         let count = self.u64(field)?;
         let limit = limit.min(self.left() / min_bytes);
         if count > limit {
@@ -95,7 +106,12 @@ impl<'a, R: Read> HeaderReader<'a, R> {
         String::from_utf8(out).map_err(|_| self.error(field, "UTF-8 text", "other bytes"))
     }
 
-    pub(super) fn value(&mut self, key: &str, value_type: u32, nesting: usize) -> Result<Value, Error> {
+    pub(super) fn value(
+        &mut self,
+        key: &str,
+        value_type: u32,
+        nesting: usize,
+    ) -> Result<Value, Error> {
         Ok(match value_type {
             0 => Value::Unsigned(u64::from(self.array::<1>(key)?[0])),
             1 => Value::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
