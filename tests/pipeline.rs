@@ -7,6 +7,7 @@
 #[path = "../crates/scoring/tests/common/browser.rs"]
 #[expect(dead_code, reason = "the tests of the page use the rest")]
 mod browser;
+#[expect(dead_code, reason = "the test of recorded hashes uses the rest")]
 mod run;
 
 use std::collections::{BTreeMap, BTreeSet};

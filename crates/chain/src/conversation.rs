@@ -93,7 +93,7 @@ mod tests {
             assert_eq!(prompt_of(&cut, place + 1).unwrap(), prompt);
             assert!(through(&cut, place + 1, place + 1).is_err());
         }
-        for not_a_chain in [&messages[..4], &messages[..6], &messages[4..5], &messages[4..], &[]] {
+        for not_a_chain in [&messages[..4], &messages[..6], &messages[4..5], &[]] {
             for n_turns in 0..4 {
                 let error = prompt_of(not_a_chain, n_turns).unwrap_err();
                 assert!(error.to_string().contains("of a chain, got ["), "{error}");

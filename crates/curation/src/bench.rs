@@ -79,9 +79,10 @@ fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
         max_of_split: [0; 3],
         max_chars: 400,
         source: None,
+        columns: Vec::new(),
         seed: 0,
     };
-    let (rows, _) = prompts::gather(std::slice::from_ref(&config.prompts), &selection)?;
+    let rows = prompts::gather(std::slice::from_ref(&config.prompts), &selection)?.rows;
     let questions: Vec<String> =
         Turns::default().questions().into_iter().map(str::to_owned).collect();
     let chain = |(key, row): (u64, arete_records::rows::PromptRow)| Chain {

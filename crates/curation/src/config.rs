@@ -86,7 +86,7 @@ pub enum Truncated {
 }
 
 /// The settings that results depend on, for `run.json`: without paths of inputs (their contents are
-/// hashed), without how a server is talked to, without what is not set.
+/// hashed), without where a server stands and how it is talked to, without what is not set.
 ///
 /// # Panics
 ///

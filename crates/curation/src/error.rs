@@ -74,7 +74,7 @@ pub enum Error {
     /// Too few pairs are left to train a reward model on.
     #[error(
         "{aspect}: {left} pairs left of {total}, expected at least {needed}; replies that ended by \
-         themselves: {finish_rates}; {advice}"
+         themselves: {finish_rates}; of the pairs {advice}"
     )]
     TooFewPairs {
         /// The aspect.

@@ -26,6 +26,7 @@ pub fn export(form: Form, input: &Path, output: &Path) -> Result<usize, Error> {
     let mut text = String::new();
     let (mut n_pairs, mut n_changed) = (0, 0);
     for path in files(input)? {
+        arete_stage::inputs::check(&path)?;
         for row in parquet::read::<PreferenceRow>(&path)? {
             let (line, changed) = match form {
                 Form::Hh => hh_line(&row),

@@ -5,14 +5,15 @@
 use std::path::{Path, PathBuf};
 
 use arete_chain::Turns;
-use arete_chain::pairs::Parts;
+use arete_chain::pairs::{self, Parts};
+use arete_records::table::{self, Column};
 use arete_records::{At, Message, atomic, split_of};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::judge::Questions;
 use crate::judge::{JudgeConfig, Method};
 use crate::words::Words;
-use crate::{Error, calibrate, prompts};
+use crate::{Error, calibrate};
 use arete_chain::exemplars::{self, Exemplar, Replies, Use};
 
 /// Settings of `lessons`.
@@ -24,6 +25,9 @@ pub struct LessonsConfig {
     /// Longer pairs (in characters, both sides and the question) are left out and counted
     #[arg(long, default_value_t = 3000, value_name = "N")]
     pub max_chars: usize,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    pub column: Option<Vec<Column>>,
     /// How the judge will be asked.
     #[command(flatten)]
     pub judge: JudgeConfig,
@@ -54,25 +58,25 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
         _ => exemplars::load(&config.judge.exemplars, Use::FewShot, turns)?,
     };
     let questions = Questions::new(&config.judge, constitution, &shots, config.method, true)?;
+    let columns = config.column.as_deref().unwrap_or_default();
     let (mut text, mut n_pairs, mut n_long) = (String::new(), 0, 0);
     for path in pairs {
-        for (line, record) in prompts::read_records(path)? {
-            for (question, better, worse) in teaching(path, line, record, turns)? {
-                let sides = [better.as_slice(), worse.as_slice()];
-                let n_chars: usize = (question.iter().chain(&better).chain(&worse))
-                    .map(|message| message.content.chars().count())
-                    .sum();
-                if n_chars > config.max_chars {
-                    n_long += 1;
-                    continue;
-                }
-                for messages in questions.lessons(&question, sides, n_pairs) {
-                    let row = json!({"messages": messages, "split": split_of(&question)});
-                    text.push_str(&row.to_string());
-                    text.push('\n');
-                }
-                n_pairs += 1;
+        arete_stage::inputs::check(path)?;
+        for (question, better, worse) in teaching(path, columns, turns)? {
+            let sides = [better.as_slice(), worse.as_slice()];
+            let n_chars: usize = (question.iter().chain(&better).chain(&worse))
+                .map(|message| message.content.chars().count())
+                .sum();
+            if n_chars > config.max_chars {
+                n_long += 1;
+                continue;
             }
+            for messages in questions.lessons(&question, sides, n_pairs) {
+                let row = json!({"messages": messages, "split": split_of(&question)});
+                text.push_str(&row.to_string());
+                text.push('\n');
+            }
+            n_pairs += 1;
         }
     }
     if n_pairs == 0 {
@@ -88,21 +92,21 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
     Ok(2 * n_pairs)
 }
 
-/// The pairs of a record that may teach.
-fn teaching(
-    path: &Path,
-    line: usize,
-    record: serde_json::Map<String, Value>,
-    turns: &Turns,
-) -> Result<Vec<Parts>, Error> {
-    if !record.contains_key("use") {
-        return Ok(calibrate::sides_of(path, line, &record)?.into_iter().collect());
+/// The pairs of a file that may teach.
+fn teaching(path: &Path, columns: &[Column], turns: &Turns) -> Result<Vec<Parts>, Error> {
+    let records = table::read_renamed(path, columns)?;
+    if records.iter().all(|(_, record)| !record.contains_key("use")) {
+        let pairs = pairs::read_file(path, columns)?.pairs;
+        return Ok(pairs.into_iter().filter_map(calibrate::sides_of).collect());
     }
-    let exemplar = Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
-    if exemplar.r#use == Use::Calibration {
-        return Ok(Vec::new());
+    let mut out = Vec::new();
+    for (line, record) in records {
+        let exemplar = Exemplar::of_record(&record, turns).map_err(|e| e.at(path, At::Line(line)))?;
+        if exemplar.r#use != Use::Calibration {
+            out.extend((0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn)));
+        }
     }
-    Ok((0..turns.len()).filter_map(|turn| through(&exemplar, turns, turn)).collect())
+    Ok(out)
 }
 
 /// Both sides of an exemplar through the reply of the turn at `turn`; `None` without a worse one.
@@ -117,6 +121,7 @@ fn through(exemplar: &Exemplar, turns: &Turns, turn: usize) -> Option<Parts> {
 #[cfg(test)]
 mod tests {
     use clap::{Args, FromArgMatches};
+    use serde_json::Value;
 
     use super::*;
 

@@ -33,7 +33,7 @@ struct Cli {
 enum Command {
     /// Reads prompts from files or the hub, deduplicates, spreads and splits them
     Prompts {
-        /// Files or directories (.jsonl, .jsonl.gz, .parquet), or hub ids like Anthropic/hh-rlhf
+        /// Files or directories (.jsonl, .json, .csv, .tsv, .txt, .parquet), or hub ids like Anthropic/hh-rlhf
         #[arg(long, required = true, num_args = 1.., value_name = "F")]
         input: Vec<String>,
         #[command(flatten)]

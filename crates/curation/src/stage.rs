@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use arete_model::machine::Machine;
 use arete_model::runtime;
-use arete_records::{atomic, parquet};
+use arete_records::left_out::{self, LeftOut};
+use arete_records::{atomic, parquet, redact};
 use arete_stage::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use serde::{Deserialize, Serialize};
@@ -121,7 +122,9 @@ impl Command {
     /// I/O.
     pub fn write(&self, output: &Path) -> Result<(), Error> {
         fs_err::create_dir_all(output.join(SHARDS))?;
-        let mut bytes = serde_json::to_vec_pretty(self).expect("plain data always serialises");
+        let mut value = serde_json::to_value(self).expect("plain data always serialises");
+        redact::redact_json(&mut value);
+        let mut bytes = serde_json::to_vec_pretty(&value).expect("plain data always serialises");
         bytes.push(b'\n');
         Ok(atomic::write(output.join(SHARDS).join(COMMAND), &bytes)?)
     }
@@ -275,6 +278,23 @@ pub struct Estimate {
     pub n_tokens: Option<u64>,
     /// Seconds this will take, measured on a few rows.
     pub seconds: Option<f64>,
+}
+
+/// Fails if a server refused more of a unit's items than a [share](left_out::is_share): then it is at fault and not they, and
+/// nothing of the unit is kept.
+///
+/// # Errors
+///
+/// [`Error::Server`] with the first refusal.
+pub fn check_refused(server: &str, refused: &[LeftOut], n_items: usize) -> Result<(), Error> {
+    match refused.first() {
+        Some(LeftOut { item, reason }) if !left_out::is_share(refused.len(), n_items) => {
+            let n = refused.len();
+            let reason = format!("{n} of {n_items} prompts refused; of prompt {item}: {reason}");
+            Err(Error::Server { url: server.to_owned(), what: "replies", reason })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A share in per cent, for tables.

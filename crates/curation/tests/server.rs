@@ -4,12 +4,17 @@
 
 mod common;
 
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use arete_curation::engine::server::{ServerConfig, ServerEngine};
 use arete_curation::engine::{Chain, Drawing, Engine, Labels, Query};
 use arete_model::generate::Sampling;
-use arete_records::{FinishReason, Message};
+use arete_records::left_out::{self, LeftOut};
+use arete_records::rows::{ConversationRow, PromptRow};
+use arete_records::{FinishReason, Message, Split, parquet, prompt_id};
 use common::{Answer, serve};
 use serde_json::{Value, json};
 
@@ -164,15 +169,6 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
         "positive" => ok(json!({"choices": [{"logprobs": {"content": [{"top_logprobs": [
             {"token": "A", "logprob": 3.0}]}]}}]})),
         "too much" => verdict(&[("A", 0.9), ("B", 0.9)]),
-        "array" => ok(json!([1, 2, 3])),
-        // What Python's json writes of a NaN is no JSON.
-        "bare nan" => Answer::Http(
-            200,
-            "",
-            r#"{"choices":[{"logprobs":{"content":[{"top_logprobs":[{"token":"A","logprob":NaN}]}]}}]}"#
-                .to_owned(),
-        ),
-        "page" => Answer::Http(200, "", "<html>busy</html>".to_owned()),
         "too long" => Answer::Http(400, "", "maximum context length is 2048 tokens".to_owned()),
         _ => verdict(&[("A", 0.5)]),
     }
@@ -185,9 +181,6 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
         "nan text",
         "positive",
         "too much",
-        "array",
-        "bare nan",
-        "page",
         "too long",
     ];
     for mass in masses(&engine, &lies) {
@@ -196,6 +189,88 @@ fn verdicts_that_make_no_sense_abstain_and_are_counted() {
     assert_eq!(masses(&engine, &["honest"]), [(0.5, 0.0)]);
     let Engine::Server(server) = &engine else { panic!("it is a server") };
     assert_eq!(server.n_abstentions(), lies.len());
+}
+
+/// A page of a proxy, an error that a router reports with status 200, no JSON: what comes between us and the server passes.
+#[test]
+fn what_is_no_answer_is_asked_again() {
+    let noise: [fn() -> Answer; 6] = [
+        || Answer::Http(200, "", "<html>proxy login</html>".to_owned()),
+        || ok(json!([1, 2, 3])),
+        || ok(json!({"choices": null})),
+        || ok(json!({"error": {"message": "rate limited upstream", "code": 429}})),
+        || ok(json!({"error": "upstream timed out"})),
+        // What Python's json writes of a NaN is no JSON.
+        || Answer::Http(200, "", r#"{"choices":[{"logprobs":NaN}]}"#.to_owned()),
+    ];
+    for noise in noise {
+        let passes = serve(move |number, _| match number {
+            0 => verdict(&[("A", 0.9)]),
+            1..3 => noise(),
+            _ => verdict(&[("A", 0.5)]),
+        });
+        let engine = ServerEngine::connect(&passes.url, "m", &config(), true).unwrap();
+        let engine = Engine::Server(engine);
+        assert_eq!(masses(&engine, &["honest"]), [(0.5, 0.0)]);
+        let Engine::Server(server) = &engine else { panic!("it is a server") };
+        assert_eq!(server.n_abstentions(), 0);
+        // What does not pass ends the work with the server's own words: nothing of it is kept.
+        let lasts = serve(move |number, _| if number == 0 { verdict(&[("A", 0.9)]) } else { noise() });
+        let engine = ServerEngine::connect(&lasts.url, "m", &config(), true).unwrap();
+        let query = Query { messages: vec![Message::user("q")], opening: String::new() };
+        let error = Engine::Server(engine).label_masses(&[query], Labels::AB).unwrap_err().to_string();
+        assert!(error.contains("4 attempts"), "{error}");
+    }
+    let closed = serve(|_, _| ok(json!({"error": {"message": "No endpoints found", "code": 404}})));
+    let error = ServerEngine::connect(&closed.url, "m", &config(), false).unwrap_err().to_string();
+    assert!(error.contains("No endpoints found"), "{error}");
+    assert_eq!(closed.requests.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn servers_of_other_dialects_are_asked_in_theirs() {
+    let server = serve(|_, request| {
+        let wrong = |text: &str| Answer::Http(400, "", text.to_owned());
+        match request {
+            _ if request.get("max_tokens").is_some() => {
+                wrong("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+            }
+            _ if request.get("top_p").is_some() => wrong("`top_p` must be > 0.0 and < 1.0"),
+            _ if request["top_logprobs"].as_u64().is_some_and(|n| n > 5) => {
+                wrong("top_logprobs must be less than or equal to 5")
+            }
+            _ => verdict(&[("A", 0.5)]),
+        }
+    });
+    let engine = ServerEngine::connect(&server.url, "m", &config(), true).unwrap();
+    assert_eq!(masses(&Engine::Server(engine), &["q"]), [(0.5, 0.0)]);
+}
+
+/// vLLM with a reasoning parser: one token is all thought.
+#[test]
+fn a_model_that_thinks_first_passes_the_probe() {
+    let thought = || {
+        ok(json!({"choices": [{"message": {"content": null, "reasoning_content": "Okay, the user"},
+            "finish_reason": "length"}], "usage": {"completion_tokens": 1}}))
+    };
+    let server = serve(move |number, _| if number == 0 { thought() } else { reply("A", "stop") });
+    let engine = Engine::Server(ServerEngine::connect(&server.url, "m", &config(), false).unwrap());
+    assert_eq!(engine.chains(&[chain("q", 1)], &drawing()).unwrap()[0][0][0].text, "A");
+    let always = serve(move |_, _| thought());
+    let engine = Engine::Server(ServerEngine::connect(&always.url, "m", &config(), false).unwrap());
+    let error = engine.chains(&[chain("q", 1)], &drawing()).unwrap_err().to_string();
+    assert!(error.contains("thoughts") && error.contains("max_new_tokens"), "{error}");
+}
+
+#[test]
+fn a_reply_far_longer_than_was_asked_for_is_refused() {
+    let server = serve(|number, _| match number {
+        0 => reply("A", "stop"),
+        _ => reply(&"x".repeat(10_000_000), "stop"),
+    });
+    let engine = Engine::Server(ServerEngine::connect(&server.url, "m", &config(), false).unwrap());
+    let error = engine.chains(&[chain("q", 1)], &drawing()).unwrap_err().to_string();
+    assert!(error.contains("7 tokens asked for"), "{error}");
 }
 
 #[test]
@@ -220,7 +295,7 @@ fn a_written_verdict_that_is_refused_abstains_and_is_counted() {
     let server = serve(|number, request| match last_text(request).as_str() {
         _ if number == 0 => reply("A", "stop"),
         "refused" => Answer::Http(400, "", "maximum context length is 2048 tokens".to_owned()),
-        "nothing" => ok(json!({"choices": []})),
+        "nothing" => ok(json!({"choices": [{"message": {"content": null}, "finish_reason": "stop"}]})),
         _ => reply("B", "stop"),
     });
     let connected = ServerEngine::connect(&server.url, "m", &config(), false).unwrap();
@@ -247,13 +322,10 @@ fn a_written_verdict_that_is_refused_abstains_and_is_counted() {
 #[test]
 fn replies_that_make_no_sense_are_errors() {
     type Case = (&'static str, fn() -> Answer);
-    let answers: [Case; 4] = [
+    let answers: [Case; 3] = [
         ("not JSON", || Answer::Http(200, "", "{\"choices\": [NaN".to_owned())),
-        ("choices[0].message.content", || ok(json!({"choices": []}))),
+        ("without choices", || ok(json!({"choices": []}))),
         ("finish_reason", || reply("x", "tool_calls")),
-        ("completion_tokens", || {
-            ok(json!({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}))
-        }),
     ];
     for (expected, answer) in answers {
         let server = serve(move |_, _| answer());
@@ -271,4 +343,149 @@ fn impossible_settings_are_refused() {
     assert!(error("localhost:8000", config()).contains("http://"));
     assert!(error("http://x", ServerConfig { attempts: 0, ..config() }).contains("at least 1"));
     assert!(error("http://x", ServerConfig { timeout_s: 0.0, ..config() }).contains("seconds"));
+}
+
+// The program against servers that refuse, hang and echo.
+const KEY: &str = "sk-canary-0123456789";
+
+fn prompts(dir: &Path, n: usize) -> Vec<String> {
+    fs_err::create_dir_all(dir).unwrap();
+    let row = |idx: usize| {
+        let prompt = vec![Message::user(format!("question {idx}"))];
+        let (source, split) = ("test".to_owned(), Split::Train);
+        PromptRow { prompt_id: prompt_id(&prompt), split, source, prompt }
+    };
+    let rows: Vec<PromptRow> = (0..n).map(row).collect();
+    parquet::write(dir.join("prompts.parquet"), &rows).unwrap();
+    rows.into_iter().map(|row| row.prompt_id).collect()
+}
+
+fn conversations(dir: &Path, url: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-curation"));
+    command.arg("conversations").arg("--prompts").arg(dir.join("prompts"));
+    command.args(["--model", "served", "--engine-url", url, "--max-new-tokens", "8"]);
+    command.args(["--attempts", "2", "--backoff-s", "0.01", "--output"]).arg(dir.join("out"));
+    command.env("OPENAI_API_KEY", KEY);
+    for name in ["http_proxy", "https_proxy", "all_proxy", "no_proxy"] {
+        command.env_remove(name).env_remove(name.to_ascii_uppercase());
+    }
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+#[track_caller]
+fn finishes(command: &mut Command, code: i32) -> String {
+    let done = command.output().unwrap();
+    let text = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert_eq!(done.status.code(), Some(code), "{text}");
+    text
+}
+
+fn texts_below(dir: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs_err::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        text += &match path.is_dir() {
+            true => texts_below(&path),
+            false => String::from_utf8_lossy(&fs_err::read(&path).unwrap()).into_owned(),
+        };
+    }
+    text
+}
+
+#[test]
+fn one_prompt_that_a_server_refuses_is_left_out_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids = prompts(&dir.path().join("prompts"), 40);
+    let filter = |_: usize, request: &Value| match request.to_string().contains("\"question 7\"") {
+        true => Answer::Http(400, "", format!("filtered; you sent Bearer {KEY}")),
+        false => reply("It would be kind.", "stop"),
+    };
+    let server = serve(filter);
+    let text = finishes(&mut conversations(dir.path(), &server.url), 0);
+    let output = dir.path().join("out");
+    let rows: Vec<ConversationRow> = parquet::read(output.join("conversations.parquet")).unwrap();
+    assert_eq!(rows.len(), 78);
+    let [LeftOut { item, reason }] = &left_out::read(&output).unwrap()[..] else { panic!("one") };
+    assert_eq!(*item, ids[7]);
+    assert!(reason.contains("status 400: filtered") && text.contains(&ids[7]), "{text}");
+    // Neither the key that the server sent back nor where it stands is written or shown.
+    assert!(!text.contains(KEY) && reason.contains("***"), "{text}");
+    let written = texts_below(&output);
+    assert!(!written.contains(KEY) && !written.contains(&server.url));
+    // Where a server stands changes nothing: with a user and a password before it, nothing is asked again.
+    let moved = serve(filter);
+    let address = moved.url.replace("http://", "http://bob:hunter2secret@");
+    let text = finishes(&mut conversations(dir.path(), &format!("{address}/v1")), 0);
+    assert!(text.contains("up to date") && moved.requests.lock().unwrap().is_empty(), "{text}");
+}
+
+#[test]
+fn a_server_that_moved_goes_on_with_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    prompts(&dir.path().join("prompts"), 40);
+    let dies = serve(|number, _| match number {
+        0..210 => reply("It would be kind.", "stop"),
+        _ => Answer::Http(500, "", "out of order".to_owned()),
+    });
+    let address = dies.url.replace("http://", "http://bob:hunter2secret@");
+    let text = finishes(conversations(dir.path(), &address).args(["--concurrency", "1"]), 69);
+    assert!(text.contains("out of order") && !text.contains("hunter2"), "{text}");
+    assert!(!texts_below(&dir.path().join("out")).contains("hunter2"));
+    let moved = serve(|_, _| reply("It would be kind.", "stop"));
+    finishes(&mut conversations(dir.path(), &moved.url), 0);
+    // The unit of 32 prompts was done: eight prompts, two samples, three turns, and the probe.
+    assert_eq!(moved.requests.lock().unwrap().len(), 1 + 8 * 2 * 3);
+}
+
+#[test]
+fn a_server_that_refuses_everything_ends_the_stage_and_nothing_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    prompts(&dir.path().join("prompts"), 40);
+    let server = serve(|number, _| match number {
+        0 => reply("A", "stop"),
+        _ => Answer::Http(400, "", "no such model".to_owned()),
+    });
+    let text = finishes(&mut conversations(dir.path(), &server.url), 69);
+    assert!(text.contains("prompts refused; of prompt") && text.contains("no such model"), "{text}");
+    assert!(!dir.path().join("out/shards").exists());
+    let mended = serve(|_, _| reply("It would be kind.", "stop"));
+    finishes(&mut conversations(dir.path(), &mended.url), 0);
+    assert!(left_out::read(&dir.path().join("out")).unwrap().is_empty());
+}
+
+#[test]
+fn a_key_with_a_line_end_is_trimmed_and_a_proxy_for_https_is_not_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    prompts(&dir.path().join("prompts"), 1);
+    let server = serve(|_, _| reply("It would be kind.", "stop"));
+    let mut command = conversations(dir.path(), &server.url);
+    finishes(command.env("OPENAI_API_KEY", "sk-test-123\n").env("HTTPS_PROXY", "http://127.0.0.1:9"), 0);
+    let mut command = conversations(dir.path(), &server.url);
+    command.args(["--seed", "2"]).env("OPENAI_API_KEY", "sk-\ntest-123");
+    let text = finishes(&mut command, 2);
+    assert!(text.contains("OPENAI_API_KEY") && !text.contains("test-123"), "{text}");
+}
+
+#[test]
+fn a_signal_is_answered_while_a_server_hangs() {
+    let dir = tempfile::tempdir().unwrap();
+    prompts(&dir.path().join("prompts"), 40);
+    let server = serve(|number, _| {
+        if number > 20 {
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        reply("It would be kind.", "stop")
+    });
+    let child = conversations(dir.path(), &server.url).spawn().unwrap();
+    let started = Instant::now();
+    while server.requests.lock().unwrap().len() < 22 && started.elapsed().as_secs() < 60 {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let signalled = Instant::now();
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let done = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(130), "{text}");
+    assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}", signalled.elapsed());
 }

@@ -80,8 +80,8 @@ struct Kernels {
                            bool softmax, int64_t begin, int64_t end, int64_t width);
   void (*sample[2])(const void* logits, const double* uniform, const SampleSettings* settings, int64_t* token,
                     float* logprob, int64_t begin, int64_t end, int64_t width);
-  void (*nf4_quantize[2])(const void* in, uint8_t* codes, float* absmax, int64_t begin, int64_t end, int64_t block_size,
-                          int64_t count);
+  void (*nf4_quantize[2])(const void* in, const float* codebook, uint8_t* codes, float* absmax, int64_t begin, int64_t end,
+                          int64_t block_size, int64_t count);
   void (*nf4_dequantize[2])(const uint8_t* codes, const float* absmax, const float* codebook, void* out, int64_t begin,
                             int64_t end, int64_t block_size);
   // y[m, n] = sum_k x[m, k] W[n, k] for output columns [begin, end); W packed row by row, columns a multiple of block_size

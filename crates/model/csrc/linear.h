@@ -69,6 +69,7 @@ typedef int (*Multiplier)(const Tensor* x, const Tensor* codes, const Tensor* ab
                           int64_t block_size, Tensor* y);
 Dequantizer cuda_dequantizer = nullptr;
 Multiplier cuda_multiplier = nullptr;
+int64_t cuda_multiplier_rows = 0;  // the most that it takes
 
 struct Weight {
   Tensor dense;                      // [out, in], or undefined
@@ -118,14 +119,13 @@ struct Weight {
 
 // Up to this many rows the packed weights are multiplied without being unpacked, if the caller asks for it: the sums
 // run in another order than those of the unpacked product, so a row's bits then depend on the number of rows.
-constexpr int64_t kPackedRows = 4;  // PACKED_ROWS in src/decoder.rs
-constexpr int64_t kPackedRowsCuda = 16;  // MAX_ROWS in src/cuda/plan.rs
+constexpr int64_t kPackedRows = 4;
 
 // x Wᵀ straight from packed weights where that is the faster way, else undefined.
 Tensor packed_product(const Tensor& x, const Weight& weight, bool allow_packed) {
   if (!weight.codes.defined()) return {};
   // cuBLAS promises equal rows no more than the packed product does, so nothing is lost by always taking the faster one.
-  if (x.is_cuda() && cuda_multiplier && x.size(0) <= kPackedRowsCuda && weight.inputs % 32 == 0) {
+  if (x.is_cuda() && cuda_multiplier && x.size(0) <= cuda_multiplier_rows && weight.inputs % 32 == 0) {
     Tensor y = at::empty({x.size(0), weight.outputs}, x.options());
     TORCH_CHECK(cuda_multiplier(&x, &weight.codes, &weight.absmax, &weight.codebook, weight.block_size, &y) == 0,
                 "the NF4 product failed on the device");

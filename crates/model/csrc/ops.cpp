@@ -332,8 +332,10 @@ int32_t arete_wait_briefly() { return wait_briefly(); }
 int32_t arete_amx_state() { return chosen_kernels().amx; }
 int32_t arete_isa_cap() { return isa_cap; }
 int32_t arete_decide_isa_cap(uint32_t leaf7_edx, bool set_by_user) { return decide_isa_cap(leaf7_edx, set_by_user); }
-void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier) {
+int64_t arete_packed_rows() { return kPackedRows; }
+void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier, int64_t multiplier_rows) {
   cuda_dequantizer = dequantizer;
+  cuda_multiplier_rows = multiplier_rows;
   cuda_multiplier = multiplier;
 }
 
@@ -476,12 +478,12 @@ int arete_sample(const Tensor* logits, const double* uniform, const SampleSettin
 }
 
 // Packs `in` (contiguous f32 or bf16 on the CPU) into `codes` [ceil(n / 2)] and `absmax` [ceil(n / block_size)].
-int arete_nf4_quantize(const Tensor* in, int64_t block_size, const Tensor* codes, const Tensor* absmax) {
+int arete_nf4_quantize(const Tensor* in, const Tensor* codebook, int64_t block_size, const Tensor* codes, const Tensor* absmax) {
   return guarded([&] {
     TORCH_CHECK(on_kernels(*in) && in->is_contiguous(), "nf4: the matrix must be contiguous f32 or bf16 on the CPU");
     auto kernel = kernels().nf4_quantize[type_of(*in)];
     parallel_rows(absmax->size(0), 256, [&](int64_t begin, int64_t end) {
-      kernel(in->data_ptr(), codes->data_ptr<uint8_t>(), absmax->data_ptr<float>(), begin, end, block_size, in->numel());
+      kernel(in->data_ptr(), codebook->data_ptr<float>(), codes->data_ptr<uint8_t>(), absmax->data_ptr<float>(), begin, end, block_size, in->numel());
     });
   });
 }

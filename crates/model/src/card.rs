@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use arete_records::redact::redacted;
 use arete_stage::run::{RUN_JSON, RunJson};
 use serde_json::{Map, Value};
 
@@ -315,7 +316,7 @@ impl Card<'_> {
         let _ = writeln!(out, "\n## Use\n\n{}", self.usage());
         let _ = writeln!(out, "\n## Limits\n\n{}", self.limits());
         out += &self.provenance();
-        out
+        redacted(&out).into_owned()
     }
 
     fn front_matter(&self) -> String {
@@ -557,6 +558,8 @@ fn table<'a>(what: &str, entries: impl Iterator<Item = (&'a String, &'a Value)>)
 /// A value on one line; of a local path the last part alone.
 fn cell(value: &Value) -> String {
     match value {
+        // Where a server stood says nothing of what it served, and may say more than its owner wants known.
+        Value::String(text) if text.contains("://") => "(an address)".to_owned(),
         Value::String(text) if text.starts_with(['/', '~', '.']) || Path::new(text).exists() => {
             let name = Path::new(text).file_name().unwrap_or_default();
             name.to_string_lossy().into_owned()

@@ -123,7 +123,11 @@ impl ModelArgs {
     fn load(&self) -> anyhow::Result<(Model, Option<LoadedAdapter>)> {
         // The hash reads the whole model once more, and only an adapter asks for it.
         let load = if self.adapter.is_some() { Model::load } else { Model::load_unhashed };
-        let model = load(&Source::parse(&self.model)?, &self.options())
+        let source = unchanged(&self.model)?;
+        if let Some(dir) = &self.adapter {
+            arete_stage::inputs::check(dir)?;
+        }
+        let model = load(&source, &self.options())
             .with_context(|| format!("loading {}", self.model))?;
         tracing::info!(
             model = %self.model,
@@ -143,6 +147,15 @@ impl ModelArgs {
         };
         Ok((model, adapter))
     }
+}
+
+/// A model by its name, compared with what the stage that made it recorded, if a stage of ours did.
+fn unchanged(model: &str) -> anyhow::Result<Source> {
+    let source = Source::parse(model)?;
+    if let Some(path) = source.local_path() {
+        arete_stage::inputs::check(path)?;
+    }
+    Ok(source)
 }
 
 fn show_machine() -> anyhow::Result<()> {
@@ -205,7 +218,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
 }
 
 fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&Source::parse(&arguments.model)?)?;
+    let checkpoint = Checkpoint::open(&unchanged(&arguments.model)?)?;
     let config = checkpoint.config();
     let (mut n_weights, mut n_linear) = (0i64, 0i64);
     let mut tensors = Vec::new();
@@ -240,7 +253,7 @@ fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
 
 fn run_quantize(arguments: &Quantize) -> anyhow::Result<()> {
     let options = Nf4Options { double_quantize: !arguments.single, ..Nf4Options::default() };
-    let source = Source::parse(&arguments.model)?;
+    let source = unchanged(&arguments.model)?;
     packing::write_packed(&source, &arguments.output, options, arguments.dtype)
         .with_context(|| format!("quantising {}", arguments.model))?;
     tracing::info!(output = %arguments.output.display(), "written");

@@ -21,9 +21,6 @@ use crate::nf4::{Nf4Options, Nf4Tensor};
 use crate::ops::WeightRef;
 use crate::{Error, ops, runtime, self_test};
 
-/// Most rows that are multiplied with packed weights as they are (`kPackedRows` in `csrc/ops.cpp`).
-const PACKED_ROWS: i64 = 4;
-
 /// A weight matrix as it is held.
 #[derive(Debug)]
 pub(crate) enum Linear {
@@ -507,7 +504,7 @@ impl Decoder {
     /// [`Decoder::logits`] for [`ops::sample`], which looks at every one itself.
     pub(crate) fn unchecked_logits(&self, hidden: &Tensor) -> Result<Tensor, Error> {
         match &self.lean_head {
-            Some(lean) if hidden.size()[0] <= PACKED_ROWS => ops::logits(hidden, lean, true),
+            Some(lean) if hidden.size()[0] <= ops::packed_rows() => ops::logits(hidden, lean, true),
             _ => ops::logits(hidden, self.head()?, false),
         }
     }

@@ -1,25 +1,28 @@
 //! Models and data files of the Hugging Face hub, downloaded into its cache and verified; and uploads ([`Hub::push`]).
 //!
-//! Downloads go through `hf-hub`, into a folder of their own; a file enters the cache (same layout as Python's
-//! `huggingface_hub`, so both share downloads) only after its size and hash agree with what the repository's
-//! commit says. A cut or replaced body therefore never passes for a complete file, and no name a server
-//! sends can lead outside the cache.
+//! A file enters the cache (same layout as Python's `huggingface_hub`, so both share downloads) only after its size and
+//! hash agree with what the repository's commit says, and is compared with its hash whenever it is used. A cut or replaced
+//! body therefore never passes for a complete file, a cut download goes on where it stopped, and no name a server sends can
+//! lead outside the cache. Nothing is awaited for ever, and nothing read beyond what is expected. Uploads go through
+//! `hf-hub`.
 //!
 //! Environment, as in Python: `HF_TOKEN` (or `HF_TOKEN_PATH`, or the token of `hf auth login`), `HF_ENDPOINT`,
 //! `HF_HUB_CACHE`, `HF_HOME`, `HF_HUB_OFFLINE`.
 
+mod cache;
+mod http;
 mod upload;
 
-use std::io::{ErrorKind, Read as _};
 use std::path::{Component, Path, PathBuf};
-use std::sync::Mutex;
 
+use arete_records::hashes::HashCache;
+use arete_records::redact::redacted;
 use fs_err::File;
-use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
-use hf_hub::repository::{RepoTreeEntry, RepoType};
-use hf_hub::{HFClient, HFClientSync, HFError, HFRepositorySync};
-use sha2::{Digest as _, Sha256};
+use hf_hub::{HFClient, HFClientSync, HFError};
+use serde_json::Value;
 
+use self::cache::{cached_blob, cached_snapshot, is_sound, link, verify};
+use self::http::{Failure, Http, encoded};
 use crate::Error;
 use crate::checkpoint::shards_of_index;
 pub use upload::{Content, Pushed, RepositoryKind, Upload};
@@ -28,14 +31,20 @@ pub use upload::{Content, Pushed, RepositoryKind, Upload};
 pub const DEFAULT_REVISION: &str = "main";
 /// Files of a repository looked at; model repositories have a few dozen.
 const MAX_FILES: usize = 10_000;
-/// How often a broken transfer is tried in all.
-const ATTEMPTS: usize = 3;
+/// Pages that a list of them may come in.
+const MAX_PAGES: usize = 100;
+/// How often a file is downloaded in all, if what comes is not what the commit names.
+const ATTEMPTS: usize = 2;
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Endings of a dataset's files that this project reads.
-const DATA_ENDINGS: [&str; 4] = [".jsonl", ".jsonl.gz", ".json", ".parquet"];
+const DATA_ENDINGS: [&str; 10] = [
+    ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ndjson", ".parquet",
+];
+/// Files beside a dataset's that hold none of its records.
+const NO_DATA: [&str; 4] = ["config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"];
 /// Read by the loader where they exist.
 const OPTIONAL: [&str; 4] = [
     "generation_config.json",
@@ -47,6 +56,8 @@ const OPTIONAL: [&str; 4] = [
 /// Access to the hub and its cache.
 #[derive(Debug)]
 pub struct Hub {
+    http: Http,
+    /// For uploads.
     client: HFClientSync,
     endpoint: String,
     cache: PathBuf,
@@ -75,6 +86,50 @@ struct RemoteFile {
     is_pointer: bool,
 }
 
+/// A repository of the hub.
+#[derive(Clone, Copy, Debug)]
+struct Repository<'a> {
+    kind: RepositoryKind,
+    id: &'a str,
+}
+
+impl Repository<'_> {
+    fn plural(self) -> &'static str {
+        match self.kind {
+            RepositoryKind::Model => "models",
+            RepositoryKind::Dataset => "datasets",
+        }
+    }
+
+    /// What its page's path begins with.
+    fn prefix(self) -> &'static str {
+        match self.kind {
+            RepositoryKind::Model => "",
+            RepositoryKind::Dataset => "datasets/",
+        }
+    }
+
+    /// Its path in the hub's interface.
+    fn interface(self) -> String {
+        format!("/api/{}/{}", self.plural(), self.id)
+    }
+}
+
+impl RemoteFile {
+    /// An entry of a list of files, or what is wrong with it.
+    fn of(entry: &Value) -> Result<Self, String> {
+        let path = entry["path"].as_str().ok_or("expected a path for every file, found none")?;
+        let oid = entry["oid"].as_str().unwrap_or_default();
+        if !is_hex(oid, 40) {
+            return Err(format!("expected a git id for {path:?}, found {oid:?}"));
+        }
+        let lfs = entry.get("lfs").filter(|lfs| !lfs.is_null());
+        let size = lfs.and_then(|lfs| lfs["size"].as_u64()).or_else(|| entry["size"].as_u64());
+        let size = size.ok_or_else(|| format!("expected a size for {path:?}, found none"))?;
+        Ok(Self { path: path.to_owned(), size, oid: oid.to_owned(), is_pointer: lfs.is_some() })
+    }
+}
+
 impl Hub {
     /// The hub the environment names.
     ///
@@ -85,7 +140,7 @@ impl Hub {
         let offline = std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| {
             ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str())
         });
-        Self::with(HFClient::builder(), offline)
+        Self::with(HFClient::builder(), http::token_of_environment(), offline)
     }
 
     /// A hub with its address, cache and token given; `offline` never touches the network.
@@ -93,13 +148,22 @@ impl Hub {
     /// # Errors
     ///
     /// [`Error::Hub`] if the client cannot be made.
-    pub fn with(client: hf_hub::HFClientBuilder, offline: bool) -> Result<Self, Error> {
-        let fail =
-            |error: HFError| Error::Hub { what: "client".to_owned(), reason: error.to_string() };
-        let client = client.build().map_err(fail)?;
+    pub fn with(
+        client: hf_hub::HFClientBuilder,
+        token: Option<String>,
+        offline: bool,
+    ) -> Result<Self, Error> {
+        let fail = |reason: String| Error::Hub { what: "client".to_owned(), reason };
+        let client = match &token {
+            Some(token) => client.token(token),
+            None => client,
+        };
+        let client = client.build().map_err(|error| fail(error.to_string()))?;
         let (endpoint, cache) = (client.endpoint().to_owned(), client.cache_dir().to_owned());
-        let client = HFClientSync::from_inner(client).map_err(fail)?;
-        Ok(Self { client, endpoint, cache, offline })
+        let http = Http::new(&endpoint, token).map_err(fail)?;
+        let client =
+            HFClientSync::from_inner(client).map_err(|error| fail(error.to_string()))?;
+        Ok(Self { http, client, endpoint, cache, offline })
     }
 
     /// Makes sure the cache holds everything needed to run a model, and returns its snapshot directory:
@@ -110,20 +174,18 @@ impl Hub {
     /// [`Error::Hub`] if the repository cannot be reached, is gated, lacks a file, or sends one that is not what
     /// its commit says; [`Error::Pickle`] if its weights exist as pickle only.
     pub fn model(&self, id: &str, revision: Option<&str>) -> Result<PathBuf, Error> {
-        let (owner, name) = split_id(id)?;
-        let repository = self.client.model(owner, name);
-        let snapshot = self.snapshot(&repository, id, revision, || {
-            repository.info().revision(revision.unwrap_or(DEFAULT_REVISION)).send().map(|it| it.sha)
-        })?;
+        split_id(id)?;
+        let repository = Repository { kind: RepositoryKind::Model, id };
+        let snapshot = self.snapshot(repository, revision)?;
         let names: Vec<&str> = snapshot.files.iter().map(|file| file.path.as_str()).collect();
         let mut wanted = vec![CONFIG, TOKENIZER];
         wanted.extend(OPTIONAL.iter().filter(|name| names.contains(name)));
-        wanted.push(weights_file(id, &self.page(&repository), &names)?);
-        let directory = self.fetch(&repository, id, &snapshot, &wanted)?;
+        wanted.push(weights_file(id, &self.page(repository), &names)?);
+        let directory = self.fetch(repository, &snapshot, &wanted)?;
         if wanted.contains(&INDEX) {
             let shards = shards_of_index(&directory.join(INDEX))?;
             let shards: Vec<&str> = shards.keys().map(String::as_str).collect();
-            self.fetch(&repository, id, &snapshot, &shards)?;
+            self.fetch(repository, &snapshot, &shards)?;
         }
         Ok(directory)
     }
@@ -140,12 +202,14 @@ impl Hub {
         prefix: &str,
         revision: Option<&str>,
     ) -> Result<PathBuf, Error> {
-        let (owner, name) = split_id(id)?;
-        let repository = self.client.dataset(owner, name);
-        let snapshot = self.snapshot(&repository, id, revision, || {
-            repository.info().revision(revision.unwrap_or(DEFAULT_REVISION)).send().map(|it| it.sha)
-        })?;
-        let is_data = |path: &str| DATA_ENDINGS.iter().any(|ending| path.ends_with(ending));
+        split_id(id)?;
+        let repository = Repository { kind: RepositoryKind::Dataset, id };
+        let snapshot = self.snapshot(repository, revision)?;
+        let is_data = |path: &str| {
+            let name = path.rsplit('/').next().unwrap_or(path);
+            let is_read = DATA_ENDINGS.iter().any(|ending| path.ends_with(ending));
+            is_read && !name.starts_with(['.', '_']) && !NO_DATA.contains(&name)
+        };
         let in_prefix = |path: &str| {
             path.strip_prefix(prefix.trim_end_matches('/'))
                 .is_some_and(|rest| prefix.is_empty() || rest.is_empty() || rest.starts_with('/'))
@@ -157,17 +221,16 @@ impl Hub {
             let reason = format!("no file ends in {expected} (commit {})", snapshot.commit);
             return Err(Error::Hub { what: format!("{id}/{prefix}"), reason });
         }
-        self.fetch(&repository, id, &snapshot, &wanted)
+        self.fetch(repository, &snapshot, &wanted)
     }
 
     /// The commit a revision stands for and its files; offline, what the cache has of it.
-    fn snapshot<T: RepoType>(
+    fn snapshot(
         &self,
-        repository: &HFRepositorySync<T>,
-        id: &str,
+        repository: Repository<'_>,
         revision: Option<&str>,
-        commit: impl FnOnce() -> Result<Option<String>, HFError>,
     ) -> Result<Snapshot, Error> {
+        let id = repository.id;
         let revision = revision.unwrap_or(DEFAULT_REVISION);
         let fail = |reason: String| Error::Hub { what: format!("{id}@{revision}"), reason };
         safe_rel_path(revision).map_err(&fail)?;
@@ -177,55 +240,87 @@ impl Hub {
                 fail(format!("{reason}, and HF_HUB_OFFLINE forbids downloading it"))
             });
         }
-        let explain = |error: &HFError| explain(error, &self.page(repository));
-        let commit = match commit() {
+        let page = self.page(repository);
+        let commit = match self.commit(repository, revision) {
             Ok(Some(commit)) => commit,
             Ok(None) => return Err(fail("the hub named no commit for this revision".to_owned())),
-            Err(error @ HFError::Request { .. }) => {
+            Err(failure @ Failure::Unreachable(_)) => {
                 // No connection at all: what was verified before is as good as ever.
                 return match cached_snapshot(&folder, revision) {
                     Ok(snapshot) => {
-                        tracing::warn!(id, revision, %error, "hub out of reach, using the cached copy");
+                        let error = refusal(&failure, &page);
+                        tracing::warn!(id, revision, error, "hub out of reach, using the cached copy");
                         Ok(snapshot)
                     }
-                    Err(_) => Err(fail(explain(&error))),
+                    Err(_) => Err(fail(refusal(&failure, &page))),
                 };
             }
-            Err(error) => return Err(fail(explain(&error))),
+            Err(failure) => return Err(fail(refusal(&failure, &page))),
         };
         if !is_hex(&commit, 40) {
             return Err(fail(format!("expected a commit of 40 hex digits, found {commit:?}")));
         }
-        let listed = repository
-            .list_tree()
-            .revision(commit.as_str())
-            .recursive(true)
-            .limit(MAX_FILES)
-            .send()
-            .map_err(|error| fail(explain(&error)))?;
-        let mut files = Vec::new();
-        for entry in listed {
-            if let RepoTreeEntry::File { path, size, oid, lfs, .. } = entry {
-                if !is_hex(&oid, 40) {
-                    return Err(fail(format!("expected a git id for {path:?}, found {oid:?}")));
-                }
-                let size = lfs.as_ref().and_then(|lfs| lfs.size).unwrap_or(size);
-                files.push(RemoteFile { path, size, oid, is_pointer: lfs.is_some() });
-            }
-        }
+        let files = self
+            .tree(repository, &commit)
+            .map_err(|failure| fail(refusal(&failure, &page)))?
+            .map_err(fail)?;
         let directory = folder.join("snapshots").join(&commit);
         let revision = (commit != revision).then(|| revision.to_owned());
         Ok(Snapshot { commit, revision, directory, files, online: true })
     }
 
-    /// Downloads what the snapshot directory does not have yet of `wanted`.
-    fn fetch<T: RepoType>(
+    /// The commit that a revision stands for now.
+    fn commit(
         &self,
-        repository: &HFRepositorySync<T>,
-        id: &str,
+        repository: Repository<'_>,
+        revision: &str,
+    ) -> Result<Option<String>, Failure> {
+        let path = format!("{}/revision/{}", repository.interface(), encoded(revision, false));
+        let answer = self.http.answer(&path)?;
+        Ok(answer.body["sha"].as_str().map(str::to_owned))
+    }
+
+    /// The files of a commit, or what is wrong with the list.
+    fn tree(
+        &self,
+        repository: Repository<'_>,
+        commit: &str,
+    ) -> Result<Result<Vec<RemoteFile>, String>, Failure> {
+        let mut files = Vec::new();
+        let mut page = format!("{}/tree/{commit}?recursive=true", repository.interface());
+        for _ in 0..MAX_PAGES {
+            let answer = self.http.answer(&page)?;
+            let Some(entries) = answer.body.as_array() else {
+                return Ok(Err("expected a list of files, found another answer".to_owned()));
+            };
+            for entry in entries.iter().filter(|entry| entry["type"] == "file") {
+                match RemoteFile::of(entry) {
+                    Ok(file) => files.push(file),
+                    Err(reason) => return Ok(Err(reason)),
+                }
+            }
+            if files.len() > MAX_FILES {
+                return Ok(Err(format!("expected at most {MAX_FILES} files, found more")));
+            }
+            match answer.next {
+                Some(next) => page = next,
+                None => return Ok(Ok(files)),
+            }
+        }
+        Ok(Err(format!("expected at most {MAX_PAGES} pages of files, found more")))
+    }
+
+    /// Downloads what the snapshot directory does not have yet of `wanted`, or has otherwise than the commit says.
+    fn fetch(
+        &self,
+        repository: Repository<'_>,
         snapshot: &Snapshot,
         wanted: &[&str],
     ) -> Result<PathBuf, Error> {
+        let id = repository.id;
+        let folder = self.folder(repository);
+        let blobs = folder.join("blobs");
+        let mut hashes = HashCache::load(&blobs);
         let mut missing = Vec::new();
         for &name in wanted {
             let fail = |reason: String| Error::Hub { what: format!("{id}: {name}"), reason };
@@ -234,20 +329,31 @@ impl Hub {
                 let place = if snapshot.online { "the repository" } else { "the cache" };
                 fail(format!("no such file in {place} (commit {})", snapshot.commit))
             })?;
-            let cached = fs_err::metadata(snapshot.directory.join(&relative));
+            let place = snapshot.directory.join(&relative);
+            let cached = fs_err::metadata(&place);
             let complete = cached.is_ok_and(|found| found.is_file() && found.len() == file.size);
-            if snapshot.online && !complete {
+            let sound = complete && is_sound(&place, &mut hashes)?;
+            if complete && !sound {
+                let place = place.display();
+                if !snapshot.online {
+                    return Err(fail(format!(
+                        "{place}: damaged: its contents are not those of its name; remove it, and let it be downloaded again"
+                    )));
+                }
+                tracing::warn!(id, file = name, %place, "damaged in the cache, downloading it again");
+                fs_err::remove_file(fs_err::canonicalize(snapshot.directory.join(&relative))?)?;
+            }
+            if snapshot.online && !sound {
                 missing.push((file, relative));
             }
         }
+        hashes.save();
         if !snapshot.online {
             return Ok(snapshot.directory.clone());
         }
-        let folder = self.folder(repository);
-        let blobs = folder.join("blobs");
         fs_err::create_dir_all(&blobs)?;
+        let bytes: u64 = missing.iter().map(|(file, _)| file.size).sum();
         if !missing.is_empty() {
-            let bytes: u64 = missing.iter().map(|(file, _)| file.size).sum();
             tracing::info!(
                 id,
                 commit = snapshot.commit,
@@ -256,14 +362,12 @@ impl Hub {
                 "downloading"
             );
         }
-        let progress = hf_hub::progress::Progress::new(Bar::new(
-            missing.iter().map(|(file, _)| file.size).sum(),
-        ));
+        let mut bar = Bar::new(bytes);
         for (file, relative) in missing {
             let lock = self.lock(&folder, &file.oid)?;
             let blob = match cached_blob(&blobs, file)? {
                 Some(blob) => blob,
-                None => self.download(repository, id, snapshot, file, &blobs, &progress)?,
+                None => self.download(repository, snapshot, file, &blobs, &mut bar)?,
             };
             link(&snapshot.directory, &relative, &blobs, &blob)?;
             drop(lock);
@@ -277,68 +381,60 @@ impl Hub {
         Ok(snapshot.directory.clone())
     }
 
-    /// One file into `blobs`, verified; returns its name there.
-    fn download<T: RepoType>(
+    /// One file into `blobs`, verified; returns its name there. What there is of it stays when the connection breaks, and
+    /// the next attempt, of this process or another, goes on from there.
+    fn download(
         &self,
-        repository: &HFRepositorySync<T>,
-        id: &str,
+        repository: Repository<'_>,
         snapshot: &Snapshot,
         file: &RemoteFile,
         blobs: &Path,
-        progress: &hf_hub::progress::Progress,
+        bar: &mut Bar,
     ) -> Result<String, Error> {
+        let id = repository.id;
         let fail = |reason: String| Error::Hub { what: format!("{id}: {}", file.path), reason };
         // Under the lock of this file, so a leftover is a killed download's.
         let part = blobs.join(format!("{}.part", file.oid));
+        if part.is_dir() {
+            fs_err::remove_dir_all(&part)?; // of a version that downloaded into directories
+        }
+        let prefix = repository.prefix();
+        let path =
+            format!("/{prefix}{id}/resolve/{}/{}", snapshot.commit, encoded(&file.path, true));
         let mut reason = String::new();
         for attempt in 1..=ATTEMPTS {
-            if part.exists() {
-                fs_err::remove_dir_all(&part)?;
-            }
-            fs_err::create_dir(&part)?;
-            let sent = repository
-                .download_file()
-                .filename(file.path.as_str())
-                .local_dir(part.clone())
-                .revision(snapshot.commit.as_str())
-                .progress(progress.clone())
-                .send();
-            let verified = match sent {
-                Ok(path) => verify(&path, file).map(|blob| (path, blob)),
-                Err(error) if is_broken_transfer(&error) => Err(error.to_string()),
-                Err(error) => {
-                    fs_err::remove_dir_all(&part)?;
-                    return Err(fail(explain(&error, &self.page(repository))));
+            let sent = self.http.download(&path, &part, file.size, &mut |n| bar.add(n));
+            if let Err(failure) = sent {
+                if part.metadata().is_ok_and(|found| found.len() == 0) {
+                    fs_err::remove_file(&part)?;
                 }
-            };
-            match verified {
-                Ok((path, blob)) => {
-                    File::open(&path)?.sync_all()?;
-                    fs_err::rename(&path, blobs.join(&blob))?;
-                    fs_err::remove_dir_all(&part)?;
+                return Err(fail(refusal(&failure, &self.page(repository))));
+            }
+            match verify(&part, file) {
+                Ok(blob) => {
+                    fs_err::rename(&part, blobs.join(&blob))?;
                     return Ok(blob);
                 }
                 Err(error) => {
                     tracing::warn!(id, file = file.path, attempt, error, "download failed");
+                    fs_err::remove_file(&part)?;
                     reason = error;
                 }
             }
         }
-        fs_err::remove_dir_all(&part)?;
         Err(fail(format!("{reason} (tried {ATTEMPTS} times)")))
     }
 
     /// Where the cache keeps a repository.
-    fn folder<T: RepoType>(&self, repository: &HFRepositorySync<T>) -> PathBuf {
-        let plural = repository.repo_type().plural();
-        let folder = format!("{plural}--{}", repository.repo_path().replace('/', "--"));
+    fn folder(&self, repository: Repository<'_>) -> PathBuf {
+        let folder = format!("{}--{}", repository.plural(), repository.id.replace('/', "--"));
         self.cache.join(folder)
     }
 
     /// The repository's page, for messages.
-    fn page<T: RepoType>(&self, repository: &HFRepositorySync<T>) -> String {
-        let prefix = repository.repo_type().url_prefix();
-        format!("{}/{prefix}{}", self.endpoint, repository.repo_path())
+    fn page(&self, repository: Repository<'_>) -> String {
+        let page = format!("{}/{}{}", self.endpoint, repository.prefix(), repository.id);
+        redacted(&page).into_owned()
     }
 
     /// Waits for other downloads of the same file to end.
@@ -449,166 +545,28 @@ fn weights_file(id: &str, page: &str, names: &[&str]) -> Result<&'static str, Er
     Err(Error::Hub { what: format!("{id} ({page})"), reason })
 }
 
-/// What the cache holds of a revision.
-fn cached_snapshot(folder: &Path, revision: &str) -> Result<Snapshot, String> {
-    let commit = if is_hex(revision, 40) {
-        revision.to_owned()
-    } else {
-        fs_err::read_to_string(folder.join("refs").join(revision))
-            .map(|text| text.trim().to_owned())
-            .map_err(|_| "not in the cache".to_owned())?
-    };
-    if !is_hex(&commit, 40) {
-        return Err(format!("the cache names a commit {commit:?}"));
-    }
-    let directory = folder.join("snapshots").join(&commit);
-    let mut files = Vec::new();
-    list(&directory, "", &mut files).map_err(|error| format!("not in the cache: {error}"))?;
-    Ok(Snapshot { commit, revision: None, directory, files, online: false })
-}
-
-/// Lists the files under `directory`, by paths that begin with `prefix`.
-fn list(directory: &Path, prefix: &str, files: &mut Vec<RemoteFile>) -> Result<(), std::io::Error> {
-    for entry in fs_err::read_dir(directory)? {
-        let entry = entry?;
-        let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
-        let path = format!("{prefix}{name}");
-        // Follows the link into `blobs`; one that leads nowhere is a file that is not there.
-        match fs_err::metadata(entry.path()) {
-            Ok(found) if found.is_dir() => list(&entry.path(), &format!("{path}/"), files)?,
-            Ok(found) => files.push(RemoteFile {
-                path,
-                size: found.len(),
-                oid: String::new(),
-                is_pointer: false,
-            }),
-            Err(_) => {}
-        }
-    }
-    Ok(())
-}
-
-/// The name under which `blobs` already has this file's content: Git's id, or the SHA-256 whose pointer has that id.
-fn cached_blob(blobs: &Path, file: &RemoteFile) -> Result<Option<String>, Error> {
-    for entry in fs_err::read_dir(blobs)? {
-        let entry = entry?;
-        let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
-        let is_it = match file.is_pointer {
-            false => name == file.oid,
-            true => is_hex(&name, 64) && pointer_id(&name, file.size) == file.oid,
-        };
-        if !is_it {
-            continue; // another file's, or a download of another process, which may be gone by now
-        }
-        match fs_err::metadata(entry.path()) {
-            Ok(found) if found.is_file() && found.len() == file.size => return Ok(Some(name)),
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
-    }
-    Ok(None)
-}
-
-/// Compares a downloaded file with what the commit says of it; returns its name in `blobs`, or what is wrong.
-fn verify(path: &Path, file: &RemoteFile) -> Result<String, String> {
-    let reader = |error: std::io::Error| error.to_string();
-    let found = fs_err::symlink_metadata(path).map_err(reader)?;
-    if !found.is_file() || found.len() != file.size {
-        return Err(format!("expected {} bytes, got {}", file.size, found.len()));
-    }
-    let mut content = File::open(path).map_err(reader)?;
-    let mut sha256 = Sha256::new();
-    let mut git = git_hasher(file.size);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match content.read(&mut buffer).map_err(reader)? {
-            0 => break,
-            n if file.is_pointer => sha256.update(&buffer[..n]),
-            n => git.update(&buffer[..n]),
-        }
-    }
-    let (blob, oid) = if file.is_pointer {
-        let sha256 = hex(&sha256.finalize());
-        let oid = pointer_id(&sha256, file.size);
-        (sha256, oid)
-    } else {
-        let oid = hex(&git.finalize());
-        (oid.clone(), oid)
-    };
-    match oid == file.oid {
-        true => Ok(blob),
-        false => Err(format!("its content hash {blob} is not the one its commit names")),
-    }
-}
-
-/// Git's id of a file: SHA-1 over a header with the size, then the content.
-fn git_hasher(size: u64) -> sha1::Sha1 {
-    sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
-}
-
-/// Git's id of the pointer that stands for a large file.
-///
-/// # Source
-///
-/// Git LFS specification, `docs/spec.md`: the pointer's three lines.
-fn pointer_id(sha256: &str, size: u64) -> String {
-    let text =
-        format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n");
-    let mut git = git_hasher(text.len() as u64);
-    git.update(text.as_bytes());
-    hex(&git.finalize())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Makes `directory/relative` a link to a blob, as `huggingface_hub` does. Others may be reading the file: what is
-/// right already stays, and at every moment there is either the old one or the new one.
-fn link(directory: &Path, relative: &Path, blobs: &Path, blob: &str) -> Result<(), Error> {
-    let place = directory.join(relative);
-    let resolved = fs_err::canonicalize(&place);
-    if resolved
-        .is_ok_and(|found| fs_err::canonicalize(blobs.join(blob)).is_ok_and(|it| it == found))
-    {
-        return Ok(());
-    }
-    fs_err::create_dir_all(place.parent().expect("lies in the snapshot"))?;
-    let depth = relative.components().count();
-    let target: PathBuf = std::iter::repeat_n("..", depth + 1).collect();
-    // Under the lock of this file, so a leftover is a killed process's.
-    let new = blobs.join(format!("{blob}.link"));
-    if fs_err::symlink_metadata(&new).is_ok() {
-        fs_err::remove_file(&new)?;
-    }
-    fs_err::os::unix::fs::symlink(target.join("blobs").join(blob), &new)?;
-    fs_err::rename(&new, &place)?;
-    Ok(())
-}
-
-/// Errors of a connection that broke, which another attempt may mend.
-fn is_broken_transfer(error: &HFError) -> bool {
-    match error {
-        HFError::Request { .. } | HFError::Xet { .. } => true,
-        HFError::Http { context } => context.status.is_server_error(),
-        _ => false,
-    }
-}
-
-/// What went wrong and what to do about it.
-fn explain(error: &HFError, page: &str) -> String {
-    match error {
-        HFError::AuthRequired { .. } => format!(
+/// What came in the way of reading, and what to do about it.
+fn refusal(failure: &Failure, page: &str) -> String {
+    match failure {
+        Failure::Unreachable(reason) => format!("{page} cannot be reached: {reason}"),
+        Failure::Broken(reason) => format!("{page}: {reason}"),
+        Failure::Refused(401, _) => format!(
             "not accessible: the repository does not exist, is private, or is gated; check the name, accept its \
              conditions at {page} if it asks for that, and set HF_TOKEN to a token of that account"
         ),
-        HFError::Forbidden { .. } => format!(
+        Failure::Refused(403, _) => format!(
             "access is gated and the account of HF_TOKEN has none: accept the conditions at {page} with it"
         ),
+        Failure::Refused(404, _) => format!("no such repository, revision or file: {page}"),
+        Failure::Refused(0, reason) => reason.clone(),
+        Failure::Refused(status, reason) => format!("{page}: status {status}: {reason}"),
+    }
+}
+
+/// What went wrong with an upload, in general.
+fn explain(error: &HFError, page: &str) -> String {
+    match error {
         HFError::RepoNotFound { .. } => format!("no such repository: {page}"),
-        HFError::RevisionNotFound { revision, .. } => {
-            format!("no such repository or revision {revision:?}: {page}")
-        }
         HFError::Request { source, .. } if source.is_connect() || source.is_timeout() => {
             format!("{} cannot be reached: {}", page, chain(error))
         }
@@ -627,14 +585,14 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = error.source();
     }
-    text
+    redacted(&text).into_owned()
 }
 
-/// Shows hf-hub's progress in megabytes.
+/// Shows the progress of downloads in megabytes.
 struct Bar {
     progress: arete_records::progress::Progress,
-    /// Bytes shown, and bytes done of the file under way.
-    state: Mutex<(u64, u64)>,
+    /// Bytes shown.
+    bytes: u64,
 }
 
 const MEGABYTE: u64 = 1_000_000;
@@ -643,26 +601,13 @@ impl Bar {
     fn new(bytes: u64) -> Self {
         let total = bytes.div_ceil(MEGABYTE);
         let progress = arete_records::progress::start("downloading", "MB", total);
-        Self { progress, state: Mutex::new((0, 0)) }
+        Self { progress, bytes: 0 }
     }
-}
 
-impl ProgressHandler for Bar {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let done = match event {
-            ProgressEvent::Download(DownloadEvent::Progress { files }) => {
-                files.first().map_or(0, |file| file.bytes_completed)
-            }
-            ProgressEvent::Download(DownloadEvent::AggregateProgress {
-                bytes_completed, ..
-            }) => *bytes_completed,
-            _ => return,
-        };
-        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let (before, previous) = *state;
-        let bytes = before + done.saturating_sub(previous);
-        *state = (bytes, done);
-        self.progress.inc(bytes / MEGABYTE - before / MEGABYTE);
+    fn add(&mut self, n: u64) {
+        let before = self.bytes;
+        self.bytes += n;
+        self.progress.inc(self.bytes / MEGABYTE - before / MEGABYTE);
     }
 }
 

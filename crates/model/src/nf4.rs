@@ -92,17 +92,12 @@ impl Nf4Tensor {
         let cpu = (Kind::Float, tch::Device::Cpu);
         let codes = Tensor::zeros([outputs * inputs / 2], (Kind::Uint8, tch::Device::Cpu));
         let absmax = Tensor::zeros([outputs * inputs / block_size], cpu);
-        ops::nf4_quantize(&weight.to_device(tch::Device::Cpu), block_size, &codes, &absmax)?;
+        let codebook = Tensor::from_slice(&CODEBOOK);
+        let weight = weight.to_device(tch::Device::Cpu);
+        ops::nf4_quantize(&weight, &codebook, block_size, &codes, &absmax)?;
         let absmax =
             if options.double_quantize { NestedAbsmax::quantize(&absmax).expand() } else { absmax };
-        Ok(Self {
-            codes,
-            absmax,
-            codebook: Tensor::from_slice(&CODEBOOK),
-            outputs,
-            inputs,
-            block_size,
-        })
+        Ok(Self { codes, absmax, codebook, outputs, inputs, block_size })
     }
 
     /// The matrix `[out, in]` in `kind` (f32 or bf16).

@@ -34,6 +34,7 @@ unsafe extern "C" {
     fn arete_amx_state() -> i32;
     fn arete_libtorch_version() -> *const c_char;
     fn arete_wait_briefly() -> i32;
+    fn arete_packed_rows() -> i64;
     fn arete_trained_linear(x: Raw, weight: Raw, out: *mut Raw) -> c_int;
     #[cfg(test)]
     fn arete_decide_isa_cap(leaf7_edx: u32, set_by_user: bool) -> i32;
@@ -107,7 +108,13 @@ unsafe extern "C" {
         token: *mut i64,
         logprob: *mut f32,
     ) -> c_int;
-    fn arete_nf4_quantize(input: Raw, block_size: i64, codes: Raw, absmax: Raw) -> c_int;
+    fn arete_nf4_quantize(
+        input: Raw,
+        codebook: Raw,
+        block_size: i64,
+        codes: Raw,
+        absmax: Raw,
+    ) -> c_int;
     fn arete_nf4_dequantize(
         codes: Raw,
         absmax: Raw,
@@ -175,6 +182,12 @@ impl Amx {
 pub(crate) fn libtorch_version() -> String {
     // SAFETY: the function returns a static, NUL-terminated string.
     unsafe { CStr::from_ptr(arete_libtorch_version()) }.to_string_lossy().into_owned()
+}
+
+/// Most rows that are multiplied with packed weights as they are on the CPU, where that is allowed.
+pub(crate) fn packed_rows() -> i64 {
+    // SAFETY: the function returns a constant.
+    unsafe { arete_packed_rows() }
 }
 
 /// Keeps libtorch's threads from spinning for long while they wait (`csrc/waiting.h`), now that their number is set.
@@ -473,12 +486,15 @@ pub(crate) fn sample(
 /// Packs a matrix (f32 or bf16, contiguous, on the CPU) into NF4 codes and absmax.
 pub(crate) fn nf4_quantize(
     input: &Tensor,
+    codebook: &Tensor,
     block_size: i64,
     codes: &Tensor,
     absmax: &Tensor,
 ) -> Result<(), Error> {
     // SAFETY: all pointers are live tensors of the sizes the caller computed.
-    check(unsafe { arete_nf4_quantize(raw(input), block_size, raw(codes), raw(absmax)) })
+    check(unsafe {
+        arete_nf4_quantize(raw(input), raw(codebook), block_size, raw(codes), raw(absmax))
+    })
 }
 
 /// The packed matrix in f32 or bf16.

@@ -233,7 +233,11 @@ impl Room {
     }
 }
 
-/// Memory of a stage, where it can be counted: none for a model that is still on the hub.
+/// The model's shape, where it can be told: none for a model that is still on the hub.
+///
+/// # Errors
+///
+/// A model or a device that there is not.
 pub fn shape(setup: &Setup) -> Result<Option<Shape>> {
     let Ok(name) = setup.model() else { return Ok(None) };
     if Source::parse(name)?.local_path().is_none() {

@@ -249,6 +249,10 @@ impl Setup {
     }
 
     /// The device that all stages are asked to use, if one is.
+    ///
+    /// # Errors
+    ///
+    /// The recipe's `device` is no text.
     pub fn device(&self) -> Result<Option<String>> {
         match &self.device {
             Some(device) => Ok(Some(device.clone())),

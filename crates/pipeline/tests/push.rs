@@ -35,6 +35,8 @@ struct State {
     requests: Vec<String>,
     /// Before the next commit somebody else commits.
     is_outrun: bool,
+    /// Commits are answered by something that is no hub.
+    is_portal: bool,
 }
 
 impl State {
@@ -184,6 +186,7 @@ fn respond(asked: &Asked, state: &mut State, address: &str) -> (u16, Value) {
             };
             (200, json!({"files": files.iter().map(mode).collect::<Vec<_>>()}))
         }
+        "commit" if state.is_portal => (200, json!({"commitOid": state.head(), "commitUrl": "x"})),
         "commit" => commit(&asked.body, state),
         _ => (404, json!({})),
     }
@@ -498,4 +501,17 @@ fn somebody_elses_commit_is_not_overwritten() {
         line(&hub.push(&adapter, Some(TOKEN), &base))["changed"].as_array().unwrap().len(),
         5
     );
+}
+
+/// A portal or a proxy answers anything with 200: an upload is believed only when the branch holds it.
+#[test]
+fn an_upload_that_nobody_kept_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = reward_model(dir.path());
+    let hub = Loopback::start();
+    hub.state().is_portal = true;
+    let done = hub.push(&adapter, Some(TOKEN), &["--base-model", "someone/base"]);
+    assert_eq!(done.status.code(), Some(69), "{}", message(&done));
+    assert!(message(&done).contains("not uploaded"), "{}", message(&done));
+    assert_eq!(hub.state().n_commits, 0);
 }

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 use arete_chain::sample;
 use arete_model::generate::{Completion, Sequence};
-use arete_records::{FinishReason, atomic};
+use arete_records::{FinishReason, atomic, hex};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::Error;
 
@@ -26,7 +27,8 @@ pub struct Journal {
     known: Vec<Option<Sequence>>,
 }
 
-/// A sequence as a line of JSON; log-probabilities as the bits of f32, which no parser rounds.
+/// A sequence as a line of JSON, the hash of the line before it; log-probabilities as the bits of f32, which no parser
+/// rounds.
 #[derive(Debug, Serialize, Deserialize)]
 struct Line {
     request: usize,
@@ -93,9 +95,8 @@ impl sample::Journal for Journal {
             turns: sequence.turns.iter().map(turn).collect(),
             appended: sequence.appended.clone(),
         };
-        let mut text = serde_json::to_vec(&line).expect("numbers and lists serialise");
-        text.push(b'\n');
-        self.file.write_all(&text)
+        let json = serde_json::to_string(&line).expect("numbers and lists serialise");
+        self.file.write_all(format!("{} {json}\n", sum(json.as_bytes())).as_bytes())
     }
 }
 
@@ -137,8 +138,18 @@ fn read_lines(bytes: &[u8], known: &mut [Option<Sequence>]) -> usize {
     n_good
 }
 
+/// What a line begins with: hex digits of the SHA-256 of what follows. A line that does not fit it is sampled again.
+fn sum(json: &[u8]) -> String {
+    hex(&Sha256::digest(json)[..8])
+}
+
 fn parse(line: &[u8]) -> Option<Sequence> {
-    let Line { request, turns, appended } = serde_json::from_slice(line).ok()?;
+    let at = line.iter().position(|&byte| byte == b' ')?;
+    let (found, json) = (&line[..at], line[at + 1..].strip_suffix(b"\n")?);
+    if found != sum(json).as_bytes() {
+        return None;
+    }
+    let Line { request, turns, appended } = serde_json::from_slice(json).ok()?;
     let turns = turns
         .into_iter()
         .map(|turn| Completion {
@@ -188,6 +199,16 @@ mod tests {
         assert_eq!(fs_err::read(&path).unwrap(), whole);
         let known = Journal::open(dir.path(), 3, 4, 1).unwrap().take_known();
         assert_eq!(known, [sequence(0), sequence(2)]);
+        // A bit that flipped in a line: it and what follows is sampled again.
+        for at in 0..8 * whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at / 8] ^= 1 << (at % 8);
+            let mut known = vec![None; 4];
+            let n_good = read_lines(&bytes, &mut known);
+            assert!(n_good < whole.len(), "{at}");
+            let intact = known.into_iter().flatten().all(|found| [sequence(0), sequence(2)].contains(&found));
+            assert!(intact, "{at}");
+        }
         // Another rollout size cannot come with the same settings; such lines are not trusted.
         assert_eq!(Journal::open(dir.path(), 3, 1, 1).unwrap().take_known(), []);
     }

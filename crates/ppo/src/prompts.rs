@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use arete_model::Chat;
+use arete_records::left_out::LeftOut;
 use arete_records::rows::PromptRow;
 use arete_records::{Message, Split, parquet};
 use arete_training::order::permutation;
@@ -30,6 +31,8 @@ pub struct Prompts {
     pub train: Vec<Prompt>,
     /// What probes and score statistics answer.
     pub validation: Vec<Prompt>,
+    /// Prompts too long for the model, as `conversations` leaves them out.
+    pub left_out: Vec<LeftOut>,
 }
 
 impl Prompts {
@@ -38,8 +41,8 @@ impl Prompts {
     /// # Errors
     ///
     /// [`Error::Records`] if the file is unusable; [`Error::Prompts`] if there is no prompt to train on;
-    /// [`Error::PromptTooLong`] if `reserved` further tokens do not fit behind one; [`Error::Model`] if the chat template
-    /// refuses one.
+    /// [`Error::PromptTooLong`] if that is because `reserved` further tokens fit behind none; [`Error::Model`] if the chat
+    /// template refuses one.
     pub fn read(
         path: &Path,
         chat: &Chat<'_>,
@@ -48,7 +51,7 @@ impl Prompts {
     ) -> Result<Self, Error> {
         let path = if path.is_dir() { path.join(PROMPTS) } else { path.to_owned() };
         let rows: Vec<PromptRow> = parquet::read(&path)?;
-        let mut out = Self::default();
+        let (mut out, mut first_too_long) = (Self::default(), None);
         for row in rows {
             let list = match row.split {
                 Split::Train => &mut out.train,
@@ -57,16 +60,18 @@ impl Prompts {
             };
             let token_ids = chat.render_prompt(&row.prompt)?;
             if token_ids.len() + reserved > context {
-                return Err(Error::PromptTooLong {
-                    path,
-                    prompt_id: row.prompt_id,
-                    expected: context.saturating_sub(reserved),
-                    context,
-                    reserved,
-                    got: token_ids.len(),
-                });
+                let (got, prompt_id) = (token_ids.len(), row.prompt_id);
+                tracing::warn!(prompt_id, tokens = got, "prompt and replies exceed the model's positions, left out");
+                let reason = format!("{got} tokens and {reserved} of replies exceed {context} positions");
+                out.left_out.push(LeftOut::new(&prompt_id, reason));
+                first_too_long.get_or_insert((got, prompt_id));
+                continue;
             }
             list.push(Prompt { prompt_id: row.prompt_id, messages: row.prompt, token_ids });
+        }
+        if let Some((got, prompt_id)) = first_too_long.filter(|_| out.train.is_empty()) {
+            let expected = context.saturating_sub(reserved);
+            return Err(Error::PromptTooLong { path, prompt_id, expected, context, reserved, got });
         }
         if out.train.is_empty() {
             return Err(Error::Prompts {

@@ -14,10 +14,10 @@ use arete_chain::{Turns, reading, yardstick};
 use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
-use arete_records::{atomic, parquet, score_stats, stats};
+use arete_records::{atomic, left_out, parquet, score_stats, stats};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
-use arete_stage::{interrupt, timings};
+use arete_stage::{interrupt, seal, timings};
 use arete_training::{AdamW, CheckpointStore, Select, runtime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -251,6 +251,7 @@ impl<'a> Stage<'a> {
             + chat.next_turn(false, "")?.len();
         let context = model.config.max_position_embeddings;
         let prompts = Prompts::read(&inputs.prompts, &chat, context, reserved)?;
+        left_out::write(&output, &prompts.left_out)?;
         let mut rewards = match &config.programmed_reward {
             Some(rule) => RewardModels::programmed(rule, turns, config.rollout),
             None => RewardModels::load(rewards, model, turns, config.rollout)?,
@@ -307,6 +308,9 @@ impl<'a> Stage<'a> {
         );
         if let Some((iteration, _)) = saved {
             journal::remove_through(&output.join(ROLLOUTS), iteration)?;
+            for dir in [ROLLOUTS, "completions"] {
+                seal::check_all(&output.join(dir))?;
+            }
         }
         if yardstick.is_none() {
             tracing::info!("no yardstick: nothing watches for over-optimisation");
@@ -564,7 +568,8 @@ fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
     if let Some(dir) = path.parent() {
         fs_err::create_dir_all(dir)?;
     }
-    Ok(parquet::write(path, rows)?)
+    parquet::write(path, rows)?;
+    Ok(seal::write(path)?)
 }
 
 /// The scores of one conversation by reward model, where these are others than the turns, for which rollouts have columns.

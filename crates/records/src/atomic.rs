@@ -450,9 +450,25 @@ fn sync_tree(dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes names in a directory durable.
+/// Makes names in a directory durable. Some file systems (CIFS, sshfs, some of FUSE) do that on their own and know no
+/// such call for a directory: their refusal is passed over, as databases and git do.
 pub(crate) fn sync_dir(dir: &Path) -> std::io::Result<()> {
-    File::open(dir)?.sync_all()
+    // The error as the system gave it: its number tells.
+    match fs_err::File::open(dir)?.into_parts().0.sync_all() {
+        Err(error) if is_unknown_call(&error) => {
+            tracing::debug!(dir = %dir.display(), %error, "the file system does not flush directories");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Whether the file system does not know a call, as opposed to failing at it.
+fn is_unknown_call(error: &std::io::Error) -> bool {
+    // EINVAL, ENOTSUP and ENOSYS, as libc numbers them on Linux.
+    const UNKNOWN: [i32; 3] = [22, 95, 38];
+    error.kind() == std::io::ErrorKind::Unsupported
+        || error.raw_os_error().is_some_and(|code| UNKNOWN.contains(&code))
 }
 
 /// Removes a file or a whole directory of this program's; links in it are removed, not followed.
@@ -693,5 +709,14 @@ mod tests {
         sweep(dir.path()).unwrap();
         assert_eq!(names(dir.path()), ["model", "other"]);
         assert_eq!(fs_err::read(dir.path().join("model/weights")).unwrap(), b"w");
+    }
+
+    /// CIFS, sshfs and some of FUSE answer EINVAL when a directory is to be flushed; a disk that fails answers EIO.
+    #[test]
+    fn what_a_file_system_does_not_know_is_told_from_what_fails() {
+        for (code, unknown) in [(22, true), (95, true), (38, true), (5, false), (28, false)] {
+            let error = std::io::Error::from_raw_os_error(code);
+            assert_eq!(is_unknown_call(&error), unknown, "{code}");
+        }
     }
 }

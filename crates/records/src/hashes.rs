@@ -82,8 +82,10 @@ fn sha256_tree(
     Ok(hex(&hasher.finalize()))
 }
 
-/// Every file under a directory, links followed, hidden directories and those that `skip` names
+/// Every file under a directory, links followed, hidden directories and links and those directories that `skip` names
 /// left out: paths relative to it with `/` between names, sorted.
+///
+/// A hidden link is not followed: an editor's lock is one that leads nowhere, by design.
 ///
 /// # Errors
 ///
@@ -100,11 +102,18 @@ pub fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>, Err
             return Err(Error::TooDeep { path: dir.to_owned(), limit: MAX_DEPTH });
         }
         for entry in fs_err::read_dir(dir)? {
-            let path = entry?.path();
+            let entry = entry?;
+            let path = entry.path();
             let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
             let relative = format!("{prefix}{name}");
+            if name.starts_with('.') {
+                if entry.file_type()?.is_file() {
+                    files.push(relative);
+                }
+                continue;
+            }
             if fs_err::metadata(&path)?.is_dir() {
-                if !name.starts_with('.') && !skip(&path) {
+                if !skip(&path) {
                     visit(&path, &format!("{relative}/"), depth + 1, skip, files)?;
                 }
             } else {
@@ -236,5 +245,25 @@ impl Stamp {
         SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .is_ok_and(|now| now.saturating_sub(last_change) > TICK)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What editors, notebooks and systems keep beside a file while it is open changes nothing.
+    #[test]
+    fn what_is_hidden_is_neither_hashed_nor_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::write(dir.path().join("prompts.jsonl"), "{}").unwrap();
+        let sum = sha256_path(dir.path()).unwrap();
+        std::os::unix::fs::symlink("user@host.17", dir.path().join(".#prompts.jsonl")).unwrap();
+        fs_err::create_dir(dir.path().join(".ipynb_checkpoints")).unwrap();
+        fs_err::write(dir.path().join(".ipynb_checkpoints/prompts.jsonl"), "{}").unwrap();
+        fs_err::write(dir.path().join("._prompts.jsonl"), "x").unwrap();
+        assert_eq!(sha256_path(dir.path()).unwrap(), sum);
+        fs_err::write(dir.path().join("more.jsonl"), "{}").unwrap();
+        assert_ne!(sha256_path(dir.path()).unwrap(), sum);
     }
 }

@@ -1,4 +1,4 @@
-//! JSON lines, plain or gzipped, read with the line number of every value.
+//! JSON lines and JSON arrays, plain or gzipped, read with the number of every value, within a budget of memory.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -19,32 +19,164 @@ const MAX_LINE_BYTES: u64 = 64 << 20;
 const MIN_UNPACKED_BYTES: u64 = 64 << 20;
 const MAX_RATIO: u64 = 256;
 
+/// Largest text that is read in one piece: a JSON array, a CSV file, a list of texts.
+const MAX_TEXT_BYTES: u64 = 2 << 30;
+
+/// Values in memory are larger than their text, most where the text is all brackets and commas. Any file may take this
+/// much, and so many times its size.
+const MIN_VALUE_BYTES: u64 = 512 << 20;
+const MAX_VALUE_RATIO: u64 = 8;
+
+/// What a value takes besides its text, with the room that a growing list keeps free.
+const VALUE_BYTES: u64 = 160;
+
+/// The memory that the values of one file may take.
+struct Budget {
+    limit: u64,
+    used: u64,
+}
+
+impl Budget {
+    fn of(n_file_bytes: u64) -> Self {
+        let limit = MIN_VALUE_BYTES.saturating_add(n_file_bytes.saturating_mul(MAX_VALUE_RATIO));
+        Self { limit, used: 0 }
+    }
+
+    /// Takes what the values of a text will need; an error if that is more than is left.
+    fn take(&mut self, path: &Path, line: usize, text: &str) -> Result<(), Error> {
+        self.used = self.used.saturating_add(text.len() as u64 + VALUE_BYTES * n_values(text));
+        if self.used <= self.limit {
+            return Ok(());
+        }
+        Err(Error::Damaged {
+            path: path.to_owned(),
+            what: format!("values through line {line}"),
+            expected: format!("at most {} bytes of memory for a file of its size", self.limit),
+            got: "more".to_owned(),
+        })
+    }
+}
+
+/// At most so many values a JSON text has: one, and one more behind every bracket, comma or colon outside strings.
+fn n_values(text: &str) -> u64 {
+    let (mut n, mut in_string, mut escaped) = (1, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' | b',' | b':' if !in_string => n += 1,
+            _ => {}
+        }
+    }
+    n
+}
+
+/// A file opened for reading, unpacked on the way if its name ends in `.gz`.
+struct Opened {
+    reader: Box<dyn Read>,
+    /// Size of the file as it lies there.
+    n_bytes: u64,
+    /// Most bytes it may unpack to; none of a plain file.
+    unpacked_limit: Option<u64>,
+}
+
+fn open(path: &Path) -> Result<Opened, Error> {
+    let file = fs_err::File::open(path)?;
+    let n_bytes = file.metadata()?.len();
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
+        let limit = MIN_UNPACKED_BYTES.max(n_bytes.saturating_mul(MAX_RATIO));
+        let reader = Box::new(MultiGzDecoder::new(BufReader::new(file)));
+        return Ok(Opened { reader, n_bytes, unpacked_limit: Some(limit) });
+    }
+    Ok(Opened { reader: Box::new(file), n_bytes, unpacked_limit: None })
+}
+
+/// Reads a whole text (gzipped if the name ends in `.gz`), without a byte order mark.
+///
+/// # Errors
+///
+/// As [`read`], and if it is longer than two GiB.
+pub(crate) fn read_text(path: &Path) -> Result<String, Error> {
+    let Opened { reader, unpacked_limit, .. } = open(path)?;
+    let limit = unpacked_limit.unwrap_or(MAX_TEXT_BYTES).min(MAX_TEXT_BYTES);
+    let mut bytes = Vec::new();
+    (reader.take(limit + 1).read_to_end(&mut bytes))
+        .map_err(|error| read_error(path, 1, error, unpacked_limit.is_some()))?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            what: "text".to_owned(),
+            expected: format!("at most {limit} bytes for a file of its size"),
+            got: "more".to_owned(),
+        });
+    }
+    if bytes.starts_with(b"\xef\xbb\xbf") {
+        bytes.drain(..3);
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes()[..valid].iter().filter(|byte| **byte == b'\n').count();
+        Error::Json {
+            path: path.to_owned(),
+            line,
+            expected: "UTF-8".to_owned(),
+            got: format!("invalid byte at offset {valid}"),
+        }
+    })
+}
+
+/// Reads JSON lines, or the elements of one JSON array: whichever the file holds.
+///
+/// # Errors
+///
+/// As [`read`]; [`Error::Json`] for an array that is none.
+pub fn read_any(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
+    let first = {
+        let Opened { reader, unpacked_limit, .. } = open(path)?;
+        let bytes = BufReader::new(reader.take(MAX_LINE_BYTES)).bytes();
+        let mut first = None;
+        for byte in bytes {
+            let byte =
+                byte.map_err(|error| read_error(path, 1, error, unpacked_limit.is_some()))?;
+            if !byte.is_ascii_whitespace() && !b"\xef\xbb\xbf".contains(&byte) {
+                first = Some(byte);
+                break;
+            }
+        }
+        first
+    };
+    if first != Some(b'[') {
+        return read(path);
+    }
+    let n_bytes = fs_err::metadata(path)?.len();
+    let text = read_text(path)?;
+    Budget::of(n_bytes).take(path, 1, &text)?;
+    match parse(&text) {
+        Ok(Value::Array(items)) => Ok((1..).zip(items).collect()),
+        Ok(_) => unreachable!("it begins with a bracket"),
+        Err(error) => Err(Error::Json {
+            path: path.to_owned(),
+            line: error.line(),
+            expected: "one JSON array, or one JSON value a line".to_owned(),
+            got: error.to_string(),
+        }),
+    }
+}
+
 /// Reads JSON lines (gzipped if the name ends in `.gz`): each value with its line number from 1.
 /// Blank lines are skipped.
 ///
 /// # Errors
 ///
 /// [`Error::Io`] if the file cannot be read, [`Error::Damaged`] if its gzip stream is cut or
-/// broken, it unpacks to far more than text would, or a line is too long, [`Error::Json`] on a line that is not UTF-8 or not JSON.
+/// broken, it unpacks to far more than text would, a line is too long, or its values would take far more memory than its
+/// size makes plausible, [`Error::Json`] on a line that is not UTF-8 or not JSON.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<(usize, Value)>, Error> {
     let path = path.as_ref();
-    let file = fs_err::File::open(path)?;
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
-        let n_packed = file.metadata()?.len();
-        let limit = MIN_UNPACKED_BYTES.max(n_packed.saturating_mul(MAX_RATIO));
-        read_lines(path, MultiGzDecoder::new(BufReader::new(file)), Some(limit))
-    } else {
-        read_lines(path, file, None)
-    }
-}
-
-/// `unpacked_limit`: most bytes of a gzipped file.
-fn read_lines(
-    path: &Path,
-    reader: impl Read,
-    unpacked_limit: Option<u64>,
-) -> Result<Vec<(usize, Value)>, Error> {
+    let Opened { reader, n_bytes, unpacked_limit } = open(path)?;
     let gzipped = unpacked_limit.is_some();
+    let mut budget = Budget::of(n_bytes);
     let mut reader = BufReader::with_capacity(1 << 16, reader);
     let mut n_unpacked = 0;
     let mut values = Vec::new();
@@ -87,6 +219,7 @@ fn read_lines(
         if text.trim().is_empty() {
             continue;
         }
+        budget.take(path, line_number, text)?;
         let value = parse(text).map_err(|error| {
             let is_document = line_number == 1 && error.is_eof() && text.starts_with(['[', '{']);
             let expected = if is_document {
@@ -257,6 +390,37 @@ mod tests {
         assert!(error.contains("at most 67108864 bytes unpacked"), "{error}");
         let (_dir, path) = file("blank.jsonl.gz", &gzip(&blank.repeat(60)));
         assert_eq!(read(&path).unwrap(), vec![]);
+    }
+
+    #[test]
+    fn an_array_is_its_elements() {
+        let text = b" \n[\n {\"prompt\": \"q\", \"score\": NaN},\n {\"prompt\": \"r\"}\n]\n";
+        let expected = vec![(1, json!({"prompt": "q", "score": null})), (2, json!({"prompt": "r"}))];
+        let (_dir, path) = file("array.json", text);
+        assert_eq!(read_any(&path).unwrap(), expected);
+        let (_dir, path) = file("array.json.gz", &gzip(text));
+        assert_eq!(read_any(&path).unwrap(), expected);
+        let (_dir, path) = file("lines.json", b"{\"a\": 1}\n{\"a\": 2}\n");
+        assert_eq!(read_any(&path).unwrap().len(), 2);
+        let (_dir, path) = file("cut.json", b"[\n {\"prompt\": \"q\"},\n");
+        let error = read_any(&path).unwrap_err().to_string();
+        assert!(error.contains("cut.json:3: expected one JSON array"), "{error}");
+    }
+
+    /// One MB that unpacks to lists of 128 million numbers would take 4 GB.
+    #[test]
+    fn lists_that_would_fill_the_memory_are_refused_before_they_do() {
+        let line = format!("[{}0]\n", "0,".repeat(8 << 20));
+        for name in ["amplify.jsonl.gz", "amplify.json.gz"] {
+            let (_dir, path) = file(name, &gzip(line.as_bytes()));
+            let error = if name.contains("jsonl") { read(&path) } else { read_any(&path) };
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("bytes of memory for a file of its size"), "{error}");
+        }
+        // Text as people write it takes what it is.
+        let row = format!("{{\"prompt\": \"{}\"}}\n", "a, b: [c] ".repeat(1 << 10));
+        let (_dir, path) = file("text.jsonl", row.repeat(1 << 10).as_bytes());
+        assert_eq!(read(&path).unwrap().len(), 1 << 10);
     }
 
     #[test]

@@ -11,22 +11,28 @@ mod error;
 pub mod files;
 pub mod hashes;
 pub mod jsonl;
+#[cfg(feature = "parquet")]
+pub mod left_out;
 mod message;
 mod names;
 #[cfg(feature = "parquet")]
 pub mod parquet;
 pub mod progress;
+pub mod proxy;
+pub mod redact;
 pub mod rows;
 #[cfg(feature = "statistics")]
 pub mod score_stats;
 #[cfg(feature = "statistics")]
 pub mod stats;
+#[cfg(feature = "parquet")]
+pub mod table;
 mod turn_rows;
 mod vocabulary;
 
 pub use class::{At, Class, Classified, Refusal, class_of, memory_refused};
 pub use error::Error;
-pub use message::{Message, Role, fold_of, hex, normalise, opening_id, prompt_id, split_of};
+pub use message::{Message, Role, fill_splits, fold_of, hex, normalise, opening_id, prompt_id, split_of};
 pub use names::{Aspect, MAX_NAME_BYTES, NAME_RULE, Virtue};
 #[cfg(feature = "statistics")]
 pub use score_stats::ScoreStats;

@@ -110,6 +110,39 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
+/// Gives every split an item where there are items enough: the splits of a small set, drawn one by one, often leave one
+/// of them without any (of 21 prompts, none is of validation once in nine times).
+///
+/// `items` are the splits and what they were drawn from: items that share a key stay together. A split without items
+/// takes, of the keys of the largest split, the one whose hash is least; nothing moves where each split has one, or
+/// where there are fewer than three keys. Returns the number of items that moved.
+pub fn fill_splits(items: &mut [(String, Split)]) -> usize {
+    const SPLITS: [Split; 3] = [Split::Train, Split::Validation, Split::Test];
+    let mut n_moved = 0;
+    for wanted in SPLITS {
+        let keys = |split| {
+            let of_split = items.iter().filter(|(_, other)| *other == split);
+            of_split.map(|(key, _)| key.as_str()).collect::<std::collections::BTreeSet<&str>>()
+        };
+        if !keys(wanted).is_empty() {
+            continue;
+        }
+        let sizes = SPLITS.map(|split| keys(split).len());
+        let largest = (0..3).rev().max_by_key(|&idx| sizes[idx]).expect("there are three");
+        // The last one of a split does not leave it, and the last two are left where one more split is empty.
+        if sizes[largest] < 2 {
+            continue;
+        }
+        let hash = |key: &&str| <[u8; 32]>::from(Sha256::digest(key.as_bytes()));
+        let key = keys(SPLITS[largest]).into_iter().min_by_key(hash).map(str::to_owned);
+        for item in items.iter_mut().filter(|(own, _)| Some(own) == key.as_ref()) {
+            item.1 = wanted;
+            n_moved += 1;
+        }
+    }
+    n_moved
+}
+
 fn canonical_digest(messages: &[Message]) -> [u8; 32] {
     let normalised: Vec<Message> =
         messages.iter().map(|m| Message { role: m.role, content: normalise(&m.content) }).collect();
@@ -185,6 +218,34 @@ mod tests {
         let longer = [Message::system("s"), Message::user("Question 3?"), Message::assistant("a")];
         assert_eq!(fold_of(&longer, 5), 0);
         assert_eq!(opening_id(&longer), prompt_id(&question(3)));
+    }
+
+    #[test]
+    fn a_split_of_a_small_set_is_not_empty() {
+        use Split::{Test, Train, Validation};
+        let filled = |splits: &[Split]| {
+            let keyed = |(idx, split): (usize, &Split)| (format!("{idx}"), *split);
+            let mut items: Vec<_> = splits.iter().enumerate().map(keyed).collect();
+            let n_moved = fill_splits(&mut items);
+            (items.into_iter().map(|(_, split)| split).collect::<Vec<_>>(), n_moved)
+        };
+        for n in 3..30 {
+            let (splits, n_moved) = filled(&vec![Train; n]);
+            assert_eq!(n_moved, 2, "{n}");
+            for split in [Validation, Test] {
+                assert_eq!(splits.iter().filter(|other| **other == split).count(), 1, "{n}");
+            }
+            // What was filled stays as it is.
+            assert_eq!(filled(&splits), (splits, 0));
+        }
+        let (splits, _) = filled(&[Test; 5]);
+        assert!([Train, Validation, Test].iter().all(|split| splits.contains(split)));
+        assert_eq!(filled(&[Train, Validation, Test]).1, 0);
+        assert_eq!(filled(&[Train]), (vec![Train], 0));
+        let mut together: Vec<_> = ["a", "b", "c", "a", "b", "c"].map(|key| (key.to_owned(), Train)).into();
+        assert_eq!(fill_splits(&mut together), 4);
+        assert_eq!(together[..3], together[3..]);
+        assert_eq!(fill_splits(&mut []), 0);
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl Bench {
         let Some(path) = &self.pairs else {
             return Ok((0..self.batch_size).map(made_up).collect());
         };
-        let (mut rows, _) = data::read_pairs(path)?;
+        let (mut rows, _) = data::read_pairs(path, &[])?;
         rows.truncate(2 * self.batch_size); // some may be identical after cutting
         let rendering = Rendering {
             max_length: self.max_length,

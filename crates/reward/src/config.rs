@@ -1,5 +1,6 @@
 //! Settings of the stage: flags, and the `[reward]` (or `[yardstick]`) table of a recipe.
 
+use arete_records::table::Column;
 use arete_training::{ComputeArgs, LoopArgs, LoraArgs};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,10 @@ pub struct Config {
     /// With --pairs: train on the held-out fifth as well
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub all_pairs: bool,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// Write the merged model (…ForSequenceClassification) as well
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub merge: bool,

@@ -4,8 +4,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use arete_chain::{Ruled, pairs};
+use arete_records::left_out::LeftOut;
+use arete_records::table::Column;
 use arete_model::Chat;
-use arete_records::{Split, split_of};
+use arete_records::{Role, Split, fill_splits, split_of};
 use arete_training::order;
 
 use crate::Error;
@@ -71,24 +73,41 @@ pub struct Pairs {
 }
 
 /// Reads labelled pairs as the hub has them ([`arete_chain::pairs`]). Repeated pairs are read once; pairs with a side that
-/// does not end with a reply are counted and left out.
+/// does not end with a reply, and rows that are no pairs, are left out and named.
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file is unusable, or a row is not such a pair.
-pub fn read_pairs(path: &Path) -> Result<(Vec<Preference>, usize), Error> {
-    let mut pairs = pairs::read(path)?;
-    let n_read = pairs.len();
-    pairs.retain(Preference::is_whole);
-    let n_unfinished = n_read - pairs.len();
+/// [`Error::Records`] if the file is unusable, or too many rows are no such pairs.
+pub fn read_pairs(
+    path: &Path,
+    columns: &[Column],
+) -> Result<(Vec<Preference>, Vec<LeftOut>), Error> {
+    let pairs::PairFile { mut pairs, mut left_out, .. } = pairs::read_file(path, columns)?;
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    pairs.retain(|pair| {
+        if !pair.is_whole() {
+            let item = format!("{name}:{}", pair.row);
+            left_out.push(LeftOut::new(item, "a side does not end with a reply"));
+        }
+        pair.is_whole()
+    });
     let mut seen = HashSet::new();
     pairs.retain(|pair| seen.insert((pair.chosen.clone(), pair.rejected.clone())));
-    Ok((pairs, n_unfinished))
+    Ok((pairs, left_out))
 }
 
-/// The split of a pair that names none: that of its opening question.
-pub fn split_of_pair(preference: &Preference) -> Split {
-    split_of(&preference.chosen.messages)
+/// The splits of pairs that name none: each has that of its opening question, and each split has one where there are
+/// enough ([`fill_splits`]).
+pub fn splits_of_pairs(pairs: &[Preference]) -> Vec<Split> {
+    let keyed = |pair: &Preference| {
+        let messages = &pair.chosen.messages;
+        let asked = messages.iter().find(|message| message.role == Role::User);
+        let key = asked.map_or_else(String::new, |message| message.content.trim().to_owned());
+        (key, split_of(messages))
+    };
+    let mut items: Vec<(String, Split)> = pairs.iter().map(keyed).collect();
+    fill_splits(&mut items);
+    items.into_iter().map(|(_, split)| split).collect()
 }
 
 /// Swaps the sides of every pair for which a seeded coin shows tails: the control that has nothing to learn.
@@ -272,8 +291,9 @@ mod tests {
         let empty = r#"{"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#;
         let lists = r#"{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "x"}], "rejected": "y", "chosen_prob": 0.7}"#;
         fs_err::write(&path, format!("{good}\n{good}\n{empty}\n{lists}\n")).unwrap();
-        let (pairs, n_unfinished) = read_pairs(&path).unwrap();
-        assert_eq!((pairs.len(), n_unfinished), (2, 1));
+        let (pairs, left_out) = read_pairs(&path, &[]).unwrap();
+        assert_eq!((pairs.len(), left_out.len()), (2, 1));
+        assert_eq!(left_out[0].item, "pairs.jsonl:3");
         assert_eq!(pairs[0].chosen.messages, [Message::user("a"), Message::assistant("b")]);
         assert_eq!(pairs[1].rejected.messages, [Message::user("q"), Message::assistant("y")]);
         assert_eq!(pairs[1].chosen_prob, 0.7);
@@ -285,7 +305,7 @@ mod tests {
         let path = dir.path().join("pairs.jsonl");
         let read = |line: &str| {
             fs_err::write(&path, line).unwrap();
-            let error = read_pairs(&path).unwrap_err().to_string();
+            let error = read_pairs(&path, &[]).unwrap_err().to_string();
             error.split_once("pairs.jsonl").unwrap().1.to_owned()
         };
         assert_eq!(

@@ -87,7 +87,7 @@ pub(crate) fn write_card(config: &Config, pairs: &Path, output: &Path) -> Result
     if Card::read(output)?.is_some_and(|card| card.folds == folds) {
         return Ok(());
     }
-    let (all, _) = data::read_pairs(pairs)?;
+    let (all, _) = data::read_pairs(pairs, config.column.as_deref().unwrap_or_default())?;
     let all: std::collections::BTreeMap<usize, &Preference> =
         all.iter().map(|pair| (pair.row, pair)).collect();
     let ruled: Vec<Ruled> = rows

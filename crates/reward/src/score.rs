@@ -61,6 +61,9 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     let device = runtime::device(&config.device)?;
     let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
     let source = Source::parse(&config.model)?;
+    for path in source.local_path().into_iter().chain(config.adapter.as_deref()) {
+        arete_stage::inputs::check(path)?;
+    }
     let (model, reward) = RewardModel::load(&source, config.adapter.as_deref(), &options)?;
     let chat = model.chat()?;
     let base = Base { model: &model, chat: &chat, micro_batch_tokens: config.micro_batch_tokens };

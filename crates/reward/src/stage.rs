@@ -10,7 +10,7 @@ use arete_chain::{CutReply, Reading, Turns};
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
-use arete_records::{Aspect, ScoreStats, Split, score_stats};
+use arete_records::{Aspect, ScoreStats, Split, left_out, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, write_json};
@@ -198,7 +198,9 @@ fn open_jobs(
         let test = aspect.map(|_| data.join("test.parquet")).filter(|path| path.is_file());
         let mut files = vec![("train".to_owned(), train.clone())];
         if aspect.is_some() {
-            files.push(("validation".to_owned(), validation.clone()));
+            if validation.exists() {
+                files.push(("validation".to_owned(), validation.clone()));
+            }
             files.extend(test.iter().map(|file| ("test".to_owned(), file.clone())));
             files.extend(
                 conversations.iter().map(|&file| ("conversations".to_owned(), file.clone())),
@@ -335,6 +337,13 @@ impl Base<'_> {
         reading.write(&output)?;
         let stats = self.score_stats(&job, &data, &scores, &chat, (&adapter, &head, &reading))?;
         write_json(&output.join(score_stats::FILE), &stats)?;
+        if stats.std == 0.0 {
+            tracing::warn!(
+                score = stats.mean, replies = stats.n,
+                "every reply has the same score: this reward model tells nothing apart, and PPO will not take it; \
+                 a lower learning_rate, or more pairs, would help"
+            );
+        }
         self.evaluate(&data, &scores, &adapter, &head, &output)?;
         if job.fold.is_some() {
             let [train, held_out] = &data.read;
@@ -429,17 +438,31 @@ impl Base<'_> {
         };
         let (mut train, validation, validation_name) = if job.aspect.is_some() {
             let train = data::read_preferences(&job.train)?;
-            (train, data::read_preferences(&job.validation)?, Split::Validation.name())
-        } else {
-            let (pairs, n_unfinished) = data::read_pairs(&job.train)?;
-            if n_unfinished > 0 {
-                tracing::warn!(n_unfinished, "pairs left out: a side does not end with a reply");
-            }
-            let is_train = |pair: &Preference| match job.fold {
-                Some(fold) => !folds::is_in(pair, fold, config.folds),
-                None => data::split_of_pair(pair) == Split::Train,
+            // Of few prompts none may be left of this split: the stage before writes no file of it then.
+            let validation = if job.validation.is_file() {
+                data::read_preferences(&job.validation)?
+            } else {
+                tracing::warn!(
+                    file = %job.validation.display(),
+                    "no pairs of the validation split: the reward model is not evaluated"
+                );
+                Vec::new()
             };
-            let (train, held_out): (Vec<_>, Vec<_>) = pairs.into_iter().partition(is_train);
+            (train, validation, Split::Validation.name())
+        } else {
+            let columns = config.column.as_deref().unwrap_or_default();
+            let (pairs, left_out) = data::read_pairs(&job.train, columns)?;
+            left_out::write(job.run.output(), &left_out)?;
+            // Of a yardstick the folds are what is held out; else the splits are.
+            let splits = data::splits_of_pairs(&pairs);
+            let (mut train, mut held_out) = (Vec::new(), Vec::new());
+            for (pair, split) in pairs.into_iter().zip(splits) {
+                let is_train = match job.fold {
+                    Some(fold) => !folds::is_in(&pair, fold, config.folds),
+                    None => split == Split::Train,
+                };
+                if is_train { train.push(pair) } else { held_out.push(pair) }
+            }
             if config.all_pairs {
                 ([train, held_out.clone()].concat(), held_out, "held-out (trained on as well)")
             } else {

@@ -25,7 +25,7 @@ fn losses(source: PathBuf, nf4: Option<Nf4Options>) -> Vec<f64> {
     let model = Model::load(&Source::Directory(source), &options).unwrap();
     assert_eq!(model.decoder.quantization().is_some(), nf4.is_some());
     let path = here("tests/goldens/pairs.jsonl");
-    let (rows, _) = data::read_pairs(&path).unwrap();
+    let (rows, _) = data::read_pairs(&path, &[]).unwrap();
     let rendering = Rendering {
         max_length: 1024,
         over_length: OverLength::Drop,

@@ -3,6 +3,7 @@
 use arete_model::LoadOptions;
 use arete_model::generate::Sampling;
 use arete_model::runtime::{self, Dtype};
+use arete_records::table::Column;
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +36,10 @@ pub struct ScoreConfig {
     /// MEASURE (yardstick, bag of words, score; each also "… at equal length")
     #[arg(long, default_value = endpoint::DEFAULT, value_name = "WORDS")]
     pub primary: String,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// Redraws of every bootstrap
     #[arg(long, default_value_t = 10_000, value_name = "N")]
     pub draws: usize,

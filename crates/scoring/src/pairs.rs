@@ -3,6 +3,7 @@
 use std::path::Path;
 
 pub use arete_chain::pairs::LabelledPair;
+use arete_records::table::Column;
 
 use crate::Error;
 
@@ -11,8 +12,8 @@ use crate::Error;
 /// # Errors
 ///
 /// [`Error::Records`] if the file cannot be read or a row is no such pair, [`Error::File`] if none is left.
-pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
-    let mut pairs = arete_chain::pairs::read(path)?;
+pub fn read(path: &Path, columns: &[Column]) -> Result<Vec<LabelledPair>, Error> {
+    let mut pairs = arete_chain::pairs::read_file(path, columns)?.pairs;
     let n_rows = pairs.len();
     pairs.retain(LabelledPair::is_whole);
     if pairs.is_empty() {
@@ -47,7 +48,7 @@ mod tests {
             r#"{"prompt": [{"role": "user", "content": "a\n\nb"}], "chosen": [{"role": "assistant", "content": "good"}], "rejected": "bad"}"#,
         ];
         fs_err::write(&path, lines.join("\n")).unwrap();
-        let pairs = read(&path).unwrap();
+        let pairs = read(&path, &[]).unwrap();
         assert_eq!(pairs.len(), 2);
         assert_eq!((pairs[0].row, pairs[1].row), (1, 3));
         assert_eq!(pairs[0].chosen.messages, [Message::user("a\n\nb"), Message::assistant("good")]);
@@ -60,7 +61,7 @@ mod tests {
         let path = dir.path().join("pairs.jsonl");
         let message = |text: &str| {
             fs_err::write(&path, text).unwrap();
-            read(&path).unwrap_err().to_string()
+            read(&path, &[]).unwrap_err().to_string()
         };
         assert!(message(r#"{"chosen": "x"}"#).contains("row 1: rejected: expected columns"));
         assert!(message(r#"{"chosen": 5, "rejected": "y"}"#).contains("expected a text or a list"));

@@ -293,7 +293,8 @@ impl<'a> Work<'a> {
         }
         let labelled = match &self.plan.inputs.pairs {
             Some(path) => {
-                let mut labelled = pairs::read(path)?;
+                let columns = self.plan.config.column.as_deref().unwrap_or_default();
+                let mut labelled = pairs::read(path, columns)?;
                 if self.plan.config.max_pairs > 0 {
                     labelled.truncate(self.plan.config.max_pairs);
                 }

@@ -1,5 +1,6 @@
 //! Settings of the stage: flags, and the `[sft]` table of a recipe.
 
+use arete_records::table::Column;
 use arete_training::{ComputeArgs, LoopArgs, LoraArgs};
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,10 @@ pub struct Config {
     /// Most tokens of a conversation
     #[arg(long, default_value_t = 1024)]
     pub max_length: usize,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// What happens to longer ones
     #[arg(long, value_enum, default_value_t = OverLength::TruncateRight)]
     pub over_length: OverLength,

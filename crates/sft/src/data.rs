@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use arete_chain::pairs::{self, FieldError};
 use arete_model::Chat;
+use arete_records::left_out::LeftOut;
 use arete_records::rows::DemonstrationRow;
-use arete_records::{At, Message, Refusal, Role, Split, parquet, split_of};
+use arete_records::table::{self, Column};
+use arete_records::{At, Message, Role, Split, fill_splits, parquet, split_of};
 use serde_json::{Map, Value};
 
 use crate::Error;
@@ -61,65 +63,102 @@ pub fn file_of(path: &Path) -> PathBuf {
     if path.is_dir() { path.join(FILE) } else { path.to_owned() }
 }
 
-/// Reads demonstrations: `demonstrations.parquet`, or a Parquet or JSON-lines (`.jsonl`, `.jsonl.gz`, `.json`) file with
-/// `messages`, or `prompt` and `completion` (texts or lists of messages), and optionally `split`; without it the split is
-/// that of the prompt (80/10/10 by its hash).
+/// Reads demonstrations: `demonstrations.parquet`, or a file of any format that [`table`] reads with `messages` (or
+/// `conversations`, as ShareGPT has them), `prompt` and `completion` (texts, hh-rlhf's form too, or lists of messages), or
+/// `instruction`, `input` and `output` (Alpaca's); and optionally `split`, without which the split is that of the prompt
+/// (80/10/10 by its hash, and none without a row where there are enough). Rows that are no such conversation are left out
+/// and named, unless they are too many.
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file cannot be read, [`Error::Refused`] if a row is not such a conversation.
-pub fn read(path: &Path) -> Result<Vec<Demonstration>, Error> {
+/// [`Error::Records`] if the file cannot be read, or too many rows are no such conversation.
+pub fn read(path: &Path, columns: &[Column]) -> Result<(Vec<Demonstration>, Vec<LeftOut>), Error> {
     let path = &file_of(path);
     if path.file_name().is_some_and(|name| name == FILE) {
         let rows: Vec<DemonstrationRow> = parquet::read(path)?;
-        return rows
-            .into_iter()
-            .enumerate()
-            .map(|(idx, DemonstrationRow { split, messages, .. })| {
-                let row = Demonstration { row: idx + 1, split, messages, n_context: 0 };
-                check(path, row)
-            })
-            .collect();
+        let mut out = Vec::new();
+        for (idx, DemonstrationRow { split, messages, .. }) in rows.into_iter().enumerate() {
+            let row = Demonstration { row: idx + 1, split, messages, n_context: 0 };
+            check(&row).map_err(|error| error.at(path, At::Row(row.row)))?;
+            out.push(row);
+        }
+        return Ok((out, Vec::new()));
     }
-    let rows = pairs::records(path)?;
-    rows.into_iter().map(|(row, object)| check(path, parse(path, row, &object)?)).collect()
+    let records = table::read_renamed(path, columns)?;
+    let (mut out, mut drawn, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, object) in &records {
+        match parse(*row, object) {
+            Ok((demonstration, names_split)) => {
+                drawn.push(!names_split);
+                out.push(demonstration);
+            }
+            Err(error) => wrong.push((*row, error)),
+        }
+    }
+    fill(&mut out, &drawn);
+    let left_out = pairs::leave_out(path, wrong, records.len())?;
+    Ok((out, left_out))
 }
 
-fn parse(path: &Path, row: usize, object: &Map<String, Value>) -> Result<Demonstration, Error> {
-    let refused = |error: FieldError| error.at(path, At::Row(row));
-    let (messages, n_context) = if let Some(value) = object.get("messages") {
-        (pairs::messages("messages", value, Role::User).map_err(refused)?, 0)
+/// Gives every split a row where no row names its own: rows of one opening question stay together.
+fn fill(rows: &mut [Demonstration], drawn: &[bool]) {
+    if drawn.iter().any(|drawn| !drawn) {
+        return;
+    }
+    let opening = |row: &Demonstration| {
+        let asked = row.messages.iter().find(|message| message.role == Role::User);
+        asked.map_or_else(String::new, |message| message.content.trim().to_owned())
+    };
+    let mut items: Vec<(String, Split)> =
+        rows.iter().map(|row| (opening(row), row.split)).collect();
+    fill_splits(&mut items);
+    for (row, (_, split)) in rows.iter_mut().zip(items) {
+        row.split = split;
+    }
+}
+
+/// A row's conversation, and whether it names its split.
+fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool), FieldError> {
+    let present = |field: &str| object.get(field).filter(|value| !value.is_null());
+    let reply = ["completion", "output", "response"].into_iter().find(|field| present(field).is_some());
+    let (messages, n_context) = if let Some(value) = present("messages") {
+        (pairs::messages("messages", value, Role::User)?, 0)
+    } else if let (Some(value), None) = (present("conversations"), reply) {
+        (pairs::messages("conversations", value, Role::User)?, 0)
     } else {
-        let part = |field| {
-            object.get(field).ok_or_else(|| {
-                let expected = "a column `messages`, or `prompt` and `completion`";
-                refused(FieldError::columns(field, expected, object))
-            })
+        let missing = |field| {
+            let expected = "a column `messages`, or `prompt` and `completion`";
+            FieldError::columns(field, expected, object)
         };
-        let mut all = pairs::prompt("prompt", part("prompt")?).map_err(refused)?;
+        let mut all = pairs::question(object)?.ok_or_else(|| missing("prompt"))?;
         let n_context = all.len();
-        let completion = part("completion")?;
-        all.extend(pairs::messages("completion", completion, Role::Assistant).map_err(refused)?);
+        let reply = reply.ok_or_else(|| missing("completion"))?;
+        all.extend(pairs::messages(reply, &object[reply], Role::Assistant)?);
         (all, n_context)
     };
-    let split = match object.get("split") {
-        None | Some(Value::Null) => split_of(&messages),
-        Some(value) => serde_json::from_value(value.clone())
-            .map_err(|_| refused(FieldError::new("split", "train, validation or test", value)))?,
+    let (split, names_split) = match present("split") {
+        None => (split_of(&messages), false),
+        Some(value) => {
+            let split = serde_json::from_value(value.clone())
+                .map_err(|_| FieldError::new("split", "train, validation or test", value))?;
+            (split, true)
+        }
     };
-    Ok(Demonstration { row, split, messages, n_context })
+    let row = Demonstration { row, split, messages, n_context };
+    check(&row)?;
+    Ok((row, names_split))
 }
 
-fn check(path: &Path, row: Demonstration) -> Result<Demonstration, Error> {
+fn check(row: &Demonstration) -> Result<(), FieldError> {
     if row.messages[row.n_context.min(row.messages.len())..]
         .iter()
         .any(|message| message.role == Role::Assistant)
     {
-        return Ok(row);
+        return Ok(());
     }
     let roles: Vec<&str> = row.messages.iter().map(|message| message.role.name()).collect();
-    let expected = "a conversation with an assistant's turn";
-    Err(Refusal::at(path, At::Row(row.row), "messages", expected, roles.join(", ")).into())
+    let expected = "a conversation with an assistant's turn".to_owned();
+    Err(FieldError { field: "messages", expected, got: roles.join(", ") })
 }
 
 /// Renders and tokenises the demonstrations of one split.

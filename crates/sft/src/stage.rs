@@ -5,7 +5,7 @@ use std::path::Path;
 use arete_model::adapter_files::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
-use arete_records::Split;
+use arete_records::{Split, left_out};
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
 use arete_training::{AdamW, runtime, train as train_loop};
@@ -54,7 +54,8 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
 
     let options = config.compute.start()?;
     let device = options.device;
-    let rows = data::read(&file)?;
+    let (rows, left_out) = data::read(&file, config.column.as_deref().unwrap_or_default())?;
+    left_out::write(output, &left_out)?;
     let model = Model::load(&source, &options)?;
     let chat = model.chat()?;
     let tokenize = |split: Split| {

@@ -25,7 +25,7 @@ fn losses(source: PathBuf, nf4: Option<Nf4Options>, recompute: bool) -> Vec<f64>
     let model = Model::load(&Source::Directory(source), &options).unwrap();
     assert_eq!(model.decoder.quantization().is_some(), nf4.is_some());
     let path = here("tests/goldens/data.jsonl");
-    let (rows, chat) = (data::read(&path).unwrap(), model.chat().unwrap());
+    let (rows, chat) = (data::read(&path, &[]).unwrap().0, model.chat().unwrap());
     let over_length = OverLength::Drop;
     let examples =
         data::tokenize(&path, &rows, Split::Train, &chat, 1024, over_length).unwrap().examples;

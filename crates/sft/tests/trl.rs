@@ -27,7 +27,7 @@ fn tiny_chat() -> Model {
 
 fn examples(model: &Model) -> Vec<Example> {
     let path = here("tests/goldens/data.jsonl");
-    let rows = data::read(&path).unwrap();
+    let rows = data::read(&path, &[]).unwrap().0;
     let chat = model.chat().unwrap();
     let over_length = OverLength::TruncateRight;
     data::tokenize(&path, &rows, Split::Train, &chat, 1024, over_length).unwrap().examples

@@ -9,6 +9,8 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, fmt};
 
+use arete_records::redact;
+
 use crate::progress;
 
 /// Flags that every stage takes.
@@ -35,7 +37,7 @@ pub fn init_tracing_at(level: &str) {
     let result = if std::io::stderr().is_terminal() {
         let bars = IndicatifLayer::new();
         let lines = fmt::layer()
-            .with_writer(bars.get_stderr_writer())
+            .with_writer(Redacting(bars.get_stderr_writer()))
             .with_target(false)
             .without_time()
             .with_ansi(std::env::var_os("NO_COLOR").is_none());
@@ -46,7 +48,7 @@ pub fn init_tracing_at(level: &str) {
     } else {
         plain = true;
         let lines = fmt::layer()
-            .with_writer(std::io::stderr)
+            .with_writer(Redacting(std::io::stderr))
             .with_target(false)
             .without_time()
             .with_ansi(false);
@@ -58,10 +60,32 @@ pub fn init_tracing_at(level: &str) {
     progress::show(plain);
 }
 
-/// Text for a terminal: control characters (which could move the cursor, or worse) are escaped,
+/// Writes lines of the log without secrets. A line comes whole, in one call.
+struct Redacting<M>(M);
+
+impl<'a, M: fmt::MakeWriter<'a>> fmt::MakeWriter<'a> for Redacting<M> {
+    type Writer = Redacting<M::Writer>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        Redacting(self.0.make_writer())
+    }
+}
+
+impl<W: std::io::Write> std::io::Write for Redacting<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write_all(redact::redacted(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// Text for a terminal: secrets are hidden, control characters (which could move the cursor, or worse) are escaped,
 /// line ends and tabs stay.
 pub fn printable(text: &str) -> String {
-    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+    redact::redacted(text).chars().fold(String::with_capacity(text.len()), |mut out, c| {
         if c.is_control() && c != '\n' && c != '\t' {
             out.extend(c.escape_default());
         } else {

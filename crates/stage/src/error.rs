@@ -121,6 +121,25 @@ pub enum Error {
         stage: String,
     },
 
+    /// A file that a stage made has been changed since.
+    #[error(
+        "{}: not as stage `{stage}` left it (run.json in {}): expected SHA-256 {expected}, got {got}; run that stage \
+         again, or name a copy elsewhere if the change is meant",
+        path.display(), dir.display()
+    )]
+    ChangedInput {
+        /// The file.
+        path: PathBuf,
+        /// The stage that made it.
+        stage: String,
+        /// The directory of that stage.
+        dir: PathBuf,
+        /// Its hash when that stage ended.
+        expected: String,
+        /// Its hash now.
+        got: String,
+    },
+
     /// An unfinished run left checkpoints, and an input has changed since.
     #[error(
         "{}: {checkpoint} was made with another input `{input}`: expected SHA-256 {expected}, got {got}; give \

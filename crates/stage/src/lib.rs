@@ -6,6 +6,7 @@
 pub mod cli;
 mod error;
 pub mod exit;
+pub mod inputs;
 pub mod interrupt;
 mod memory;
 pub mod metrics;
@@ -13,6 +14,7 @@ mod progress;
 mod ranges;
 pub mod recipe;
 pub mod run;
+pub mod seal;
 mod tfevents;
 pub mod timings;
 pub mod units;

@@ -9,7 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
-use arete_records::atomic;
+use arete_records::{atomic, hex};
+use sha2::{Digest, Sha256};
 
 use crate::{Error, tfevents};
 
@@ -61,6 +62,10 @@ impl MetricsWriter {
         let dir = dir.as_ref().to_owned();
         fs_err::create_dir_all(&dir)?;
         let lines_path = dir.join(FILE);
+        if last_step.is_some() {
+            check_seal(&dir)?;
+        }
+        remove_seal(&dir)?; // it vouches for lines that may be cut now
         let events_path = dir.join(EVENTS_FILE);
         let (lines, events) = match last_step {
             Some((last_step, n_of_it)) => (
@@ -102,13 +107,54 @@ impl MetricsWriter {
     /// [`Error::Io`] if the disk refuses.
     pub fn flush(&mut self) -> Result<(), Error> {
         self.lines.sync_data().map_err(|error| self.named(error, FILE))?;
-        self.events.sync_data().map_err(|error| self.named(error, EVENTS_FILE))
+        self.events.sync_data().map_err(|error| self.named(error, EVENTS_FILE))?;
+        write_seal(&self.dir)
     }
 
     fn named(&self, error: std::io::Error, file: &str) -> Error {
         let path = self.dir.join(file);
         std::io::Error::new(error.kind(), format!("{}: {error}", path.display())).into()
     }
+}
+
+/// The hidden file that vouches for the lines up to a checkpoint.
+const SEAL: &str = ".metrics.jsonl.seal";
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Seal {
+    n_bytes: usize,
+    sha256: String,
+}
+
+fn write_seal(dir: &Path) -> Result<(), Error> {
+    let lines = read_or_empty(&dir.join(FILE))?;
+    let seal = Seal { n_bytes: lines.len(), sha256: hex(&Sha256::digest(&lines)) };
+    let json = serde_json::to_vec(&seal).expect("a number and a text serialise");
+    Ok(atomic::write(dir.join(SEAL), &json)?)
+}
+
+fn remove_seal(dir: &Path) -> Result<(), Error> {
+    match fs_err::remove_file(dir.join(SEAL)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses lines that are not those that were logged before the last checkpoint: they cannot be made anew.
+fn check_seal(dir: &Path) -> Result<(), Error> {
+    let Ok(seal) = fs_err::read(dir.join(SEAL)) else { return Ok(()) };
+    let path = dir.join(FILE);
+    let lines = read_or_empty(&path)?;
+    let found = serde_json::from_slice::<Seal>(&seal).ok();
+    let expected = found.as_ref().map_or_else(|| "a seal that can be read".to_owned(), |seal| seal.sha256.clone());
+    let got = found
+        .and_then(|seal| lines.get(..seal.n_bytes))
+        .map_or_else(|| "fewer lines, or none".to_owned(), |lines| hex(&Sha256::digest(lines)));
+    if got == expected {
+        return Ok(());
+    }
+    let what = "lines before the last checkpoint: damaged; remove the directory to start anew; SHA-256".to_owned();
+    Err(arete_records::Error::Damaged { path, what, expected, got }.into())
 }
 
 fn now_s() -> f64 {
@@ -217,6 +263,29 @@ mod tests {
         writer.log(8, &[("loss", 1.0)]).unwrap();
         MetricsWriter::create(dir.path()).unwrap();
         assert_eq!(lines(dir.path()), "");
+    }
+
+    #[test]
+    fn a_flipped_bit_before_a_checkpoint_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = MetricsWriter::create(dir.path()).unwrap();
+        writer.log(1, &[("loss", 0.5)]).unwrap();
+        writer.flush().unwrap();
+        writer.log(2, &[("loss", 0.25)]).unwrap();
+        let path = dir.path().join(FILE);
+        let sound = fs_err::read(&path).unwrap();
+        let n_sealed = sound.iter().position(|&byte| byte == b'\n').unwrap() + 1;
+        for at in 0..8 * n_sealed {
+            let mut bytes = sound.clone();
+            bytes[at / 8] ^= 1 << (at % 8);
+            fs_err::write(&path, bytes).unwrap();
+            let error = MetricsWriter::open_at(dir.path(), Some(1)).unwrap_err().to_string();
+            assert!(error.contains("metrics.jsonl") && error.contains("damaged"), "{error}");
+        }
+        fs_err::write(&path, &sound).unwrap();
+        MetricsWriter::open_at(dir.path(), Some(1)).unwrap();
+        assert_eq!(lines(dir.path()), "{\"step\":1,\"loss\":0.5}\n");
+        MetricsWriter::open_at(dir.path(), Some(1)).unwrap();
     }
 
     #[test]

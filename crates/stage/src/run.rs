@@ -19,7 +19,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use arete_records::atomic;
+use arete_records::{atomic, hex};
+use sha2::{Digest, Sha256};
+
 pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
 
@@ -27,7 +29,8 @@ use self::aside::{copy_aside, set_aside};
 pub use self::look::{Standing, asking};
 use self::origin::Origin;
 pub use self::origin::{Change, resolve_devices_with};
-use crate::Error;
+use crate::units::SHARDS;
+use crate::{Error, seal};
 
 /// What the names of checkpoint directories begin with.
 pub const CHECKPOINT_PREFIX: &str = "checkpoint-";
@@ -91,6 +94,9 @@ pub struct RunJson {
     pub fingerprint: String,
     /// Every file the stage made, by its path inside the directory.
     pub outputs: BTreeMap<String, OutputFile>,
+    /// SHA-256 of everything above, in hex: damage to this file itself shows. None in files of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 impl RunJson {
@@ -100,7 +106,31 @@ impl RunJson {
     ///
     /// [`Error::Io`] if there is none, [`Error::Records`] if it is damaged.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self, Error> {
-        read_json(&dir.as_ref().join(RUN_JSON))
+        let path = dir.as_ref().join(RUN_JSON);
+        let run: Self = read_json(&path)?;
+        run.check(&path)?;
+        Ok(run)
+    }
+
+    /// Hash of all but itself.
+    fn digest(&self) -> String {
+        let bare = Self { sha256: None, ..self.clone() };
+        let json = serde_json::to_vec(&bare).expect("maps with string keys always serialise");
+        hex(&Sha256::digest(json))
+    }
+
+    /// Refuses a file whose contents are not those that were written.
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        match &self.sha256 {
+            Some(expected) if *expected != self.digest() => Err(arete_records::Error::Damaged {
+                path: path.to_owned(),
+                what: "SHA-256 of its contents".to_owned(),
+                expected: expected.clone(),
+                got: format!("{}: damaged; run the stage that made it again", self.digest()),
+            }
+            .into()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -148,6 +178,17 @@ struct StageJson {
 }
 
 impl StageJson {
+    /// Refuses a mark whose contents are not those that were written.
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        let got = self.origin.fingerprint();
+        if got == self.fingerprint {
+            return Ok(());
+        }
+        let (path, what) = (path.to_owned(), "fingerprint".to_owned());
+        let expected = self.fingerprint.clone();
+        Err(arete_records::Error::Damaged { path, what, expected, got }.into())
+    }
+
     fn of(origin: &Origin, foreign: &[String], aside: Option<&str>) -> Self {
         Self {
             origin: origin.clone(),
@@ -310,8 +351,9 @@ fn find(
     amounts: &[&str],
     cache: &mut HashCache,
 ) -> Result<Found, Error> {
-    let (complete, run_damaged) = read_own::<RunJson>(&output.join(RUN_JSON))?;
-    let (partial, stage_damaged) = read_own::<StageJson>(&output.join(STAGE_JSON))?;
+    let (complete, run_damaged) =
+        read_own(&output.join(RUN_JSON), |run: &RunJson, path| run.check(path))?;
+    let (partial, stage_damaged) = read_own(&output.join(STAGE_JSON), StageJson::check)?;
     let owner = complete.as_ref().map(|run| &run.stage);
     if let Some(owner) = owner.or_else(|| partial.as_ref().map(|partial| &partial.origin.stage))
         && *owner != origin.stage
@@ -420,7 +462,7 @@ impl StageRun {
         if !self.went_on_from.is_empty() {
             counts.insert("went_on_from".to_owned(), self.went_on_from.into());
         }
-        let run = RunJson {
+        let mut run = RunJson {
             stage,
             config,
             seed,
@@ -431,9 +473,14 @@ impl StageRun {
             counts,
             fingerprint,
             outputs,
+            sha256: None,
         };
+        run.sha256 = Some(run.digest());
         write_json(&self.output.join(RUN_JSON), &run)?;
         fs_err::remove_file(self.output.join(STAGE_JSON))?;
+        // run.json vouches from now on; a part of a job array keeps its units and their seals.
+        let keeps = |dir: &Path| is_stage_dir(dir) || dir.ends_with(SHARDS);
+        seal::remove_all(&self.output, &keeps)?;
         self.cache.save();
         Ok(())
     }
@@ -476,8 +523,27 @@ fn lock(output: &Path) -> Result<File, Error> {
             }
             Err(Error::Locked { path: output.to_owned(), pid })
         }
-        Err(TryLockError::Error(error)) => Err(Error::Io(error)),
+        // Network file systems without a lock service (NFS without lockd, Lustre without `-o flock`): no other process
+        // can be told apart there, and the user is told so once.
+        Err(TryLockError::Error(error)) if is_without_locks(&error) => {
+            tracing::warn!(
+                file = %path.display(), %error,
+                "the file system has no locks: take care that no second process works in this directory"
+            );
+            Ok(file)
+        }
+        Err(TryLockError::Error(error)) => {
+            let message = format!("{}: cannot be locked: {error}", path.display());
+            Err(Error::Io(std::io::Error::new(error.kind(), message)))
+        }
     }
+}
+
+/// Whether a lock was refused because the file system has none: ENOLCK, ENOSYS, EOPNOTSUPP, EINVAL on Linux.
+fn is_without_locks(error: &std::io::Error) -> bool {
+    const WITHOUT: [i32; 4] = [37, 38, 95, 22];
+    error.kind() == std::io::ErrorKind::Unsupported
+        || error.raw_os_error().is_some_and(|code| WITHOUT.contains(&code))
 }
 
 /// Directories of other stages, which live their own life.
@@ -532,9 +598,18 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
 }
 
 /// Reads a mark of ours; none if there is none. True if it is damaged beyond reading: then the stage begins anew.
-fn read_own<T: DeserializeOwned>(path: &Path) -> Result<(Option<T>, bool), Error> {
+fn read_own<T: DeserializeOwned>(
+    path: &Path,
+    check: impl FnOnce(&T, &Path) -> Result<(), Error>,
+) -> Result<(Option<T>, bool), Error> {
     match read_json(path) {
-        Ok(mark) => Ok((Some(mark), false)),
+        Ok(mark) => match check(&mark, path) {
+            Ok(()) => Ok((Some(mark), false)),
+            Err(error) => {
+                tracing::warn!(%error, "what is there is set aside, the stage begins anew");
+                Ok((None, true))
+            }
+        },
         Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok((None, false)),
         Err(Error::Records(error @ arete_records::Error::Json { .. })) => {
             if !was_ours(path)? {
@@ -548,7 +623,7 @@ fn read_own<T: DeserializeOwned>(path: &Path) -> Result<(Option<T>, bool), Error
 }
 
 /// Whether a file that cannot be read as a mark was one: no JSON any more, or JSON with some of its keys.
-fn was_ours(path: &Path) -> Result<bool, Error> {
+pub(crate) fn was_ours(path: &Path) -> Result<bool, Error> {
     const KEYS: [&str; 4] = ["stage", "fingerprint", "inputs", "versions"];
     let found = serde_json::from_slice::<Value>(&fs_err::read(path)?);
     Ok(found.map_or(true, |value| KEYS.iter().filter(|key| value.get(*key).is_some()).count() >= 2))

@@ -1,17 +1,19 @@
 //! Fixed units of work: every unit's rows are written as one shard file before the next begins, so
 //! a killed run continues where it was, a job array can share the units out, and the joined bytes
-//! are the same by construction.
+//! are the same by construction. Beside each shard stands its hash: one that is damaged is made anew.
 
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use arete_records::Refusal;
+use arete_records::left_out::{self, LeftOut};
 use arete_records::parquet::{self, Row};
+use arete_records::{Refusal, atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::seal::Seal;
 
 /// Prompts in a unit.
 pub const UNIT: usize = 32;
@@ -102,11 +104,11 @@ impl Units<'_> {
 
     /// The units this run does that have no shard file yet, and the number of items in them.
     pub fn missing(&self) -> (Vec<usize>, usize) {
-        if self.joined_path().exists() {
+        if self.joined_path().exists() && Seal::of_own(&self.joined_path()).is_some() {
             return (Vec::new(), 0);
         }
         let units: Vec<usize> = (0..self.count())
-            .filter(|&unit| self.owns(unit) && !self.shard_path(unit).exists())
+            .filter(|&unit| self.owns(unit) && Seal::of_own(&self.shard_path(unit)).is_none())
             .collect();
         let n_items = units.iter().map(|&unit| self.items(unit).len()).sum();
         (units, n_items)
@@ -134,17 +136,44 @@ impl Units<'_> {
     ///
     /// A shard file that cannot be written.
     pub fn write<T: Row>(&self, unit: usize, rows: &[T]) -> Result<(), Error> {
+        self.write_with(unit, rows, &[])
+    }
+
+    /// [`Units::write`], with the items of the unit that were left out.
+    ///
+    /// # Errors
+    ///
+    /// As [`Units::write`].
+    pub fn write_with<T: Row>(
+        &self,
+        unit: usize,
+        rows: &[T],
+        left_out: &[LeftOut],
+    ) -> Result<(), Error> {
         fs_err::create_dir_all(self.output.join(SHARDS))?;
-        Ok(parquet::write(self.shard_path(unit), rows)?)
+        let path = self.shard_path(unit);
+        parquet::write(&path, rows)?;
+        Seal::write(&path, left_out)
+    }
+
+    /// The items left out of the units that are done.
+    pub fn left_out(&self) -> Vec<LeftOut> {
+        let seals = (0..self.count()).filter_map(|unit| Seal::of(&self.shard_path(unit)));
+        seals.flat_map(|seal| seal.left_out).collect()
     }
 
     /// Reads the shard file of one unit.
     ///
     /// # Errors
     ///
-    /// A shard file that cannot be read.
+    /// A shard file that cannot be read, or is not as it was written.
     pub fn read<T: Row>(&self, unit: usize) -> Result<Vec<T>, Error> {
-        Ok(parquet::read(self.shard_path(unit))?)
+        let path = self.shard_path(unit);
+        if path.exists() && Seal::of(&path).is_none() {
+            let reason = "damaged: remove it, and the same command makes it anew".to_owned();
+            return Err(Error::Shards { path, reason });
+        }
+        Ok(parquet::read(path)?)
     }
 
     /// Reads all shard files, in order.
@@ -179,28 +208,36 @@ impl Units<'_> {
     /// As [`Units::join`].
     pub fn join_with<T: Row>(&self, tail: Vec<T>) -> Result<Vec<T>, Error> {
         let joined = self.joined_path();
-        let rows = if joined.exists() {
+        let rows = if Seal::of(&joined).is_some() {
             parquet::read(&joined)?
         } else {
             let mut rows = Vec::new();
             for unit in 0..self.count() {
                 let path = self.shard_path(unit);
-                if !path.exists() {
+                if Seal::of(&path).is_none() {
+                    let found = if path.exists() { "damaged" } else { "missing" };
                     return Err(Error::Shards {
                         path,
-                        reason: format!("unit {} of {} is missing", unit + 1, self.count()),
+                        reason: format!("unit {} of {} is {found}", unit + 1, self.count()),
                     });
                 }
                 rows.extend(parquet::read::<T>(&path)?);
             }
             rows.extend(tail);
+            let left_out = self.left_out();
+            if !left_out.is_empty() {
+                left_out::write(self.output, &left_out)?;
+            }
             parquet::write(&joined, &rows)?;
+            Seal::write(&joined, &[])?;
             rows
         };
         for unit in 0..self.count() {
             let path = self.shard_path(unit);
-            if path.exists() {
-                fs_err::remove_file(path)?;
+            for path in [Seal::path(&path), path] {
+                if path.exists() {
+                    fs_err::remove_file(path)?;
+                }
             }
         }
         let dir = self.output.join(SHARDS);
@@ -216,7 +253,7 @@ impl Units<'_> {
     ///
     /// [`Error::Shards`] if two parts hold the same unit or one is missing; I/O.
     pub fn adopt(&self, parts: &[PathBuf]) -> Result<(), Error> {
-        if self.joined_path().exists() {
+        if Seal::of(&self.joined_path()).is_some() {
             return Ok(());
         }
         fs_err::create_dir_all(self.output.join(SHARDS))?;
@@ -229,7 +266,12 @@ impl Units<'_> {
                 .collect();
             match &holders[..] {
                 [one] => {
-                    arete_records::atomic::write(self.shard_path(unit), &fs_err::read(one)?)?;
+                    let Some(seal) = Seal::of(one) else {
+                        let reason = "damaged: its hash is not the one it was written with";
+                        return Err(Error::Shards { path: one.clone(), reason: reason.to_owned() });
+                    };
+                    atomic::write(self.shard_path(unit), &fs_err::read(one)?)?;
+                    Seal::write(&self.shard_path(unit), &seal.left_out)?;
                 }
                 [] => {
                     return Err(Error::Shards {
@@ -322,6 +364,39 @@ mod tests {
         assert!(!dir.path().join(SHARDS).exists());
         assert_eq!(units.join::<PromptRow>().unwrap(), rows);
         assert_eq!(units.missing(), (vec![], 0));
+    }
+
+    #[test]
+    fn a_damaged_unit_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let units = units(dir.path(), None);
+        let left_out = [LeftOut::new("0", "too long")];
+        for unit in 0..units.count() {
+            units.write_with(unit, &compute(units.items(unit)).unwrap(), &left_out).unwrap();
+        }
+        let path = units.shard_path(1);
+        for file in [path.clone(), Seal::path(&path)] {
+            let sound = fs_err::read(&file).unwrap();
+            for at in (0..8 * sound.len()).step_by(37) {
+                let mut bytes = sound.clone();
+                bytes[at / 8] ^= 1 << (at % 8);
+                fs_err::write(&file, bytes).unwrap();
+                // A bit of the reason of an item, or the spelling of a key, changes no row.
+                if file == path {
+                    assert_eq!(units.missing(), (vec![1], 32), "{at}");
+                    assert!(units.join::<PromptRow>().unwrap_err().to_string().contains("damaged"));
+                }
+            }
+            fs_err::write(&file, sound).unwrap();
+        }
+        let rows: Vec<PromptRow> = units.join().unwrap();
+        assert_eq!(left_out::read(dir.path()).unwrap().len(), units.count());
+        let joined = fs_err::read(units.joined_path()).unwrap();
+        fs_err::write(units.joined_path(), &joined[..joined.len() - 1]).unwrap();
+        assert_eq!(units.missing().0, [0, 1, 2], "a damaged joined file is no result");
+        units.run(compute).unwrap();
+        assert_eq!(units.join::<PromptRow>().unwrap(), rows);
+        assert_eq!(fs_err::read(units.joined_path()).unwrap(), joined);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What can be set about calibration.
 
+use arete_records::table::Column;
 use serde::{Deserialize, Serialize};
 
 use crate::judge::{JudgeConfig, Method};
@@ -25,6 +26,10 @@ pub struct CalibrateConfig {
     /// A virtue gives no vote if its probability is nearer to one half than this
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     pub tie_margin: f64,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// How the judge is asked.
     #[command(flatten)]
     #[serde(flatten)]

@@ -1,13 +1,11 @@
 //! The labelled pairs that a judge is examined with.
 
 use std::collections::HashSet;
-use std::path::Path;
 
 use arete_chain::Ruled;
-use arete_chain::pairs::{self, Parts};
+use arete_chain::pairs::{self, LabelledPair, Parts};
 use arete_chain::sample::key_of;
-use arete_records::{At, Message, prompt_id};
-use serde_json::{Map, Value};
+use arete_records::{Message, prompt_id};
 use sha2::{Digest, Sha256};
 
 use super::{CalibrateConfig, Inputs};
@@ -81,14 +79,11 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
     for path in &inputs.pairs {
         let set =
             path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let (mut own, mut n_read, mut n_unusable, mut n_long) = (Vec::new(), 0, 0, 0);
-        let mut n_duplicates = 0;
-        for (line, record) in prompts::read_records(path)? {
-            n_read += 1;
-            let Some((question, better, worse)) = sides_of(path, line, &record)? else {
-                n_unusable += 1;
-                continue;
-            };
+        let file = pairs::read_file(path, config.column.as_deref().unwrap_or_default())?;
+        let (n_read, mut n_usable, mut n_long, mut n_duplicates) = (file.n_records, 0, 0, 0);
+        let mut own = Vec::new();
+        for (question, better, worse) in file.pairs.into_iter().filter_map(sides_of) {
+            n_usable += 1;
             let n_chars: usize = question
                 .iter()
                 .chain(&better)
@@ -119,7 +114,7 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
         tracing::info!(
             set,
             read = n_read,
-            unusable = n_unusable,
+            unusable = n_read - n_usable,
             too_long = n_long,
             duplicates = n_duplicates,
             used = own.len(),
@@ -138,19 +133,10 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
     Ok(out)
 }
 
-/// Question, better and worse side of a record; `None` if its two conversations do not share a
-/// question, or it is an exemplar of another use.
-pub(crate) fn sides_of(
-    path: &Path,
-    line: usize,
-    record: &Map<String, Value>,
-) -> Result<Option<Parts>, Error> {
-    let pair = pairs::of_record(line, record).map_err(|e| e.at(path, At::Line(line)))?;
-    Ok(pair.and_then(|pair| {
-        let [better, worse] =
-            [pair.chosen, pair.rejected].map(|side| prompts::tidied(side.messages));
-        pairs::part(&better, &worse)
-    }))
+/// Question, better and worse side of a pair; `None` if its two conversations do not share a question.
+pub(crate) fn sides_of(pair: LabelledPair) -> Option<Parts> {
+    let [better, worse] = [pair.chosen, pair.rejected].map(|side| prompts::tidied(side.messages));
+    pairs::part(&better, &worse)
 }
 
 #[cfg(test)]
@@ -208,6 +194,6 @@ mod tests {
         let three = r#"{"prompt":"Q\n (A) x\n (B) y\n (C) z\nThe answer is:","corrects":[" (A)"]}"#;
         assert!(pairs(three).unwrap_err().to_string().contains("the options (A) and (B)"));
         let error = pairs("{\"text\": \"x\"}").unwrap_err().to_string();
-        assert!(error.contains("pairs.jsonl:1") && error.contains("chosen"), "{error}");
+        assert!(error.contains("pairs.jsonl: row 1") && error.contains("chosen"), "{error}");
     }
 }

@@ -2,19 +2,20 @@
 
 mod config;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_chain::constitution::{Personas, Turns};
 use arete_chain::sample::key_of;
+use arete_records::left_out::LeftOut;
 use arete_records::rows::{ConversationRow, PromptRow, TurnRow};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
-use crate::engine::{Chain, Drawing, Engine, Reply};
+use crate::engine::{Chain, Drawing, Engine, Outcome, Refused, Reply};
 use crate::judge::under_persona;
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::words::Words;
@@ -110,7 +111,7 @@ impl Engines {
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Some(original) = &self.original else {
             return self.model.chains_each(chains, drawing, done);
@@ -335,6 +336,7 @@ fn sample(
     let mut chains = Vec::new();
     let mut owners: Vec<(usize, usize)> = Vec::new(); // of each chain: place in the group, prompt
     let mut n_left = vec![0; group.len()];
+    let mut left_out: Vec<Vec<LeftOut>> = vec![Vec::new(); group.len()];
     for (place, &unit) in group.iter().enumerate() {
         for idx in units.items(unit) {
             let own = chains_of(&prompts[idx], contrast, turns);
@@ -347,6 +349,8 @@ fn sample(
                     prompt_id = prompts[idx].prompt_id,
                     "prompt and replies exceed the model's positions, left out"
                 );
+                let reason = "prompt and replies exceed the model's positions";
+                left_out[place].push(LeftOut::new(&prompts[idx].prompt_id, reason));
                 continue;
             }
             n_left[place] += own.len();
@@ -355,25 +359,58 @@ fn sample(
         }
     }
     let mut rows: Vec<Vec<(usize, Vec<ConversationRow>)>> = vec![Vec::new(); group.len()];
-    let write = |place: usize, mut rows: Vec<(usize, Vec<ConversationRow>)>| {
+    let mut refused: HashMap<usize, Refused> = HashMap::new(); // by prompt
+    let write = |place: usize,
+                 mut rows: Vec<(usize, Vec<ConversationRow>)>,
+                 mut left_out: Vec<LeftOut>,
+                 refused: &HashMap<usize, Refused>| {
+        let items = units.items(group[place]);
+        let own: Vec<LeftOut> = items
+            .clone()
+            .filter_map(|idx| {
+                let Refused(reason) = refused.get(&idx)?;
+                Some(LeftOut::new(&prompts[idx].prompt_id, reason))
+            })
+            .collect();
+        stage::check_refused(engines.model.name(), &own, items.len())?;
+        for LeftOut { item, reason } in &own {
+            tracing::warn!(prompt_id = item, reason, "refused by the server, left out");
+        }
+        left_out.extend(own);
+        let ids: HashSet<&str> = left_out.iter().map(|item| item.item.as_str()).collect();
         rows.sort_by_key(|(chain, _)| *chain); // chains end in any order
-        let rows: Vec<ConversationRow> = rows.into_iter().flat_map(|(_, rows)| rows).collect();
-        units.write(group[place], &rows)?;
+        let rows: Vec<ConversationRow> = rows
+            .into_iter()
+            .flat_map(|(_, rows)| rows)
+            .filter(|row| !ids.contains(row.prompt_id.as_str()))
+            .collect();
+        units.write_with(group[place], &rows, &left_out)?;
         progress.inc(units.items(group[place]).len() as u64);
         Ok::<_, Error>(interrupt::check()?)
     };
     for place in (0..group.len()).filter(|&place| n_left[place] == 0) {
-        write(place, Vec::new())?;
+        write(place, Vec::new(), std::mem::take(&mut left_out[place]), &refused)?;
     }
-    engines.chains_each(&chains, drawing, &mut |chain, samples| {
+    engines.chains_each(&chains, drawing, &mut |chain, outcome| {
         let (place, idx) = owners[chain];
-        let found = chains[chain].samples.iter().zip(samples).map(|(&sample, replies)| {
-            let name = contrast.name(sample);
-            row(&prompts[idx], turns, sample, name, replies, drawing.seed)
-        });
-        rows[place].push((chain, found.collect()));
+        match outcome {
+            Ok(samples) => {
+                let found = chains[chain].samples.iter().zip(samples).map(|(&sample, replies)| {
+                    let name = contrast.name(sample);
+                    row(&prompts[idx], turns, sample, name, replies, drawing.seed)
+                });
+                rows[place].push((chain, found.collect()));
+            }
+            Err(reason) => {
+                refused.entry(idx).or_insert(reason);
+            }
+        }
         n_left[place] -= 1;
-        if n_left[place] == 0 { write(place, std::mem::take(&mut rows[place])) } else { Ok(()) }
+        if n_left[place] > 0 {
+            return Ok(());
+        }
+        let (rows, left_out) = (&mut rows[place], &mut left_out[place]);
+        write(place, std::mem::take(rows), std::mem::take(left_out), &refused)
     })
 }
 

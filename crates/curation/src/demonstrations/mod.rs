@@ -14,6 +14,7 @@ use std::time::Instant;
 use arete_chain::constitution::{Principle, Turns, draw};
 use arete_chain::sample::key_of;
 use arete_chain::trim::last_sentence;
+use arete_records::left_out::LeftOut;
 use arete_records::rows::{DemonstrationRow, PromptRow, Round};
 use arete_records::{FinishReason, Message, Role};
 use arete_stage::interrupt;
@@ -22,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Error;
 use crate::config::Truncated;
-use crate::engine::{Chain, Drawing, Engine, Reply};
+use crate::engine::{Chain, Drawing, Engine, Refused, Reply};
 use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::words::Words;
 use arete_chain::exemplars::{self, Exemplar, Use};
@@ -80,13 +81,13 @@ pub fn run(
                 let progress =
                     arete_records::progress::start(STAGE, "prompts", material.prompts.len() as u64);
                 progress.skip((material.prompts.len() - n_missing) as u64);
-                units.run::<_, Error>(|items| {
+                for unit in missing {
                     interrupt::check()?;
-                    let n_items = items.len() as u64;
-                    let rows = revise(&engine, &material, &material.prompts[items], config)?;
-                    progress.inc(n_items);
-                    Ok(rows)
-                })?;
+                    let prompts = &material.prompts[units.items(unit)];
+                    let (rows, left_out) = revise(&engine, &material, prompts, config)?;
+                    units.write_with(unit, &rows, &left_out)?;
+                    progress.inc(prompts.len() as u64);
+                }
             }
         }
     }
@@ -321,15 +322,17 @@ fn own_row(exemplar: &Exemplar, turns: &Turns) -> DemonstrationRow {
     }
 }
 
-/// The demonstrations of a unit's prompts, those left out whose revision cannot be used.
+/// The demonstrations of a unit's prompts, those left out whose revision cannot be used; and the prompts that have none
+/// because the model or its server would not take them.
 fn revise(
     engine: &Engine,
     material: &Material,
     prompts: &[PromptRow],
     config: &DemonstrationsConfig,
-) -> Result<Vec<DemonstrationRow>, Error> {
+) -> Result<(Vec<DemonstrationRow>, Vec<LeftOut>), Error> {
     let drawing = config.sampling.drawing();
     let (mut chains, mut owners) = (Vec::new(), Vec::new());
+    let (mut left_out, mut refused) = (Vec::new(), Vec::new());
     for prompt in prompts {
         let chain = material.trail(prompt, config)?;
         if engine.fits(&chain, drawing.max_new_tokens)? {
@@ -340,10 +343,19 @@ fn revise(
                 prompt_id = prompt.prompt_id,
                 "prompt and replies exceed the model's positions, left out"
             );
+            let reason = "prompt and replies exceed the model's positions";
+            left_out.push(LeftOut::new(&prompt.prompt_id, reason));
         }
     }
     let mut rows = Vec::new();
-    for (prompt, samples) in owners.into_iter().zip(engine.chains(&chains, &drawing)?) {
+    for (prompt, outcome) in owners.into_iter().zip(engine.outcomes(&chains, &drawing)?) {
+        let samples = match outcome {
+            Ok(samples) => samples,
+            Err(Refused(reason)) => {
+                refused.push(LeftOut::new(&prompt.prompt_id, reason));
+                continue;
+            }
+        };
         let mut replies = samples.into_iter().flatten();
         let initial = replies.next().expect("a chain has a first reply");
         let mut rounds = Vec::new();
@@ -371,12 +383,15 @@ fn revise(
             messages,
         });
     }
-    match config.turns {
-        Explained::Chain if material.turns.len() > 1 => {
-            explain(engine, rows, &material.turns, &drawing, config.truncated)
-        }
-        Explained::Answer | Explained::Chain => Ok(rows),
+    if config.turns == Explained::Chain && material.turns.len() > 1 {
+        rows = explain(engine, rows, &material.turns, &drawing, config.truncated, &mut refused)?;
     }
+    stage::check_refused(engine.name(), &refused, prompts.len())?;
+    for LeftOut { item, reason } in &refused {
+        tracing::warn!(prompt_id = item, reason, "refused by the server, left out");
+    }
+    left_out.extend(refused);
+    Ok((rows, left_out))
 }
 
 /// A reply's text as a demonstration may have it.
@@ -396,6 +411,7 @@ fn explain(
     turns: &Turns,
     drawing: &Drawing,
     truncated: Truncated,
+    refused: &mut Vec<LeftOut>,
 ) -> Result<Vec<DemonstrationRow>, Error> {
     let questions = turns.questions();
     let chains: Vec<Chain> = rows
@@ -412,7 +428,14 @@ fn explain(
         })
         .collect();
     let mut out = Vec::new();
-    for (mut row, samples) in rows.into_iter().zip(engine.chains(&chains, drawing)?) {
+    for (mut row, outcome) in rows.into_iter().zip(engine.outcomes(&chains, drawing)?) {
+        let samples = match outcome {
+            Ok(samples) => samples,
+            Err(Refused(reason)) => {
+                refused.push(LeftOut::new(&row.prompt_id, reason));
+                continue;
+            }
+        };
         let texts: Option<Vec<String>> =
             samples.into_iter().flatten().map(|reply| usable(reply, truncated)).collect();
         let Some(texts) = texts else { continue };

@@ -1,7 +1,8 @@
 //! The model in this process: whole units of conversations in one batch, verdicts from the logits
 //! of the last rows of a tree of prompts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 
 use arete_chain::sample::{self, Sampler, Start};
 use arete_model::generate::{Options, Sampling, Stream};
@@ -11,9 +12,9 @@ use arete_model::{
 use arete_records::Message;
 use tch::{Kind, Tensor};
 
-use super::{Chain, Drawing, Labels, Parts, Query, Reply};
+use super::{Chain, Drawing, Labels, Outcome, Parts, Query, Reply};
 use crate::Error;
-use crate::judge::verdict::LabelMass;
+use crate::judge::verdict::{LabelMass, MIN_MASS};
 
 /// Tokens in one forward pass of a judge: long enough for full matrix speed, short enough for the
 /// activations to stay in cache.
@@ -33,6 +34,8 @@ pub struct LocalEngine {
     pub share_prefixes: bool,
     /// Whether a reply may end before its token limit; false only to measure speed.
     pub ends_turns: bool,
+    /// Ids of the tokens that verdicts began with instead of a label, and how often.
+    instead: Mutex<BTreeMap<i64, usize>>,
 }
 
 impl LocalEngine {
@@ -59,7 +62,8 @@ impl LocalEngine {
                 Some(read.adapter)
             }
         };
-        Ok(Self { model: loaded, adapter, name, share_prefixes: true, ends_turns: true })
+        let (share_prefixes, ends_turns) = (true, true);
+        Ok(Self { model: loaded, adapter, name, share_prefixes, ends_turns, instead: Mutex::default() })
     }
 
     /// The model's name: the last part of its path, and the adapter's.
@@ -102,7 +106,7 @@ impl LocalEngine {
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let chat = self.chat()?;
         let starts: Vec<Start<'_>> = chains
@@ -124,7 +128,7 @@ impl LocalEngine {
             };
             let replies = chain.replies.iter().enumerate().map(reply).collect();
             match parts.put(chain.prompt, sample, replies) {
-                Some(whole) => done(chain.prompt, whole),
+                Some(whole) => done(chain.prompt, Ok(whole)),
                 None => Ok(()),
             }
         })
@@ -159,11 +163,32 @@ impl LocalEngine {
                 next_token_logprobs(&self.model.decoder, self.adapter.as_ref(), &batch, &rows)?;
             let first = mass(&logprobs, &first)?;
             let second = mass(&logprobs, &second)?;
+            if first.iter().zip(&second).any(|(first, second)| first + second < MIN_MASS) {
+                let best = logprobs.f_argmax(1, false).map_err(arete_model::Error::from)?;
+                let best = Vec::<i64>::try_from(best).map_err(arete_model::Error::from)?;
+                let mut instead = self.instead.lock().unwrap_or_else(PoisonError::into_inner);
+                for ((first, second), id) in first.iter().zip(&second).zip(best) {
+                    if first + second < MIN_MASS {
+                        *instead.entry(id).or_insert(0) += 1;
+                    }
+                }
+            }
             for ((idx, first), second) in pass.into_iter().zip(first).zip(second) {
                 out[idx] = LabelMass { first, second };
             }
         }
         Ok(out)
+    }
+
+    pub(super) fn instead(&self) -> Vec<(String, usize)> {
+        let instead = self.instead.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut texts = BTreeMap::new();
+        for (&id, n) in instead.iter() {
+            let text = self.model.tokenizer.decode(&[id]).unwrap_or_default();
+            let text = if text.is_empty() { format!("token {id}") } else { text };
+            *texts.entry(text).or_insert(0) += n;
+        }
+        super::by_frequency(&texts)
     }
 
     /// The tokens of every query, up to where its label is read.

@@ -3,6 +3,8 @@
 pub mod local;
 pub mod server;
 
+use std::collections::BTreeMap;
+
 use arete_model::generate::Sampling;
 use arete_records::{FinishReason, Message};
 
@@ -74,6 +76,21 @@ impl Labels {
     pub const YES_NO: Self = Self { first: "Yes", second: "No" };
 }
 
+/// Why a server will not have a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused(pub String);
+
+/// What became of a chain: the replies of each sample, or why there are none.
+pub type Outcome = Result<Vec<Vec<Reply>>, Refused>;
+
+/// Texts by how often they were counted, the most frequent first.
+fn by_frequency(counts: &BTreeMap<String, usize>) -> Vec<(String, usize)> {
+    let mut counts: Vec<(String, usize)> =
+        counts.iter().map(|(text, n)| (text.clone(), *n)).collect();
+    counts.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
+    counts
+}
+
 /// The samples of every chain as they come in, in any order.
 struct Parts(Vec<Vec<Option<Vec<Reply>>>>);
 
@@ -107,15 +124,29 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// The local model's, or a server that fails after all retries.
+    /// The local model's, or a server that fails after all retries or refuses one of the chains.
     pub fn chains(
         &self,
         chains: &[Chain],
         drawing: &Drawing,
     ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
-        let mut out = vec![Vec::new(); chains.len()];
-        self.chains_each(chains, drawing, &mut |idx, replies| {
-            out[idx] = replies;
+        let refused = |Refused(reason)| Error::Server {
+            url: self.name().to_owned(),
+            what: "reply",
+            reason,
+        };
+        self.outcomes(chains, drawing)?.into_iter().map(|outcome| outcome.map_err(refused)).collect()
+    }
+
+    /// [`Engine::chains`], each of which a server may refuse.
+    ///
+    /// # Errors
+    ///
+    /// The local model's, or a server that fails after all retries.
+    pub fn outcomes(&self, chains: &[Chain], drawing: &Drawing) -> Result<Vec<Outcome>, Error> {
+        let mut out = vec![Ok(Vec::new()); chains.len()];
+        self.chains_each(chains, drawing, &mut |idx, outcome| {
+            out[idx] = outcome;
             Ok(())
         })?;
         Ok(out)
@@ -131,7 +162,7 @@ impl Engine {
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Vec<Vec<Reply>>) -> Result<(), Error>,
+        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
     ) -> Result<(), Error> {
         match self {
             Self::Local(engine) => engine.chains_each(chains, drawing, done),
@@ -151,6 +182,22 @@ impl Engine {
         match self {
             Self::Local(engine) => engine.label_masses(queries, labels),
             Self::Server(engine) => engine.label_masses(queries, labels),
+        }
+    }
+
+    /// Questions so far that a server refused, or answered with nonsense: counted as abstentions.
+    pub fn n_refused(&self) -> usize {
+        match self {
+            Self::Local(_) => 0,
+            Self::Server(engine) => engine.n_abstentions(),
+        }
+    }
+
+    /// What verdicts began with instead of a label, the most frequent first.
+    pub fn instead(&self) -> Vec<(String, usize)> {
+        match self {
+            Self::Local(engine) => engine.instead(),
+            Self::Server(engine) => engine.instead(),
         }
     }
 

@@ -6,7 +6,7 @@ mod config;
 
 use arete_chain::constitution::{Constitution, VirtueEntry};
 use arete_chain::dialogue;
-use arete_records::{Aspect, Message, Role, Virtue};
+use arete_records::{Aspect, Message, Role, Virtue, left_out};
 
 use self::verdict::{LabelMass, Verdict};
 use crate::Error;
@@ -17,6 +17,9 @@ pub use self::config::{JudgeConfig, Method, Orders, PAIRWISE_TEMPLATE, POINTWISE
 
 /// Where a template's question ends and the beginning of the judge's reply follows.
 const REPLY: &str = "{reply}";
+
+/// Questions enough to tell a judge that never answers from one that abstains now and then.
+const FEWEST_ASKED: usize = 20;
 
 /// Two samples of one prompt, each through the reply that is judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +79,57 @@ impl<'a> Judge<'a> {
     ///
     /// The engine's.
     pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+        let n_refused = self.engine.n_refused();
+        let verdicts = self.asked(pairs)?;
+        let n_refused = self.engine.n_refused() - n_refused;
+        let n_asked = pairs.len() * self.questions.n_virtues() * self.questions.askings();
+        if !left_out::is_share(n_refused, n_asked) {
+            // A server that answers like this is at fault: nothing of these verdicts is kept.
+            return Err(Error::Server {
+                url: self.name().to_owned(),
+                what: "verdicts",
+                reason: format!(
+                    "{n_refused} of {n_asked} questions refused, or answered with nonsense (see the warnings above)"
+                ),
+            });
+        }
+        Ok(verdicts)
+    }
+
+    /// Fails if a judge has answered none of many questions, and says what it said instead: better now than when all
+    /// pairs have been asked about.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for the judge.
+    pub fn check_heard(&self, verdicts: &[Vec<Verdict>]) -> Result<(), Error> {
+        let is_silent =
+            |verdict: &Verdict| [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none);
+        let n_asked = verdicts.len() * self.questions.n_virtues() * self.questions.askings();
+        if n_asked < FEWEST_ASKED || !verdicts.iter().flatten().all(is_silent) {
+            return Ok(());
+        }
+        let labels = match self.questions.method {
+            Method::PointwiseLogits => Labels::YES_NO,
+            _ => Labels::AB,
+        };
+        let instead: Vec<String> = (self.engine.instead().into_iter().take(5))
+            .map(|(token, n)| format!("{token:?} ({n})"))
+            .collect();
+        let found = if instead.is_empty() { "none of them".to_owned() } else { instead.join(", ") };
+        Err(Error::Setting {
+            name: "judge",
+            expected: format!(
+                "a judge whose replies begin with {} or {}; in {n_asked} of {n_asked} questions it gave them too little \
+                 probability, or none (a model that thinks first, or decorates its answer, needs --method pairwise-text \
+                 with verdict_tokens enough)",
+                labels.first, labels.second
+            ),
+            got: found,
+        })
+    }
+
+    fn asked(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
         match self.questions.method {
             Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
             Method::PointwiseLogits => self.pointwise(pairs),

@@ -101,6 +101,40 @@ pub(super) struct Dropped {
     pub(super) untrimmable: usize,
     pub(super) identical: usize,
     pub(super) ties: usize,
+    /// Of the ties, those on which the judge gave no verdict at all.
+    pub(super) abstained: usize,
+}
+
+impl Dropped {
+    /// What became of the pairs that are missing, and what would help against each.
+    fn advice(&self, truncated: Truncated) -> String {
+        let otherwise = match truncated {
+            Truncated::Drop => ", or use truncated = \"trim\" or \"keep\"",
+            Truncated::Trim => ", or use truncated = \"keep\"",
+            Truncated::Keep => "",
+        };
+        let causes = [
+            (
+                self.truncated + self.untrimmable,
+                format!("cut by the token limit: raise max_new_tokens of the conversations{otherwise}"),
+            ),
+            (self.identical, "of equal replies: raise the temperature of the conversations".to_owned()),
+            (self.abstained, "on which the judge gave no verdict: take another judge or method".to_owned()),
+            (
+                self.ties - self.abstained,
+                "ties: use ties = \"probability\", or a judge that tells the samples apart".to_owned(),
+            ),
+        ];
+        let found: Vec<String> = causes
+            .into_iter()
+            .filter(|(n, _)| *n > 0)
+            .map(|(n, cause)| format!("{n} {cause}"))
+            .collect();
+        if found.is_empty() {
+            return "nothing was left out: use more prompts, or a lower min_pairs".to_owned();
+        }
+        found.join("; ")
+    }
 }
 
 /// Every pair that may be judged, and what was left out beforehand.
@@ -161,27 +195,19 @@ impl Candidates {
         &self,
         aspect: Aspect,
         left: usize,
+        dropped: &Dropped,
         config: &PreferencesConfig,
     ) -> Result<(), Error> {
         if left >= config.min_pairs {
             return Ok(());
         }
-        let advice = match config.truncated {
-            Truncated::Drop => {
-                "raise max_new_tokens of the conversations, or use truncated = \"trim\" or \"keep\""
-            }
-            Truncated::Trim => {
-                "raise max_new_tokens of the conversations, or use truncated = \"keep\""
-            }
-            Truncated::Keep => "use more prompts, or ties = \"probability\"",
-        };
         Err(Error::TooFewPairs {
             aspect,
             left,
             total: self.n_prompts,
             needed: config.min_pairs,
             finish_rates: self.finish_rates.clone(),
-            advice: advice.to_owned(),
+            advice: dropped.advice(config.truncated),
         })
     }
 }

@@ -71,7 +71,8 @@ pub fn run(
     words.leave(output)?;
     for &aspect in &candidates.aspects {
         // Better now than after hours of judging.
-        candidates.check(aspect, candidates.n_left(aspect), config)?;
+        let dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
+        candidates.check(aspect, candidates.n_left(aspect), &dropped, config)?;
     }
     let shard = config.shard;
     let units = Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard };
@@ -121,7 +122,7 @@ pub fn run(
     let virtues = words.virtues();
     for &aspect in &candidates.aspects {
         let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, config);
-        candidates.check(aspect, pairs.len(), config)?;
+        candidates.check(aspect, pairs.len(), &dropped, config)?;
         write_splits(output, aspect, &prompts, &pairs)?;
         let figures = summary(aspect, &rows, &virtues, &pairs, &dropped, &prompts);
         counts.insert(aspect.name().to_owned(), figures);
@@ -278,7 +279,11 @@ fn judgements(
         Some(judge) => {
             let pairs: Vec<Pair> =
                 candidates.iter().map(|candidate| candidate.pair.clone()).collect();
-            judge.verdicts(&pairs)?
+            let verdicts = judge.verdicts(&pairs)?;
+            if config.min_pairs > 0 {
+                judge.check_heard(&verdicts)?;
+            }
+            verdicts
         }
         None => candidates
             .iter()
@@ -355,7 +360,10 @@ fn pairs_of(
         let tally = Tally::of(own.iter().copied());
         match prefer(candidate, samples, &tally, config.ties, config.truncated) {
             Some(pair) => pairs.push(pair),
-            None => dropped.ties += 1,
+            None => {
+                dropped.ties += 1;
+                dropped.abstained += usize::from(tally.p_sample0.is_none());
+            }
         }
     }
     (pairs, dropped)
@@ -630,7 +638,9 @@ mod tests {
         let config =
             PreferencesConfig::from_arg_matches(&command.get_matches_from(["test"])).unwrap();
         let candidates = Candidates::of(&[samples()], &Turns::default(), Truncated::Drop);
-        let error = candidates.check(Aspect::ACTION, 0, &config).unwrap_err().to_string();
+        let dropped = candidates.dropped.get(&Aspect::ACTION).copied().unwrap_or_default();
+        let error =
+            candidates.check(Aspect::ACTION, 0, &dropped, &config).unwrap_err().to_string();
         assert!(error.starts_with("action: 0 pairs left of 1, expected at least 20"), "{error}");
         assert!(
             error.contains("motivation 100.0 %") && error.contains("max_new_tokens"),

@@ -1,5 +1,6 @@
 //! What can be set about prompts.
 
+use arete_records::table::Column;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -32,6 +33,10 @@ pub struct PromptsConfig {
     #[arg(long, value_name = "NAME")]
     #[serde(default)]
     pub source: Option<String>,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// Seed of the spread
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -2,15 +2,17 @@
 //! prompts; then normalising, deduplicating, spreading and splitting them.
 
 mod config;
+mod inputs;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use arete_chain::dialogue;
-use arete_records::jsonl::NumberedObject;
+use arete_chain::pairs::{self, FieldError};
+use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PromptRow;
-use arete_records::{Message, Role, Split, normalise, parquet, prompt_id, split_of};
+use arete_records::table::{self, Column};
+use arete_records::{Message, Role, Split, fill_splits, normalise, parquet, prompt_id, split_of};
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -19,6 +21,7 @@ use crate::Error;
 use crate::stage::{self, Estimate, Place};
 
 pub use self::config::PromptsConfig;
+use self::inputs::{Local, files};
 
 /// How much of a conversation becomes the prompt.
 #[derive(
@@ -45,6 +48,8 @@ pub struct Selection {
     pub max_chars: usize,
     /// Name to record as every prompt's source, instead of what the records say.
     pub source: Option<String>,
+    /// Columns under other names than ours.
+    pub columns: Vec<Column>,
     /// Seed of the spread.
     pub seed: u64,
 }
@@ -54,6 +59,9 @@ pub struct Selection {
 pub struct Counts {
     /// Records read.
     pub read: usize,
+    /// Records that cannot be used.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unusable: usize,
     /// Records whose prompt is empty.
     pub empty: usize,
     /// Prompts longer than `max_chars`.
@@ -66,6 +74,22 @@ pub struct Counts {
     pub kept: usize,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
+/// Prompts, and what is not among them.
+#[derive(Debug, Clone, Default)]
+pub struct Gathered {
+    /// In the order of the spread.
+    pub rows: Vec<PromptRow>,
+    /// How many records, and why some are not among the rows.
+    pub counts: Counts,
+    /// Records that cannot be used, with the reasons.
+    pub left_out: Vec<LeftOut>,
+}
+
 /// The stage's name.
 pub const STAGE: &str = "prompts";
 
@@ -76,7 +100,8 @@ pub const STAGE: &str = "prompts";
 /// Those of [`gather`], a hub that cannot be reached, a full disk.
 pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(), Error> {
     let started = Instant::now();
-    let paths = localised(inputs)?;
+    let local = Local::of(inputs)?;
+    let paths = &local.paths;
     let mut files: Vec<(String, PathBuf)> = Vec::new();
     for (idx, path) in paths.iter().enumerate() {
         files.push((format!("input_{idx}"), path.clone()));
@@ -85,8 +110,17 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
     let spec =
         StageSpec { stage: STAGE, output, config: settings, seed: config.seed, inputs: files };
     let Some(run) = stage::begin(spec)? else { return Ok(()) };
-    let (rows, counts) = gather(&paths, &selection(config))?;
+    let Gathered { rows, counts, left_out } = gather(paths, &selection(config))?;
     let (sources, splits) = tally(&rows);
+    for split in [Split::Train, Split::Validation, Split::Test] {
+        if !splits.contains_key(&split) {
+            tracing::warn!(
+                split = split.name(), prompts = rows.len(),
+                "no prompt is of this split, which later stages read: three prompts at least give each split one"
+            );
+        }
+    }
+    left_out::write(output, &left_out)?;
     tracing::info!(
         read = counts.read,
         kept = counts.kept,
@@ -120,7 +154,7 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
 ///
 /// As [`run`]; nothing is written.
 pub fn estimate(config: &PromptsConfig, inputs: &[String]) -> Result<Estimate, Error> {
-    let (_, counts) = gather(&localised(inputs)?, &selection(config))?;
+    let counts = gather(&Local::of(inputs)?.paths, &selection(config))?.counts;
     let counts = match serde_json::to_value(counts) {
         Ok(Value::Object(counts)) => counts,
         _ => unreachable!("counts are a table"),
@@ -135,77 +169,39 @@ fn selection(config: &PromptsConfig) -> Selection {
         max_of_split: [config.max_train, config.max_validation, config.max_test],
         max_chars: config.max_chars,
         source: config.source.clone(),
+        columns: config.column.clone().unwrap_or_default(),
         seed: config.seed,
     }
 }
 
-/// Inputs as paths: what exists here as it is, what looks like a hub id downloaded.
-fn localised(inputs: &[String]) -> Result<Vec<PathBuf>, Error> {
-    let mut out = Vec::new();
-    for input in inputs {
-        let path = PathBuf::from(input);
-        if path.exists() || !is_hub_id(input) {
-            out.push(path);
-        } else {
-            out.extend(of_splits(files(&[arete_model::hub::data_set(input)?])?));
-        }
-    }
-    Ok(out)
-}
-
-/// Of a data set's files those that belong to a split by their name, or all if none does: as
-/// `datasets.load_dataset` takes them. hh-rlhf holds transcripts of another form beside its pairs.
-fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
-    const SPLITS: [&str; 8] =
-        ["train", "training", "validation", "valid", "dev", "val", "test", "eval"];
-    let names_split = |path: &PathBuf| {
-        let stem = stem(path).to_lowercase();
-        let mut words = stem.split(|c: char| !c.is_ascii_alphabetic());
-        words.any(|word| SPLITS.contains(&word))
-    };
-    let (chosen, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(names_split);
-    if chosen.is_empty() {
-        return others;
-    }
-    for path in others {
-        tracing::warn!(file = %path.display(), "left out: its name is that of no split");
-    }
-    chosen
-}
-
-/// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a
-/// directory here, which makes it a mistyped path.
-fn is_hub_id(text: &str) -> bool {
-    let plain = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c))
-    };
-    let parts: Vec<&str> = text.split('/').collect();
-    parts.len() >= 2 && parts.iter().all(|part| plain(part)) && !Path::new(parts[0]).exists()
-}
-
-/// Reads every input (a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a directory of them) into
-/// prompts.
+/// Reads every input (a file of any format that [`table`] reads, or a directory of them) into prompts. Records that cannot
+/// be used are left out, unless they are more than a [share](left_out::is_share).
 ///
 /// The rows come in the order of a hash of seed and id, whatever the order of the inputs: a limit
-/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had.
+/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had. Three prompts or more give each
+/// split one ([`fill_splits`]).
 ///
 /// # Errors
 ///
-/// An unreadable or damaged file, a record without a usable prompt, or no prompts at all.
-pub fn gather(
-    inputs: &[PathBuf],
-    selection: &Selection,
-) -> Result<(Vec<PromptRow>, Counts), Error> {
+/// An unreadable or damaged file, too many records without a usable prompt, or no prompts at all.
+pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered, Error> {
     let mut counts = Counts::default();
     let mut seen = HashSet::new();
-    let mut rows = Vec::new();
+    let (mut rows, mut left_out) = (Vec::new(), Vec::new());
     for path in files(inputs)? {
-        let default_source = stem(&path);
-        for (line, record) in read_records(&path)? {
+        let default_source = table::stem(&path);
+        let mut wrong = Vec::new();
+        let records = table::read_renamed(&path, &selection.columns)?;
+        let n_records = records.len();
+        for (line, record) in records {
             counts.read += 1;
-            let messages = prompt_of(&path, line, &record, selection.context)?;
+            let messages = match prompt_of(&record, selection.context) {
+                Ok(messages) => messages,
+                Err(error) => {
+                    wrong.push((line, error));
+                    continue;
+                }
+            };
             if !messages.iter().any(|message| message.role == Role::User) {
                 counts.empty += 1;
                 continue;
@@ -231,6 +227,8 @@ pub fn gather(
                 prompt: messages,
             });
         }
+        counts.unusable += wrong.len();
+        left_out.extend(pairs::leave_out(&path, wrong, n_records)?);
     }
     if rows.is_empty() {
         return Err(Error::File {
@@ -244,6 +242,7 @@ pub fn gather(
         });
     }
     rows.sort_by_cached_key(|row| spread_key(selection.seed, &row.prompt_id));
+    fill(&mut rows);
     let n_usable = rows.len();
     let mut n_kept = [0; 3];
     rows.retain(|row| {
@@ -257,10 +256,27 @@ pub fn gather(
     });
     if selection.limit > 0 && rows.len() > selection.limit {
         rows.truncate(selection.limit);
+        fill(&mut rows);
     }
     counts.beyond_limit = n_usable - rows.len();
     counts.kept = rows.len();
-    Ok((rows, counts))
+    Ok(Gathered { rows, counts, left_out })
+}
+
+/// Gives every split a prompt where there are enough: prompts of one opening question stay together.
+fn fill(rows: &mut [PromptRow]) {
+    let opening = |row: &PromptRow| {
+        let asked = row.prompt.iter().find(|message| message.role == Role::User);
+        asked.map_or_else(String::new, |message| message.content.clone())
+    };
+    let mut items: Vec<(String, Split)> = rows.iter().map(|row| (opening(row), row.split)).collect();
+    let n_moved = fill_splits(&mut items);
+    if n_moved > 0 {
+        tracing::info!(prompts = n_moved, "moved to splits that would have had none");
+        for (row, (_, split)) in rows.iter_mut().zip(items) {
+            row.split = split;
+        }
+    }
 }
 
 /// Prompts by source, and by split.
@@ -273,80 +289,6 @@ pub fn tally(rows: &[PromptRow]) -> (BTreeMap<String, usize>, BTreeMap<Split, us
     (sources, splits)
 }
 
-/// Reads a file's records with their line (or row) numbers from 1.
-///
-/// # Errors
-///
-/// As [`gather`].
-pub fn read_records(path: &Path) -> Result<Vec<NumberedObject>, Error> {
-    let name =
-        path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
-    if !is_data(&name) {
-        return Err(Error::File {
-            path: path.to_owned(),
-            field: "file name".to_owned(),
-            expected: ".jsonl, .jsonl.gz or .parquet".to_owned(),
-            found: name,
-        });
-    }
-    Ok(arete_chain::pairs::records(path)?)
-}
-
-fn is_data(name: &str) -> bool {
-    [".jsonl", ".jsonl.gz", ".parquet"].iter().any(|extension| name.ends_with(extension))
-}
-
-/// The files named, directories replaced by the data files in them at any depth, sorted by path.
-fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
-    let mut out = Vec::new();
-    for input in inputs {
-        if !input.is_dir() {
-            out.push(input.clone());
-            continue;
-        }
-        let mut inside = Vec::new();
-        collect(input, MAX_DEPTH, &mut inside)?;
-        if inside.is_empty() {
-            return Err(Error::File {
-                path: input.clone(),
-                field: "directory".to_owned(),
-                expected: "at least one .jsonl, .jsonl.gz or .parquet file".to_owned(),
-                found: "none".to_owned(),
-            });
-        }
-        inside.sort();
-        out.extend(inside);
-    }
-    Ok(out)
-}
-
-/// Directories inside directories that are looked into: the hub's data sets have two levels.
-const MAX_DEPTH: usize = 4;
-
-fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), Error> {
-    for entry in fs_err::read_dir(dir)? {
-        let path = entry?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase());
-        // Copies that editors and systems keep, which no reader of data sets takes for data.
-        if name.as_ref().is_some_and(|name| name.starts_with(['.', '_'])) {
-            continue;
-        }
-        if path.is_dir() && depth > 1 {
-            collect(&path, depth - 1, out)?;
-        } else if path.is_file() && name.is_some_and(|name| is_data(&name)) {
-            out.push(path);
-        }
-    }
-    Ok(())
-}
-
-/// The file's name without its extensions.
-fn stem(path: &Path) -> String {
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let cut = [".jsonl.gz", ".jsonl", ".parquet"].iter().find_map(|ext| name.strip_suffix(ext));
-    cut.map_or_else(|| name.clone(), str::to_owned)
-}
-
 fn spread_key(seed: u64, prompt_id: &str) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(seed.to_le_bytes());
@@ -354,66 +296,10 @@ fn spread_key(seed: u64, prompt_id: &str) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// The prompt of a record, in whichever of the known forms it comes.
-fn prompt_of(
-    path: &Path,
-    line: usize,
-    record: &Map<String, Value>,
-    context: Context,
-) -> Result<Vec<Message>, Error> {
-    const KEYS: [&str; 3] = ["prompt", "messages", "chosen"];
-    let Some((key, value)) =
-        KEYS.iter().find_map(|key| record.get(*key).map(|value| (*key, value)))
-    else {
-        return Err(Error::Record {
-            path: path.to_owned(),
-            line,
-            field: "record".to_owned(),
-            expected: format!("one of the columns {}", KEYS.join(", ")),
-            found: format!(
-                "only {}",
-                record.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
-            ),
-        });
-    };
-    let messages = conversation_of(path, line, key, value)?;
-    Ok(cut(messages, context))
-}
-
-/// A conversation from a string (hh-rlhf's form, or a plain question) or a list of messages.
-fn conversation_of(
-    path: &Path,
-    line: usize,
-    key: &str,
-    value: &Value,
-) -> Result<Vec<Message>, Error> {
-    let wrong = |field: String, expected: &str, found: &str| Error::Record {
-        path: path.to_owned(),
-        line,
-        field,
-        expected: expected.to_owned(),
-        found: found.to_owned(),
-    };
-    let messages = match value {
-        Value::String(text) => {
-            dialogue::parse(text).unwrap_or_else(|| vec![Message::user(text.as_str())])
-        }
-        Value::Array(items) => items
-            .iter()
-            .enumerate()
-            .map(|(idx, item)| {
-                serde_json::from_value::<Message>(item.clone()).map_err(|error| {
-                    wrong(
-                        format!("{key}[{idx}]"),
-                        "{\"role\": \"system\" | \"user\" | \"assistant\", \"content\": text}",
-                        &error.to_string(),
-                    )
-                })
-            })
-            .collect::<Result<_, _>>()?,
-        other => return Err(wrong(key.to_owned(), "a text or a list of messages", kind_of(other))),
-    };
-    Ok(tidied(messages))
+/// The prompt of a record, in whichever of the known forms it comes; empty of a record that asks nothing.
+fn prompt_of(record: &Map<String, Value>, context: Context) -> Result<Vec<Message>, FieldError> {
+    let conversation = pairs::conversation_of(record)?.unwrap_or_default();
+    Ok(cut(tidied(conversation), context))
 }
 
 /// Contents normalised, empty messages left out, and consecutive ones of a role joined.
@@ -456,25 +342,23 @@ fn cut(mut messages: Vec<Message>, context: Context) -> Vec<Message> {
     }
 }
 
-fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
+    use arete_chain::dialogue;
+
+    use super::inputs::of_splits;
     use super::*;
+
+    /// Rows and counts, as most tests want them.
+    fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<(Vec<PromptRow>, Counts), Error> {
+        super::gather(inputs, selection).map(|found| (found.rows, found.counts))
+    }
 
     fn selection() -> Selection {
         Selection {
+            columns: Vec::new(),
             context: Context::Opening,
             limit: 0,
             max_of_split: [0; 3],
@@ -534,7 +418,7 @@ mod tests {
         assert_eq!(contents(&rows), expected);
         assert_eq!(
             counts,
-            Counts { read: 5, empty: 1, too_long: 0, duplicates: 1, beyond_limit: 0, kept: 3 }
+            Counts { read: 5, empty: 1, duplicates: 1, kept: 3, ..Counts::default() }
         );
         assert!(rows.iter().all(|row| row.source == "x"));
     }
@@ -625,14 +509,72 @@ mod tests {
         let empty = error("empty.jsonl", "");
         assert!(empty.contains("empty.jsonl") && empty.contains("at least one usable"), "{empty}");
         let missing = error("missing.jsonl", "{\"question\": \"x\"}\n");
-        assert!(missing.contains("missing.jsonl:1") && missing.contains("only question"));
-        let number = error("number.jsonl", "{\"prompt\": \"x\"}\n{\"prompt\": 3}\n");
-        assert!(number.contains("number.jsonl:2") && number.contains("found a number"), "{number}");
-        let name = error("x.csv", "a,b");
-        assert!(name.contains("expected .jsonl"), "{name}");
+        assert!(missing.contains("missing.jsonl: row 1") && missing.contains("got question"), "{missing}");
+        let number = error("number.jsonl", "{\"prompt\": 3}\n{\"prompt\": 4}\n");
+        assert!(number.contains("number.jsonl: row 1") && number.contains("got 3 (2 of 2"), "{number}");
         let path = dir.path().join("utf8.jsonl");
         fs_err::write(&path, b"{\"prompt\": \"\xff\"}\n").unwrap();
         assert!(gather(&[path], &selection()).unwrap_err().to_string().contains("UTF-8"));
+    }
+
+    #[test]
+    fn a_bad_record_among_many_is_left_out_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut lines: Vec<String> = (0..30).map(|i| format!("{{\"prompt\": \"{i}\"}}")).collect();
+        lines[7] = "{\"prompt\": 3}".to_owned();
+        let path = file(&dir, "x.jsonl", &lines.join("\n"));
+        let found = super::gather(&[path], &selection()).unwrap();
+        assert_eq!((found.counts.read, found.counts.unusable, found.rows.len()), (30, 1, 29));
+        assert_eq!(found.left_out[0].item, "x.jsonl:8");
+        assert!(found.left_out[0].reason.contains("expected a text or a list"), "{found:?}");
+    }
+
+    /// 21 prompts of which none is of validation: one case of nine.
+    #[test]
+    fn every_split_of_a_small_set_has_a_prompt() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 3..40 {
+            let lines: String = (0..n).map(|i| format!("{{\"prompt\": \"{n} {i}\"}}\n")).collect();
+            let (rows, _) = gather(&[file(&dir, "x.jsonl", &lines)], &selection()).unwrap();
+            assert_eq!(tally(&rows).1.len(), 3, "{n}");
+        }
+        let lines: String = (0..200).map(|i| format!("{{\"prompt\": \"{i}\"}}\n")).collect();
+        let few = Selection { limit: 3, ..selection() };
+        let (rows, _) = gather(&[file(&dir, "x.jsonl", &lines)], &few).unwrap();
+        assert_eq!(tally(&rows).1.len(), 3);
+    }
+
+    /// A pipe can be read once, and is hashed first: it is copied.
+    #[test]
+    fn a_pipe_is_an_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("questions.csv");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        let writer = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs_err::write(pipe, "prompt\nIs it fair?\n").unwrap()
+        });
+        let local = Local::of(&[pipe.to_str().unwrap().to_owned()]).unwrap();
+        writer.join().unwrap();
+        for _ in 0..2 {
+            let (rows, _) = gather(&local.paths, &selection()).unwrap();
+            assert_eq!(contents(&rows), ["\n\nHuman: Is it fair?"]);
+            assert_eq!(rows[0].source, "questions");
+        }
+    }
+
+    #[test]
+    fn columns_of_other_names_are_prompts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(&dir, "x.csv", "id,question\n1,\"Is it \"\"fair\"\",\nthen?\"\n2,42\n");
+        let columns = vec!["prompt=question".parse().unwrap()];
+        let named = Selection { columns, ..selection() };
+        let (rows, _) = gather(std::slice::from_ref(&path), &named).unwrap();
+        assert_eq!(contents(&rows), ["\n\nHuman: 42", "\n\nHuman: Is it \"fair\",\nthen?"]);
+        let columns = vec!["prompt=query".parse().unwrap()];
+        let error = gather(&[path], &Selection { columns, ..selection() }).unwrap_err().to_string();
+        assert!(error.contains("expected a column `query`") && error.contains("id, question"), "{error}");
     }
 
     #[test]

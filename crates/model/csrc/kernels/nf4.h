@@ -5,21 +5,25 @@
 namespace arete {
 namespace {
 
-constexpr float kNf4Codebook[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
-    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// Halfway points between a codebook's neighbours, rounded to f32, as bitsandbytes has them on the CPU.
+struct Halfway {
+  float points[15];
+  explicit Halfway(const float* codebook) {
+    for (int c = 0; c < 15; c++) points[c] = (codebook[c] + codebook[c + 1]) * 0.5f;
+  }
+};
 
-// The nearest code to x, the lower one at a halfway point. Halfway points are rounded to f32, as bitsandbytes does on the CPU.
-inline int nearest_nf4(float x) {
+// The nearest code to x, the lower one at a halfway point.
+inline int nearest_nf4(float x, const Halfway& halfway) {
   int index = 0;
-  for (int c = 0; c < 15; c++) index += x > (kNf4Codebook[c] + kNf4Codebook[c + 1]) * 0.5f;
+  for (int c = 0; c < 15; c++) index += x > halfway.points[c];
   return index;
 }
 
 template <class T>
-void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin, int64_t end, int64_t block_size,
-                  int64_t count) {
+void nf4_quantize(const void* in_, const float* codebook, uint8_t* codes, float* absmax, int64_t begin, int64_t end,
+                  int64_t block_size, int64_t count) {
+  const Halfway halfway(codebook);
   for (int64_t block = begin; block < end; block++) {
     const T* in = (const T*)in_ + block * block_size;
     int64_t n = std::min(block_size, count - block * block_size);
@@ -36,12 +40,12 @@ void nf4_quantize(const void* in_, uint8_t* codes, float* absmax, int64_t begin,
     for (; i + 16 <= n; i += 16) {
       f32x16 x = load16(in + i) * inverse;
       i32x16 index = {};
-      for (int c = 0; c < 15; c++) index -= x > splat((kNf4Codebook[c] + kNf4Codebook[c + 1]) * 0.5f);  // true is -1
+      for (int c = 0; c < 15; c++) index -= x > splat(halfway.points[c]);  // true is -1
       for (int64_t j = 0; j < 8; j++) out[i / 2 + j] = uint8_t(index[2 * j] << 4 | index[2 * j + 1]);
     }
     for (; i < n; i += 2) {
-      int high = nearest_nf4(to_float(in[i]) * inverse);
-      int low = i + 1 < n ? nearest_nf4(to_float(in[i + 1]) * inverse) : 0;
+      int high = nearest_nf4(to_float(in[i]) * inverse, halfway);
+      int low = i + 1 < n ? nearest_nf4(to_float(in[i + 1]) * inverse, halfway) : 0;
       out[i / 2] = uint8_t(high << 4 | low);
     }
   }

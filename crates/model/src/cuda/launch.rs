@@ -224,7 +224,11 @@ type Multiplier = extern "C" fn(
 ) -> c_int;
 
 unsafe extern "C" {
-    fn arete_set_cuda_kernels(dequantizer: Dequantizer, multiplier: Multiplier);
+    fn arete_set_cuda_kernels(
+        dequantizer: Dequantizer,
+        multiplier: Multiplier,
+        multiplier_rows: i64,
+    );
 }
 
 /// Lets the decoder's linear layers use NF4 weights on GPU `index` with activations in `kind`: unpacked forward
@@ -241,7 +245,7 @@ pub fn install(index: usize, kind: Kind) -> Result<(), Error> {
         module(index, gpu, program)?;
     }
     // SAFETY: the function keeps the pointers of functions that live as long as the process.
-    unsafe { arete_set_cuda_kernels(dequantize_hook, multiply_hook) };
+    unsafe { arete_set_cuda_kernels(dequantize_hook, multiply_hook, i64::from(plan::MAX_ROWS)) };
     Ok(())
 }
 

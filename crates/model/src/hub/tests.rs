@@ -6,6 +6,9 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use sha2::{Digest as _, Sha256};
+
+use super::cache::{git_hasher, hex, list, pointer_id};
 use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -19,6 +22,8 @@ enum Fault {
     Cut,
     /// As `Cut`, the first time only.
     CutOnce,
+    /// As `CutOnce`, and the rest where the rest is asked for.
+    CutOnceAndGoesOn,
     /// All bytes, one of them changed.
     Flipped,
     /// Complete and well formed, but fewer bytes than the repository lists.
@@ -87,9 +92,8 @@ impl Server {
         let client = HFClient::builder()
             .endpoint(&self.endpoint)
             .cache_dir(self.cache.path())
-            .token("secret")
             .retry_max_attempts(0);
-        Hub::with(client, offline).unwrap()
+        Hub::with(client, Some("secret".to_owned()), offline).unwrap()
     }
 
     /// Everything under the cache, locks apart.
@@ -98,6 +102,8 @@ impl Server {
         list(self.cache.path(), "", &mut files).unwrap();
         let mut paths: Vec<String> =
             files.into_iter().map(|f| f.path).filter(|path| !path.starts_with(".locks")).collect();
+        // What there is of a download that broke off stays, to go on from.
+        paths.retain(|path| !path.ends_with(".part") && !path.ends_with(".hashes.json"));
         paths.sort();
         paths
     }
@@ -159,7 +165,19 @@ fn answer(
     let n = file.content.len();
     match file.fault {
         Fault::Cut => reply(200, n, &file.content[..n / 2]),
-        Fault::CutOnce if before == 0 => reply(200, n, &file.content[..n / 2]),
+        Fault::CutOnce | Fault::CutOnceAndGoesOn if before == 0 => {
+            reply(200, n, &file.content[..n / 2]);
+        }
+        Fault::CutOnceAndGoesOn => {
+            let range = headers.get("range").and_then(|range| range.strip_prefix("bytes="));
+            let from = range.and_then(|range| range.split_once('-')?.0.parse::<usize>().ok());
+            let from = from.expect("the rest is asked for");
+            let head = format!(
+                "HTTP/1.1 206 X\r\ncontent-length: {}\r\ncontent-range: bytes {from}-{}/{n}\r\nconnection: close\r\n\r\n",
+                n - from, n - 1
+            );
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&file.content[from..]));
+        }
         Fault::None | Fault::CutOnce => reply(200, n, &file.content),
         Fault::Shorter => reply(200, n - 1, &file.content[..n - 1]),
         Fault::Flipped => {
@@ -284,6 +302,35 @@ fn a_transfer_that_broke_is_tried_again() {
 }
 
 #[test]
+fn a_cut_download_goes_on_where_it_stopped() {
+    let mut files = tiny_model();
+    files[0] = Remote { fault: Fault::CutOnceAndGoesOn, ..large("config.json", &[5; 4001]) };
+    let server = Server::start(files);
+    let directory = server.hub(false).model(MODEL, None).unwrap();
+    assert_eq!(fs_err::read(directory.join("config.json")).unwrap(), [5; 4001]);
+    assert_eq!(server.sent.load(Ordering::SeqCst), 5, "in two pieces");
+}
+
+/// As a disk does it: one bit of a file in the cache flips.
+#[test]
+fn a_damaged_file_of_the_cache_is_downloaded_again_and_refused_offline() {
+    let server = Server::start(tiny_model());
+    let directory = server.hub(false).model(MODEL, None).unwrap();
+    for name in ["model.safetensors", "config.json"] {
+        let blob = fs_err::canonicalize(directory.join(name)).unwrap();
+        let sound = fs_err::read(&blob).unwrap();
+        let mut bytes = sound.clone();
+        bytes[sound.len() / 2] ^= 4;
+        fs_err::write(&blob, bytes).unwrap();
+        let message = server.hub(true).model(MODEL, None).unwrap_err().to_string();
+        assert!(message.contains(name) && message.contains("damaged"), "{message}");
+        server.hub(false).model(MODEL, None).unwrap();
+        assert_eq!(fs_err::read(directory.join(name)).unwrap(), sound);
+        server.hub(true).model(MODEL, None).unwrap();
+    }
+}
+
+#[test]
 fn closed_doors_name_the_page_and_the_token() {
     for (status, words) in [(401, "HF_TOKEN"), (403, "accept the conditions")] {
         let server = with_fault(Fault::Status(status));
@@ -363,7 +410,7 @@ fn without_the_hub_a_verified_copy_is_used_and_nothing_else() {
             .endpoint(format!("http://127.0.0.1:{port}"))
             .cache_dir(server.cache.path())
             .retry_max_attempts(0);
-        Hub::with(client, false).unwrap()
+        Hub::with(client, None, false).unwrap()
     };
     assert_eq!(unreachable().model(MODEL, None).unwrap(), directory);
     let message = unreachable().model("someone/other", None).unwrap_err().to_string();

@@ -6,10 +6,8 @@ use hf_hub::repository::{CommitOperation, RepoType, RepoTypeDataset, RepoTypeMod
 use hf_hub::{HFError, HFRepositorySync};
 use sha2::{Digest as _, Sha256};
 
-use super::{
-    DEFAULT_REVISION, Hub, RemoteFile, explain, git_hasher, hex, pointer_id, safe_rel_path,
-    split_id, verify,
-};
+use super::cache::{git_hasher, hex, pointer_id, verify};
+use super::{Hub, RemoteFile, Repository, explain, safe_rel_path, split_id};
 use crate::Error;
 
 /// What a repository is for; the hub keeps both apart.
@@ -69,19 +67,13 @@ impl Hub {
         message: &str,
     ) -> Result<Pushed, Error> {
         let (owner, name) = split_id(id)?;
-        let request = Request { id, private, files, message };
+        let request = Request { kind, id, private, files, message };
         match kind {
             RepositoryKind::Model => {
-                let repository = self.client.model(owner, name);
-                let head =
-                    || repository.info().revision(DEFAULT_REVISION).send().map(|info| info.sha);
-                self.push_to(&repository, RepoTypeModel, &request, head)
+                self.push_to(&self.client.model(owner, name), RepoTypeModel, &request)
             }
             RepositoryKind::Dataset => {
-                let repository = self.client.dataset(owner, name);
-                let head =
-                    || repository.info().revision(DEFAULT_REVISION).send().map(|info| info.sha);
-                self.push_to(&repository, RepoTypeDataset, &request, head)
+                self.push_to(&self.client.dataset(owner, name), RepoTypeDataset, &request)
             }
         }
     }
@@ -91,9 +83,9 @@ impl Hub {
         repository: &HFRepositorySync<T>,
         kind: T,
         request: &Request<'_>,
-        head: impl FnOnce() -> Result<Option<String>, HFError>,
     ) -> Result<Pushed, Error> {
-        let Request { id, private, files, message } = *request;
+        let Request { kind: of, id, private, files, message } = *request;
+        let read = Repository { kind: of, id };
         let fail = |reason: String| Error::Hub { what: id.to_owned(), reason };
         if self.offline {
             return Err(fail("HF_HUB_OFFLINE forbids uploading".to_owned()));
@@ -101,7 +93,7 @@ impl Hub {
         for file in files {
             safe_rel_path(&file.path).map_err(fail)?;
         }
-        let page = self.page(repository);
+        let page = self.page(read);
         let refuse = |error: HFError| fail(explain_upload(&error, &page));
         self.client
             .create_repository()
@@ -111,7 +103,7 @@ impl Hub {
             .exist_ok(true)
             .send()
             .map_err(refuse)?;
-        let snapshot = self.snapshot(repository, id, None, head)?;
+        let snapshot = self.snapshot(read, None)?;
         if !snapshot.online {
             return Err(fail(format!("{page} cannot be reached")));
         }
@@ -151,7 +143,23 @@ impl Hub {
                 .parent_commit(commit.clone())
                 .send()
                 .map_err(refuse)?;
-            commit = made.commit_oid.unwrap_or(commit);
+            // An answer is no proof: a portal or a proxy may have given it. Believed is what the branch holds now.
+            let now = self.snapshot(read, None)?;
+            let holds = |file: &&Upload| {
+                let remote = now.files.iter().find(|remote| remote.path == file.path);
+                remote.is_some_and(|remote| file.content.is_that_of(remote))
+            };
+            if let Some(missing) = files.iter().find(|file| !holds(file)) {
+                return Err(fail(format!(
+                    "not uploaded: {page} said it was, but its branch (commit {}) does not hold {}",
+                    now.commit, missing.path
+                )));
+            }
+            let named = made.commit_oid.filter(|named| *named != now.commit);
+            if let Some(named) = named {
+                tracing::warn!(named, found = now.commit, "the hub named another commit than its branch has now");
+            }
+            commit = now.commit;
         }
         Ok(Pushed { page, commit, changed, stale })
     }
@@ -160,6 +168,7 @@ impl Hub {
 /// The arguments of [`Hub::push`] that do not depend on the kind.
 #[derive(Clone, Copy)]
 struct Request<'a> {
+    kind: RepositoryKind,
     id: &'a str,
     private: bool,
     files: &'a [Upload],

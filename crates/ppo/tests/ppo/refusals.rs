@@ -6,6 +6,7 @@ use crate::common::{
     config, random_reward, save_reward, tiny_chat, tiny_model, write_prompts, write_rewards,
 };
 use arete_model::{ScalarHead, Tensor};
+use arete_ppo::prompts::Prompts;
 use arete_ppo::{Config, Error, TrainInputs, train};
 use arete_records::{Aspect, Message, Split, parquet, prompt_id, rows::PromptRow};
 
@@ -188,6 +189,17 @@ fn a_prompt_longer_than_the_context_is_named() {
     let message = refusal(&config(&[]), dir.path());
     assert!(message.contains(&format!("prompt {id}: expected at most")), "{message}");
     assert!(message.contains("(2048 of the model less"), "{message}");
+
+    // Among others it is left out and named, as the conversations stage leaves it out.
+    write_prompts(dir.path());
+    let mut rows: Vec<PromptRow> = parquet::read(&file).unwrap();
+    let n_train = rows.iter().filter(|row| row.split == Split::Train).count();
+    rows.insert(0, row.clone());
+    parquet::write(&file, &rows).unwrap();
+    let chat = model.chat().unwrap();
+    let read = Prompts::read(&dir.path().join("prompts"), &chat, 2048, 100).unwrap();
+    assert_eq!((read.train.len(), read.left_out.len()), (n_train, 1));
+    assert_eq!(read.left_out[0].item, id);
 
     let row = PromptRow { split: Split::Test, ..row };
     parquet::write(&file, &[row]).unwrap();

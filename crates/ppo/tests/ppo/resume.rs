@@ -143,6 +143,7 @@ fn continue_a_rollout(flags: &[&str]) {
         .split_inclusive('\n')
         .filter(|line| line.ends_with('\n'))
         .map(|line| {
+            let (_, line) = line.split_once(' ').unwrap(); // after its hash
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             let turns = line["turns"].as_array().unwrap();
             turns.iter().map(|turn| turn["token_ids"].as_array().unwrap().len() as u64).sum::<u64>()

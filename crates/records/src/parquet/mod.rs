@@ -60,14 +60,20 @@ pub trait Row: Serialize + DeserializeOwned {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the file cannot be written, [`Error::Write`] if a row does not fit its columns.
+/// [`Error::Io`] if the file cannot be written, [`Error::Write`] if a row does not fit its columns, or the rows are more than
+/// a reader takes.
 pub fn write<T: Row>(path: impl AsRef<Path>, rows: &[T]) -> Result<(), Error> {
     let path = path.as_ref();
     let bytes = encode(rows).map_err(|reason| Error::Write {
         path: path.to_owned(),
         reason: format!("{} rows: {reason}", T::NAME),
     })?;
-    atomic::write(path, &bytes)
+    atomic::write(path, &bytes)?;
+    // One rule of size for writer and reader: what reading would refuse is no file.
+    guarded::<()>(path, |_| Ok(Vec::new())).map(drop).or_else(|error| {
+        fs_err::remove_file(path)?;
+        Err(Error::Write { path: path.to_owned(), reason: format!("reading it would fail: {error}") })
+    })
 }
 
 fn encode<T: Row>(rows: &[T]) -> Result<Vec<u8>, Box<dyn std::error::Error>> {

@@ -127,6 +127,7 @@ impl RunJson {
             counts: Default::default(),
             fingerprint: String::new(),
             outputs: Default::default(),
+            sha256: None,
         }
     }
 }

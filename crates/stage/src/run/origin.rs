@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
 use arete_records::hashes::HashCache;
-use arete_records::hex;
+use arete_records::{hex, redact};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -37,10 +37,15 @@ impl Origin {
         let mut inputs = BTreeMap::new();
         for (name, path) in &spec.inputs {
             inputs.insert(name.clone(), cache.sha256_path(path)?);
+            crate::inputs::check_with(path, cache)?;
         }
         Ok(Self {
             stage: spec.stage.to_owned(),
-            config: sorted(&spec.config),
+            config: {
+                let mut config = sorted(&spec.config);
+                redact::redact_json(&mut config);
+                config
+            },
             seed: spec.seed,
             inputs,
             versions: BTreeMap::from([

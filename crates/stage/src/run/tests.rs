@@ -436,6 +436,15 @@ fn a_link_that_points_upwards_ends_in_an_error() {
     assert!(matches!(sha256_path(dir.path()), Err(arete_records::Error::TooDeep { .. })));
 }
 
+/// NFS without lockd answers ENOLCK, Lustre without `-o flock` ENOSYS; a disk that fails answers EIO.
+#[test]
+fn a_file_system_without_locks_is_told_from_one_that_fails() {
+    for (code, without) in [(37, true), (38, true), (95, true), (5, false), (13, false)] {
+        let error = std::io::Error::from_raw_os_error(code);
+        assert_eq!(is_without_locks(&error), without, "{code}");
+    }
+}
+
 impl Fixture {
     /// What the directory holds, looked at from outside.
     #[track_caller]

@@ -5,21 +5,38 @@
 //! | `chosen`, `rejected`: whole conversations, as text or as lists of messages | hh-rlhf, TRL |
 //! | `prompt`, and `chosen`, `rejected` that follow it | TRL's explicit prompts, full-hh-rlhf, rm-static, our own preferences |
 //! | `prompt`, and `chosen`, `rejected` that begin with it | ultrafeedback_binarized |
+//! | `instruction` (with `input`, `history`, `system`) or `conversations`, and `chosen`, `rejected` | Alpaca, ShareGPT |
+//! | `instruction`, `completions` with `overall_score` | UltraFeedback: the highest and the lowest |
+//! | `prompt`, `answers` with `rank` | Nectar: the first and the last |
+//! | `prompt`, `response_0`, `response_1`, `better_response_id` | PKU-SafeRLHF |
+//! | `prompt` or `context`, two responses, `preference_strength` or `overall_preference` | HelpSteer2, HelpSteer3 |
+//! | `prompt`, `response`, `helpfulness`, a row a reply | HelpSteer: of each prompt the most and the least helpful |
+//! | `message_id`, `parent_id`, `role`, `text`, `rank`; or whole trees | OpenAssistant: the first and the last reply to a message |
 //! | `text_correct`, `text_incorrect` | hh-rlhf's cousins of BIG-bench (HHH) |
 //! | `prompt` with the options (A) and (B), `corrects` | BIG-bench's choices between two (HarmfulVsEthical) |
 //! | `prompt`, `action`, …, `worse`, `use` | our exemplars, those of use `calibration` |
+//!
+//! A `system` text leads a prompt that has none of its own. Columns under other names are given ours
+//! ([`arete_records::table::Column`]); a pair without what its sides reply to is refused by name.
+
+mod fields;
+mod layouts;
 
 use std::path::Path;
 
-use arete_records::jsonl::{self, NumberedObject};
+use arete_records::jsonl::NumberedObject;
+use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PreferenceRow;
+use arete_records::table::{self, Column};
 use arete_records::{At, Error, FinishReason, Message, Refusal, Role, parquet};
 use serde_json::{Map, Value};
 
 use crate::Transcript;
 use crate::constitution::Turns;
-use crate::dialogue;
 use crate::exemplars::{Exemplar, Use};
+
+pub use self::fields::{FieldError, messages, prompt, question};
+pub use arete_records::table::shortened;
 
 /// A conversation to score.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -83,83 +100,8 @@ pub fn part(better: &[Message], worse: &[Message]) -> Option<Parts> {
     usable.then(|| (better[..n].to_vec(), better[n..].to_vec(), worse[n..].to_vec()))
 }
 
-/// A field that does not hold what it should.
-#[derive(Debug, Clone, PartialEq)]
-pub struct FieldError {
-    /// The field's name.
-    pub field: &'static str,
-    /// What would have been accepted.
-    pub expected: String,
-    /// What is there, shortened.
-    pub got: String,
-}
-
-impl FieldError {
-    /// Refuses a field for its value.
-    pub fn new(field: &'static str, expected: impl Into<String>, got: &Value) -> Self {
-        Self { field, expected: expected.into(), got: shortened(got) }
-    }
-
-    /// Refuses a record for the columns it has.
-    pub fn columns(
-        field: &'static str,
-        expected: impl Into<String>,
-        record: &Map<String, Value>,
-    ) -> Self {
-        let names: Vec<&str> = record.keys().map(String::as_str).collect();
-        Self { field, expected: expected.into(), got: names.join(", ") }
-    }
-
-    /// The same, with its place in a file.
-    #[must_use]
-    pub fn at(self, path: &Path, at: At) -> Refusal {
-        Refusal::at(path, at, self.field, self.expected, self.got)
-    }
-}
-
-/// A value for a message: at most 200 characters of it.
-#[must_use]
-pub fn shortened(value: &Value) -> String {
-    const MOST: usize = 200;
-    let mut text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    if text.chars().count() > MOST {
-        text = text.chars().take(MOST).collect::<String>() + "…";
-    }
-    text
-}
-
-/// The conversation in a field: a list of messages, a text in hh-rlhf's form, or a plain text that `role` says.
-///
-/// # Errors
-///
-/// [`FieldError`] if it is none of these.
-pub fn messages(
-    field: &'static str,
-    value: &Value,
-    role: Role,
-) -> Result<Vec<Message>, FieldError> {
-    match value {
-        Value::String(text) => Ok(dialogue::turns(text)
-            .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
-        list => serde_json::from_value(list.clone()).map_err(|error| {
-            let expected = format!("a text or a list of {{role, content}} ({error})");
-            FieldError::new(field, expected, value)
-        }),
-    }
-}
-
-/// The conversation in a field that a reply is to follow: a turn of the assistant's opened at its end is that reply's.
-///
-/// # Errors
-///
-/// As [`messages`].
-pub fn prompt(field: &'static str, value: &Value) -> Result<Vec<Message>, FieldError> {
-    let mut prompt = messages(field, value, Role::User)?;
-    prompt.pop_if(|last| last.role == Role::Assistant && last.content.trim().is_empty());
-    Ok(prompt)
-}
-
-/// The pair in a record (of number `row`), in whichever layout it comes; `None` if it is an exemplar of another use.
+/// The pair in a record (of number `row`), in whichever layout of one record it comes; `None` if it is an exemplar of
+/// another use, or prefers neither side.
 ///
 /// Sides need not end with a reply ([`LabelledPair::is_whole`]).
 ///
@@ -173,10 +115,17 @@ pub fn of_record(
     let has = |field: &str| record.contains_key(field);
     let [chosen, rejected] = if has("chosen") || has("rejected") {
         sides(record, "chosen", "rejected", true)?
+    } else if has("chosen_response") && has("rejected_response") {
+        sides(record, "chosen_response", "rejected_response", true)?
     } else if has("text_correct") && has("text_incorrect") {
         sides(record, "text_correct", "text_incorrect", false)?
     } else if has("corrects") {
         choice(record)?
+    } else if let Some(sides) = layouts::sides(record) {
+        match sides? {
+            Some(sides) => sides,
+            None => return Ok(None),
+        }
     } else if has("use") {
         let turns = Turns::default();
         let exemplar = Exemplar::of_record(record, &turns)?;
@@ -190,7 +139,7 @@ pub fn of_record(
             messages
         })
     } else {
-        let expected = "chosen and rejected, text_correct and text_incorrect, corrects, or use";
+        let expected = "chosen and rejected, or the columns of another layout of pairs (docs/file-formats.md)";
         return Err(FieldError::columns("record", expected, record));
     };
     let side = |messages, truncated: &str| Conversation {
@@ -225,10 +174,7 @@ fn sides(
     worse: &'static str,
     after_prompt: bool,
 ) -> Result<[Vec<Message>; 2], FieldError> {
-    let prompt = match record.get("prompt") {
-        Some(value) if after_prompt && !value.is_null() => prompt("prompt", value)?,
-        _ => Vec::new(),
-    };
+    let prompt = if after_prompt { question(record)?.unwrap_or_default() } else { Vec::new() };
     if let Some(missing) = [better, worse].into_iter().find(|field| !record.contains_key(*field)) {
         let expected = format!("columns `{better}` and `{worse}`");
         return Err(FieldError::columns(missing, expected, record));
@@ -291,39 +237,118 @@ fn options_of(text: &str) -> Option<(String, [String; 2])> {
     Some((question.trim().to_owned(), [clean(a), clean(b)]))
 }
 
-/// The rows of a Parquet file (by its ending) or of JSON lines, `.gz` too, numbered from 1.
+/// The records of a file in any format ([`table::read`]), numbered from 1.
 ///
 /// # Errors
 ///
-/// Those of [`parquet::read_json`] and [`jsonl::read`]; [`Error::Json`] for a line that is no object.
+/// Those of [`table::read`].
 pub fn records(path: impl AsRef<Path>) -> Result<Vec<NumberedObject>, Error> {
-    let path = path.as_ref();
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet")) {
-        return Ok((1..).zip(parquet::read_json(path)?).collect());
-    }
-    let object = |(line, value)| match value {
-        Value::Object(object) => Ok((line, object)),
-        other => Err(Error::Json {
-            path: path.to_owned(),
-            line,
-            expected: "an object".to_owned(),
-            got: shortened(&other),
-        }),
-    };
-    jsonl::read(path)?.into_iter().map(object).collect()
+    table::read(path)
 }
 
-/// Reads a file of pairs, in any of the layouts above.
+/// The pairs of a file, and what is not among them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PairFile {
+    /// The pairs, in the order of the file.
+    pub pairs: Vec<LabelledPair>,
+    /// Records read.
+    pub n_records: usize,
+    /// Records that cannot be used, with the reasons.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// Reads a file of pairs, in any of the layouts above. Records that cannot be used are left out, unless they are more than a
+/// [share](left_out::is_share) of all.
 ///
 /// # Errors
 ///
-/// [`Error::Refused`] if a record is no such pair; as [`records`].
-pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
-    let mut pairs = Vec::new();
-    for (row, record) in records(path)? {
-        pairs.extend(of_record(row, &record).map_err(|error| error.at(path, At::Row(row)))?);
+/// [`Error::Refused`] for the first record that cannot be used, if there are too many of them; as [`table::read_renamed`].
+pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
+    let records = table::read_renamed(path, columns)?;
+    let (pairs, wrong) = if layouts::are_trees(&records) {
+        layouts::trees(&records)
+    } else if layouts::are_rated(&records) {
+        layouts::rated(&records)
+    } else {
+        let (mut pairs, mut wrong) = (Vec::new(), Vec::new());
+        for (row, record) in &records {
+            match of_record(*row, record) {
+                Ok(pair) => pairs.extend(pair),
+                Err(error) => wrong.push((*row, error)),
+            }
+        }
+        (pairs, wrong)
+    };
+    let left_out = leave_out(path, wrong, records.len())?;
+    Ok(PairFile { pairs, n_records: records.len(), left_out })
+}
+
+/// Records of a file that cannot be used, as items left out.
+///
+/// # Errors
+///
+/// [`Error::Refused`] for the first of them, if they are more than a share of all `n_records`.
+pub fn leave_out(
+    path: &Path,
+    wrong: Vec<(usize, FieldError)>,
+    n_records: usize,
+) -> Result<Vec<LeftOut>, Error> {
+    let n_wrong = wrong.len();
+    if !left_out::is_share(n_wrong, n_records) {
+        let (row, error) = wrong.into_iter().next().expect("more than none");
+        let FieldError { field, expected, got } = error;
+        let got = match n_wrong {
+            1 => got,
+            _ => format!("{got} ({n_wrong} of {n_records} records cannot be used)"),
+        };
+        return Err(Refusal::at(path, At::Row(row), field, expected, got).into());
     }
-    Ok(pairs)
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    Ok(wrong
+        .into_iter()
+        .map(|(row, FieldError { field, expected, got })| {
+            tracing::warn!(file = %path.display(), row, field, expected, got, "record left out");
+            LeftOut::new(format!("{name}:{row}"), format!("{field}: expected {expected}, got {got}"))
+        })
+        .collect())
+}
+
+/// [`read_file`], the pairs alone.
+///
+/// # Errors
+///
+/// As [`read_file`].
+pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
+    Ok(read_file(path, &[])?.pairs)
+}
+
+/// The question that a record of prompts asks, with the conversation around it, in whichever layout it comes; `None` of a
+/// record that asks nothing (a reply in a tree of messages).
+///
+/// # Errors
+///
+/// [`FieldError`] if no field is one of a prompt, or one holds no conversation.
+pub fn conversation_of(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, FieldError> {
+    let present = |field: &str| record.get(field).filter(|value| !value.is_null());
+    if let Some(text) = layouts::opening(record) {
+        return Ok(Some(vec![Message::user(text)]));
+    }
+    if record.contains_key("message_id") && record.contains_key("parent_id") {
+        return Ok(None);
+    }
+    if let Some(context) = present("context").filter(|value| value.is_array()) {
+        return prompt("context", context).map(Some);
+    }
+    if let Some(question) = question(record)? {
+        return Ok(Some(question));
+    }
+    for field in ["messages", "chosen", "text"] {
+        if let Some(value) = present(field) {
+            return messages(field, value, Role::User).map(Some);
+        }
+    }
+    let expected = "one of the columns prompt, messages, conversations, instruction, chosen, text";
+    Err(FieldError::columns("record", expected, record))
 }
 
 /// Reads our own `preferences/<aspect>/<split>.parquet`.

@@ -1,0 +1,217 @@
+//! Conversations as fields of records hold them: texts, lists of messages in the dialects of the hub, single messages.
+
+use std::path::Path;
+
+use arete_records::table::shortened;
+use arete_records::{At, Message, Refusal, Role};
+use serde_json::{Map, Value};
+
+use crate::dialogue;
+
+/// A field that does not hold what it should.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FieldError {
+    /// The field's name.
+    pub field: &'static str,
+    /// What would have been accepted.
+    pub expected: String,
+    /// What is there, shortened.
+    pub got: String,
+}
+
+impl FieldError {
+    /// Refuses a field for its value.
+    pub fn new(field: &'static str, expected: impl Into<String>, got: &Value) -> Self {
+        Self { field, expected: expected.into(), got: shortened(got) }
+    }
+
+    /// Refuses a record for the columns it has.
+    pub fn columns(
+        field: &'static str,
+        expected: impl Into<String>,
+        record: &Map<String, Value>,
+    ) -> Self {
+        let names: Vec<&str> = record.keys().map(String::as_str).collect();
+        Self { field, expected: expected.into(), got: names.join(", ") }
+    }
+
+    /// The same, with its place in a file.
+    #[must_use]
+    pub fn at(self, path: &Path, at: At) -> Refusal {
+        Refusal::at(path, at, self.field, self.expected, self.got)
+    }
+}
+
+/// The conversation in a field: a list of messages (or one message), a text in hh-rlhf's form, or a plain text that `role`
+/// says.
+///
+/// A message is `{role, content}`, or `{from, value}` as ShareGPT has it; its content a text, or a list of parts of which
+/// each is a text.
+///
+/// # Errors
+///
+/// [`FieldError`] if it is none of these.
+pub fn messages(
+    field: &'static str,
+    value: &Value,
+    role: Role,
+) -> Result<Vec<Message>, FieldError> {
+    match value {
+        Value::String(text) => Ok(dialogue::turns(text)
+            .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
+        Value::Array(items) => items.iter().map(|item| message(field, item)).collect(),
+        Value::Object(_) => Ok(vec![message(field, value)?]),
+        other => Err(FieldError::new(field, "a text or a list of {role, content}", other)),
+    }
+}
+
+/// The conversation in a field that a reply is to follow: a turn of the assistant's opened at its end is that reply's.
+///
+/// # Errors
+///
+/// As [`messages`].
+pub fn prompt(field: &'static str, value: &Value) -> Result<Vec<Message>, FieldError> {
+    let mut prompt = messages(field, value, Role::User)?;
+    prompt.pop_if(|last| last.role == Role::Assistant && last.content.trim().is_empty());
+    Ok(prompt)
+}
+
+fn message(field: &'static str, item: &Value) -> Result<Message, FieldError> {
+    let wrong = |expected: &str| {
+        let expected = format!("a text or a list of {{role, content}} ({expected})");
+        Err(FieldError::new(field, expected, item))
+    };
+    let Value::Object(map) = item else { return wrong("a message is an object") };
+    let first = |names: [&str; 3]| names.into_iter().find_map(|name| map.get(name));
+    let role = match first(["role", "from", "speaker"]).and_then(Value::as_str) {
+        Some(name) => match name.to_ascii_lowercase().as_str() {
+            "system" | "developer" => Role::System,
+            "user" | "human" | "prompter" => Role::User,
+            "assistant" | "gpt" | "bot" | "chatgpt" | "model" => Role::Assistant,
+            _ => return wrong("a role is system, user or assistant, or one of their other names"),
+        },
+        None => return wrong("a message has a role"),
+    };
+    match first(["content", "value", "text"]) {
+        Some(Value::String(content)) => Ok(Message { role, content: content.clone() }),
+        Some(Value::Array(parts)) => match parts.iter().map(text_of_part).collect::<Option<String>>() {
+            Some(content) => Ok(Message { role, content }),
+            None => wrong("each part of a content is a text: {\"type\": \"text\", \"text\": …}"),
+        },
+        _ => wrong("a content is a text, or a list of texts"),
+    }
+}
+
+/// The text of a part of a content; none of an image or another thing that is no text.
+fn text_of_part(part: &Value) -> Option<&str> {
+    match part {
+        Value::String(text) => Some(text),
+        Value::Object(map) => {
+            let is_text = map.get("type").is_none_or(|kind| kind == "text");
+            map.get("text").and_then(Value::as_str).filter(|_| is_text)
+        }
+        _ => None,
+    }
+}
+
+/// The question of a record: its `prompt`; `conversations` as ShareGPT has them; or an `instruction` with its `input`, as
+/// Alpaca has them. A `system` text leads, unless the question has one of its own. None if the record has none of these.
+///
+/// # Errors
+///
+/// As [`messages`].
+pub fn question(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, FieldError> {
+    let present = |field: &str| record.get(field).filter(|value| !value.is_null());
+    let mut question = if let Some(value) = present("prompt") {
+        prompt("prompt", value)?
+    } else if let Some(value) = present("conversations") {
+        prompt("conversations", value)?
+    } else if let Some(value) = present("instruction") {
+        let mut messages = history(record)?;
+        messages.push(Message::user(instruction(record, value)?));
+        messages
+    } else {
+        return Ok(None);
+    };
+    let system = present("system").and_then(Value::as_str).map_or("", str::trim);
+    let leads = !system.is_empty() && !question.is_empty();
+    if leads && question.iter().all(|message| message.role != Role::System) {
+        question.insert(0, Message::system(system));
+    }
+    Ok(Some(question))
+}
+
+/// An instruction and its input, a line each.
+fn instruction(record: &Map<String, Value>, value: &Value) -> Result<String, FieldError> {
+    let wrong = |field, value| FieldError::new(field, "a text", value);
+    let asked = value.as_str().ok_or_else(|| wrong("instruction", value))?.trim();
+    let input = match record.get("input") {
+        None | Some(Value::Null) => "",
+        Some(value) => value.as_str().ok_or_else(|| wrong("input", value))?.trim(),
+    };
+    Ok([asked, input].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n"))
+}
+
+/// Earlier rounds of an Alpaca record: `history` is a list of [question, reply].
+fn history(record: &Map<String, Value>) -> Result<Vec<Message>, FieldError> {
+    let Some(value) = record.get("history").filter(|value| !value.is_null()) else {
+        return Ok(Vec::new());
+    };
+    let rounds: Vec<[String; 2]> = serde_json::from_value(value.clone())
+        .map_err(|_| FieldError::new("history", "a list of [question, reply]", value))?;
+    Ok(rounds
+        .into_iter()
+        .flat_map(|[asked, reply]| [Message::user(asked), Message::assistant(reply)])
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Vec<Message>, FieldError> {
+        messages("messages", &serde_json::from_str(text).unwrap(), Role::User)
+    }
+
+    #[test]
+    fn dialects_of_messages_are_one() {
+        let expected = [Message::system("s"), Message::user("q"), Message::assistant("a")];
+        for text in [
+            r#"[{"role":"system","content":"s"},{"role":"user","content":"q","name":null},{"role":"assistant","content":"a"}]"#,
+            r#"[{"from":"system","value":"s"},{"from":"human","value":"q"},{"from":"gpt","value":"a"}]"#,
+            r#"[{"role":"system","content":[{"type":"text","text":"s"}]},{"role":"user","content":[{"type":"text","text":"q"}]},{"role":"assistant","content":["a"]}]"#,
+        ] {
+            assert_eq!(read(text).unwrap(), expected, "{text}");
+        }
+        assert_eq!(read(r#"{"role":"user","content":"q"}"#).unwrap(), [Message::user("q")]);
+        for (text, expected) in [
+            (r#"[{"role":"tool","content":"x"}]"#, "a role is"),
+            (r#"[{"role":"user","content":[{"type":"image","image":"x"}]}]"#, "each part"),
+            (r#"[{"role":"user","content":null}]"#, "a content is"),
+            (r#"[{"content":"x"}]"#, "has a role"),
+            (r#"["x"]"#, "is an object"),
+            ("5", "a text or a list"),
+        ] {
+            assert!(read(text).unwrap_err().expected.contains(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn questions_of_alpaca_and_sharegpt() {
+        let asked = |text: &str| question(&serde_json::from_str(text).unwrap()).unwrap();
+        let alpaca = r#"{"instruction": "Translate.", "input": "Hund", "output": "dog", "system": "Be brief.", "history": [["a", "b"]]}"#;
+        assert_eq!(
+            asked(alpaca).unwrap(),
+            [
+                Message::system("Be brief."),
+                Message::user("a"),
+                Message::assistant("b"),
+                Message::user("Translate.\nHund")
+            ]
+        );
+        assert_eq!(asked(r#"{"instruction": "Go.", "input": ""}"#).unwrap(), [Message::user("Go.")]);
+        let sharegpt = r#"{"conversations": [{"from": "human", "value": "q"}], "system": ""}"#;
+        assert_eq!(asked(sharegpt).unwrap(), [Message::user("q")]);
+        assert_eq!(asked(r#"{"question": "q"}"#), None);
+    }
+}
