@@ -3,6 +3,7 @@
 //! `adapter_config.json` and `adapter_model.safetensors` are peft's; `arete_adapter.json` beside them holds the
 //! SHA-256 of the base and how it was packed, which peft does not record.
 
+mod peft;
 mod soup;
 
 use std::path::Path;
@@ -24,7 +25,6 @@ use crate::model::Model;
 use crate::nf4::Nf4Options;
 
 pub use self::soup::soup;
-mod peft;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";

@@ -13,6 +13,7 @@ use crate::Error;
 use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
 use crate::json::read_object;
 use crate::lora::Target;
+use crate::merge::put_in_place;
 use arete_records::atomic::AtomicDir;
 
 const FACTORS: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
@@ -71,7 +72,7 @@ pub fn soup(adapters: &[(PathBuf, f64)], output: &Path) -> Result<usize, Error> 
     let meta = serde_json::to_value(&first.meta).expect("plain data serialises");
     write_json(&staging.path().join(META_FILE), &meta)?;
     write_safetensors(&staging.path().join(WEIGHTS_FILE), &tensors)?;
-    staging.commit()?;
+    put_in_place(staging, output)?;
     Ok(rank)
 }
 
