@@ -140,10 +140,10 @@ fn main() -> ExitCode {
     arete_stage::run::resolve_devices_with(|name| {
         arete_model::runtime::device(name).ok().map(arete_model::runtime::device_name)
     });
-    match execute(command) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => arete_stage::exit::exit_code(Err(error), class_of),
-    }
+    let mut answer = 0; // `status --exit-code` answers by it
+    let work = || execute(command).map(|code| answer = code);
+    let ended = arete_stage::exit::run(work, class_of);
+    if ended == ExitCode::SUCCESS { ExitCode::from(answer) } else { ended }
 }
 
 fn execute(command: Command) -> Result<u8> {
