@@ -6,7 +6,6 @@
 //! CPU even where a lesser instruction set is forced; on a kind without any the test says so and compares two runs.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
-#![expect(clippy::print_stdout, reason = "a test says what it compared")]
 
 #[expect(dead_code, reason = "the test of the pipeline uses the rest")]
 mod run;

@@ -184,8 +184,11 @@ fn losses(
     preference_loss(settings, &ratio(0, 0, chosen), &ratio(n, 1, rejected), &probabilities)
 }
 
+/// Values by TRL's names.
+type Metrics = Vec<(&'static str, f64)>;
+
 /// Mean loss, rewards (beta times log-ratios, chosen and rejected of each pair), and TRL's metrics.
-fn summary(found: &Found, beta: f64) -> (f64, Vec<[f64; 2]>, Vec<(&'static str, f64)>) {
+fn summary(found: &Found, beta: f64) -> (f64, Vec<[f64; 2]>, Metrics) {
     #[expect(clippy::cast_precision_loss, reason = "a small number")]
     let mean =
         |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / found.losses.len() as f64;

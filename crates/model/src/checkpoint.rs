@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use arete_records::files::read_capped;
 use arete_records::hashes;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -20,7 +21,7 @@ use crate::json::{is_word, read_object};
 use crate::nf4::Nf4Tensor;
 use crate::runtime::dtype_name;
 use crate::template::ChatTemplate;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{MAX_TOKENIZER_BYTES, Tokenizer};
 
 mod bitsandbytes;
 mod bytes;
@@ -447,8 +448,8 @@ impl Checkpoint {
         }
     }
 
-    /// SHA-256 over the model's weights and configuration, in hex: what makes it the model it is. Other files beside them, the
-    /// tokenizer's and the settings of generation among them, do not count. A GGUF file is one with its metadata.
+    /// SHA-256 over the model's weights, configuration and vocabulary, in hex: what makes it the model it is. Other files beside
+    /// them, cards and the settings of generation among them, do not count. A GGUF file is one with its metadata.
     ///
     /// # Errors
     ///
@@ -466,6 +467,7 @@ impl Checkpoint {
         sums.sort();
         let mut hasher = Sha256::new();
         hasher.update(format!("{}\n{}\n", self.config.identity(), sums.join("\n")));
+        hasher.update(vocabulary_identity(&self.path.join("tokenizer.json"))?);
         Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
@@ -583,6 +585,18 @@ pub(crate) fn shards_of_index(index: &Path) -> Result<BTreeMap<String, BTreeSet<
         out.entry(shard.to_owned()).or_default().insert(tensor.clone());
     }
     Ok(out)
+}
+
+/// What of a `tokenizer.json` decides which numbers a text has, as one line: weights under another vocabulary are another model.
+/// Empty where there is none, or where it is no JSON: whoever needs the tokenizer says so.
+fn vocabulary_identity(path: &Path) -> Result<String, Error> {
+    if !path.is_file() {
+        return Ok(String::new());
+    }
+    let tokenizer: Value =
+        serde_json::from_slice(&read_capped(path, MAX_TOKENIZER_BYTES)?).unwrap_or_default();
+    let parts = ["model", "added_tokens", "normalizer", "pre_tokenizer"];
+    Ok(parts.map(|part| tokenizer[part].to_string()).join("\n"))
 }
 
 #[cfg(test)]

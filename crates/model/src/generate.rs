@@ -83,7 +83,7 @@ pub struct Ended {
 /// it follows; a sequence that gets no reply before the next turn is asked for has ended. Whoever pulls keeps their own
 /// errors: nothing of theirs runs in here.
 ///
-/// ```no_run
+/// ```no_run,standalone_crate
 /// # use arete_model::generate::{Generator, Options, Request, Sampling, Stream};
 /// # fn f(model: &arete_model::Model, prompt_ids: Vec<i64>, question_ids: &[i64]) -> Result<(), arete_model::Error> {
 /// let streams = (0..4).map(|sample| Stream { seed: 1, prompt: 0, sample }).collect();

@@ -32,7 +32,7 @@ use self::declared::Declared;
 pub use self::gguf::GgufVocabulary;
 
 /// A `tokenizer.json` larger than this is refused; the largest published ones have 33 MB.
-const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// `tokenizer_config.json` and `special_tokens_map.json`; honest ones stay below 1 MB.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// The longest text encoded in one piece: as much as a chat template may write.

@@ -1,7 +1,6 @@
 //! Threads that wait for their next work sleep soon: between two pieces of work a process uses hardly any time of the CPU.
 
 #![expect(clippy::unwrap_used, reason = "a test: a failure here is the finding")]
-#![expect(clippy::print_stdout, reason = "the measuring process hands its figure over")]
 
 use std::process::{Command, Stdio};
 use std::time::Duration;

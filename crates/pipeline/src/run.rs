@@ -188,7 +188,7 @@ fn last_seconds(setup: &Setup, stage: &str) -> Option<f64> {
     let text = fs_err::read_to_string(setup.dir.join(timings::FILE)).ok()?;
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let own = lines.filter(|line| line["what"] == stage && line["resumed"] == false);
-    own.filter_map(|line| line["seconds"].as_f64()).last()
+    own.filter_map(|line| line["seconds"].as_f64()).next_back()
 }
 
 fn duration(seconds: f64) -> String {

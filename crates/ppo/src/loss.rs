@@ -55,7 +55,7 @@ pub fn policy_loss(
     let mut worse = plain.maximum(&clipped);
     if let Some(weight) = weight {
         check_shape("weight", weight, &logprob.size())?;
-        worse = worse * weight;
+        worse *= weight;
     }
     let n_clipped = clipped.gt_tensor(&plain).sum(Kind::Float);
     Ok(PolicyLoss {
@@ -140,7 +140,7 @@ pub fn sequence_loss(
     let mut worse = plain.maximum(&clipped);
     if let Some((log_importance, cap)) = log_importance {
         check_shape("log_importance", log_importance, &logprob.size())?;
-        worse = worse * importance_weights(&units.sums(log_importance), cap);
+        worse *= importance_weights(&units.sums(log_importance), cap);
     }
     let is_clipped = units.spread(&clipped.gt_tensor(&plain)); // [n]
     let log_ratio = log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
@@ -183,7 +183,6 @@ pub fn kl_loss(logprob: &Tensor, ref_logprob: &Tensor, n_tokens: f64) -> Result<
 ///
 /// Truncated importance sampling: Ionides 2008; TRL's `vllm_importance_sampling_correction` with
 /// `vllm_importance_sampling_mode = "token_truncate"`, of whole sequences `"sequence_truncate"`.
-#[must_use]
 pub fn importance_weights(log_importance: &Tensor, cap: f64) -> Tensor {
     log_importance.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp_max(cap)
 }

@@ -93,7 +93,7 @@ fn sorted(
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(|| run(), arete_ppo::class_of)
+    arete_stage::exit::run(run, arete_ppo::class_of)
 }
 
 fn run() -> anyhow::Result<()> {

@@ -346,7 +346,7 @@ impl PackPass<'_> {
         };
         let mut loss = policy.loss;
         if let Some((ref_logprob, coef)) = &targets.reference {
-            loss = loss + kl_loss(logprob, ref_logprob, *n_tokens)? * *coef;
+            loss += kl_loss(logprob, ref_logprob, *n_tokens)? * *coef;
         }
         sums.policy_loss += self.finite("the policy loss", &loss)?;
         sums.squared_log_ratio += number(&policy.squared_log_ratio.sum(Kind::Double))?;

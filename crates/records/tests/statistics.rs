@@ -47,7 +47,7 @@ fn means_of_clusters_and_of_runs_are_those_of_others() {
 fn what_is_left_at_equal_length_is_that_of_statsmodels() {
     let golden = golden();
     let pairs = pairs(&golden);
-    same(at_equal_length(&[pairs.clone()]).unwrap().interval, &golden["linear"]);
+    same(at_equal_length(std::slice::from_ref(&pairs)).unwrap().interval, &golden["linear"]);
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let expected: Vec<f64> = numbers(&golden["logit"]).into_iter().map(sigmoid).collect();
     same(win_rate_at_equal_length(&[pairs]).unwrap(), &expected.into());

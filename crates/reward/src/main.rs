@@ -82,7 +82,7 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(|| run(), arete_reward::class_of)
+    arete_stage::exit::run(run, arete_reward::class_of)
 }
 
 fn run() -> anyhow::Result<()> {

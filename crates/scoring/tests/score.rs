@@ -585,7 +585,7 @@ fn labels_made_of_a_contrast_make_its_score_circular() {
         let output = run.at(stage);
         let spec = StageSpec { stage, output: &output, config, seed: 0, inputs: Vec::new() };
         match arete_stage::run::begin(spec).unwrap() {
-            Start::Run(run) => drop(run.finish(Completion::default()).unwrap()),
+            Start::Run(run) => run.finish(Completion::default()).unwrap(),
             Start::UpToDate(_) => unreachable!("it is new"),
         }
     }

@@ -42,7 +42,7 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(|| run(), arete_sft::class_of)
+    arete_stage::exit::run(run, arete_sft::class_of)
 }
 
 fn run() -> anyhow::Result<()> {

@@ -147,10 +147,13 @@ pub(super) fn are_rated(records: &[NumberedObject]) -> bool {
     records.first().is_some_and(|(_, record)| has(record))
 }
 
+/// A reply with its row and its mark.
+type Rated<'a> = (usize, &'a Map<String, Value>, &'a str, f64);
+
 /// The pairs among single rated replies: of each prompt the most and the least helpful; and what went wrong with rows.
 pub(super) fn rated(records: &[NumberedObject]) -> (Vec<LabelledPair>, Vec<(usize, FieldError)>) {
     let mut order: Vec<&str> = Vec::new();
-    let mut by_prompt: HashMap<&str, Vec<(usize, &Map<String, Value>, &str, f64)>> = HashMap::new();
+    let mut by_prompt: HashMap<&str, Vec<Rated<'_>>> = HashMap::new();
     let (mut pairs, mut wrong) = (Vec::new(), Vec::new());
     for (row, record) in records {
         let text = |field: &str| record.get(field).and_then(Value::as_str);

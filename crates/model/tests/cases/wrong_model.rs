@@ -269,7 +269,7 @@ fn four_bits_are_read_however_they_are_stored() {
             }
         }
         let mut text = Value::Object(parsed).to_string();
-        while text.len() % 8 != 0 {
+        while !text.len().is_multiple_of(8) {
             text.push(' ');
         }
         let whole = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &bytes[8 + header..]]

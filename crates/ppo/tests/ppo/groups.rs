@@ -41,9 +41,9 @@ fn advantages_against_a_group_are_trls() {
     let kl = column(&kl.sum_dim_intlist(1, false, Kind::Double));
     let rewards = rows(of("rewards"));
     let group = |algorithm| config(&["--samples-per-prompt", "4", "--algorithm", algorithm]);
-    let rloo = compare(&[weigh(&rewards)], &[kl.clone()], 0.3, &group("rloo"));
+    let rloo = compare(&[weigh(&rewards)], std::slice::from_ref(&kl), 0.3, &group("rloo"));
     assert_near("rloo", &rloo[0], &column(of("rloo.advantage")));
-    let grpo = compare(&[weigh(&rewards)], &[kl.clone()], 0.3, &group("grpo"));
+    let grpo = compare(&[weigh(&rewards)], std::slice::from_ref(&kl), 0.3, &group("grpo"));
     assert_near("grpo", &grpo[0], &column(of("grpo.advantage")));
     let each = arete_ppo::Config {
         aggregation: arete_ppo::config::Aggregation::NormalizeThenSum,

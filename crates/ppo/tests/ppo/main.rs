@@ -1,6 +1,7 @@
 //! The stage from outside, in one program: linking libtorch once is enough.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
+#![expect(clippy::print_stdout, reason = "a test says what it measured")]
 
 mod bench;
 mod common;

@@ -116,7 +116,7 @@ fn scores_that_are_no_numbers_or_all_the_same_are_refused() {
     write_prompts(dir.path());
     let dir = dir.path();
     for (fill, with_stats, wanted) in [
-        (f64::NAN, true, "iteration 0: the score of the action reward model for prompt "),
+        (f64::NAN, true, "score.weight: expected finite numbers, found NaN or an infinity"),
         (
             0.0,
             false,
