@@ -168,8 +168,8 @@ fn hello_runs_every_stage_and_a_second_run_does_nothing() {
     let before = results(&hello.dir);
     let again = done(&["hello", "--run", text(&hello.dir)]);
     for stage in STAGES {
-        let line = again.stderr.lines().filter(|line| line.starts_with(stage));
-        assert!(line.last().unwrap().ends_with("up to date"), "{stage}: {}", again.stderr);
+        let mut line = again.stderr.lines().filter(|line| line.starts_with(stage));
+        assert!(line.next_back().unwrap().ends_with("up to date"), "{stage}: {}", again.stderr);
     }
     assert_eq!(results(&hello.dir), before);
     assert_eq!(again.stdout, hello.ran.stdout);
