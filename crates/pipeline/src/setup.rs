@@ -31,10 +31,10 @@ pub struct SetupArgs {
     /// A value over the recipe's: ppo.kl_coef=0.02; may be repeated
     #[arg(long = "set", value_name = "TABLE.KEY=VALUE")]
     pub set: Vec<Setting>,
-    /// The original model: directory, GGUF file or hub id [default: the recipe's `model` in [run]]
+    /// The original model: directory, GGUF file or hub id [default: the recipe's `run.model`]
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
-    /// Files, directories or hub ids of the prompts [default: the recipe's `prompts` in [run], else data/prompts]
+    /// Files, directories or hub ids of the prompts [default: the recipe's `run.prompts`, else data/prompts]
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub prompts: Vec<String>,
     /// Another judge than the fine-tuned model
