@@ -5,7 +5,7 @@
 //!
 //! Each recipe trains reward models of its own, so its Score means something within its runs alone; between arms only
 //! the yardstick's scores of answers to the same test prompts are compared. Seeds and prompts are both luck: where the runs
-//! share ten prompts or more they are crossed random effects ([`stats::crossed_mean`]), else every run is one number and
+//! share ten prompts or more they are crossed random effects ([`arete_records::stats::crossed_mean`]), else every run is one number and
 //! Student's t covers both. Arms of one seed say so. Several looks at one question are corrected by Bonferroni, and named.
 
 use std::collections::BTreeMap;
