@@ -118,9 +118,9 @@ fn merged_directories_have_the_logits_of_the_adapter_over_its_base() {
         assert!(merged.quantization().is_none(), "{name}: a merge is dense");
         let adapted = logits(&decoder, Some(&adapter));
         let difference = largest_difference(&logits(&merged, None), &adapted);
-        // The merged product is rounded once, that with the adapter twice: of thirty layers' logits near 20, ten units in the
-        // last place of f32.
-        assert!(difference <= 2e-4, "{name}: {difference}");
+        // Thirty layers gather more rounding than the small models' two: 1.09e-4 was seen with AVX-512.
+        let bound = if matches!(source, Source::Gguf(_)) { 2e-4 } else { 1e-4 };
+        assert!(difference <= bound, "{name}: {difference}");
         assert!(largest_difference(&logits(&decoder, None), &adapted) > 1e-3, "{name}");
         for file in ["config.json", "generation_config.json", "tokenizer.json"] {
             assert!(output.join(file).is_file(), "{name}: {file}");
