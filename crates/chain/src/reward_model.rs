@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use arete_model::{
     Adapter, Chat, Decoder, Device, Error, Kind, LoadOptions, Model, ScalarHead, Source, Tensor,
-    adapter_files,
+    adapter,
 };
 use arete_records::{ScoreStats, score_stats};
 
@@ -44,7 +44,7 @@ impl RewardModel {
     /// What is wrong with its files; [`Error::Invalid`] if it was trained on another base, [`Error::Field`] if it has no head, and as [`Reading::of`].
     pub fn over(dir: &Path, name: &str, base: &Model) -> Result<Self, Error> {
         let dir = adapter_dir(dir);
-        let loaded = adapter_files::load(&dir, name, &base.config, base.decoder.device())?;
+        let loaded = adapter::load(&dir, name, &base.config, base.decoder.device())?;
         loaded.meta.check_base(base)?;
         if loaded.meta.base_sha256.is_empty() {
             tracing::warn!(

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arete_model::{Error, Model, Nf4Options, Source, adapter_files};
+use arete_model::{Error, Model, Nf4Options, Source, adapter};
 use arete_records::stats::Interval;
 use arete_records::{FinishReason, ScoreStats, atomic, fold_of, score_stats};
 use serde::{Deserialize, Serialize};
@@ -229,7 +229,7 @@ impl Place {
             }
             other => other?,
         };
-        let nf4 = adapter_files::packing(&adapter)?;
+        let nf4 = adapter::packing(&adapter)?;
         Ok(Self { source, nf4, folds, is_merged: false })
     }
 
@@ -248,7 +248,7 @@ impl Place {
         let meta: Value = serde_json::from_slice(&fs_err::read(&meta)?).map_err(|error| {
             field(&meta, "JSON", "what an adapter remembers of its base", &error)
         })?;
-        let packed = adapter_files::packing(&adapter)?.map(|nf4| nf4.double_quantize);
+        let packed = adapter::packing(&adapter)?.map(|nf4| nf4.double_quantize);
         let is_own = meta.get("base_sha256").and_then(Value::as_str)
             == Some(model.base_sha256.as_str())
             && packed == model.decoder.quantization().map(|nf4| nf4.double_quantize);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
 use arete_chain::{CutReply, Reading, RewardModel, Transcript, Turns, through};
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::{
     Adapter, Batch, Device, FinishReason, Kind, LoadOptions, LoraConfig, Message, Model,
     ScalarHead, SegmentIdx, Source, Target, Tensor,
@@ -41,7 +41,7 @@ fn parts(model: &Model) -> (Adapter, ScalarHead) {
 fn save(dir: &Path, model: &Model, head: bool) {
     let meta = AdapterMeta::of(model, "tiny-chat", Task::SequenceClassification);
     let (adapter, own) = parts(model);
-    adapter_files::save(&dir.join("adapter"), &adapter, head.then_some(&own), &meta).unwrap();
+    adapter::save(&dir.join("adapter"), &adapter, head.then_some(&own), &meta).unwrap();
     Reading::whole(model, CutReply::Trim).write(dir).unwrap();
 }
 
@@ -252,7 +252,8 @@ fn foreign(dir: &Path, pad: i64, spoil: impl Fn(&str, Tensor) -> Tensor) -> Mode
     let merged = dir.join("merged");
     let source = Source::Directory(fixture());
     let extra = serde_json::Map::from_iter([("pad_token_id".to_owned(), pad.into())]);
-    arete_model::merge::merge(&source, &adapter, Some(&head), &merged, Kind::Float, extra).unwrap();
+    arete_model::adapter::merge::merge(&source, &adapter, Some(&head), &merged, Kind::Float, extra)
+        .unwrap();
     // Nothing after the end of turn.
     let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}\
                     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use arete_model::generate::Sampling;
-use arete_model::runtime::{self, Dtype};
+use arete_model::machine::{self, Dtype};
 use arete_model::{LoadOptions, Source};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -32,8 +32,8 @@ impl ComputeConfig {
     ///
     /// [`Error::Model`] if there is no such device.
     pub fn load_options(&self) -> Result<LoadOptions, Error> {
-        let device = runtime::device(&self.device)?;
-        Ok(runtime::load_options(device, self.dtype, self.nf4, true))
+        let device = machine::device(&self.device)?;
+        Ok(machine::load_options(device, self.dtype, self.nf4, true))
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use arete_model::machine;
 use arete_model::machine::Machine;
-use arete_model::runtime;
 use arete_records::left_out::{self, LeftOut};
 use arete_records::{atomic, parquet, redact};
 use arete_stage::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
@@ -62,8 +62,8 @@ impl Place {
         }
         let options = compute.load_options()?;
         Ok(Self {
-            device: runtime::device_name(options.device),
-            dtype: runtime::dtype_name(options.dtype).to_owned(),
+            device: machine::device_name(options.device),
+            dtype: machine::dtype_name(options.dtype).to_owned(),
         })
     }
 }

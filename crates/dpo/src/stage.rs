@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
-use arete_model::{Adapter, Chat, LoadOptions, Model, Source, merge};
+use arete_model::{Adapter, Chat, LoadOptions, Model, Source, adapter::merge};
 use arete_records::Split;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_stage::timings;
@@ -82,18 +82,18 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
     }
 
     let meta = AdapterMeta::of(&model, name, Task::CausalLm);
-    adapter_files::save(&output.join("adapter"), &adapter, None, &meta)?;
+    adapter::save(&output.join("adapter"), &adapter, None, &meta)?;
     let difference = write_merged(&source, model, &adapter, &data, &options, output)?;
     let mut counts = data.counts(&aspects, &outcome);
     counts.insert("max_logprob_difference_merged".to_owned(), difference.into());
-    if let Some(bytes) = runtime::peak_rss_bytes() {
+    if let Some(bytes) = machine::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
     Machine::write(output)?;
     run.finish(Completion {
-        device: runtime::device_name(options.device),
-        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        device: machine::device_name(options.device),
+        dtype: machine::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(())
@@ -220,7 +220,7 @@ fn optimise(
         pairs = data.train.pairs.len(),
         steps = n_steps,
         parameters = optimiser.n_parameters(),
-        dtype = runtime::dtype_name(dtype),
+        dtype = machine::dtype_name(dtype),
         nf4 = config.compute.nf4,
         "training"
     );

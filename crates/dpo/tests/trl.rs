@@ -11,7 +11,7 @@ use arete_dpo::data::{self, Pair, Pairs, Rendering};
 use arete_dpo::loss::LossSettings;
 use arete_dpo::model::pair_logprobs;
 use arete_dpo::objective::DirectPreference;
-use arete_model::{Adapter, Device, Kind, LoadOptions, Model, Source, Tensor, adapter_files};
+use arete_model::{Adapter, Device, Kind, LoadOptions, Model, Source, Tensor, adapter};
 use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
 use serde_json::Value;
 
@@ -39,8 +39,7 @@ fn tokenized(model: &Model) -> Vec<Pair> {
 
 fn adapter(model: &Model) -> Adapter {
     let path = here("tests/goldens/adapter");
-    let mut adapter =
-        adapter_files::load(&path, "dpo", &model.config, Device::Cpu).unwrap().adapter;
+    let mut adapter = adapter::load(&path, "dpo", &model.config, Device::Cpu).unwrap().adapter;
     adapter.set_trainable(true);
     adapter
 }

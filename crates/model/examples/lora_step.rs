@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::{
     Adapter, Batch, Kind, LoadOptions, LoraConfig, Message, Model, Source, logprobs,
 };
@@ -46,7 +46,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let meta = AdapterMeta::of(&model, &given, Task::CausalLm);
-    adapter_files::save(&output, &adapter, None, &meta)?;
+    adapter::save(&output, &adapter, None, &meta)?;
     writeln!(std::io::stdout(), "wrote {}", output.display())?;
     Ok(())
 }

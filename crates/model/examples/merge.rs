@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::ensure;
-use arete_model::{Checkpoint, Device, Kind, Source, adapter_files, merge};
+use arete_model::{Checkpoint, Device, Kind, Source, adapter, adapter::merge};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -13,7 +13,7 @@ fn main() -> anyhow::Result<()> {
     let source = Source::parse(&arguments[0])?;
     let config = Checkpoint::open(&source)?.config().clone();
     let directory = Path::new(&arguments[1]);
-    let loaded = adapter_files::load(directory, "adapter", &config, Device::Cpu)?;
+    let loaded = adapter::load(directory, "adapter", &config, Device::Cpu)?;
     let (head, output) = (loaded.head.as_ref(), Path::new(&arguments[2]));
     merge::merge(&source, &loaded.adapter, head, output, Kind::BFloat16, serde_json::Map::new())?;
     Ok(())

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
-use arete_model::{Batch, LoadOptions, Message, Model, Source, Tensor, adapter_files};
+use arete_model::{Batch, LoadOptions, Message, Model, Source, Tensor, adapter};
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -15,7 +15,7 @@ fn main() -> anyhow::Result<()> {
     let loaded = match arguments.next() {
         Some(adapter) => {
             let device = model.decoder.device();
-            let loaded = adapter_files::load(Path::new(&adapter), "reward", &model.config, device)?;
+            let loaded = adapter::load(Path::new(&adapter), "reward", &model.config, device)?;
             loaded.meta.check_base(&model)?;
             Some(loaded)
         }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use tch::{Kind, Tensor};
 
-use crate::lora::Target;
+use crate::adapter::lora::Target;
 use crate::ops::{self, WeightRef};
 use crate::{Decoder, Error};
 

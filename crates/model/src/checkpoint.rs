@@ -12,19 +12,20 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
+use self::config::{GENERATION_FILE, MAX_CONFIG_BYTES};
 #[cfg(feature = "gguf")]
 use self::gguf::Gguf;
 use self::safetensors::SafetensorsFile;
 use crate::Error;
-use crate::config::{GENERATION_FILE, MAX_CONFIG_BYTES, ModelConfig};
 use crate::json::{is_word, read_object};
+use crate::machine::runtime::dtype_name;
 use crate::nf4::Nf4Tensor;
-use crate::runtime::dtype_name;
-use crate::template::ChatTemplate;
-use crate::tokenizer::{MAX_TOKENIZER_BYTES, Tokenizer};
+use crate::text::template::ChatTemplate;
+use crate::text::tokenizer::{MAX_TOKENIZER_BYTES, Tokenizer};
 
 mod bitsandbytes;
 mod bytes;
+pub(crate) mod config;
 mod directory;
 #[cfg(feature = "gguf")]
 pub mod gguf;
@@ -33,6 +34,7 @@ mod gguf_names;
 pub mod safetensors;
 mod source;
 
+pub use self::config::{Family, ModelConfig, RopeScaling};
 pub(crate) use self::directory::check_adapter;
 #[cfg(feature = "gguf")]
 use self::gguf_names::{ROPE_FACTORS, hugging_face_name, vocabulary};

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde_json::json;
 
-use arete_model::adapter_files::{self, LoadedAdapter, Task};
+use arete_model::adapter::{self, LoadedAdapter, Task};
 use arete_model::{
-    Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, default_dtype,
-    kernels_name, machine, merge, packing,
+    Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, adapter::merge,
+    default_dtype, kernels_name, machine, nf4,
 };
 
 mod bench;
@@ -139,7 +139,7 @@ impl ModelArgs {
         let adapter = match &self.adapter {
             None => None,
             Some(dir) => {
-                let loaded = adapter_files::load(dir, "adapter", &model.config, self.device)
+                let loaded = adapter::load(dir, "adapter", &model.config, self.device)
                     .with_context(|| format!("loading adapter {}", dir.display()))?;
                 loaded.meta.check_base(&model)?;
                 Some(loaded)
@@ -254,7 +254,7 @@ fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
 fn run_quantize(arguments: &Quantize) -> anyhow::Result<()> {
     let options = Nf4Options { double_quantize: !arguments.single, ..Nf4Options::default() };
     let source = unchanged(&arguments.model)?;
-    packing::write_packed(&source, &arguments.output, options, arguments.dtype)
+    nf4::write_packed(&source, &arguments.output, options, arguments.dtype)
         .with_context(|| format!("quantising {}", arguments.model))?;
     tracing::info!(output = %arguments.output.display(), "written");
     Ok(())

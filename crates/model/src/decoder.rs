@@ -13,13 +13,13 @@ use std::path::PathBuf;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::adapter::lora::{Adapter, PreparedLayer, Target};
 use crate::batch::{Batch, Tables};
 use crate::checkpoint::Checkpoint;
-use crate::config::ModelConfig;
-use crate::lora::{Adapter, PreparedLayer, Target};
+use crate::checkpoint::config::ModelConfig;
 use crate::nf4::{Nf4Options, Nf4Tensor};
 use crate::ops::WeightRef;
-use crate::{Error, ops, runtime, self_test};
+use crate::{Error, machine, ops, self_test};
 
 /// A weight matrix as it is held.
 #[derive(Debug)]
@@ -252,7 +252,7 @@ impl Decoder {
     }
 
     fn without_layers(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, Error> {
-        runtime::keep_to_cores();
+        machine::keep_to_cores();
         if let Device::Cuda(index) = options.device {
             crate::cuda::require(index)?;
         }
@@ -521,7 +521,7 @@ impl Decoder {
         if sum.is_finite() || numbers.f_isfinite()?.f_all()?.int64_value(&[]) == 1 {
             return Ok(());
         }
-        let dtype = crate::runtime::dtype_name(self.kind);
+        let dtype = crate::machine::runtime::dtype_name(self.kind);
         let what = format!(
             "{}: a number among the {what} (the weights are finite, so the computation in {dtype} overflowed: try another \
              --dtype)",

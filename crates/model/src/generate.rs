@@ -11,12 +11,12 @@ use arete_records::FinishReason;
 use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 
+use crate::adapter::lora::{Adapter, PreparedLayer};
 use crate::batch::Tables;
 use crate::cache::{Cache, Run};
 use crate::decoder::Decoder;
-use crate::lora::{Adapter, PreparedLayer};
 use crate::ops::SampleSettings;
-use crate::tokenizer::Tokenizer;
+use crate::text::tokenizer::Tokenizer;
 use crate::{Error, ops, random};
 
 mod prefixes;

@@ -4,16 +4,12 @@
 //! returns. `examples/` has one short program per use: `generate`, `logprobs`, `shared_prefix` (several questions
 //! about one conversation that is computed once), `lora_step`, `quantise`, `reward_score`, `merge`.
 
-pub mod adapter_files;
+pub mod adapter;
 mod batch;
 #[cfg(feature = "cli")]
 pub mod bench;
 mod cache;
-#[cfg(feature = "cli")]
-pub mod card;
-mod chat;
 pub mod checkpoint;
-pub mod config;
 pub mod cuda;
 mod decoder;
 mod error;
@@ -25,33 +21,25 @@ mod json;
 #[cfg(test)]
 mod levels;
 pub mod logprobs;
-mod lora;
 pub mod machine;
-pub mod merge;
 mod model;
 pub mod nf4;
 mod ops;
-pub mod packing;
 pub mod random;
-pub mod runtime;
 mod self_test;
-pub mod template;
-pub mod tokenizer;
+pub mod text;
 
+pub use adapter::{Adapter, LoraConfig, LoraPair, Target};
 pub use arete_records::{FinishReason, Message, Role};
 pub use batch::{Batch, BatchBuilder, SegmentIdx};
-pub use chat::{Chat, Rendered};
-pub use checkpoint::{Checkpoint, Source};
-pub use config::ModelConfig;
+pub use checkpoint::{Checkpoint, Family, ModelConfig, RopeScaling, Source};
 pub use decoder::{Decoder, LoadOptions, Pass, default_dtype};
 pub use error::{Error, class_of};
 pub use head::ScalarHead;
 pub use json::read_object as read_json_object;
-pub use lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use model::Model;
 pub use nf4::Nf4Options;
 pub use ops::{Amx, kernels_name};
 pub use self_test::{OnednnIsa, ProductTest, SelfTest, self_tests};
 pub use tch::{Device, Kind, Tensor, no_grad_guard};
-pub use template::ChatTemplate;
-pub use tokenizer::Tokenizer;
+pub use text::{Chat, ChatTemplate, Rendered, Tokenizer};

@@ -9,11 +9,15 @@ use tch::{Device, Kind};
 
 use crate::ops::{self, Amx};
 use crate::self_test::{OnednnIsa, SelfTest, self_tests};
-use crate::{Error, cuda, default_dtype, kernels_name, runtime};
+use crate::{Error, cuda, default_dtype, kernels_name};
 
 mod cores;
+pub(crate) mod runtime;
 
 pub use cores::Cores;
+pub use runtime::{
+    Dtype, device, device_name, dtype_name, keep_to_cores, load_options, set_threads,
+};
 
 /// Name of the file in a stage's output.
 pub use arete_records::hashes::MACHINE as FILE;
@@ -77,7 +81,7 @@ pub struct Machine {
 impl Machine {
     /// Looks at the machine as it is for this process now.
     pub fn look() -> Self {
-        runtime::keep_to_cores();
+        machine::keep_to_cores();
         let kind = default_dtype(Device::Cpu);
         Self {
             cpu: cpu_name(),
@@ -89,7 +93,7 @@ impl Machine {
             amx: Amx::current(),
             libtorch_isa: ops::libtorch_isa(),
             onednn_isa: OnednnIsa::current(),
-            dtype: runtime::dtype_name(kind),
+            dtype: machine::dtype_name(kind),
             dtype_reason: match kind {
                 Kind::BFloat16 => "this CPU multiplies bf16 in one instruction",
                 _ => "this CPU has no instruction for products in bf16",
@@ -142,7 +146,7 @@ fn name_in_cpuinfo(text: &str) -> String {
 
 fn gpus() -> Vec<Gpu> {
     let names = gpu_names();
-    let device = |idx: usize| runtime::device_name(Device::Cuda(idx));
+    let device = |idx: usize| machine::device_name(Device::Cuda(idx));
     let name = |idx: usize| names.get(idx).cloned().unwrap_or_default();
     (0..cuda::n_gpus()).map(|idx| Gpu { name: name(idx), device: device(idx) }).collect()
 }

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use arete_records::hashes::sha256_path;
 
-use crate::chat::Chat;
+use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::{Checkpoint, Source};
-use crate::config::ModelConfig;
 use crate::decoder::{Decoder, LoadOptions};
 use crate::generate::{self, Options, Request, Sampling, Stream};
 use crate::head::ScalarHead;
-use crate::template::ChatTemplate;
-use crate::tokenizer::Tokenizer;
+use crate::text::chat::Chat;
+use crate::text::template::ChatTemplate;
+use crate::text::tokenizer::Tokenizer;
 use crate::{Error, Message};
 
 /// Decoder, tokenizer and chat template of one source.

@@ -12,6 +12,10 @@ use tch::{Kind, Tensor};
 
 use crate::{Error, ops};
 
+mod packing;
+
+pub use nf4::write_packed;
+
 /// The 16 numbers an element can become, before scaling, in rising order.
 pub const CODEBOOK: [f32; 16] = [
     -1.0,

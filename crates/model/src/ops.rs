@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::Error;
 use crate::batch::Tables;
-use crate::config::ModelConfig;
+use crate::checkpoint::config::ModelConfig;
 use crate::machine::Waiting;
 use crate::nf4::Nf4Tensor;
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use crate::ops::{self, Amx, WeightRef};
-use crate::{Error, kernels_name, runtime};
+use crate::{Error, kernels_name, machine};
 
 /// Rows that are computed together, then in parts.
 const N_ROWS: i64 = 64;
@@ -100,7 +100,7 @@ pub fn self_tests() -> Vec<SelfTest> {
 /// Tests the products of a decoder's matrices on the CPU, unless the same was done before, and warns where rows differ.
 pub(crate) fn run(kind: Kind, matrices: &[(&'static str, WeightRef<'_>)]) -> Result<(), Error> {
     let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
-    let (dtype, threads) = (runtime::dtype_name(kind), tch::get_num_threads());
+    let (dtype, threads) = (machine::dtype_name(kind), tch::get_num_threads());
     let sizes = matrices.iter().map(|(name, weight)| {
         let [outputs, inputs] = weight.size();
         (*name, tested_outputs(outputs, inputs), inputs)

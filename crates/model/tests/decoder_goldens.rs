@@ -10,7 +10,7 @@ use arete_model::generate::{self, Options, Request, Sampling, Stream};
 use arete_model::nf4::{self, NestedAbsmax, Nf4Tensor};
 use arete_model::{
     Adapter, Batch, Checkpoint, Decoder, Device, Kind, LoadOptions, Nf4Options, ScalarHead, Source,
-    Tensor, adapter_files, logprobs,
+    Tensor, adapter, logprobs,
 };
 
 fn goldens(name: &str) -> PathBuf {
@@ -160,8 +160,7 @@ fn check_gradients(kind: &str, nf4: Option<Nf4Options>) {
     let config = decoder.config().clone();
     let read = || {
         let mut loaded =
-            adapter_files::load(&goldens("gradients/adapter"), "policy", &config, Device::Cpu)
-                .unwrap();
+            adapter::load(&goldens("gradients/adapter"), "policy", &config, Device::Cpu).unwrap();
         loaded.adapter.set_trainable(true);
         let head = inputs.tensor("head").unwrap();
         let mut head = ScalarHead::from_weight(&head, config.hidden_size, Device::Cpu).unwrap();
@@ -252,13 +251,9 @@ fn adapters_of_peft_give_its_logits_and_scores() {
     for name in ["causal", "partial", "reward"] {
         let golden = file(&format!("peft/{name}/golden.safetensors"));
         let decoder = load(&goldens("llama_untied"), None);
-        let loaded = adapter_files::load(
-            &goldens(&format!("peft/{name}")),
-            name,
-            decoder.config(),
-            Device::Cpu,
-        )
-        .unwrap();
+        let loaded =
+            adapter::load(&goldens(&format!("peft/{name}")), name, decoder.config(), Device::Cpu)
+                .unwrap();
         if let Some(head) = loaded.head {
             let _guard = tch::no_grad_guard();
             let sequences: Vec<Vec<i64>> =

@@ -4,11 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::checkpoint::safetensors::SafetensorsFile;
 use arete_model::{
     Adapter, Batch, Checkpoint, Decoder, Device, Kind, LoadOptions, LoraConfig, Model, Nf4Options,
-    Source, Tensor, merge, packing,
+    Source, Tensor, adapter::merge, nf4,
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -28,8 +28,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
 fn a_merged_reward_model_has_the_tensors_of_pefts_merge() {
     let base = Source::Directory(golden("llama_untied"));
     let config = Checkpoint::open(&base).unwrap().config().clone();
-    let loaded =
-        adapter_files::load(&golden("peft/reward"), "reward", &config, Device::Cpu).unwrap();
+    let loaded = adapter::load(&golden("peft/reward"), "reward", &config, Device::Cpu).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("merged");
     let extra = serde_json::Map::new();
@@ -137,7 +136,7 @@ fn several_adapters_over_one_base_do_not_touch_each_other() {
     .unwrap();
     let load = |name: &str| {
         let directory = golden(&format!("peft/{name}"));
-        adapter_files::load(&directory, name, decoder.config(), Device::Cpu).unwrap().adapter
+        adapter::load(&directory, name, decoder.config(), Device::Cpu).unwrap().adapter
     };
     let (one, two) = (load("causal"), load("partial"));
     let before =
@@ -158,8 +157,8 @@ fn written_adapters_are_read_back_to_the_bit_and_know_their_base() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("adapter");
     let meta = AdapterMeta::of(&model, "llama_untied", Task::CausalLm);
-    adapter_files::save(&path, &adapter, None, &meta).unwrap();
-    let again = adapter_files::load(&path, "again", &model.config, Device::Cpu).unwrap();
+    adapter::save(&path, &adapter, None, &meta).unwrap();
+    let again = adapter::load(&path, "again", &model.config, Device::Cpu).unwrap();
     assert_eq!(again.meta, meta);
     for ((a_name, a), (b_name, b)) in adapter.parameters().iter().zip(again.adapter.parameters()) {
         assert_eq!(*a_name, b_name);
@@ -191,7 +190,7 @@ fn packed_directories_have_the_tensors_of_bitsandbytes() {
         let options = Nf4Options { double_quantize, block_size: 64 };
         // The scales survive one round of packing to the bit, their own eight bits do not: those start from the former.
         let source = Source::Directory(golden(name));
-        packing::write_packed(&source, &output, options, Kind::Float).unwrap();
+        nf4::write_packed(&source, &output, options, Kind::Float).unwrap();
         let ours = SafetensorsFile::open(&output.join("model.safetensors")).unwrap();
         let theirs = SafetensorsFile::open(&golden(name).join("model.safetensors")).unwrap();
         let names = |file: &SafetensorsFile| file.names().map(str::to_owned).collect::<Vec<_>>();

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use arete_model::config::Family;
+use arete_model::Family;
 use arete_model::{Chat, ChatTemplate, ModelConfig, Tokenizer};
 use arete_records::Message;
 use serde_json::Value;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, Source, Tensor};
 use tch::{Device, Kind};
 
@@ -53,7 +53,7 @@ fn the_sum_is_pefts() {
     }
     // Read back, it moves the base as peft's does.
     let model = model();
-    let loaded = adapter_files::load(&output, "sum", &model.config, Device::Cpu).unwrap();
+    let loaded = adapter::load(&output, "sum", &model.config, Device::Cpu).unwrap();
     assert_eq!((loaded.adapter.config.rank, loaded.adapter.config.alpha), (5, 5.0));
     let expected = tensors(&golden("logits.safetensors"));
     let ids: Vec<i64> = expected["ids"].reshape([-1]).try_into().unwrap();
@@ -79,7 +79,7 @@ fn write(dir: &Path, name: &str, model: &Model, head: bool) -> PathBuf {
     // As a stage's directory holds it.
     let path = dir.join(name);
     fs_err::create_dir_all(&path).unwrap();
-    adapter_files::save(&path.join("adapter"), &adapter, head.as_ref(), &meta).unwrap();
+    adapter::save(&path.join("adapter"), &adapter, head.as_ref(), &meta).unwrap();
     path
 }
 

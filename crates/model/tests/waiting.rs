@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use arete_model::machine::{Machine, Waiting, allowed_cores};
-use arete_model::{Device, Kind, Tensor, runtime};
+use arete_model::{Device, Kind, Tensor, machine};
 
 /// Set for the processes that measure.
 const MEASURE: &str = "ARETE_TEST_WAITING";
@@ -27,7 +27,7 @@ fn measured_here() {
     if std::env::var_os(MEASURE).is_none() {
         return; // the test below starts this one
     }
-    runtime::set_threads(2);
+    machine::set_threads(2);
     let waiting = Machine::look().waiting;
     let ones = Tensor::ones([1 << 16], (Kind::Float, Device::Cpu));
     let before = ticks();

@@ -11,7 +11,7 @@ use arete_curation::conversations::{ConversationsConfig, PersonaChoice};
 use arete_curation::demonstrations::DemonstrationsConfig;
 use arete_curation::judge::Method;
 use arete_curation::preferences::PreferencesConfig;
-use arete_model::{Source, runtime};
+use arete_model::{Source, machine};
 use arete_stage::exit::{BadInput, Usage};
 use serde_json::Value;
 
@@ -190,7 +190,7 @@ fn server(url: &str) -> Result<()> {
 /// A device that a stage names is there.
 fn device(settings: &Value) -> Result<()> {
     if let Some(name) = settings.get("device").and_then(Value::as_str) {
-        runtime::device(name)?;
+        machine::device(name)?;
     }
     Ok(())
 }
@@ -244,7 +244,7 @@ pub fn shape(setup: &Setup) -> Result<Option<Shape>> {
         return Ok(None);
     }
     let device = setup.device()?;
-    let device = runtime::device_name(runtime::device(device.as_deref().unwrap_or("auto"))?);
+    let device = machine::device_name(machine::device(device.as_deref().unwrap_or("auto"))?);
     Shape::of(name, Some(&device), PROMPT_TOKENS).map(Some)
 }
 

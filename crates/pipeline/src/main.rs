@@ -138,7 +138,7 @@ fn main() -> ExitCode {
     let is_work = matches!(command, Command::Stage { .. } | Command::Doctor(_) | Command::Push(_));
     cli::init_tracing_at(if is_work { "info" } else { "warn" });
     arete_stage::run::resolve_devices_with(|name| {
-        arete_model::runtime::device(name).ok().map(arete_model::runtime::device_name)
+        arete_model::machine::device(name).ok().map(arete_model::machine::device_name)
     });
     let mut answer = 0; // `status --exit-code` answers by it
     let work = || execute(command).map(|code| answer = code);

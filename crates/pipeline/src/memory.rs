@@ -18,7 +18,7 @@ use arete_curation::conversations::{ConversationsConfig, PersonaChoice};
 use arete_curation::demonstrations::DemonstrationsConfig;
 use arete_curation::judge::Method;
 use arete_curation::preferences::PreferencesConfig;
-use arete_model::runtime::Dtype;
+use arete_model::machine::Dtype;
 use arete_model::{Checkpoint, Device, Kind, ModelConfig, Source, Target, default_dtype};
 use arete_ppo::config::{CriticKind, RolloutKind};
 use arete_scoring::ScoreConfig;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use serde_json::json;
 
-use arete_model::card::{self, Details};
+use arete_model::adapter::card::{self, Details};
 use arete_model::hub::{Content, Hub, Upload};
 
 /// Upload an adapter, a merged model or a data set to the hub, with a card; what is there already is not sent again

@@ -7,9 +7,9 @@ use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::yardstick::fold_dir;
 use arete_chain::{CutReply, Reading, Turns};
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
-use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, merge};
+use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, adapter::merge};
 use arete_records::{Aspect, ScoreStats, Split, left_out, score_stats};
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
@@ -356,21 +356,21 @@ impl Base<'_> {
             )?;
         }
         let meta = AdapterMeta::of(model, self.name, Task::SequenceClassification);
-        adapter_files::save(&output.join("adapter"), &adapter, Some(&head), &meta)?;
+        adapter::save(&output.join("adapter"), &adapter, Some(&head), &meta)?;
         let mut counts = counts(&data, &outcome);
         if config.merge {
             let difference =
                 self.merge(&data, &adapter, &head, &stats, &reading, &output.join("merged"))?;
             counts.insert("max_score_difference_merged".to_owned(), difference.into());
         }
-        if let Some(bytes) = runtime::peak_rss_bytes() {
+        if let Some(bytes) = machine::peak_rss_bytes() {
             tracing::info!(mib = bytes >> 20, "peak memory");
             timings::log(&output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
         }
         Machine::write(&output)?;
         job.run.finish(Completion {
-            device: runtime::device_name(device),
-            dtype: runtime::dtype_name(self.options.dtype).to_owned(),
+            device: machine::device_name(device),
+            dtype: machine::dtype_name(self.options.dtype).to_owned(),
             counts,
         })?;
         Ok(())
@@ -515,7 +515,7 @@ impl Base<'_> {
             pairs = data.train.pairs.len(),
             steps = n_steps,
             parameters = optimiser.n_parameters(),
-            dtype = runtime::dtype_name(self.options.dtype),
+            dtype = machine::dtype_name(self.options.dtype),
             nf4 = config.compute.nf4,
             "training"
         );

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use arete_model::{
     Adapter, Device, Kind, LoadOptions, LoraConfig, Model, Nf4Options, ScalarHead, Source, Target,
-    merge,
+    adapter::merge,
 };
 use arete_reward::config::{Label, OverLength};
 use arete_reward::data::{self, Rendering};

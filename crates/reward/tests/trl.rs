@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arete_chain::reward_model::sequence_scores;
-use arete_model::{Device, Kind, LoadOptions, Model, Source, Tensor, adapter_files};
+use arete_model::{Device, Kind, LoadOptions, Model, Source, Tensor, adapter};
 use arete_reward::config::{Label, OverLength};
 use arete_reward::data::{self, Pair, Rendering};
 use arete_reward::model::pair_scores;
@@ -92,7 +92,7 @@ fn losses_gradients_and_weights_are_those_of_trl() {
         (&unshared, 4096, false),
     ] {
         let loaded =
-            adapter_files::load(&here("tests/goldens/adapter"), "rm", &model.config, Device::Cpu)
+            adapter::load(&here("tests/goldens/adapter"), "rm", &model.config, Device::Cpu)
                 .unwrap();
         let (mut adapter, mut head) = (loaded.adapter, loaded.head.unwrap());
         adapter.set_trainable(true);
@@ -155,8 +155,7 @@ fn a_score_does_not_depend_on_its_neighbours() {
     let model = tiny_chat();
     let pairs = pairs(&model);
     let loaded =
-        adapter_files::load(&here("tests/goldens/adapter"), "rm", &model.config, Device::Cpu)
-            .unwrap();
+        adapter::load(&here("tests/goldens/adapter"), "rm", &model.config, Device::Cpu).unwrap();
     let head = loaded.head.unwrap();
     let adapter = Some(&loaded.adapter);
     let sequences: Vec<Vec<i64>> = pairs

@@ -10,8 +10,8 @@ use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_chain::yardstick::{self, Place};
 use arete_chain::{Yardstick, reading};
+use arete_model::machine;
 use arete_model::machine::Machine;
-use arete_model::runtime;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
 use arete_records::stats::{self, Interval, Resampling};
 use arete_records::{Aspect, Split, atomic, parquet, score_stats};
@@ -321,8 +321,8 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let counts = Map::from_iter([("prompts".to_owned(), json!(best.n_prompts))]);
     Machine::write(run.output())?;
     run.finish(Completion {
-        device: runtime::device_name(options.device),
-        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        device: machine::device_name(options.device),
+        dtype: machine::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(best)

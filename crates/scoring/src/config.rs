@@ -2,7 +2,7 @@
 
 use arete_model::LoadOptions;
 use arete_model::generate::Sampling;
-use arete_model::runtime::{self, Dtype};
+use arete_model::machine::{self, Dtype};
 use arete_records::table::Column;
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
@@ -107,9 +107,9 @@ impl ScoreConfig {
     ///
     /// [`Error::Model`] if there is no such device.
     pub fn load_options(&self) -> Result<LoadOptions, Error> {
-        runtime::set_threads(self.threads);
-        let device = runtime::device(&self.device)?;
-        Ok(runtime::load_options(device, self.dtype, self.nf4, self.double_quantize))
+        machine::set_threads(self.threads);
+        let device = machine::device(&self.device)?;
+        Ok(machine::load_options(device, self.dtype, self.nf4, self.double_quantize))
     }
 }
 

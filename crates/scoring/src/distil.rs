@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
-use arete_model::{Model, runtime};
+use arete_model::{Model, machine};
 use arete_records::rows::{ConversationRow, DemonstrationRow, PromptRow};
 use arete_records::{Aspect, FinishReason, ScoreStats, Split, parquet, score_stats, stats};
 use arete_stage::interrupt;
@@ -111,8 +111,8 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), 
         ("left_out".to_owned(), json!(n_left_out)),
     ]);
     run.finish(Completion {
-        device: runtime::device_name(options.device),
-        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        device: machine::device_name(options.device),
+        dtype: machine::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(())

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use arete_model::adapter_files::{self, LoadedAdapter};
+use arete_model::adapter::{self, LoadedAdapter};
 use arete_model::{LoadOptions, Model, Nf4Options, Source, Tokenizer};
 use sha2::{Digest, Sha256};
 
@@ -144,7 +144,7 @@ pub(crate) fn vocabulary_sha256(tokenizer: &Tokenizer) -> String {
 
 /// Reads an adapter and checks that it belongs to `model`.
 pub(crate) fn load_adapter(dir: &Path, name: &str, model: &Model) -> Result<LoadedAdapter, Error> {
-    let loaded = adapter_files::load(dir, name, &model.config, model.decoder.device())?;
+    let loaded = adapter::load(dir, name, &model.config, model.decoder.device())?;
     loaded.meta.check_base(model)?;
     Ok(loaded)
 }

@@ -13,7 +13,7 @@ use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_chain::yardstick::{self, Place};
 use arete_chain::{Yardstick, reading};
 use arete_model::machine::Machine;
-use arete_model::{Adapter, Source, runtime};
+use arete_model::{Adapter, Source, machine};
 use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow};
 use arete_records::{Aspect, Split, score_stats};
@@ -238,8 +238,8 @@ impl<'a> Plan<'a> {
         counts.insert("models".to_owned(), summary.models.len().into());
         Machine::write(run.output())?;
         run.finish(Completion {
-            device: runtime::device_name(options.device),
-            dtype: runtime::dtype_name(options.dtype).to_owned(),
+            device: machine::device_name(options.device),
+            dtype: machine::dtype_name(options.dtype).to_owned(),
             counts,
         })?;
         Ok(())

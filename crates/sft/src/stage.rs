@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
-use arete_model::{Adapter, Batch, LoadOptions, Model, Source, merge};
+use arete_model::{Adapter, Batch, LoadOptions, Model, Source, adapter::merge};
 use arete_records::{Split, left_out};
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
@@ -84,7 +84,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         examples = train.examples.len(),
         steps = n_steps,
         parameters = optimiser.n_parameters(),
-        dtype = runtime::dtype_name(options.dtype),
+        dtype = machine::dtype_name(options.dtype),
         nf4 = config.compute.nf4,
         "training"
     );
@@ -103,7 +103,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, run.fingerprint())?;
 
     let meta = AdapterMeta::of(&model, model_name, Task::CausalLm);
-    adapter_files::save(&output.join("adapter"), &adapter, None, &meta)?;
+    adapter::save(&output.join("adapter"), &adapter, None, &meta)?;
     let compared = if validation.examples.is_empty() { &train } else { &validation };
     let compared = probe(&compared.examples);
     let unmerged = logits(&model, Some(&adapter), &compared)?;
@@ -129,15 +129,15 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     count("num_tokens", outcome.state.num_tokens.into());
     count("selected_step", outcome.selected_step.into());
     count("max_logit_difference", difference.into());
-    if let Some(bytes) = runtime::peak_rss_bytes() {
+    if let Some(bytes) = machine::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         let fields = [("peak_rss_bytes", bytes.into())];
         arete_stage::timings::log(output, "memory", 0.0, &fields)?;
     }
     Machine::write(output)?;
     run.finish(Completion {
-        device: runtime::device_name(device),
-        dtype: runtime::dtype_name(options.dtype).to_owned(),
+        device: machine::device_name(device),
+        dtype: machine::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(())

@@ -5,7 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use arete_model::{
-    Adapter, Device, Kind, LoadOptions, LoraConfig, Model, Nf4Options, Source, Target, merge,
+    Adapter, Device, Kind, LoadOptions, LoraConfig, Model, Nf4Options, Source, Target,
+    adapter::merge,
 };
 use arete_records::Split;
 use arete_sft::config::OverLength;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arete_model::{Adapter, Device, Kind, LoadOptions, Model, Source, Tensor, adapter_files};
+use arete_model::{Adapter, Device, Kind, LoadOptions, Model, Source, Tensor, adapter};
 use arete_records::Split;
 use arete_sft::config::OverLength;
 use arete_sft::data::{self, Example};
@@ -35,8 +35,7 @@ fn examples(model: &Model) -> Vec<Example> {
 
 fn adapter(model: &Model) -> Adapter {
     let path = here("tests/goldens/adapter");
-    let mut adapter =
-        adapter_files::load(&path, "sft", &model.config, Device::Cpu).unwrap().adapter;
+    let mut adapter = adapter::load(&path, "sft", &model.config, Device::Cpu).unwrap().adapter;
     adapter.set_trainable(true);
     adapter
 }

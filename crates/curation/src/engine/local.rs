@@ -55,7 +55,7 @@ impl LocalEngine {
             None => None,
             Some(dir) => {
                 let device = loaded.decoder.device();
-                let read = arete_model::adapter_files::load(dir, "judge", &loaded.config, device)?;
+                let read = arete_model::adapter::load(dir, "judge", &loaded.config, device)?;
                 read.meta.check_base(&loaded)?;
                 let label = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
                 name = format!("{name}+{label}");

@@ -18,7 +18,7 @@ use tch::{Kind, Tensor};
 
 use super::bytes;
 use crate::Error;
-use crate::runtime::dtype_name;
+use crate::machine::runtime::dtype_name;
 
 pub use self::metadata::{Metadata, Value};
 

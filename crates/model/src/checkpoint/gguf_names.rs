@@ -2,8 +2,8 @@
 
 use super::gguf::Metadata;
 use crate::Error;
-use crate::config::special_id;
-use crate::tokenizer::GgufVocabulary;
+use crate::checkpoint::config::special_id;
+use crate::text::tokenizer::GgufVocabulary;
 
 /// GGUF's table of divisors of the rotary frequencies (Llama 3.1 and later).
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";

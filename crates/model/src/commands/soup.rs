@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::Context;
-use arete_model::adapter_files;
+use arete_model::adapter;
 
 /// Which adapters, and how much of each.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ pub(super) fn run(arguments: &Soup) -> anyhow::Result<()> {
         .iter()
         .map(|Ingredient { adapter, weight }| (directory(adapter), *weight))
         .collect();
-    let rank = adapter_files::soup(&adapters, &arguments.output)
+    let rank = adapter::soup(&adapters, &arguments.output)
         .with_context(|| format!("writing {}", arguments.output.display()))?;
     tracing::info!(adapters = adapters.len(), rank, output = %arguments.output.display(), "written");
     Ok(())

@@ -2,8 +2,7 @@
 
 use arete_model::checkpoint::gguf::Gguf;
 use arete_model::{
-    Batch, Checkpoint, Decoder, Device, Kind, ModelConfig, Source, adapter_files, logprobs,
-    no_grad_guard,
+    Batch, Checkpoint, Decoder, Device, Kind, ModelConfig, Source, adapter, logprobs, no_grad_guard,
 };
 use serde_json::json;
 
@@ -47,8 +46,7 @@ fn adapters_and_heads_are_looked_at() {
     for tensor in tensors {
         let adapter = scratch.copy(&golden("peft/reward"), "adapter");
         spoil(&weights(&adapter), tensor, 2, f32::NAN);
-        let error =
-            adapter_files::load(&adapter, "x", &config, Device::Cpu).unwrap_err().to_string();
+        let error = adapter::load(&adapter, "x", &config, Device::Cpu).unwrap_err().to_string();
         assert!(error.contains(tensor) && error.contains("element 2"), "{error}");
     }
 }

@@ -1,9 +1,7 @@
 //! Directories that were taken for another model than they are.
 
 use arete_model::checkpoint::safetensors::SafetensorsFile;
-use arete_model::{
-    Batch, Checkpoint, Device, ModelConfig, Source, Tensor, adapter_files, no_grad_guard,
-};
+use arete_model::{Batch, Checkpoint, Device, ModelConfig, Source, Tensor, adapter, no_grad_guard};
 use serde_json::{Value, json};
 
 use crate::common::*;
@@ -66,7 +64,7 @@ fn a_key_that_changes_the_formula_is_refused_by_name() {
     let adapter = scratch.copy(&golden("peft/causal"), "adapter");
     let path = adapter.join("adapter_config.json");
     let original = fs_err::read(&path).unwrap();
-    let load = || adapter_files::load(&adapter, "x", &config, Device::Cpu);
+    let load = || adapter::load(&adapter, "x", &config, Device::Cpu);
     load().unwrap();
     for (key, value) in [
         ("alora_invocation_tokens", json!([1, 2])),

@@ -1,6 +1,6 @@
 //! The counting itself: what a stage holds all the time, and what each phase needs on top.
 
-use arete_model::merge::SHARD_BYTES;
+use arete_model::adapter::merge::SHARD_BYTES;
 use arete_model::{Device, ModelConfig, Target};
 
 use super::{Role, Settings};

@@ -39,8 +39,16 @@ fn directories_are_counted_as_they_are_stored() {
     let half = directory.path().join("half");
     let source = Source::Directory(golden("llama_untied"));
     let extra = Map::new();
-    arete_model::merge::write_model(&source, None, None, &half, Kind::BFloat16, None, extra)
-        .unwrap();
+    arete_model::adapter::merge::write_model(
+        &source,
+        None,
+        None,
+        &half,
+        Kind::BFloat16,
+        None,
+        extra,
+    )
+    .unwrap();
     assert_eq!(stored(&half), 2);
     fs_err::remove_file(half.join("model.safetensors")).unwrap();
     assert_eq!(stored(&half), 2, "a configuration alone");

@@ -1,7 +1,7 @@
 //! The results: the selected weights as adapter and merged model, and what the run says of itself.
 
-use arete_model::adapter_files::{self, AdapterMeta, Task};
-use arete_model::{Batch, LoadOptions, Model, Source, merge};
+use arete_model::adapter::{self, AdapterMeta, Task};
+use arete_model::{Batch, LoadOptions, Model, Source, adapter::merge};
 use arete_records::parquet;
 use arete_records::rows::RolloutRow;
 use arete_records::stats::{self, Resampling};
@@ -49,7 +49,7 @@ impl Stage<'_> {
         self.models.policy.set_trainable(false);
         let policy = &self.models.policy;
         let meta = AdapterMeta::of(self.model, name, Task::CausalLm);
-        adapter_files::save(&self.output.join("adapter"), policy, None, &meta)?;
+        adapter::save(&self.output.join("adapter"), policy, None, &meta)?;
 
         let mut counts = Map::new();
         counts.insert("iterations".to_owned(), last.into());

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::{Adapter, LoadOptions, LoraConfig, Model, ScalarHead, Source, Target, Tensor};
 use arete_ppo::{Config, TrainInputs};
 use arete_records::rows::{PromptRow, RolloutRow};
@@ -128,7 +128,7 @@ pub(crate) fn random_reward(model: &Model, seed: u64) -> (Adapter, ScalarHead) {
 pub(crate) fn save_reward(dir: &Path, model: &Model, adapter: &Adapter, head: Option<&ScalarHead>) {
     let meta = AdapterMeta::of(model, "tiny-chat", Task::SequenceClassification);
     fs_err::create_dir_all(dir).unwrap();
-    adapter_files::save(&dir.join("adapter"), adapter, head, &meta).unwrap();
+    adapter::save(&dir.join("adapter"), adapter, head, &meta).unwrap();
     arete_chain::Reading::whole(model, arete_chain::CutReply::Trim).write(dir).unwrap();
 }
 

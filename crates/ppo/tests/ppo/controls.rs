@@ -6,7 +6,7 @@ use crate::common::{
     adapter_sum, by_rule, config, logged, metric, prepared, random_reward, rollout, save_reward,
     tiny_model,
 };
-use arete_model::adapter_files;
+use arete_model::adapter;
 use arete_ppo::{NamedReward, TrainInputs, train};
 use arete_records::stats::mean;
 use serde_json::Value;
@@ -19,7 +19,7 @@ fn run_json(output: &Path) -> Value {
 /// The policy's B factors, which are 0 as long as it is the reference.
 fn has_moved(output: &Path) -> bool {
     let model = tiny_model();
-    let policy = adapter_files::load(&output.join("adapter"), "p", &model.config, Device::Cpu);
+    let policy = adapter::load(&output.join("adapter"), "p", &model.config, Device::Cpu);
     let parameters = policy.unwrap().adapter.parameters();
     let mut b = parameters.iter().filter(|(name, _)| name.contains("lora_B"));
     b.any(|(_, tensor)| tensor.abs().max().double_value(&[]) != 0.0)

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::common::{config, tiny_model};
-use arete_model::{Kind, Model, ScalarHead, Tensor, adapter_files};
+use arete_model::{Kind, Model, ScalarHead, Tensor, adapter};
 use arete_ppo::Config;
 use arete_ppo::gae::estimate_advantages;
 use arete_ppo::loss::{policy_loss, value_loss};
@@ -130,7 +130,7 @@ pub(crate) fn policy_and_critic<'a>(
     config: &Config,
 ) -> Models<'a> {
     let mut models = Models::new(&model.decoder, config).unwrap();
-    let adapter = adapter_files::load(&goldens("adapter"), "policy", &model.config, Device::Cpu);
+    let adapter = adapter::load(&goldens("adapter"), "policy", &model.config, Device::Cpu);
     models.policy = adapter.unwrap().adapter;
     models.policy.set_trainable(true);
     let mut head = ScalarHead { weight: golden["head"].copy() };

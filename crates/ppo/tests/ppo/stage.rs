@@ -1,7 +1,7 @@
 //! The stage over tiny-chat: what an iteration must keep to, whatever it learns.
 
 use crate::common::{by_rule, config, metric, rollout, tiny_model, write_prompts, write_rewards};
-use arete_model::{Batch, SegmentIdx, adapter_files};
+use arete_model::{Batch, SegmentIdx, adapter};
 use arete_ppo::rollout::{Conversation, Reply, own_logprobs};
 use arete_ppo::train;
 use arete_records::rows::RolloutRow;
@@ -40,12 +40,8 @@ fn with_learning_rate_0_the_ratio_is_1_and_the_kl_0_exactly() {
         }
         let difference = metric(&inputs.output, "sampler_trainer_difference");
         assert!(difference.iter().all(|&d| d <= 1e-4), "{difference:?}");
-        let adapter = adapter_files::load(
-            &inputs.output.join("adapter"),
-            "p",
-            &tiny_model().config,
-            Device::Cpu,
-        );
+        let adapter =
+            adapter::load(&inputs.output.join("adapter"), "p", &tiny_model().config, Device::Cpu);
         for (name, tensor) in adapter.unwrap().adapter.parameters() {
             let moved = tensor.abs().max().double_value(&[]);
             assert!(name.contains("lora_A") || moved == 0.0, "{name}");
@@ -72,7 +68,7 @@ fn scores_are_those_of_each_conversation_alone() {
         let rows: Vec<RolloutRow> = (1..=2).flat_map(|i| rollout(&inputs.output, i)).collect();
         assert_eq!(rows.len(), 16);
         for &aspect in asked {
-            let reward = adapter_files::load(
+            let reward = adapter::load(
                 &dir.path().join("reward").join(aspect.name()).join("adapter"),
                 "r",
                 &model.config,
@@ -96,7 +92,7 @@ fn scores_are_those_of_each_conversation_alone() {
 /// Renders the conversation through the aspect's reply from its messages, and scores it in a pass of its own.
 fn score_alone(
     model: &arete_model::Model,
-    reward: &adapter_files::LoadedAdapter,
+    reward: &adapter::LoadedAdapter,
     row: &RolloutRow,
     aspect: Aspect,
 ) -> f64 {
@@ -369,8 +365,7 @@ fn f4_a_yardstick_that_falls_rings_the_alarm_and_where_every_probe_rings_the_sta
     let run = fs_err::read_to_string(inputs.output.join("run.json")).unwrap();
     let run: serde_json::Value = serde_json::from_str(&run).unwrap();
     assert_eq!(run["counts"]["selected_iteration"], 0);
-    let policy =
-        adapter_files::load(&inputs.output.join("adapter"), "p", &model.config, Device::Cpu);
+    let policy = adapter::load(&inputs.output.join("adapter"), "p", &model.config, Device::Cpu);
     let is_b = |name: &str| name.contains("lora_B");
     for (_, b) in policy.unwrap().adapter.parameters().iter().filter(|(name, _)| is_b(name)) {
         assert_eq!(b.abs().max().double_value(&[]), 0.0);

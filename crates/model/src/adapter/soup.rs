@@ -10,10 +10,10 @@ use super::{
     peft::rank_and_alpha, read_meta, write_json,
 };
 use crate::Error;
+use crate::adapter::lora::Target;
+use crate::adapter::merge::put_in_place;
 use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
 use crate::json::read_object;
-use crate::lora::Target;
-use crate::merge::put_in_place;
 use arete_records::atomic::AtomicDir;
 
 const FACTORS: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::Error;
-use crate::lora::{MAX_RANK, Target};
+use crate::adapter::lora::{MAX_RANK, Target};
 
 /// Keys that say where an adapter comes from, how it was trained or which layers it is on (its tensors tell that, too): what it
 /// computes does not depend on them.

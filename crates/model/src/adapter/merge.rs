@@ -9,11 +9,11 @@ use arete_records::atomic::AtomicDir;
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
 
-use crate::adapter_files::write_json;
+use crate::adapter::lora::{Adapter, Target};
+use crate::adapter::write_json;
 use crate::checkpoint::safetensors::write_safetensors;
 use crate::checkpoint::{Checkpoint, Source};
 use crate::head::ScalarHead;
-use crate::lora::{Adapter, Target};
 use crate::nf4::{Nf4Options, Nf4Tensor};
 use crate::{Batch, Error, Model};
 

@@ -1,8 +1,8 @@
 use std::path::Path;
 
 use super::*;
-use crate::template::tests::{golden as templates, published};
-use crate::tokenizer::tests::{golden, mistral, small, small_vocabulary};
+use crate::text::template::tests::{golden as templates, published};
+use crate::text::tokenizer::tests::{golden, mistral, small, small_vocabulary};
 
 /// The tokenizer and template that go together, for every kind of template we promise.
 fn pairs() -> Vec<(&'static str, Tokenizer, ChatTemplate)> {

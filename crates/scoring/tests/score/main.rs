@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
+mod by_hand;
+mod yardsticks;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -10,9 +12,9 @@ use arete_chain::rulers::Ruler;
 use arete_chain::words::BagOfWords;
 use arete_chain::yardstick::{Card, FoldCard, JudgeCard, fold_dir};
 use arete_chain::{CutReply, Reading, Ruled, Transcript, Turns, through_aspect};
-use arete_model::adapter_files::{self, AdapterMeta, Task};
+use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::generate::{self, Options, Request, Sampling, Sequence, Stream, TurnEnd};
-use arete_model::runtime::Dtype;
+use arete_model::machine::Dtype;
 use arete_model::{Adapter, Batch, LoadOptions, LoraConfig, Model, ScalarHead, SegmentIdx, Source};
 use arete_records::rows::{ConversationRow, DemonstrationRow, PromptRow, ScoreRow};
 use arete_records::{Aspect, FinishReason, Message, Split, fold_of, parquet, prompt_id};
@@ -78,7 +80,7 @@ impl Run {
             let meta =
                 AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::SequenceClassification);
             let dir = run.at("reward").join(aspect.name());
-            adapter_files::save(&dir.join("adapter"), &adapter, Some(&head), &meta).unwrap();
+            adapter::save(&dir.join("adapter"), &adapter, Some(&head), &meta).unwrap();
             arete_chain::Reading::whole(&model, arete_chain::CutReply::Trim).write(&dir).unwrap();
             let stats = format!(
                 r#"{{"mean": 0.25, "std": 2.0, "n": 8, "split": "validation", "base_sha256": "{}"}}"#,
@@ -87,8 +89,7 @@ impl Run {
             fs_err::write(dir.join("score_stats.json"), stats).unwrap();
         }
         let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::CausalLm);
-        adapter_files::save(&run.at("ppo/adapter"), &adapter(&model, "policy", 9), None, &meta)
-            .unwrap();
+        adapter::save(&run.at("ppo/adapter"), &adapter(&model, "policy", 9), None, &meta).unwrap();
         run
     }
 
@@ -164,7 +165,7 @@ fn models_are_scored_and_compared() {
     let _guard = tch::no_grad_guard();
     for row in scores.iter().filter(|row| row.model == "final") {
         let dir = run.at("reward").join(row.aspect.name()).join("adapter");
-        let loaded = adapter_files::load(&dir, "x", &model.config, Device::Cpu).unwrap();
+        let loaded = adapter::load(&dir, "x", &model.config, Device::Cpu).unwrap();
         let reply = replies.iter().find(|reply| reply.prompt_id == row.prompt_id).unwrap();
         let (messages, _) = through_aspect(reply, row.aspect).unwrap();
         // Every cut reply ends at its last full sentence, if it has one, and is closed.
@@ -212,124 +213,6 @@ fn models_are_scored_and_compared() {
 }
 
 #[test]
-fn perplexity_is_that_of_the_sampled_tokens() {
-    let run = Run::new(12);
-    let inputs = run.inputs();
-    let config = ScoreConfig { temperature: 1.0, ..config() };
-    score(&config, &inputs).unwrap();
-    let rows: Vec<CoherenceRow> = parquet::read(inputs.output.join("coherence.parquet")).unwrap();
-    let prompts: Vec<PromptRow> = parquet::read(run.at("prompts/prompts.parquet")).unwrap();
-    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
-    let policy =
-        adapter_files::load(&run.at("ppo/adapter"), "policy", &model.config, Device::Cpu).unwrap();
-    let mut n_other_tokens = 0;
-    for (name, adapter) in [("original", None), ("final", Some(&policy.adapter))] {
-        let (mut sum, mut n_tokens) = (0.0, 0);
-        for prompt in prompts.iter().filter(|prompt| prompt.split == Split::Test) {
-            let (sequence, prompt_ids) = sampled_again(&model, adapter, prompt);
-            let own = by_hand(&model, &sequence, &prompt_ids);
-            for (aspect, (logprobs, turn)) in
-                Aspect::SHIPPED.into_iter().zip(own.iter().zip(&sequence.turns))
-            {
-                let key = (name, aspect, prompt.prompt_id.as_str());
-                let row = rows
-                    .iter()
-                    .find(|row| (row.model.as_str(), row.aspect, row.prompt_id.as_str()) == key)
-                    .unwrap();
-                let expected: f64 = logprobs.iter().sum();
-                assert_eq!(row.n_base_tokens as usize, turn.token_ids.len(), "{row:?}");
-                assert!(
-                    (f64::from(row.base_logprob) - expected).abs() < 2e-3,
-                    "{row:?}, expected {expected}"
-                );
-                if adapter.is_none() {
-                    // The base sampled these itself, at temperature 1: it finds them as likely as then.
-                    let sampled: f32 = turn.logprobs.iter().sum();
-                    assert!((row.base_logprob - sampled).abs() < 2e-3, "{row:?}, {sampled}");
-                }
-                sum += expected;
-                n_tokens += logprobs.len();
-                let text = model.tokenizer.decode_with_special(&turn.token_ids).unwrap();
-                let again = model.tokenizer.encode(&text, false).unwrap();
-                n_other_tokens += usize::from(again != turn.token_ids);
-            }
-        }
-        let summary = arete_scoring::score::read_summary(&inputs.output).unwrap();
-        let own = summary.models.iter().find(|own| own.name == name).unwrap();
-        let perplexity = own.coherence.perplexity.unwrap();
-        let expected = (-sum / n_tokens as f64).exp();
-        assert!((perplexity / expected - 1.0).abs() < 1e-4, "{perplexity}, expected {expected}");
-        assert!(!own.retokenised);
-    }
-    // The test would be an easier one if text in tokens anew were always the tokens that were sampled.
-    assert!(n_other_tokens > 0);
-}
-
-/// The chain of a prompt, drawn as the stage draws it.
-fn sampled_again(
-    model: &Model,
-    adapter: Option<&Adapter>,
-    prompt: &PromptRow,
-) -> (Sequence, Vec<i64>) {
-    let chat = model.chat().unwrap();
-    let turns = Turns::default();
-    let questions = turns.questions();
-    let prompt_ids = chat.render_prompt(&prompt.prompt).unwrap();
-    let key = u64::from_str_radix(&prompt.prompt_id, 16).unwrap();
-    let request = Request {
-        prompt_ids: prompt_ids.clone(),
-        streams: vec![Stream { seed: 0, prompt: key, sample: 0 }],
-        tails: Vec::new(),
-        max_new_tokens: config().max_new_tokens,
-        turns: 3,
-        extra_tokens: 200,
-    };
-    let mut next_turn = |end: TurnEnd<'_>| {
-        let ended = end.completion.token_ids.last() == Some(&chat.end_of_turn_id());
-        chat.next_turn(ended, questions[end.turn])
-    };
-    let mut out = None;
-    let mut finished = |sequence: Sequence| {
-        out = Some(sequence);
-        Ok(())
-    };
-    let options = Options::new(Sampling::at(1.0), model.stop_ids().unwrap());
-    generate::run(
-        &model.decoder,
-        None,
-        adapter,
-        &[request],
-        &options,
-        &mut next_turn,
-        &mut finished,
-    )
-    .unwrap();
-    (out.unwrap(), prompt_ids)
-}
-
-/// log P under the base of every sampled token, turn by turn: the softmax of the row before it, token by token.
-fn by_hand(model: &Model, sequence: &Sequence, prompt_ids: &[i64]) -> Vec<Vec<f64>> {
-    let _guard = tch::no_grad_guard();
-    let token_ids = sequence.token_ids(prompt_ids);
-    let hidden = model.decoder.forward(&Batch::from_sequences(&[&token_ids]), None).unwrap();
-    let logits = model.decoder.logits(&hidden).unwrap().to_kind(Kind::Double);
-    let mut at = prompt_ids.len();
-    let mut out = Vec::new();
-    for (turn, completion) in sequence.turns.iter().enumerate() {
-        let mut own = Vec::new();
-        for &token_id in &completion.token_ids {
-            let row = Vec::<f64>::try_from(logits.get(at as i64 - 1)).unwrap();
-            let total: f64 = row.iter().map(|logit| logit.exp()).sum();
-            own.push(row[token_id as usize] - total.ln());
-            at += 1;
-        }
-        at += sequence.appended.get(turn).map_or(0, Vec::len);
-        out.push(own);
-    }
-    out
-}
-
-#[test]
 fn any_number_of_models_is_compared_and_final_is_the_outcome() {
     let run = Run::new(4);
     let mut inputs = run.inputs();
@@ -349,7 +232,7 @@ fn any_number_of_models_is_compared_and_final_is_the_outcome() {
     inputs.models.push(("other".to_owned(), other.to_str().unwrap().to_owned()));
     let another = run.at("another");
     let meta = AdapterMeta::of(&model, fixture().to_str().unwrap(), Task::CausalLm);
-    adapter_files::save(&another, &adapter(&model, "policy", 5), None, &meta).unwrap();
+    adapter::save(&another, &adapter(&model, "policy", 5), None, &meta).unwrap();
     inputs.models.push(("another-seed".to_owned(), another.to_str().unwrap().to_owned()));
     let text = score(&config(), &inputs).unwrap();
     assert!(text.contains("another-seed − other") && text.contains("final − original"), "{text}");
@@ -471,108 +354,6 @@ fn what_cannot_be_scored_is_said() {
     let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
     fs_err::write(&meta, text.replace(&model.base_sha256, &"0".repeat(64))).unwrap();
     assert!(message(&config(), &run.inputs()).contains("adapter's base: expected"));
-}
-
-/// A yardstick of two folds with arbitrary weights, and its card.
-fn write_yardstick(dir: &Path, model: &Model) {
-    for fold in 0..2 {
-        let own = fold_dir(dir, fold);
-        let seed = 20 + fold as u64;
-        let head = ScalarHead::normal(model.config.hidden_size, seed, Device::Cpu);
-        let meta =
-            AdapterMeta::of(model, fixture().to_str().unwrap(), Task::SequenceClassification);
-        let adapter = adapter(model, "yardstick", seed);
-        adapter_files::save(&own.join("adapter"), &adapter, Some(&head), &meta).unwrap();
-        Reading::whole(model, CutReply::Trim).write(&own).unwrap();
-        let stats = format!(
-            r#"{{"mean": {}, "std": 2.0, "n": 8, "split": "held-out", "base_sha256": ""}}"#,
-            0.5 + fold as f64
-        );
-        fs_err::write(own.join("score_stats.json"), stats).unwrap();
-        let texts = |text: &str| text.to_owned();
-        let pairs = vec![[texts("help a friend"), texts("go away now")]; 6];
-        BagOfWords::train(&pairs[..5 + fold]).write(&own).unwrap();
-    }
-    let side = |text: &str| [Message::user("q"), Message::assistant(text)];
-    let judge = JudgeCard::of(&[Ruled::of(&side("a"), &side("b"))], &[[1.0, 0.0]]).unwrap();
-    let fold = || FoldCard { n_train: 1, n_held_out: 1, fingerprint: "x".to_owned() };
-    let card = Card {
-        folds: vec![fold(), fold()],
-        n_pairs: 2,
-        shuffled_labels: false,
-        reward_model: judge.clone(),
-        bag_of_words: judge,
-    };
-    card.write(dir).unwrap();
-}
-
-/// The yardstick's score of an answer by hand: one conversation at a time, by the named fold.
-fn fold_score(model: &Model, dir: &Path, fold: usize, row: &ConversationRow) -> f64 {
-    let own = fold_dir(dir, fold);
-    let loaded =
-        adapter_files::load(&own.join("adapter"), "x", &model.config, Device::Cpu).unwrap();
-    let (messages, finish_reasons) = through_aspect(row, Aspect::ACTION).unwrap();
-    let transcript = Transcript { messages, finish_reasons };
-    let chat = model.chat().unwrap();
-    let token_ids =
-        Reading::whole(model, CutReply::Trim).token_ids(&chat, &transcript, 10_000).unwrap();
-    let batch = Batch::from_sequences(&[&token_ids]);
-    let _guard = tch::no_grad_guard();
-    let hidden = model.decoder.forward(&batch, Some(&loaded.adapter)).unwrap();
-    let last = hidden.get(batch.last_row(SegmentIdx(0)) as i64).unsqueeze(0);
-    let raw = f64::try_from(loaded.head.unwrap().forward(&last).get(0)).unwrap();
-    (raw - 0.5 - fold as f64) / 2.0
-}
-
-#[test]
-fn f5_f6_each_answer_is_measured_by_the_fold_that_never_saw_its_question() {
-    let run = Run::new(12);
-    let model = Model::load(&Source::Directory(fixture()), &options()).unwrap();
-    let yardstick = run.at("yardstick");
-    write_yardstick(&yardstick, &model);
-    let inputs = ScoreInputs { yardstick: Some(yardstick.clone()), ..run.inputs() };
-    let text = score(&config(), &inputs).unwrap();
-    assert!(
-        text.contains("bag of words, answers") && text.contains(", answer, yardstick"),
-        "{text}"
-    );
-    let replies: Vec<ConversationRow> =
-        parquet::read(inputs.output.join("replies/final.parquet")).unwrap();
-    let scores: Vec<ScoreRow> = parquet::read(inputs.output.join("scores.parquet")).unwrap();
-    let mut by_fold = [0, 0];
-    for row in scores.iter().filter(|row| row.model == "final") {
-        // One definition: the answer, and nothing else.
-        assert_eq!(row.yardstick.is_some(), row.aspect == Aspect::ACTION, "{row:?}");
-        let Some(found) = row.yardstick else { continue };
-        let reply = replies.iter().find(|reply| reply.prompt_id == row.prompt_id).unwrap();
-        let fold = fold_of(&reply.messages, 2);
-        by_fold[fold] += 1;
-        let expected = fold_score(&model, &yardstick, fold, reply);
-        assert!((f64::from(found) - expected).abs() < 1e-4, "{row:?}, expected {expected}");
-        let other = fold_score(&model, &yardstick, 1 - fold, reply);
-        assert!((f64::from(found) - other).abs() > 1e-3, "the folds are told apart");
-        assert!(row.yardstick_words.is_some());
-    }
-    assert!(by_fold[0] > 0 && by_fold[1] > 0, "{by_fold:?}");
-    let summary = arete_scoring::score::read_summary(&inputs.output).unwrap();
-    assert_eq!(summary.yardstick_cross_fitted, Some(true));
-    assert_eq!(summary.primary.measure, "yardstick");
-    assert!(summary.models[1].score(Scale::Yardstick, Scope::All).is_none());
-
-    // A single reward model is marked: nothing says what it has seen.
-    let single = ScoreInputs {
-        yardstick: Some(fold_dir(&yardstick, 0)),
-        output: run.at("single"),
-        ..run.inputs()
-    };
-    let text = score(&config(), &single).unwrap();
-    assert!(text.contains("yardstick (not cross-fitted)"), "{text}");
-    let summary = arete_scoring::score::read_summary(&single.output).unwrap();
-    assert!(summary.primary.reason.contains("may have seen these prompts"));
-    // A card without its folds is refused by name.
-    fs_err::remove_dir_all(fold_dir(&yardstick, 1)).unwrap();
-    let error = score(&config(), &ScoreInputs { output: run.at("missing"), ..inputs }).unwrap_err();
-    assert!(error.to_string().contains("fold-1"), "{error}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! An adapted linear layer computes `x Wᵀ + scale · (x Aᵀ) Bᵀ` with `scale = alpha / rank`. The masters are f32;
 //! for a forward pass they are cast to the compute dtype and fused like the base's matrices (query, key and value
-//! into one, gate and up into one), the scale folded into B. See `adapter_files.rs` for peft's files.
+//! into one, gate and up into one), the scale folded into B. See `adapter.rs` for peft's files.
 //!
 //! # Source
 //!
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::Error;
-use crate::config::ModelConfig;
+use crate::checkpoint::config::ModelConfig;
 
 /// A linear layer of a decoder block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

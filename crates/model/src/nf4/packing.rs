@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 use crate::Error;
+use crate::adapter::merge::{ShardWriter, linear_of, put_in_place, write_settings};
 use crate::checkpoint::{Checkpoint, Source};
-use crate::merge::{ShardWriter, linear_of, put_in_place, write_settings};
 use crate::nf4::{NESTED_BLOCK, NestedAbsmax, Nf4Options, Nf4Tensor, dynamic_map};
 
 /// Writes `source` with the matrices of its blocks in NF4 and the rest in `dtype`. What else is there under the name of
@@ -24,7 +24,7 @@ use crate::nf4::{NESTED_BLOCK, NestedAbsmax, Nf4Options, Nf4Tensor, dynamic_map}
 /// # Errors
 ///
 /// What is wrong with the source (a scalar head is not supported: such a model is written dense by
-/// [`crate::merge`]), or [`Error::Io`] if writing fails; nothing is left under `output` then.
+/// [`crate::adapter::merge`]), or [`Error::Io`] if writing fails; nothing is left under `output` then.
 pub fn write_packed(
     source: &Source,
     output: &Path,

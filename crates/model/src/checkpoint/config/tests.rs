@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::checkpoint::config::gguf::decimal;
 use crate::checkpoint::gguf::{self, Metadata};
-use crate::config::gguf::decimal;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)

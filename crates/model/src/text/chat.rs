@@ -10,8 +10,8 @@ use std::ops::Range;
 use arete_records::{Message, Role};
 
 use crate::Error;
-use crate::template::ChatTemplate;
-use crate::tokenizer::Tokenizer;
+use crate::text::template::ChatTemplate;
+use crate::text::tokenizer::Tokenizer;
 
 /// Stands for a reply in the conversations rendered to learn a template.
 const PLACEHOLDER: &str = "placeholder7f3a91";

@@ -3,6 +3,10 @@
 //! `adapter_config.json` and `adapter_model.safetensors` are peft's; `arete_adapter.json` beside them holds the
 //! SHA-256 of the base and how it was packed, which peft does not record.
 
+#[cfg(feature = "cli")]
+pub mod card;
+pub(crate) mod lora;
+pub mod merge;
 mod peft;
 mod soup;
 
@@ -15,15 +19,14 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Error;
 use crate::checkpoint::check_adapter;
+use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::safetensors::{SafetensorsFile, write_safetensors};
-use crate::config::ModelConfig;
 use crate::head::ScalarHead;
 use crate::json::read_object;
-use crate::lora::{Adapter, LoraConfig, LoraPair, Target};
-use crate::merge;
 use crate::model::Model;
 use crate::nf4::Nf4Options;
 
+pub use self::lora::{Adapter, LoraConfig, LoraPair, Target};
 pub use self::soup::soup;
 
 const CONFIG_FILE: &str = "adapter_config.json";

@@ -19,7 +19,7 @@ use tokenizers::{
 
 use crate::Error;
 use crate::json::{is_word, read_object};
-use crate::template::ChatTemplate;
+use crate::text::template::ChatTemplate;
 
 mod declared;
 #[cfg(feature = "gguf")]
@@ -116,7 +116,7 @@ impl Tokenizer {
         let special_map = read_optional(&directory.join(SPECIAL_FILE))?.unwrap_or_default();
         let sidecar = directory.join(TEMPLATE_FILE);
         let template = if sidecar.exists() {
-            let bytes = read_capped(&sidecar, crate::template::MAX_SOURCE_BYTES)?;
+            let bytes = read_capped(&sidecar, crate::text::template::MAX_SOURCE_BYTES)?;
             Some(String::from_utf8(bytes).map_err(|error| {
                 Error::field(&sidecar, "text", "UTF-8", error.utf8_error().to_string())
             })?)
@@ -354,7 +354,7 @@ impl Tokenizer {
     }
 
     /// End of sequence, as the tokenizer's file declares it. What ends an assistant's turn is
-    /// [`crate::chat::Chat::end_of_turn_id`].
+    /// [`crate::text::chat::Chat::end_of_turn_id`].
     #[must_use]
     pub fn eos_id(&self) -> Option<i64> {
         self.0.special.eos
