@@ -86,14 +86,14 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
     let difference = write_merged(&source, model, &adapter, &data, &options, output)?;
     let mut counts = data.counts(&aspects, &outcome);
     counts.insert("max_logprob_difference_merged".to_owned(), difference.into());
-    if let Some(bytes) = machine::peak_rss_bytes() {
+    if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
     Machine::write(output)?;
     run.finish(Completion {
-        device: machine::device_name(options.device),
-        dtype: machine::dtype_name(options.dtype).to_owned(),
+        device: runtime::device_name(options.device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(())
@@ -220,7 +220,7 @@ fn optimise(
         pairs = data.train.pairs.len(),
         steps = n_steps,
         parameters = optimiser.n_parameters(),
-        dtype = machine::dtype_name(dtype),
+        dtype = runtime::dtype_name(dtype),
         nf4 = config.compute.nf4,
         "training"
     );

@@ -81,7 +81,7 @@ pub struct Machine {
 impl Machine {
     /// Looks at the machine as it is for this process now.
     pub fn look() -> Self {
-        machine::keep_to_cores();
+        runtime::keep_to_cores();
         let kind = default_dtype(Device::Cpu);
         Self {
             cpu: cpu_name(),
@@ -93,7 +93,7 @@ impl Machine {
             amx: Amx::current(),
             libtorch_isa: ops::libtorch_isa(),
             onednn_isa: OnednnIsa::current(),
-            dtype: machine::dtype_name(kind),
+            dtype: runtime::dtype_name(kind),
             dtype_reason: match kind {
                 Kind::BFloat16 => "this CPU multiplies bf16 in one instruction",
                 _ => "this CPU has no instruction for products in bf16",
@@ -146,7 +146,7 @@ fn name_in_cpuinfo(text: &str) -> String {
 
 fn gpus() -> Vec<Gpu> {
     let names = gpu_names();
-    let device = |idx: usize| machine::device_name(Device::Cuda(idx));
+    let device = |idx: usize| runtime::device_name(Device::Cuda(idx));
     let name = |idx: usize| names.get(idx).cloned().unwrap_or_default();
     (0..cuda::n_gpus()).map(|idx| Gpu { name: name(idx), device: device(idx) }).collect()
 }

@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, Source};
 use crate::decoder::{Decoder, LoadOptions};
 use crate::generate::{self, Options, Request, Sampling, Stream};
 use crate::head::ScalarHead;
-use crate::text::chat::Chat;
+use crate::text::Chat;
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 use crate::{Error, Message};

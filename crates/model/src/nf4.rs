@@ -14,7 +14,7 @@ use crate::{Error, ops};
 
 mod packing;
 
-pub use nf4::write_packed;
+pub use packing::write_packed;
 
 /// The 16 numbers an element can become, before scaling, in rising order.
 pub const CODEBOOK: [f32; 16] = [

@@ -77,9 +77,9 @@ pub struct Arguments {
 ///
 /// What loading the model or an iteration gives.
 pub fn run(arguments: &Arguments) -> Result<(), Error> {
-    machine::set_threads(arguments.threads);
-    let device = machine::device(&arguments.device)?;
-    let options = machine::load_options(device, arguments.dtype, false, false);
+    runtime::set_threads(arguments.threads);
+    let device = runtime::device(&arguments.device)?;
+    let options = runtime::load_options(device, arguments.dtype, false, false);
     let model = Model::load(&Source::parse(&arguments.model)?, &options)?;
     let decoder = &model.decoder;
     let ceiling = Ceiling {

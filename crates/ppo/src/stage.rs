@@ -88,14 +88,14 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     let model = Model::load(&source, &options)?;
     let counts = Stage::new(config, inputs, &rewards, turns, (&source, &model), &options, &run)?
         .train(name, &source)?;
-    if let Some(bytes) = machine::peak_rss_bytes() {
+    if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
     }
     Machine::write(run.output())?;
     run.finish(Completion {
-        device: machine::device_name(options.device),
-        dtype: machine::dtype_name(options.dtype).to_owned(),
+        device: runtime::device_name(options.device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(())
@@ -269,7 +269,7 @@ impl<'a> Stage<'a> {
         let store = CheckpointStore::new(
             &output,
             run.fingerprint(),
-            machine::dtype_name(options.dtype),
+            runtime::dtype_name(options.dtype),
             config.keep_checkpoints,
         );
         let loaded = store.latest::<State>()?;
@@ -303,7 +303,7 @@ impl<'a> Stage<'a> {
             critic_parameters = optimisers.critic.as_ref().map_or(0, AdamW::n_parameters),
             rewards = rewards.names().join(", "),
             algorithm = config.algorithm.name(),
-            dtype = machine::dtype_name(options.dtype),
+            dtype = runtime::dtype_name(options.dtype),
             "policy and reward models over one base"
         );
         if let Some((iteration, _)) = saved {

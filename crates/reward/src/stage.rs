@@ -363,14 +363,14 @@ impl Base<'_> {
                 self.merge(&data, &adapter, &head, &stats, &reading, &output.join("merged"))?;
             counts.insert("max_score_difference_merged".to_owned(), difference.into());
         }
-        if let Some(bytes) = machine::peak_rss_bytes() {
+        if let Some(bytes) = runtime::peak_rss_bytes() {
             tracing::info!(mib = bytes >> 20, "peak memory");
             timings::log(&output, "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
         }
         Machine::write(&output)?;
         job.run.finish(Completion {
-            device: machine::device_name(device),
-            dtype: machine::dtype_name(self.options.dtype).to_owned(),
+            device: runtime::device_name(device),
+            dtype: runtime::dtype_name(self.options.dtype).to_owned(),
             counts,
         })?;
         Ok(())
@@ -515,7 +515,7 @@ impl Base<'_> {
             pairs = data.train.pairs.len(),
             steps = n_steps,
             parameters = optimiser.n_parameters(),
-            dtype = machine::dtype_name(self.options.dtype),
+            dtype = runtime::dtype_name(self.options.dtype),
             nf4 = config.compute.nf4,
             "training"
         );

@@ -84,7 +84,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         examples = train.examples.len(),
         steps = n_steps,
         parameters = optimiser.n_parameters(),
-        dtype = machine::dtype_name(options.dtype),
+        dtype = runtime::dtype_name(options.dtype),
         nf4 = config.compute.nf4,
         "training"
     );
@@ -129,15 +129,15 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     count("num_tokens", outcome.state.num_tokens.into());
     count("selected_step", outcome.selected_step.into());
     count("max_logit_difference", difference.into());
-    if let Some(bytes) = machine::peak_rss_bytes() {
+    if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         let fields = [("peak_rss_bytes", bytes.into())];
         arete_stage::timings::log(output, "memory", 0.0, &fields)?;
     }
     Machine::write(output)?;
     run.finish(Completion {
-        device: machine::device_name(device),
-        dtype: machine::dtype_name(options.dtype).to_owned(),
+        device: runtime::device_name(device),
+        dtype: runtime::dtype_name(options.dtype).to_owned(),
         counts,
     })?;
     Ok(())

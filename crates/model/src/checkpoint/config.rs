@@ -19,7 +19,7 @@ mod reader;
 mod rope;
 
 /// Architectures this crate runs, as `config.json` names them.
-pub const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, LlamaForSequenceClassification, \
+pub(crate) const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, LlamaForSequenceClassification, \
                              MistralForSequenceClassification";
 
 /// A model's settings of generation, beside its `config.json`.

@@ -354,7 +354,7 @@ impl Tokenizer {
     }
 
     /// End of sequence, as the tokenizer's file declares it. What ends an assistant's turn is
-    /// [`crate::text::chat::Chat::end_of_turn_id`].
+    /// [`crate::text::Chat::end_of_turn_id`].
     #[must_use]
     pub fn eos_id(&self) -> Option<i64> {
         self.0.special.eos
