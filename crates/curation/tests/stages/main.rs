@@ -5,8 +5,8 @@
 #[expect(dead_code, reason = "the tests of the client use the rest")]
 #[path = "../common/mod.rs"]
 mod common;
-mod conversations;
-mod preferences;
+mod judged;
+mod sampled;
 mod servers;
 mod whole_runs;
 
@@ -115,4 +115,23 @@ fn pairs(output: &Path, aspect: Aspect) -> Vec<PreferenceRow> {
 
 fn bytes(path: impl AsRef<Path>) -> Vec<u8> {
     fs_err::read(path.as_ref()).unwrap()
+}
+
+/// Every file of a stage but wall times, the machine and the lock.
+fn contents(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    fn visit(dir: &Path, base: &Path, files: &mut std::collections::BTreeMap<PathBuf, Vec<u8>>) {
+        for entry in fs_err::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                visit(&path, base, files);
+            } else if path.file_name().is_some_and(|name| {
+                name != "timings.jsonl" && name != "machine.json" && name != ".lock"
+            }) {
+                files.insert(path.strip_prefix(base).unwrap().to_owned(), bytes(&path));
+            }
+        }
+    }
+    let mut files = std::collections::BTreeMap::new();
+    visit(dir, dir, &mut files);
+    files
 }

@@ -2,25 +2,6 @@
 
 use super::*;
 
-/// Every file of a stage but wall times, the machine and the lock.
-fn contents(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
-    fn visit(dir: &Path, base: &Path, files: &mut std::collections::BTreeMap<PathBuf, Vec<u8>>) {
-        for entry in fs_err::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                visit(&path, base, files);
-            } else if path.file_name().is_some_and(|name| {
-                name != "timings.jsonl" && name != "machine.json" && name != ".lock"
-            }) {
-                files.insert(path.strip_prefix(base).unwrap().to_owned(), bytes(&path));
-            }
-        }
-    }
-    let mut files = std::collections::BTreeMap::new();
-    visit(dir, dir, &mut files);
-    files
-}
-
 #[test]
 fn sharded_judging_and_revising_give_an_unsharded_runs_files() {
     let dir = tempfile::tempdir().unwrap();
