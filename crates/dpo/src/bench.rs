@@ -79,15 +79,32 @@ struct Forgetful<'a> {
 }
 
 impl Objective for Forgetful<'_> {
-    fn accumulate(&mut self, examples: &[usize], scale: f64) -> Result<StepReport, TrainingError> {
+    fn accumulate(
+        &mut self,
+        shard: &[usize],
+        step: &[usize],
+        scale: f64,
+    ) -> Result<Vec<f64>, TrainingError> {
         if self.forgets {
             self.objective.train_reference = Reference::unknown(self.objective.train.len());
         }
-        self.objective.accumulate(examples, scale)
+        self.objective.accumulate(shard, step, scale)
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>, TrainingError> {
-        self.objective.evaluate()
+    fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
+        self.objective.report(step, shards)
+    }
+
+    fn n_validation(&self) -> usize {
+        self.objective.n_validation()
+    }
+
+    fn measure(&mut self, examples: std::ops::Range<usize>) -> Result<Vec<f64>, TrainingError> {
+        self.objective.measure(examples)
+    }
+
+    fn evaluation(&mut self, parts: &[Vec<f64>]) -> Result<Evaluation, TrainingError> {
+        self.objective.evaluation(parts)
     }
 }
 

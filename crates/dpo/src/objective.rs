@@ -1,5 +1,7 @@
 //! The losses of direct preference optimisation over a data set of pairs.
 
+use std::ops::Range;
+
 use arete_chain::batches::micro_batches;
 use arete_model::{Adapter, Decoder};
 use arete_training::{Error, Evaluation, Objective, StepReport};
@@ -96,63 +98,104 @@ struct Found {
     logprobs: Vec<[f64; 2]>,
     reference: Vec<[f64; 2]>,
     losses: Vec<f64>,
+    /// Summed over counted tokens, nats.
+    entropy: f64,
+}
+
+impl Found {
+    /// As numbers: the entropy, then five a pair.
+    fn numbers(&self) -> Vec<f64> {
+        let pairs = self.logprobs.iter().zip(&self.reference).zip(&self.losses);
+        let of_pair = |((&[c, r], &[ref_c, ref_r]), &loss): ((&[f64; 2], &[f64; 2]), &f64)| {
+            [c, r, ref_c, ref_r, loss]
+        };
+        std::iter::once(self.entropy).chain(pairs.flat_map(of_pair)).collect()
+    }
+
+    /// From the numbers of several parts.
+    fn of(parts: &[Vec<f64>]) -> Self {
+        let mut found = Self::default();
+        for part in parts {
+            found.entropy += part[0];
+            for pair in part[1..].chunks(5) {
+                found.logprobs.push([pair[0], pair[1]]);
+                found.reference.push([pair[2], pair[3]]);
+                found.losses.push(pair[4]);
+            }
+        }
+        found
+    }
 }
 
 impl Objective for DirectPreference<'_> {
-    fn accumulate(&mut self, examples: &[usize], loss_scale: f64) -> Result<StepReport, Error> {
+    fn accumulate(
+        &mut self,
+        shard: &[usize],
+        step: &[usize],
+        loss_scale: f64,
+    ) -> Result<Vec<f64>, Error> {
         let train = self.train;
-        let pairs: Vec<&Pair> = examples.iter().map(|&idx| &train[idx]).collect();
+        let pairs: Vec<&Pair> = shard.iter().map(|&idx| &train[idx]).collect();
         let lengths: Vec<usize> = pairs.iter().map(|pair| pair.n_tokens()).collect();
         let mut found = Found::default();
-        let mut entropy = 0.0;
         for range in micro_batches(&lengths, self.micro_batch_tokens)? {
             let part = &pairs[range.clone()];
             let packed = PackedPairs::new(part);
-            let reference = self.reference(&packed, &examples[range])?;
+            let reference = self.reference(&packed, &shard[range])?;
             let pass = self.decoder.pass(&packed.batch, self.adapter, self.recompute)?;
             let sides = packed.logprobs(self.decoder, &pass.hidden)?;
             let losses = losses(&self.loss, &sides.sums, &reference, part); // [n]
             found.logprobs.extend(packed.read(&sides.sums.detach())?);
             found.losses.extend(Vec::<f64>::try_from(losses.detach())?);
             found.reference.extend(reference);
-            entropy += f64::try_from(sides.entropy)?;
+            found.entropy += f64::try_from(sides.entropy)?;
             #[expect(clippy::cast_precision_loss, reason = "a small number")]
-            let scale = loss_scale / pairs.len() as f64;
+            let scale = loss_scale / step.len() as f64;
             pass.backward(&(losses.sum(Kind::Double) * scale))?;
         }
+        Ok(found.numbers())
+    }
+
+    fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
+        let pairs: Vec<&Pair> = step.iter().map(|&idx| &self.train[idx]).collect();
+        let found = Found::of(shards);
         let (loss, rewards, mut metrics) = summary(&found, self.loss.beta);
         drop(rewards);
-        metrics.push(("entropy", entropy / n_counted(&pairs)));
+        metrics.push(("entropy", found.entropy / n_counted(&pairs)));
         // As TRL counts: both sides whole, though what they share is computed once.
         let n_tokens = pairs
             .iter()
             .map(|pair| pair.chosen.token_ids.len() + pair.rejected.token_ids.len())
             .sum::<usize>() as u64;
-        Ok(StepReport { loss, n_tokens, metrics })
+        StepReport { loss, n_tokens, metrics }
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
-        if self.validation.is_empty() {
-            return Ok(None);
-        }
+    fn n_validation(&self) -> usize {
+        self.validation.len()
+    }
+
+    fn measure(&mut self, examples: Range<usize>) -> Result<Vec<f64>, Error> {
         let _guard = tch::no_grad_guard();
-        let pairs: Vec<&Pair> = self.validation.iter().collect();
+        let pairs: Vec<&Pair> = self.validation[examples.clone()].iter().collect();
         let budget = self.micro_batch_tokens;
-        if self.validation_reference.0.iter().any(Option::is_none) {
+        let known = &mut self.validation_reference.0[examples];
+        if known.iter().any(Option::is_none) {
             let reference = pair_logprobs(self.decoder, None, &pairs, budget)?;
-            self.validation_reference = Reference(reference.into_iter().map(Some).collect());
+            known.iter_mut().zip(reference).for_each(|(known, found)| *known = Some(found));
         }
+        let reference: Vec<[f64; 2]> = known.iter().copied().flatten().collect();
         let logprobs = pair_logprobs(self.decoder, Some(self.adapter), &pairs, budget)?;
-        let reference: Vec<[f64; 2]> =
-            self.validation_reference.0.iter().copied().flatten().collect();
         let (chosen, rejected): (Vec<f64>, Vec<f64>) =
             logprobs.iter().map(|&[chosen, rejected]| (chosen, rejected)).unzip();
         let sides = Tensor::from_slice(&[chosen, rejected].concat());
         let losses = Vec::<f64>::try_from(losses(&self.loss, &sides, &reference, &pairs))?;
-        let found = Found { logprobs, reference, losses };
-        let (loss, rewards, metrics) = summary(&found, self.loss.beta);
+        Ok(Found { logprobs, reference, losses, entropy: 0.0 }.numbers())
+    }
+
+    fn evaluation(&mut self, parts: &[Vec<f64>]) -> Result<Evaluation, Error> {
+        let (loss, rewards, metrics) = summary(&Found::of(parts), self.loss.beta);
         self.evaluated = Some(rewards);
-        Ok(Some(Evaluation { loss, metrics }))
+        Ok(Evaluation { loss, metrics })
     }
 }
 
@@ -216,6 +259,7 @@ mod tests {
             logprobs: vec![[-10.0, -20.0], [-30.0, -40.0]],
             reference: vec![[-12.0, -20.0], [-30.0, -40.0]],
             losses: vec![0.5, 1.5],
+            entropy: 0.0,
         };
         let (loss, rewards, metrics) = summary(&found, 0.5);
         assert_eq!(loss, 1.0);

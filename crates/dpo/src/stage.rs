@@ -7,11 +7,11 @@ use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, Source, adapter::merge};
 use arete_records::Split;
-use arete_stage::run::{self, Completion, StageSpec, Start};
+use arete_stage::run::{Completion, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, Report};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, Select, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Ranks, Select, runtime, train as train_loop};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -42,6 +42,16 @@ struct Evaluations {
 /// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
 pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), Error> {
     check(config)?;
+    let ranks = Ranks::join(config.steps.shards.virtual_shards)?;
+    ranks.finish(train_on(&ranks, config, preferences, output))
+}
+
+fn train_on(
+    ranks: &Ranks,
+    config: &Config,
+    preferences: &Path,
+    output: &Path,
+) -> Result<(), Error> {
     let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
     let source = Source::fetch(name)?;
     let aspects = data::aspects(preferences, &config.aspects)?;
@@ -58,7 +68,7 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &[]);
     let spec = StageSpec { stage: "dpo", output, config: recorded, seed: config.seed, inputs };
-    let run = match run::begin(spec)? {
+    let run = match ranks.begin(spec, &[])? {
         Start::UpToDate(_) => {
             tracing::info!(output = %output.display(), "up to date");
             return Ok(());
@@ -66,7 +76,7 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
         Start::Run(run) => run,
     };
 
-    let options = config.compute.start()?;
+    let options = config.compute.start_on(ranks)?;
     let model = Model::load(&source, &options)?;
     let data = Data::read(config, &aspects, &model.chat()?)?;
     data.report();
@@ -75,7 +85,10 @@ pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), E
         Adapter::new("dpo", &model.config, &config.lora.config(), config.seed, options.device)?;
     adapter.set_trainable(true);
     let (outcome, evaluated) =
-        optimise(config, &model, &adapter, &data, (output, run.fingerprint()))?;
+        optimise(ranks, config, &model, &adapter, &data, (output, run.fingerprint()))?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
     adapter.set_trainable(false);
     if let Some(rewards) = evaluated {
         write_evaluation(config, &aspects, &data, &rewards, output)?;
@@ -199,6 +212,7 @@ type PairRewards = Vec<[f64; 2]>;
 
 /// Trains; also the rewards of the validation pairs with the weights it ends with.
 fn optimise(
+    ranks: &Ranks,
     config: &Config,
     model: &Model,
     adapter: &Adapter,
@@ -233,8 +247,18 @@ fn optimise(
         LossSettings { loss_type, beta, label_smoothing },
         (config.steps.micro_batch_tokens, config.compute.recompute),
     );
-    let outcome =
-        train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, fingerprint)?;
+    let outcome = train_loop(
+        ranks,
+        &mut objective,
+        &mut optimiser,
+        &plan,
+        &loop_config,
+        output,
+        fingerprint,
+    )?;
+    if !ranks.is_first() {
+        return Ok((outcome, None));
+    }
     if outcome.selected_step != outcome.state.global_step || objective.evaluated.is_none() {
         // The weights are others than those last evaluated, or the run was continued after its last step.
         arete_training::Objective::evaluate(&mut objective)?;

@@ -121,7 +121,7 @@ fn losses_metrics_gradients_and_weights_are_those_of_trl() {
             for (step, line) in theirs["steps"].as_array().unwrap().iter().enumerate() {
                 let theirs = |key: &str| line[key].as_f64().unwrap();
                 let evaluated = objective.evaluate().unwrap().unwrap();
-                let report = objective.accumulate(&[0, 1, 2, 3], 1.0).unwrap();
+                let report = objective.accumulate_all(&[0, 1, 2, 3], 1.0).unwrap();
                 num_tokens += report.n_tokens as f64;
                 let at = |what: &str| format!("{name}, step {step}: {what}");
                 assert_close(&at("loss"), report.loss, theirs("loss"));

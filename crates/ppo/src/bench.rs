@@ -8,6 +8,7 @@ use arete_chain::{CutReply, Reading, Turns};
 use arete_model::bench::{Table, products_per_s};
 use arete_model::{Adapter, Chat, Model, ScalarHead, Source};
 use arete_records::Message;
+use arete_training::Ranks;
 use arete_training::runtime::{self, Dtype};
 use clap::{Args, FromArgMatches};
 
@@ -151,6 +152,7 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
     let models = Models::new(&model.decoder, config)?;
     let mut optimisers = Optimisers::new(&models, config)?;
     let work = Iteration {
+        ranks: &Ranks::alone(),
         config,
         model,
         chat: &chat,

@@ -3,7 +3,7 @@
 mod check;
 mod words;
 
-use arete_training::{ComputeArgs, LoraArgs, ScheduleKind, Select};
+use arete_training::{ComputeArgs, LoraArgs, ScheduleKind, Select, ShardArgs};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
@@ -191,6 +191,10 @@ pub struct Config {
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     #[serde(default)]
     pub allow_disagreement: bool,
+    /// The cut of a minibatch.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub shards: ShardArgs,
     /// How the frozen model is held, and where it computes.
     #[command(flatten)]
     #[serde(flatten)]

@@ -5,7 +5,7 @@ use std::time::Instant;
 use arete_chain::reward_model::Base;
 use arete_model::{Chat, Model, Tensor};
 use arete_records::{FinishReason, stats};
-use arete_stage::interrupt;
+use arete_training::Ranks;
 use tch::{Device, Kind};
 
 use crate::advantage::{sampled_logprobs, targets};
@@ -17,14 +17,17 @@ use crate::loss::importance_weights;
 use crate::models::{Learning, Models};
 use crate::packs::{FirstPass, PackedRollout};
 use crate::prompts::Prompt;
-use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
+use crate::rollout::{Conversation, Layout, Purpose, Sampler};
 use crate::scorer::RewardModels;
+use crate::spread::{self, Policy};
 use crate::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use crate::{Config, Error};
 
 /// What an iteration works with.
 #[derive(Debug)]
 pub(crate) struct Iteration<'a> {
+    /// The processes that share the work.
+    pub(crate) ranks: &'a Ranks,
     /// The settings.
     pub(crate) config: &'a Config,
     /// The base.
@@ -85,7 +88,7 @@ impl Iteration<'_> {
         prompts: &[&Prompt],
         journal: Option<&mut Journal>,
     ) -> Result<Outcome, Error> {
-        let (config, iteration) = (self.config, self.iteration);
+        let (ranks, config, iteration) = (self.ranks, self.config, self.iteration);
         let warms_up = models.has_critic() && iteration <= config.value_warmup;
         let learning = if warms_up { Learning::Critic } else { Learning::Both };
         let budget = config.micro_batch_tokens;
@@ -96,10 +99,10 @@ impl Iteration<'_> {
             .collect();
         let conversations = timed(&mut phases, "sampling", || {
             let first = (iteration - 1) * config.rollout_size as u64;
-            let (adapter, purpose) = (Some(&models.policy), Purpose::Rollout);
-            let out = self
-                .sampler
-                .sample(self.model, self.chat, adapter, prompts, purpose, first, journal)?;
+            let (model, chat, adapter) = (self.model, self.chat, Some(&models.policy));
+            let policy = Policy { ranks, model, chat, adapter };
+            let out =
+                spread::sample(policy, self.sampler, prompts, Purpose::Rollout, first, journal)?;
             let sampled = out.iter().zip(&known).filter(|(_, is_known)| !**is_known);
             let n_sampled = sampled.map(|(conversation, _)| conversation.n_own()).sum();
             Ok((out, n_sampled))
@@ -108,23 +111,25 @@ impl Iteration<'_> {
         let scores = timed(&mut phases, "scoring", || {
             let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
             let prompt_id = |c: &Conversation| prompts[c.prompt].prompt_id.clone();
-            let scores = self.rewards.scores(base, &conversations, iteration, prompt_id)?;
+            let raw = spread::raw_scores(ranks, self.rewards, base, &conversations)?;
+            let scores = self.rewards.scores(raw, &conversations, iteration, prompt_id)?;
             let n_read = scores.n_tokens;
             Ok((scores, n_read))
         })?;
         for (name, column) in self.rewards.learned_columns(&scores.raw) {
             check_variance(&format!("scores of the {name} reward model"), &column, iteration)?;
         }
-        interrupt::check()?;
+        spread::check_interrupt(ranks)?;
         let ref_logprob = timed(&mut phases, "reference", || {
             let decoder = &self.model.decoder;
-            let out = own_logprobs(decoder, None, &conversations, config.temperature, budget)?;
+            let temperature = config.temperature;
+            let out = spread::logprobs(ranks, decoder, None, &conversations, temperature, budget)?;
             Ok((out, n_tokens))
         })?;
-        interrupt::check()?;
+        spread::check_interrupt(ranks)?;
         let packed = PackedRollout::new(&conversations, config, iteration)?;
         let first = timed(&mut phases, "first pass", || {
-            Ok((packed.first_pass(models, learning)?, n_tokens))
+            Ok((packed.first_pass(ranks, models, learning)?, n_tokens))
         })?;
 
         let layout = Layout::new(&conversations);
@@ -136,7 +141,7 @@ impl Iteration<'_> {
         }
         let targets =
             targets(&conversations, &assessment, &layout, &first, &ref_logprob, kl_coef, config)?;
-        interrupt::check()?;
+        spread::check_interrupt(ranks)?;
         let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef, config)?;
         let decoder = &self.model.decoder;
         let difference = (sampled_logprobs(&conversations) - &first.old_logprob).abs(); // [n]
@@ -148,7 +153,8 @@ impl Iteration<'_> {
         let report = timed(&mut phases, "update", || {
             let rates = self.rates;
             let report = update(
-                models, optimisers, &packed, first, &targets, config, learning, rates, iteration,
+                ranks, models, optimisers, &packed, first, &targets, config, learning, rates,
+                iteration,
             )?;
             let n_passes = report.n_steps.div_ceil(config.n_minibatches as u64) as usize;
             Ok((report, n_tokens * n_passes))

@@ -42,6 +42,7 @@ pub mod prompts;
 pub mod reward;
 pub mod rollout;
 pub mod scorer;
+mod spread;
 mod stage;
 pub mod standardisation;
 pub mod update;

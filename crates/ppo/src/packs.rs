@@ -1,14 +1,19 @@
 //! A rollout cut into forward passes, a fresh order an epoch, and its first pass before any step.
 
+use std::ops::Range;
+
 use arete_chain::batches::{self, Packed};
 use arete_model::{Batch, Tensor};
+use arete_training::Ranks;
 use arete_training::order::permutation;
+use arete_training::shards::cut;
 use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::Config;
 use crate::models::{Graph, Learning, Models};
 use crate::rollout::Conversation;
+use crate::spread::{from_bytes, to_bytes};
 
 /// Conversations packed into one forward pass.
 #[derive(Debug)]
@@ -51,10 +56,33 @@ impl Pack {
     }
 }
 
-/// The minibatches of one pass over a rollout, packed.
+/// What one optimiser step learns from: fixed shards, packed each by itself.
+#[derive(Debug)]
+pub(crate) struct Minibatch {
+    pub(crate) shards: Vec<Vec<Pack>>,
+}
+
+impl Minibatch {
+    /// The packs of a run of shards.
+    fn packs(&self, shards: Range<usize>) -> impl Iterator<Item = &Pack> {
+        self.shards[shards].iter().flatten()
+    }
+
+    /// Own tokens in all.
+    pub(crate) fn n_own(&self) -> usize {
+        self.shards.iter().flatten().map(|pack| pack.rows.len()).sum()
+    }
+
+    /// Conversations in all.
+    pub(crate) fn n_conversations(&self) -> usize {
+        self.shards.iter().flatten().map(|pack| pack.conversations.len()).sum()
+    }
+}
+
+/// The minibatches of one pass over a rollout.
 #[derive(Debug)]
 pub(crate) struct Epoch {
-    pub(crate) minibatches: Vec<Vec<Pack>>,
+    pub(crate) minibatches: Vec<Minibatch>,
 }
 
 /// The rollout as the policy and the critic saw it before any step.
@@ -104,9 +132,17 @@ impl PackedRollout {
                 } else {
                     permutation(config.seed, &format!("minibatches/{iteration}/{epoch}"), n)
                 };
+                let pack = |part: &[usize]| -> Result<Minibatch, Error> {
+                    let shards = cut(part.len(), config.shards.virtual_shards);
+                    let budget = config.micro_batch_tokens;
+                    let shards = shards
+                        .into_iter()
+                        .map(|shard| Pack::all(conversations, &part[shard], budget));
+                    Ok(Minibatch { shards: shards.collect::<Result<_, _>>()? })
+                };
                 let minibatches = order
                     .chunks(n / config.n_minibatches)
-                    .map(|part| Pack::all(conversations, part, config.micro_batch_tokens))
+                    .map(pack)
                     .collect::<Result<_, Error>>()?;
                 Ok(Epoch { minibatches })
             })
@@ -140,13 +176,15 @@ impl PackedRollout {
         Tensor::from_slice(&places)
     }
 
-    /// What policy and critic say before any step; keeps the graphs if they are the first update's.
+    /// What policy and critic say before any step; keeps the graphs if they are the first update's. Each process computes
+    /// its own shards.
     ///
     /// # Errors
     ///
     /// [`Error::Model`] if memory runs out.
     pub fn first_pass<'s>(
         &'s self,
+        ranks: &Ranks,
         models: &'s Models<'_>,
         learning: Learning,
     ) -> Result<FirstPass<'s>, Error> {
@@ -155,7 +193,11 @@ impl PackedRollout {
         let (mut old_logprob, mut old_value, mut entropy) = (empty(), empty(), empty());
         let mut graphs = Vec::new();
         let in_turn = models.in_turn(learning);
-        for pack in self.epochs[0].minibatches.iter().flatten() {
+        let own_packs = |rank: usize| {
+            let minibatches = self.epochs[0].minibatches.iter();
+            minibatches.flat_map(move |m| m.packs(ranks.part_of(m.shards.len(), rank)))
+        };
+        for pack in own_packs(ranks.rank()) {
             let policy = models.policy_pass(pack, learning, true)?;
             let learns = learning != Learning::Neither && !in_turn;
             let critic = match models.has_critic() {
@@ -173,8 +215,39 @@ impl PackedRollout {
                 graphs.push(Graph { policy, critic: critic.filter(|_| !in_turn) });
             }
         }
+        if ranks.n_ranks() > 1 {
+            let mut parts = vec![&mut old_logprob, &mut entropy];
+            if models.has_critic() {
+                parts.push(&mut old_value);
+            }
+            for values in parts {
+                exchange(ranks, values, &|rank| {
+                    own_packs(rank).map(|pack| self.places(pack)).collect()
+                })?;
+            }
+        }
         let graphs = self.keep.then_some(graphs);
         let old_value = models.has_critic().then_some(old_value);
         Ok(FirstPass { old_logprob, old_value, entropy, graphs })
     }
+}
+
+/// Fills in the numbers that other processes computed; `places_of` says where each process's are, in the order it has them.
+fn exchange(
+    ranks: &Ranks,
+    values: &mut Tensor,
+    places_of: &dyn Fn(usize) -> Vec<Tensor>,
+) -> Result<(), Error> {
+    let _guard = tch::no_grad_guard();
+    let empty = || Tensor::zeros([0], (Kind::Int64, Device::Cpu));
+    let places = |rank: usize| -> Tensor {
+        let parts = places_of(rank);
+        if parts.is_empty() { empty() } else { Tensor::cat(&parts, 0) }
+    };
+    let own: Vec<f32> = Vec::try_from(values.index_select(0, &places(ranks.rank())))?;
+    for (rank, bytes) in ranks.gather(&to_bytes(&own))?.iter().enumerate() {
+        let found: Vec<f32> = from_bytes(bytes).collect();
+        let _ = values.index_copy_(0, &places(rank), &Tensor::from_slice(&found));
+    }
+    Ok(())
 }

@@ -7,18 +7,22 @@ use arete_chain::reward_model::Base;
 use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::RolloutRow;
 use arete_records::stats;
+use arete_training::Ranks;
 
 use crate::Error;
 use crate::alarm::Baseline;
 use crate::assess::{assess, describe, rows};
 use crate::config::Config;
 use crate::prompts::Prompt;
-use crate::rollout::{Conversation, Layout, Purpose, Sampler, own_logprobs};
+use crate::rollout::{Conversation, Layout, Purpose, Sampler};
 use crate::scorer::{RewardModels, Scores, Yardstick};
+use crate::spread::{self, Policy};
 
 /// What is probed, and with what.
 #[derive(Debug)]
 pub struct Probe<'a> {
+    /// The processes that share the work.
+    pub ranks: &'a Ranks,
     /// The base.
     pub model: &'a Model,
     /// Its chat template.
@@ -72,24 +76,22 @@ impl Probe<'_> {
         iteration: u64,
     ) -> Result<Report, Error> {
         let decoder = &self.model.decoder;
-        let conversations = self.sampler.sample(
-            self.model,
-            self.chat,
-            Some(policy),
-            &self.prompts,
-            Purpose::Probe,
-            0,
-            None,
-        )?;
+        let ranks = self.ranks;
+        let policy = Policy { ranks, model: self.model, chat: self.chat, adapter: Some(policy) };
+        let conversations =
+            spread::sample(policy, &self.sampler, &self.prompts, Purpose::Probe, 0, None)?;
         let budget = config.micro_batch_tokens;
         let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };
         let prompt_id = |c: &Conversation| self.prompts[c.prompt].prompt_id.clone();
-        let scores = self.rewards.scores(base, &conversations, iteration, prompt_id)?;
+        let raw = spread::raw_scores(ranks, self.rewards, base, &conversations)?;
+        let scores = self.rewards.scores(raw, &conversations, iteration, prompt_id)?;
         // The KL of what is sampled here; greedy answers have none, and are measured as if they had been sampled.
         let sampled = self.sampler.temperature > 0.0;
         let temperature = if sampled { self.sampler.temperature } else { config.temperature };
-        let logprob = |adapter| own_logprobs(decoder, adapter, &conversations, temperature, budget);
-        let kl = logprob(Some(policy))? - logprob(None)?; // [n]
+        let logprob = |adapter| {
+            spread::logprobs(ranks, decoder, adapter, &conversations, temperature, budget)
+        };
+        let kl = logprob(policy.adapter)? - logprob(None)?; // [n]
         let layout = Layout::new(&conversations);
         let assessment = assess(scores, &conversations, &layout, &kl, kl_coef, config)?;
 

@@ -9,7 +9,6 @@ use tch::{Device, Kind};
 
 use crate::Error;
 use crate::config::RolloutKind;
-use crate::journal::Journal;
 use crate::packs::Pack;
 use crate::prompts::Prompt;
 
@@ -91,7 +90,7 @@ impl Sampler {
         prompts: &[&'a Prompt],
         purpose: Purpose,
         first: u64,
-        journal: Option<&mut Journal>,
+        journal: Option<&mut dyn sample::Journal>,
     ) -> Result<Vec<Conversation>, Error> {
         let n_samples = self.samples_per_prompt;
         let stream = |conversation| purpose.stream(self.seed, first + conversation as u64);
@@ -111,7 +110,6 @@ impl Sampler {
             joins: false,
         };
         let mut conversations = vec![None; prompts.len() * n_samples];
-        let journal = journal.map(|journal| journal as &mut dyn sample::Journal);
         sampler.each(&starts, journal, &mut |sample, conversation| -> Result<(), Error> {
             let idx = conversation.prompt * n_samples + sample;
             conversations[idx] = Some(conversation);

@@ -235,23 +235,22 @@ impl RewardModels {
         Ok((out, n_tokens))
     }
 
-    /// Raw and standardised scores.
+    /// Raw and standardised scores, from [`RewardModels::raw_scores`].
     ///
     /// # Errors
     ///
-    /// As [`RewardModels::raw_scores`], and [`Error::NonFiniteScore`].
+    /// [`Error::NonFiniteScore`].
     ///
     /// # Panics
     ///
     /// If a member has no statistics yet.
     pub fn scores(
         &self,
-        base: Base<'_>,
+        (raw, n_tokens): (Vec<Vec<f64>>, usize),
         conversations: &[Conversation],
         iteration: u64,
         prompt_id: impl Fn(&Conversation) -> String,
     ) -> Result<Scores, Error> {
-        let (raw, n_tokens) = self.raw_scores(base, conversations)?;
         for (idx, member) in self.members.iter().enumerate() {
             let scores = Scores::column(&raw, idx);
             let what = format!("score of the {} reward model", member.name);

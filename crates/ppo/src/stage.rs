@@ -16,9 +16,9 @@ use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
 use arete_records::{atomic, left_out, parquet, score_stats, stats};
 use arete_stage::metrics::MetricsWriter;
-use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
-use arete_stage::{interrupt, seal, timings};
-use arete_training::{AdamW, CheckpointStore, Select, runtime};
+use arete_stage::run::{Completion, StageRun, StageSpec, Start};
+use arete_stage::{seal, timings};
+use arete_training::{AdamW, CheckpointStore, Ranks, Select, runtime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -31,6 +31,7 @@ use crate::models::Models;
 use crate::prompts::{Prompt, Prompts, draw};
 use crate::rollout::{Conversation, Sampler};
 use crate::scorer::{NamedReward, RewardModels, Scores, Yardstick, asked};
+use crate::spread;
 use crate::standardisation::Standardisation;
 use crate::update::Optimisers;
 use crate::{Config, Error};
@@ -69,12 +70,17 @@ pub struct TrainInputs {
 /// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
 pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     config.check()?;
+    let ranks = Ranks::join(config.shards.virtual_shards)?;
+    ranks.finish(train_on(&ranks, config, inputs))
+}
+
+fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model"))?;
     let constitution = constitution_of(inputs)?;
     let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
     let rewards = reward_models(config, inputs, &turns)?;
     let source = Source::fetch(name)?;
-    let run = match open(config, inputs, &rewards, &source, constitution.as_ref())? {
+    let run = match open(ranks, config, inputs, &rewards, &source, constitution.as_ref())? {
         Start::UpToDate(_) => {
             tracing::info!(output = %inputs.output.display(), "up to date");
             return Ok(());
@@ -84,10 +90,14 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     if let Some(own) = &constitution {
         own.leave(run.output())?;
     }
-    let options = config.compute.start()?;
+    let options = config.compute.start_on(ranks)?;
     let model = Model::load(&source, &options)?;
-    let counts = Stage::new(config, inputs, &rewards, turns, (&source, &model), &options, &run)?
-        .train(name, &source)?;
+    let over = (&source, &model);
+    let stage = Stage::new(ranks, config, inputs, &rewards, turns, over, &options, &run)?;
+    let counts = stage.train(name, &source)?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
         timings::log(run.output(), "memory", 0.0, &[("peak_rss_bytes", bytes.into())])?;
@@ -159,6 +169,7 @@ fn reward_models(
 }
 
 fn open(
+    ranks: &Ranks,
     config: &Config,
     inputs: &TrainInputs,
     rewards: &[NamedReward],
@@ -198,11 +209,12 @@ fn open(
         seed: config.seed,
         inputs: files,
     };
-    Ok(run::begin_growing(spec, &AMOUNTS)?)
+    Ok(ranks.begin(spec, &AMOUNTS)?)
 }
 
 /// Everything a run holds.
 struct Stage<'a> {
+    ranks: &'a Ranks,
     config: &'a Config,
     model: &'a Model,
     options: LoadOptions,
@@ -223,7 +235,9 @@ struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
+    #[expect(clippy::too_many_arguments, reason = "what a run is made of")]
     fn new(
+        ranks: &'a Ranks,
         config: &'a Config,
         inputs: &TrainInputs,
         rewards: &[NamedReward],
@@ -272,7 +286,8 @@ impl<'a> Stage<'a> {
             runtime::dtype_name(options.dtype),
             config.keep_checkpoints,
         );
-        let loaded = store.latest::<State>()?;
+        let found = if ranks.is_first() { store.latest::<State>()? } else { None };
+        let loaded = ranks.share_checkpoint(found)?;
         let saved = loaded.as_ref().map(|loaded| (loaded.step, loaded.state.probed));
         let state = match loaded {
             Some(loaded) => {
@@ -306,7 +321,9 @@ impl<'a> Stage<'a> {
             dtype = runtime::dtype_name(options.dtype),
             "policy and reward models over one base"
         );
-        if let Some((iteration, _)) = saved {
+        if let Some((iteration, _)) = saved
+            && ranks.is_first()
+        {
             journal::remove_through(&output.join(ROLLOUTS), iteration)?;
             for dir in [ROLLOUTS, "completions"] {
                 seal::check_all(&output.join(dir))?;
@@ -316,11 +333,12 @@ impl<'a> Stage<'a> {
             tracing::info!("no yardstick: nothing watches for over-optimisation");
         }
         // Of the last iteration its own line, and that of its probe if it was probed.
-        let logged = saved.map(|(iteration, probed)| {
+        let logged = saved.filter(|_| ranks.is_first()).map(|(iteration, probed)| {
             (iteration, usize::from(iteration > 0) + usize::from(probed == Some(iteration)))
         });
         let metrics = MetricsWriter::open_within(&output, logged)?;
         Ok(Self {
+            ranks,
             schedules: Schedules::new(config)?,
             options: *options,
             config,
@@ -351,13 +369,18 @@ impl<'a> Stage<'a> {
             }
             other => other?,
         }
+        if !self.ranks.is_first() {
+            return Ok(Map::new());
+        }
         self.finish(name, source)
     }
 
     fn iterate_and_probe(&mut self) -> Result<(), Error> {
         let total = self.config.iterations;
-        let progress = arete_records::progress::start("ppo", "iterations", total);
-        progress.skip(self.state.iteration);
+        // One process shows how far all are.
+        let start = || arete_records::progress::start("ppo", "iterations", total);
+        let progress = self.ranks.is_first().then(start);
+        progress.iter().for_each(|progress| progress.skip(self.state.iteration));
         loop {
             if self.is_due(self.config.probe_every)
                 && self.state.probed != Some(self.state.iteration)
@@ -369,8 +392,11 @@ impl<'a> Stage<'a> {
             if self.state.iteration == total {
                 return Ok(());
             }
-            progress.message(self.iterate()?);
-            progress.inc(1);
+            let note = self.iterate()?;
+            if let Some(progress) = &progress {
+                progress.message(note);
+                progress.inc(1);
+            }
             // With a probe, the checkpoint is written when that is over.
             if self.is_due(self.config.checkpoint_every) && !self.is_due(self.config.probe_every) {
                 self.checkpoint()?;
@@ -389,7 +415,7 @@ impl<'a> Stage<'a> {
     /// One rollout and its updates, and their files; a note for the progress bar.
     fn iterate(&mut self) -> Result<String, Error> {
         let started = Instant::now();
-        interrupt::check()?;
+        spread::check_interrupt(self.ranks)?;
         let config = self.config;
         let iteration = self.state.iteration + 1;
         let rates = self.schedules.rates(self.state.iteration);
@@ -399,6 +425,7 @@ impl<'a> Stage<'a> {
         let mut journal =
             Journal::open(&rollouts, iteration, config.rollout_size, config.samples_per_prompt)?;
         let work = Iteration {
+            ranks: self.ranks,
             config,
             model: self.model,
             chat: &self.chat,
@@ -429,6 +456,7 @@ impl<'a> Stage<'a> {
         log(&mut self.metrics, iteration, &metrics)?;
         let seconds = started.elapsed().as_secs_f64();
         self.log_phases(&phases, seconds, conversations.len())?;
+        self.ranks.log_traffic(&self.output, ("iteration", iteration))?;
         let (paid, reward) = (stats::mean(&assessment.paid), stats::mean(&assessment.reward));
         tracing::info!(
             iteration,
@@ -498,7 +526,7 @@ impl<'a> Stage<'a> {
     fn checkpoint(&mut self) -> Result<(), Error> {
         let iteration = self.state.iteration;
         let state = Some((iteration, self.state.probed));
-        if self.saved == state {
+        if self.saved == state || !self.ranks.is_first() {
             return Ok(());
         }
         self.metrics.flush()?;

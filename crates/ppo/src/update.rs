@@ -2,7 +2,7 @@
 
 use arete_model::Tensor;
 use arete_records::stats;
-use arete_training::{AdamW, AdamWConfig, LossScale};
+use arete_training::{AdamW, AdamWConfig, LossScale, Ranks, shards};
 use tch::{Device, Kind};
 
 use crate::Error;
@@ -81,6 +81,12 @@ impl Optimisers {
             critic: critic.map(|critic| AdamW::new(critic, adamw)).transpose()?,
             scale: LossScale::new(models.decoder.kind() == Kind::Half),
         })
+    }
+
+    /// Those whose gradients a step takes.
+    fn learning(&mut self, learning: Learning) -> Vec<&mut AdamW> {
+        let policy = (learning == Learning::Both).then_some(&mut self.policy);
+        policy.into_iter().chain(&mut self.critic).collect()
     }
 
     fn zero_grad(&mut self) {
@@ -179,6 +185,44 @@ struct Sums {
 }
 
 impl Sums {
+    /// As numbers that travel between processes.
+    fn numbers(&self) -> Vec<f64> {
+        let mut numbers = vec![
+            self.policy_loss,
+            self.value_loss,
+            self.squared_log_ratio,
+            self.n_clipped,
+            self.n_value_clipped,
+            self.ratio,
+            self.squared_ratio,
+            self.max_log_ratio,
+        ];
+        numbers.extend(&self.log_ratios);
+        numbers
+    }
+
+    /// The sums of a minibatch of `n_tokens`, from the numbers of its shards.
+    fn of(n_tokens: f64, shards: &[Vec<f64>]) -> Self {
+        let mut sums = Self { n_tokens, ..Self::default() };
+        for numbers in shards {
+            let (fixed, log_ratios) = numbers.split_at(8);
+            sums.add(&Self {
+                n_tokens: 0.0,
+                policy_loss: fixed[0],
+                value_loss: fixed[1],
+                squared_log_ratio: fixed[2],
+                n_clipped: fixed[3],
+                n_value_clipped: fixed[4],
+                ratio: fixed[5],
+                squared_ratio: fixed[6],
+                max_log_ratio: fixed[7],
+                log_ratios: Vec::new(),
+            });
+            sums.log_ratios.extend(log_ratios);
+        }
+        sums
+    }
+
     fn add(&mut self, other: &Self) {
         self.n_tokens += other.n_tokens;
         self.policy_loss += other.policy_loss;
@@ -200,6 +244,7 @@ impl Sums {
 /// [`arete_training::Error::NonFinite`] if a loss or gradient is not finite, before it reaches the weights.
 #[expect(clippy::too_many_arguments, reason = "each is a part of its own of the iteration")]
 pub fn update(
+    ranks: &Ranks,
     models: &Models<'_>,
     optimisers: &mut Optimisers,
     rollout: &PackedRollout,
@@ -216,31 +261,45 @@ pub fn update(
     let mut n_minibatches = 0.0;
     let max_norm = (config.max_grad_norm > 0.0).then_some(config.max_grad_norm);
     'epochs: for (epoch, minibatches) in rollout.epochs.iter().enumerate() {
-        for (place, packs) in minibatches.minibatches.iter().enumerate() {
+        for (place, minibatch) in minibatches.minibatches.iter().enumerate() {
             let is_first = epoch == 0 && place == 0;
-            let n_tokens: usize = packs.iter().map(|pack| pack.rows.len()).sum();
-            let n_sequences: usize = packs.iter().map(|pack| pack.conversations.len()).sum();
-            let mut sums = Sums { n_tokens: n_tokens as f64, ..Sums::default() };
+            let n_tokens = minibatch.n_own() as f64;
+            let n_sequences = minibatch.n_conversations() as f64;
             let mut kept = graphs.take().map(Vec::into_iter);
-            for pack in packs {
-                let graph = match kept.as_mut().and_then(Iterator::next) {
-                    Some(graph) => graph,
-                    None => {
-                        Graph { policy: models.policy_pass(pack, learning, false)?, critic: None }
-                    }
-                };
-                let places = rollout.places(pack);
-                let part = Part {
-                    old_logprob: old_logprob.index_select(0, &places),
-                    old_value: old_value.as_ref().map(|value| value.index_select(0, &places)),
-                    targets: targets.at(&places),
-                    n_tokens: sums.n_tokens,
-                    n_sequences: n_sequences as f64,
-                };
-                let scale = optimisers.scale.factor();
-                let pass = PackPass { models, pack, learning, config, scale, iteration };
-                pass.learn(graph, &part, &mut sums)?;
-            }
+            let scale = optimisers.scale.factor();
+            let learn = |shard: usize| -> Result<Vec<f64>, Error> {
+                let mut sums = Sums::default();
+                for pack in &minibatch.shards[shard] {
+                    let graph = match kept.as_mut().and_then(Iterator::next) {
+                        Some(graph) => graph,
+                        None => {
+                            let policy = models.policy_pass(pack, learning, false)?;
+                            Graph { policy, critic: None }
+                        }
+                    };
+                    let places = rollout.places(pack);
+                    let part = Part {
+                        old_logprob: old_logprob.index_select(0, &places),
+                        old_value: old_value.as_ref().map(|value| value.index_select(0, &places)),
+                        targets: targets.at(&places),
+                        n_tokens,
+                        n_sequences,
+                    };
+                    let pass = PackPass { models, pack, learning, config, scale, iteration };
+                    pass.learn(graph, &part, &mut sums)?;
+                }
+                Ok(sums.numbers())
+            };
+            let sizes: Vec<usize> = minibatch.shards.iter().map(Vec::len).collect();
+            let reduce = config.shards.reduce;
+            let found = shards::accumulate(
+                ranks,
+                reduce,
+                &sizes,
+                &mut optimisers.learning(learning),
+                learn,
+            )?;
+            let mut sums = Sums::of(n_tokens, &found);
             if is_first {
                 report.first_log_ratio = sums.max_log_ratio;
                 check_first_ratio(models, &mut sums, iteration)?;

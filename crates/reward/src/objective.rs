@@ -1,5 +1,7 @@
 //! The Bradley–Terry loss over a data set of pairs.
 
+use std::ops::Range;
+
 use arete_chain::batches;
 use arete_model::{Adapter, Decoder, ScalarHead};
 use arete_training::{Error, Evaluation, Objective, StepReport};
@@ -33,50 +35,72 @@ pub struct BradleyTerry<'a> {
 }
 
 impl Objective for BradleyTerry<'_> {
-    fn accumulate(&mut self, examples: &[usize], loss_scale: f64) -> Result<StepReport, Error> {
-        let pairs: Vec<&Pair> = examples.iter().map(|&idx| &self.train[idx]).collect();
+    /// Of each pair: the score of the chosen side, that of the rejected, the loss.
+    fn accumulate(
+        &mut self,
+        shard: &[usize],
+        step: &[usize],
+        loss_scale: f64,
+    ) -> Result<Vec<f64>, Error> {
+        let pairs: Vec<&Pair> = shard.iter().map(|&idx| &self.train[idx]).collect();
         let lengths: Vec<usize> = pairs.iter().map(|pair| pair.n_tokens()).collect();
-        let (mut scores, mut losses) = (Vec::new(), Vec::new());
+        let mut numbers = Vec::new();
         for range in batches::micro_batches(&lengths, self.micro_batch_tokens)? {
             let part = &pairs[range];
             let packed = PackedPairs::new(part);
             let pass = self.decoder.pass(&packed.batch, self.adapter, self.recompute)?;
             let both = packed.scores(&pass.hidden, self.head); // [2n]
             let loss = losses_of(&both, part, self.center); // [n]
-            scores.push(both.detach().view([2, -1])); // [2, n]
-            losses.push(loss.detach());
+            let found = Tensor::cat(&[both.detach().view([2, -1]), loss.detach().unsqueeze(0)], 0); // [3, n]
+            numbers.push(found.tr()); // [n, 3]
             #[expect(clippy::cast_precision_loss, reason = "a small number")]
-            let scale = loss_scale / pairs.len() as f64;
+            let scale = loss_scale / step.len() as f64;
             pass.backward(&(loss.sum(Kind::Float) * scale))?;
         }
-        let all = Tensor::cat(&[Tensor::cat(&scores, 1), Tensor::cat(&losses, 0).unsqueeze(0)], 0); // [3, n]
-        let all = Vec::<f64>::try_from(all.to_kind(Kind::Double).view([-1]))?;
-        let n = pairs.len();
-        let (loss, metrics) = summary(&all[..n], &all[n..2 * n], &all[2 * n..]);
-        // As TRL counts: both sides whole, though what they share is computed once.
-        let n_tokens = pairs
-            .iter()
-            .map(|pair| pair.chosen.token_ids.len() + pair.rejected.token_ids.len())
-            .sum::<usize>() as u64;
-        Ok(StepReport { loss, n_tokens, metrics })
+        // One read from the device.
+        let numbers = Tensor::cat(&numbers, 0).to_kind(Kind::Double);
+        Ok(Vec::<f64>::try_from(numbers.contiguous().view([-1]))?)
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
-        if self.validation.is_empty() {
-            return Ok(None);
-        }
-        let pairs: Vec<&Pair> = self.validation.iter().collect();
+    fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
+        let (chosen, rejected, losses) = columns(shards);
+        let (loss, metrics) = summary(&chosen, &rejected, &losses);
+        // As TRL counts: both sides whole, though what they share is computed once.
+        let pairs = step.iter().map(|&idx| &self.train[idx]);
+        let n_tokens = pairs
+            .map(|pair| pair.chosen.token_ids.len() + pair.rejected.token_ids.len())
+            .sum::<usize>() as u64;
+        StepReport { loss, n_tokens, metrics }
+    }
+
+    fn n_validation(&self) -> usize {
+        self.validation.len()
+    }
+
+    fn measure(&mut self, examples: Range<usize>) -> Result<Vec<f64>, Error> {
+        let pairs: Vec<&Pair> = self.validation[examples].iter().collect();
         let budget = self.micro_batch_tokens;
         let scores = pair_scores(self.decoder, Some(self.adapter), self.head, &pairs, budget)?;
-        self.evaluated = Some(scores.clone());
         let (chosen, rejected): (Vec<f64>, Vec<f64>) =
-            scores.into_iter().map(|[chosen, rejected]| (chosen, rejected)).unzip();
-        let both = Tensor::from_slice(&[chosen.as_slice(), &rejected].concat());
+            scores.iter().map(|&[chosen, rejected]| (chosen, rejected)).unzip();
+        let both = Tensor::from_slice(&[chosen, rejected].concat());
         let losses = losses_of(&both.to_kind(Kind::Float), &pairs, self.center);
         let losses = Vec::<f64>::try_from(losses.to_kind(Kind::Double))?;
-        let (loss, metrics) = summary(&chosen, &rejected, &losses);
-        Ok(Some(Evaluation { loss, metrics }))
+        Ok(scores.iter().zip(losses).flat_map(|(&[c, r], loss)| [c, r, loss]).collect())
     }
+
+    fn evaluation(&mut self, parts: &[Vec<f64>]) -> Result<Evaluation, Error> {
+        let (chosen, rejected, losses) = columns(parts);
+        self.evaluated = Some(chosen.iter().zip(&rejected).map(|(&c, &r)| [c, r]).collect());
+        let (loss, metrics) = summary(&chosen, &rejected, &losses);
+        Ok(Evaluation { loss, metrics })
+    }
+}
+
+/// Scores of the chosen sides, of the rejected, and losses, from three numbers a pair.
+fn columns(parts: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let column = |place: usize| parts.iter().flatten().skip(place).step_by(3).copied().collect();
+    (column(0), column(1), column(2))
 }
 
 /// The loss of each pair from the scores of all chosen, then all rejected sides.

@@ -11,11 +11,11 @@ use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, adapter::merge};
 use arete_records::{Aspect, ScoreStats, Split, left_out, score_stats};
-use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
+use arete_stage::run::{Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, write_json};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, Select, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Ranks, Select, runtime, train as train_loop};
 use serde_json::{Map, Value};
 
 use crate::config::OverLength;
@@ -95,6 +95,11 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
             &config.folds.to_string(),
         ));
     }
+    let ranks = Ranks::join(config.steps.shards.virtual_shards)?;
+    ranks.finish(train_on(&ranks, config, inputs))
+}
+
+fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
     let model_name =
         config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
     let source = Source::fetch(model_name)?;
@@ -103,9 +108,12 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
         .as_ref()
         .map(|path| if path.is_dir() { path.join(CONVERSATIONS) } else { path.clone() });
     let sampling = StatsSampling::new(config, conversations.as_deref())?;
-    let jobs = open_jobs(config, inputs, conversations.as_ref(), sampling, &source)?;
+    let jobs = open_jobs(ranks, config, inputs, conversations.as_ref(), sampling, &source)?;
     if !jobs.is_empty() {
-        train_jobs(config, model_name, source, sampling, jobs)?;
+        train_jobs(ranks, config, model_name, source, sampling, jobs)?;
+    }
+    if !ranks.is_first() {
+        return Ok(());
     }
     match &inputs.preferences {
         PreferenceSource::Pairs(pairs) if config.folds > 0 => {
@@ -116,20 +124,23 @@ pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
 }
 
 fn train_jobs(
+    ranks: &Ranks,
     config: &Config,
     model_name: &str,
     source: Source,
     sampling: StatsSampling,
     jobs: Vec<Job>,
 ) -> Result<(), Error> {
-    let options = config.compute.start()?;
+    let options = config.compute.start_on(ranks)?;
     let model = Model::load(&source, &options)?;
     let replies = BaseReplies::default();
-    let base = Base { config, name: model_name, source, options, model, sampling, replies };
+    let base = Base { ranks, config, name: model_name, source, options, model, sampling, replies };
     for job in jobs {
         let name = job.name.clone();
         base.train(job)?;
-        tracing::info!(name, "reward model written");
+        if ranks.is_first() {
+            tracing::info!(name, "reward model written");
+        }
     }
     Ok(())
 }
@@ -162,6 +173,7 @@ fn check(config: &Config) -> Result<(), Error> {
 
 /// Opens the run of every reward model that is not up to date.
 fn open_jobs(
+    ranks: &Ranks,
     config: &Config,
     inputs: &TrainInputs,
     conversations: Option<&PathBuf>,
@@ -238,11 +250,11 @@ fn open_jobs(
             seed: config.seed,
             inputs: files,
         };
-        match run::begin_growing(spec, &AMOUNTS)? {
+        match ranks.begin(spec, &AMOUNTS)? {
             Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
             Start::Run(run) => {
                 if let Some(own) = &carried {
-                    own.leave(&output)?;
+                    own.leave(run.output())?;
                 }
                 let (turns, conversations) = (turns.clone(), aspect.and(conversations.cloned()));
                 jobs.push(Job {
@@ -289,6 +301,7 @@ struct Data {
 
 /// What every reward model shares.
 struct Base<'a> {
+    ranks: &'a Ranks,
     config: &'a Config,
     name: &'a str,
     source: Source,
@@ -326,6 +339,9 @@ impl Base<'_> {
         let mut head = ScalarHead::normal(model.config.hidden_size, head_seed, device);
         head.set_trainable(true);
         let (outcome, evaluated) = self.optimise(&job, &data, &adapter, &head)?;
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         adapter.set_trainable(false);
         head.set_trainable(false);
 
@@ -535,8 +551,15 @@ impl Base<'_> {
         };
         let fingerprint = job.run.fingerprint().to_owned();
         let output = job.run.output();
-        let outcome =
-            train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, &fingerprint)?;
+        let outcome = train_loop(
+            self.ranks,
+            &mut objective,
+            &mut optimiser,
+            &plan,
+            &loop_config,
+            output,
+            &fingerprint,
+        )?;
         let is_last = outcome.selected_step == outcome.state.global_step;
         Ok((outcome, objective.evaluated.filter(|_| is_last)))
     }

@@ -53,7 +53,7 @@ fn losses(source: PathBuf, nf4: Option<Nf4Options>) -> Vec<f64> {
         evaluated: None,
     };
     let step = |step: u64| {
-        let loss = objective.accumulate(&[0, 1, 2, 3], 1.0).unwrap().loss;
+        let loss = objective.accumulate_all(&[0, 1, 2, 3], 1.0).unwrap().loss;
         optimiser.step(1e-3, Some(1.0), step).unwrap();
         loss
     };

@@ -117,7 +117,7 @@ fn losses_gradients_and_weights_are_those_of_trl() {
         for step in 0..N_STEPS {
             let theirs = |key: &str| json["steps"][step][key].as_f64().unwrap();
             let evaluated = objective.evaluate().unwrap().unwrap();
-            let report = objective.accumulate(&[0, 1, 2, 3], 1.0).unwrap();
+            let report = objective.accumulate_all(&[0, 1, 2, 3], 1.0).unwrap();
             num_tokens += report.n_tokens as f64;
             assert_close("loss", report.loss, theirs("loss"));
             assert_close("eval_loss", evaluated.loss, theirs("loss"));

@@ -1,5 +1,7 @@
 //! Cross-entropy of the tokens to imitate.
 
+use std::ops::Range;
+
 use arete_chain::batches;
 use arete_model::{Adapter, Batch, Decoder, logprobs};
 use arete_training::{Error, Evaluation, Objective, StepReport};
@@ -44,14 +46,26 @@ impl Sums {
         Self { loss: zero(), entropy: zero(), n_correct: zero(), n_judged: 0 }
     }
 
-    /// Mean loss, entropy and accuracy. One read from the device.
-    fn means(&self, n_targets: usize) -> Result<[f64; 3], Error> {
+    /// Loss, entropy, tokens predicted rightly, tokens judged. One read from the device.
+    fn numbers(&self) -> Result<Vec<f64>, Error> {
         let sums = Tensor::stack(&[&self.loss, &self.entropy, &self.n_correct], 0); // [3]
-        let sums = Vec::<f64>::try_from(sums)?;
+        let mut sums = Vec::<f64>::try_from(sums)?;
         #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
-        let (n_targets, n_judged) = (n_targets as f64, self.n_judged as f64);
-        Ok([sums[0] / n_targets, sums[1] / n_targets, sums[2] / n_judged])
+        sums.push(self.n_judged as f64);
+        Ok(sums)
     }
+}
+
+/// Mean loss, entropy and accuracy of parts' sums together.
+fn means(parts: &[Vec<f64>], n_targets: usize) -> [f64; 3] {
+    let sum = |place: usize| parts.iter().map(|part| part[place]).sum::<f64>();
+    #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
+    let n_targets = n_targets as f64;
+    [sum(0) / n_targets, sum(1) / n_targets, sum(2) / sum(3)]
+}
+
+fn n_targets<'e>(examples: impl Iterator<Item = &'e Example>) -> usize {
+    examples.map(Example::n_targets).sum()
 }
 
 /// A forward pass's share of the work.
@@ -76,10 +90,14 @@ fn micro_batches(examples: &[&Example], budget: usize) -> Result<Vec<MicroBatch>
 }
 
 impl Objective for CrossEntropy<'_> {
-    fn accumulate(&mut self, examples: &[usize], loss_scale: f64) -> Result<StepReport, Error> {
-        let examples: Vec<&Example> = examples.iter().map(|&idx| &self.train[idx]).collect();
-        let n_targets: usize = examples.iter().map(|example| example.n_targets()).sum();
-        let n_tokens: usize = examples.iter().map(|example| example.token_ids.len()).sum();
+    fn accumulate(
+        &mut self,
+        shard: &[usize],
+        step: &[usize],
+        loss_scale: f64,
+    ) -> Result<Vec<f64>, Error> {
+        let examples: Vec<&Example> = shard.iter().map(|&idx| &self.train[idx]).collect();
+        let n_targets = n_targets(step.iter().map(|&idx| &self.train[idx]));
         let mut sums = Sums::zero(self.decoder);
         for MicroBatch { batch, rows } in micro_batches(&examples, self.micro_batch_tokens)? {
             let pass = self.decoder.pass(&batch, self.adapter, self.recompute)?;
@@ -93,18 +111,24 @@ impl Objective for CrossEntropy<'_> {
             #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
             pass.backward(&(loss * (loss_scale / n_targets as f64)))?;
         }
-        let [loss, entropy, accuracy] = sums.means(n_targets)?;
-        let metrics = vec![("entropy", entropy), ("mean_token_accuracy", accuracy)];
-        Ok(StepReport { loss, n_tokens: n_tokens as u64, metrics })
+        sums.numbers()
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
-        if self.validation.is_empty() {
-            return Ok(None);
-        }
+    fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
+        let examples = || step.iter().map(|&idx| &self.train[idx]);
+        let n_tokens: usize = examples().map(|example| example.token_ids.len()).sum();
+        let [loss, entropy, accuracy] = means(shards, n_targets(examples()));
+        let metrics = vec![("entropy", entropy), ("mean_token_accuracy", accuracy)];
+        StepReport { loss, n_tokens: n_tokens as u64, metrics }
+    }
+
+    fn n_validation(&self) -> usize {
+        self.validation.len()
+    }
+
+    fn measure(&mut self, examples: Range<usize>) -> Result<Vec<f64>, Error> {
         let _guard = tch::no_grad_guard();
-        let examples: Vec<&Example> = self.validation.iter().collect();
-        let n_targets: usize = examples.iter().map(|example| example.n_targets()).sum();
+        let examples: Vec<&Example> = self.validation[examples].iter().collect();
         let mut sums = Sums::zero(self.decoder);
         for MicroBatch { batch, rows } in micro_batches(&examples, self.micro_batch_tokens)? {
             let hidden = self.decoder.forward(&batch, Some(self.adapter))?;
@@ -114,9 +138,13 @@ impl Objective for CrossEntropy<'_> {
             sums.n_correct += n_correct(self.decoder, &hidden, &batch, &rows)?;
             sums.n_judged += rows.len();
         }
-        let [loss, entropy, accuracy] = sums.means(n_targets)?;
+        sums.numbers()
+    }
+
+    fn evaluation(&mut self, parts: &[Vec<f64>]) -> Result<Evaluation, Error> {
+        let [loss, entropy, accuracy] = means(parts, n_targets(self.validation.iter()));
         let metrics = vec![("entropy", entropy), ("mean_token_accuracy", accuracy)];
-        Ok(Some(Evaluation { loss, metrics }))
+        Ok(Evaluation { loss, metrics })
     }
 }
 

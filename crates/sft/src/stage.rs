@@ -6,9 +6,9 @@ use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Batch, LoadOptions, Model, Source, adapter::merge};
 use arete_records::{Split, left_out};
-use arete_stage::run::{self, Completion, StageSpec, Start};
+use arete_stage::run::{Completion, StageSpec, Start};
 use arete_training::order::Plan;
-use arete_training::{AdamW, runtime, train as train_loop};
+use arete_training::{AdamW, Ranks, runtime, train as train_loop};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
@@ -28,6 +28,16 @@ const COMPARED_ROWS: usize = 128;
 ///
 /// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
 pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<(), Error> {
+    let ranks = Ranks::join(config.steps.shards.virtual_shards)?;
+    ranks.finish(train_on(&ranks, config, demonstrations, output))
+}
+
+fn train_on(
+    ranks: &Ranks,
+    config: &Config,
+    demonstrations: &Path,
+    output: &Path,
+) -> Result<(), Error> {
     let model_name = config.model.as_deref().ok_or_else(|| Error::Setting {
         name: "model",
         expected: "a model to start from".to_owned(),
@@ -44,7 +54,7 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &[]);
     let spec = StageSpec { stage: "sft", output, config: recorded, seed: config.seed, inputs };
-    let run = match run::begin_growing(spec, &AMOUNTS)? {
+    let run = match ranks.begin(spec, &AMOUNTS)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %output.display(), "up to date");
             return Ok(());
@@ -52,10 +62,10 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         Start::Run(run) => run,
     };
 
-    let options = config.compute.start()?;
+    let options = config.compute.start_on(ranks)?;
     let device = options.device;
     let (rows, left_out) = data::read(&file, config.column.as_deref().unwrap_or_default())?;
-    left_out::write(output, &left_out)?;
+    left_out::write(run.output(), &left_out)?;
     let model = Model::load(&source, &options)?;
     let chat = model.chat()?;
     let tokenize = |split: Split| {
@@ -99,8 +109,18 @@ pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()
         micro_batch_tokens: config.steps.micro_batch_tokens,
         recompute: config.compute.recompute,
     };
-    let outcome =
-        train_loop(&mut objective, &mut optimiser, &plan, &loop_config, output, run.fingerprint())?;
+    let outcome = train_loop(
+        ranks,
+        &mut objective,
+        &mut optimiser,
+        &plan,
+        &loop_config,
+        output,
+        run.fingerprint(),
+    )?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
 
     let meta = AdapterMeta::of(&model, model_name, Task::CausalLm);
     adapter::save(&output.join("adapter"), &adapter, None, &meta)?;

@@ -44,7 +44,7 @@ fn losses(source: PathBuf, nf4: Option<Nf4Options>, recompute: bool) -> Vec<f64>
     };
     let all: Vec<usize> = (0..examples.len()).collect();
     let step = |step: u64| {
-        let loss = objective.accumulate(&all, 1.0).unwrap().loss;
+        let loss = objective.accumulate_all(&all, 1.0).unwrap().loss;
         optimiser.step(2e-3, Some(1.0), step).unwrap();
         loss
     };

@@ -91,7 +91,7 @@ fn losses_gradients_and_weights_are_those_of_trl() {
         let mut num_tokens = 0.0;
         for step in 0..N_STEPS {
             let theirs = |key: &str| json["steps"][step][key].as_f64().unwrap();
-            let report = objective.accumulate(&[0, 1, 2, 3], 1.0).unwrap();
+            let report = objective.accumulate_all(&[0, 1, 2, 3], 1.0).unwrap();
             num_tokens += report.n_tokens as f64;
             assert_close("loss", report.loss, theirs("loss"));
             assert_eq!(num_tokens, theirs("num_tokens"));
@@ -131,7 +131,7 @@ fn training_and_evaluation_report_the_same_numbers() {
         micro_batch_tokens: 50,
         recompute: false,
     };
-    let train = objective.accumulate(&[0, 1, 2, 3], 1.0).unwrap();
+    let train = objective.accumulate_all(&[0, 1, 2, 3], 1.0).unwrap();
     let evaluated = objective.evaluate().unwrap().unwrap();
     assert!((train.loss - evaluated.loss).abs() < 1e-5);
     for (a, b) in train.metrics.iter().zip(&evaluated.metrics) {

@@ -26,7 +26,7 @@ pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
 
 use self::aside::{copy_aside, set_aside};
-pub use self::look::{Standing, asking};
+pub use self::look::{Standing, asking, is_asking};
 use self::origin::Origin;
 pub use self::origin::{Change, resolve_devices_with};
 use crate::units::SHARDS;
@@ -224,7 +224,7 @@ pub fn begin(spec: StageSpec<'_>) -> Result<Start, Error> {
 ///
 /// As [`begin`].
 pub fn begin_growing(spec: StageSpec<'_>, amounts: &[&str]) -> Result<Start, Error> {
-    if look::is_asking() {
+    if is_asking() {
         return look::answer(&spec, amounts);
     }
     let output = spec.output;

@@ -61,7 +61,7 @@ pub fn step_s(
     let examples: Vec<usize> = (0..n_examples).collect();
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default())?;
     time(SECONDS, || {
-        objective.accumulate(&examples, 1.0)?;
+        objective.accumulate_all(&examples, 1.0)?;
         optimiser.step(LEARNING_RATE, Some(1.0), 1).map(drop)
     })
 }

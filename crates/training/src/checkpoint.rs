@@ -263,7 +263,7 @@ fn read_if_any(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 }
 
 /// The bytes of a safetensors file with these f32 and i64 tensors.
-fn serialize(tensors: &[(String, Tensor)]) -> Result<Vec<u8>, Error> {
+pub(crate) fn serialize(tensors: &[(String, Tensor)]) -> Result<Vec<u8>, Error> {
     let mut parts = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
         let (dtype, width) = match tensor.kind() {
@@ -299,7 +299,8 @@ fn serialize(tensors: &[(String, Tensor)]) -> Result<Vec<u8>, Error> {
     Ok(safetensors::serialize(views, Some(metadata)).expect("names are distinct, sizes agree"))
 }
 
-fn deserialize(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, String> {
+/// The tensors of such a file.
+pub(crate) fn deserialize(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, String> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {

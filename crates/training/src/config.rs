@@ -3,11 +3,12 @@
 use arete_model::{LoadOptions, LoraConfig, Target};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::runtime::{self, Dtype};
+use crate::shards::Reduce;
 use crate::trainer::{LoopConfig, Select};
-use crate::{AdamWConfig, Error, Schedule, ScheduleKind, check_settings};
+use crate::{AdamWConfig, Error, Ranks, Schedule, ScheduleKind, check_settings};
 
 /// The shape of the adapters that a stage trains.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -60,10 +61,36 @@ impl ComputeArgs {
     ///
     /// [`Error::Model`] if there is no such device.
     pub fn start(&self) -> Result<LoadOptions, Error> {
+        self.start_on(&Ranks::alone())
+    }
+
+    /// [`ComputeArgs::start`] of one of several processes: each takes a GPU of its own where none is named.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Model`] if there is no such device.
+    pub fn start_on(&self, ranks: &Ranks) -> Result<LoadOptions, Error> {
         runtime::set_threads(self.threads);
-        let device = runtime::device(&self.device)?;
+        let device = match runtime::device(&self.device)? {
+            Device::Cuda(_) if ranks.n_ranks() > 1 && ["auto", "cuda"].contains(&&*self.device) => {
+                runtime::device(&format!("cuda:{}", ranks.local_rank()))?
+            }
+            device => device,
+        };
         Ok(runtime::load_options(device, self.dtype, self.nf4, self.double_quantize))
     }
+}
+
+/// How a batch is cut, and its gradients summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+pub struct ShardArgs {
+    /// Fixed parts that every batch is cut into, whose gradients are computed by themselves and summed in order: the most processes
+    /// that can train together. Another number changes results by rounding
+    #[arg(long, default_value_t = 4)]
+    pub virtual_shards: usize,
+    /// How several processes sum gradients: the same bytes with any number of them, or less traffic
+    #[arg(long, value_enum, default_value_t = Reduce::Ordered)]
+    pub reduce: Reduce,
 }
 
 /// Settings of the step loop that SFT and reward modelling share.
@@ -97,6 +124,10 @@ pub struct LoopArgs {
     /// Weights to end with: of the last step, or of the lowest validation loss
     #[arg(long, value_enum, default_value_t = Select::Last)]
     pub select: Select,
+    /// The cut of a batch.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub shards: ShardArgs,
 }
 
 impl LoopArgs {
@@ -125,6 +156,7 @@ impl LoopArgs {
             checkpoint_every: self.checkpoint_every,
             keep_checkpoints: self.keep_checkpoints,
             select: self.select,
+            shards: self.shards,
             dtype: runtime::dtype_name(dtype),
             scale_loss: dtype == Kind::Half,
         })

@@ -42,6 +42,13 @@ pub enum Error {
         what: String,
     },
 
+    /// The processes that train together do not come together, or do not agree.
+    #[error("processes that train together: {what}")]
+    Ranks {
+        /// What went wrong, with the rank.
+        what: String,
+    },
+
     /// A checkpoint's contents are not what this run needs.
     #[error("{}: {field}: expected {expected}, got {got}", path.display())]
     Checkpoint {
@@ -70,7 +77,7 @@ pub enum Error {
 impl Classified for Error {
     fn class(&self) -> Option<Class> {
         match self {
-            Self::Io(_) => Some(Class::System),
+            Self::Io(_) | Self::Ranks { .. } => Some(Class::System),
             Self::Records(error) => error.class(),
             Self::Stage(error) => error.class(),
             Self::Model(error) => error.class(),

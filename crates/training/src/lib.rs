@@ -9,6 +9,8 @@
 //!   Micro-batches are cut by a token budget instead (`arete_chain::batches`).
 //! - A step's loss is one mean over the whole step (all its target tokens, all its pairs); micro-batches add their
 //!   share of that mean, so where they are cut changes nothing but rounding.
+//! - A batch is cut into a fixed number of shards ([`shards`]); each one's gradients are computed by themselves and summed
+//!   in the order of shards, by one process or by several ([`ranks`]): the bytes are the same.
 //! - The order of the data is a pure function of seed and step; nothing else is random (no dropout). A run that was
 //!   interrupted therefore continues from its last checkpoint to the same bytes.
 //! - A loss or gradient that is not finite stops the run before it reaches the optimiser; only f16 on a GPU skips
@@ -22,16 +24,20 @@ pub mod evaluation;
 mod loss_scale;
 pub mod optimiser;
 pub mod order;
+pub mod ranks;
 pub mod runtime;
 pub mod schedule;
+pub mod shards;
 mod trainer;
 
 pub use checkpoint::{CheckpointStore, forget_harmless};
-pub use config::{ComputeArgs, LoopArgs, LoraArgs};
+pub use config::{ComputeArgs, LoopArgs, LoraArgs, ShardArgs};
 pub use error::{Error, class_of};
 pub use loss_scale::LossScale;
 pub use optimiser::{AdamW, AdamWConfig, check_settings};
+pub use ranks::Ranks;
 pub use schedule::{Schedule, ScheduleKind};
+pub use shards::Reduce;
 pub use trainer::{
     Evaluation, LoopConfig, Objective, Outcome, Select, StepReport, TrainerState, train,
 };

@@ -125,6 +125,17 @@ impl AdamW {
         let _ = self.gradients.zero_();
     }
 
+    /// The gradients at hand, `[P]` f32: a view.
+    pub(crate) fn gradients(&self) -> &Tensor {
+        &self.gradients
+    }
+
+    /// Puts other gradients in their place, `[P]` f32 on any device.
+    pub(crate) fn set_gradients(&mut self, gradients: &Tensor) {
+        let _guard = tch::no_grad_guard();
+        self.gradients.copy_(gradients);
+    }
+
     /// Multiplies every gradient.
     pub fn scale_gradients(&mut self, factor: f64) {
         let _guard = tch::no_grad_guard();

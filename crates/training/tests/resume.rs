@@ -2,12 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
+use std::ops::Range;
 use std::path::Path;
 
 use arete_training::order::Plan;
 use arete_training::{
-    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Outcome,
-    Schedule, ScheduleKind, Select, StepReport, TrainerState, train,
+    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Outcome, Ranks,
+    Reduce, Schedule, ScheduleKind, Select, ShardArgs, StepReport, TrainerState, train,
 };
 use tch::{Kind, Tensor};
 
@@ -37,11 +38,12 @@ impl LeastSquares {
         }
     }
 
+    /// The sum over points.
     fn loss(&self, rows: &[i64]) -> Tensor {
         let rows = Tensor::from_slice(rows);
         let points = self.points.index_select(0, &rows);
         let targets = self.targets.index_select(0, &rows);
-        (points.mv(&self.weight) - targets).square().mean(Kind::Float)
+        (points.mv(&self.weight) - targets).square().sum(Kind::Float)
     }
 }
 
@@ -49,26 +51,46 @@ impl LeastSquares {
 struct Died;
 
 impl Objective for LeastSquares {
-    fn accumulate(&mut self, examples: &[usize], loss_scale: f64) -> Result<StepReport, Error> {
-        if self.steps_left == 0 {
-            return Err(Error::Io(std::io::Error::other(format!("{Died:?}"))));
+    fn accumulate(
+        &mut self,
+        shard: &[usize],
+        step: &[usize],
+        loss_scale: f64,
+    ) -> Result<Vec<f64>, Error> {
+        if shard.first() == step.first() {
+            if self.steps_left == 0 {
+                return Err(Error::Io(std::io::Error::other(format!("{Died:?}"))));
+            }
+            self.steps_left -= 1;
         }
-        self.steps_left -= 1;
-        let rows: Vec<i64> = examples.iter().map(|&idx| idx as i64).collect();
+        let rows: Vec<i64> = shard.iter().map(|&idx| idx as i64).collect();
         let mut loss = self.loss(&rows);
-        if self.bad_at.is_some_and(|bad| examples.contains(&bad)) {
+        if self.bad_at.is_some_and(|bad| shard.contains(&bad)) {
             loss *= f64::NAN;
         }
         let overflow = if loss_scale > self.overflow_above { f64::INFINITY } else { 1.0 };
-        (&loss * loss_scale * overflow).backward();
-        let loss = f64::try_from(loss).unwrap();
-        Ok(StepReport { loss, n_tokens: 3, metrics: vec![("twice", 2.0 * loss)] })
+        (&loss * (loss_scale * overflow / step.len() as f64)).backward();
+        Ok(vec![f64::try_from(loss).unwrap()])
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
+    fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
+        let loss = shards.concat().iter().sum::<f64>() / step.len() as f64;
+        StepReport { loss, n_tokens: 3, metrics: vec![("twice", 2.0 * loss)] }
+    }
+
+    fn n_validation(&self) -> usize {
+        10
+    }
+
+    fn measure(&mut self, examples: Range<usize>) -> Result<Vec<f64>, Error> {
         let _guard = tch::no_grad_guard();
-        let loss = f64::try_from(self.loss(&(0..10).collect::<Vec<_>>())).unwrap();
-        Ok(Some(Evaluation { loss, metrics: vec![("half", 0.5 * loss)] }))
+        let rows: Vec<i64> = examples.map(|idx| idx as i64).collect();
+        Ok(vec![f64::try_from(self.loss(&rows)).unwrap()])
+    }
+
+    fn evaluation(&mut self, parts: &[Vec<f64>]) -> Result<Evaluation, Error> {
+        let loss = parts.concat().iter().sum::<f64>() / 10.0;
+        Ok(Evaluation { loss, metrics: vec![("half", 0.5 * loss)] })
     }
 }
 
@@ -82,6 +104,7 @@ fn config(select: Select) -> LoopConfig {
         checkpoint_every: 2,
         keep_checkpoints: 2,
         select,
+        shards: ShardArgs { virtual_shards: 2, reduce: Reduce::Ordered },
         dtype: "f32",
         scale_loss: false,
     }
@@ -92,7 +115,8 @@ fn go(dir: &Path, select: Select, steps_left: u64) -> Result<(Outcome, Vec<f32>)
     let mut objective = LeastSquares { steps_left, ..LeastSquares::new() };
     let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
-    let outcome = train(&mut objective, &mut optimiser, &PLAN, &config(select), dir, "f")?;
+    let outcome =
+        train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config(select), dir, "f")?;
     Ok((outcome, Vec::try_from(objective.weight.detach()).unwrap()))
 }
 
@@ -166,7 +190,9 @@ fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
     let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
     let config = config(Select::Last);
-    let error = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap_err();
+    let error =
+        train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f")
+            .unwrap_err();
     assert!(error.to_string().starts_with("step 3: the loss is not finite"), "{error}");
     // Without the bad example the run goes on from step 2.
     let whole = tempfile::tempdir().unwrap();
@@ -182,7 +208,9 @@ fn another_runs_checkpoint_is_refused() {
     let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
     let config = config(Select::Last);
-    let error = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "g").unwrap_err();
+    let error =
+        train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config, dir.path(), "g")
+            .unwrap_err();
     assert!(matches!(error, Error::Checkpoint { .. }), "{error}");
 }
 
@@ -196,7 +224,7 @@ fn go_scaled(
     let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
     let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
-    let outcome = train(&mut objective, &mut optimiser, &PLAN, &config, dir, "f")?;
+    let outcome = train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config, dir, "f")?;
     Ok((outcome, Vec::try_from(objective.weight.detach()).unwrap()))
 }
 
@@ -219,7 +247,8 @@ fn overflow_in_f16_skips_the_step_and_halves_the_scale() {
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
     let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
     // 65536 and 32768 overflow: nothing has moved.
-    train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap_err();
+    train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f")
+        .unwrap_err();
     assert_eq!(optimiser.n_steps(), 0);
     for (name, tensor) in optimiser.state("o") {
         assert_eq!(f64::try_from(tensor.abs().sum(Kind::Double)).unwrap(), 0.0, "{name}");
@@ -227,7 +256,9 @@ fn overflow_in_f16_skips_the_step_and_halves_the_scale() {
     assert_eq!(objective.weight.grad().abs().max().double_value(&[]), 0.0);
     // The ten steps at 16384 are taken.
     objective.steps_left = u64::MAX;
-    let outcome = train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap();
+    let outcome =
+        train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f")
+            .unwrap();
     assert_eq!(outcome.state.loss_scale, (16384.0, 10));
     assert_eq!(optimiser.n_steps(), 10);
     assert_eq!(outcome.state.global_step, 12);
@@ -277,7 +308,8 @@ fn a_loss_scale_changes_nothing_but_rounding() {
     let parameters = vec![("w".to_owned(), objective.weight.shallow_clone())];
     let mut optimiser = AdamW::new(parameters, AdamWConfig::default()).unwrap();
     let config = LoopConfig { scale_loss: true, ..config(Select::Last) };
-    train(&mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f").unwrap();
+    train(&Ranks::alone(), &mut objective, &mut optimiser, &PLAN, &config, dir.path(), "f")
+        .unwrap();
     let (_, unscaled) = go(tempfile::tempdir().unwrap().path(), Select::Last, u64::MAX).unwrap();
     let scaled: Vec<f32> = Vec::try_from(objective.weight.detach()).unwrap();
     for (a, b) in scaled.iter().zip(&unscaled) {

@@ -3,12 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
+use std::ops::Range;
+
 use arete_records::{Class, Classified};
 use arete_stage::interrupt;
 use arete_training::order::Plan;
 use arete_training::{
-    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Schedule,
-    ScheduleKind, Select, StepReport, TrainerState, train,
+    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Ranks, Reduce,
+    Schedule, ScheduleKind, Select, ShardArgs, StepReport, TrainerState, train,
 };
 use tch::{Kind, Tensor};
 
@@ -18,18 +20,30 @@ struct SignalsItself {
 }
 
 impl Objective for SignalsItself {
-    fn accumulate(&mut self, _: &[usize], _: f64) -> Result<StepReport, Error> {
+    fn accumulate(&mut self, _: &[usize], _: &[usize], _: f64) -> Result<Vec<f64>, Error> {
         self.n_steps += 1;
         if self.n_steps == 3 {
             signal_hook::low_level::raise(signal_hook::consts::SIGTERM).unwrap();
         }
         let loss = self.weight.square().sum(Kind::Float);
         loss.backward();
-        Ok(StepReport { loss: f64::try_from(loss).unwrap(), ..StepReport::default() })
+        Ok(vec![f64::try_from(loss).unwrap()])
     }
 
-    fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
-        Ok(None)
+    fn report(&self, _: &[usize], shards: &[Vec<f64>]) -> StepReport {
+        StepReport { loss: shards.concat().iter().sum(), ..StepReport::default() }
+    }
+
+    fn n_validation(&self) -> usize {
+        0
+    }
+
+    fn measure(&mut self, _: Range<usize>) -> Result<Vec<f64>, Error> {
+        unreachable!("there is nothing to measure")
+    }
+
+    fn evaluation(&mut self, _: &[Vec<f64>]) -> Result<Evaluation, Error> {
+        unreachable!("nothing was measured")
     }
 }
 
@@ -48,11 +62,14 @@ fn a_signal_leaves_a_checkpoint_of_the_step_it_came_in() {
         checkpoint_every: 0,
         keep_checkpoints: 1,
         select: Select::Last,
+        shards: ShardArgs { virtual_shards: 2, reduce: Reduce::Ordered },
         dtype: "f32",
         scale_loss: false,
     };
     let mut objective = SignalsItself { weight, n_steps: 0 };
-    let error = train(&mut objective, &mut optimiser, &plan, &config, dir.path(), "f").unwrap_err();
+    let error =
+        train(&Ranks::alone(), &mut objective, &mut optimiser, &plan, &config, dir.path(), "f")
+            .unwrap_err();
     assert_eq!(error.class(), Some(Class::Signal(15)));
     assert_eq!(objective.n_steps, 3);
     let store = CheckpointStore::new(dir.path(), "f", "f32", 1);

@@ -15,6 +15,7 @@ use crate::length::LengthTrend;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Purpose, Sampler};
 use crate::scorer::Member;
+use crate::spread::{self, Policy};
 
 /// File of the length trends.
 const LENGTH_TRENDS: &str = "length_trends.json";
@@ -38,6 +39,9 @@ impl Stage<'_> {
         let missing = missing.join(", ");
         let (stats, trends) =
             (self.output.join(score_stats::FILE), self.output.join(LENGTH_TRENDS));
+        for file in [&stats, &trends] {
+            self.ranks.share_file(file)?;
+        }
         let wants_stats = !missing.is_empty() && !stats.exists();
         let wants_trends = self.config.length_residual && !trends.exists();
         let replies = match wants_stats || wants_trends {
@@ -98,14 +102,15 @@ impl Stage<'_> {
         let asked: Vec<&Prompt> = drawn.iter().map(|&idx| &prompts[idx]).collect();
         let purpose = Purpose::Statistics;
         let sampler = Sampler { samples_per_prompt: 1, ..self.sampler.clone() };
-        let conversations =
-            sampler.sample(self.model, &self.chat, None, &asked, purpose, 0, None)?;
+        let (ranks, model, chat) = (self.ranks, self.model, &self.chat);
+        let policy = Policy { ranks, model, chat, adapter: None };
+        let conversations = spread::sample(policy, &sampler, &asked, purpose, 0, None)?;
         let base = Base {
             model: self.model,
             chat: &self.chat,
             micro_batch_tokens: self.config.micro_batch_tokens,
         };
-        let (raw, _) = self.rewards.raw_scores(base, &conversations)?;
+        let (raw, _) = spread::raw_scores(ranks, &self.rewards, base, &conversations)?;
         Ok(Replies { conversations, raw, prompts: drawn, split })
     }
 

@@ -23,6 +23,7 @@ impl Stage<'_> {
         let clock = Clock { output: &self.output, iteration };
         let n_prompts = config.probe_prompts;
         let probe = Probe {
+            ranks: self.ranks,
             model: self.model,
             chat: &self.chat,
             rewards: &self.rewards,

@@ -16,6 +16,7 @@ use arete_ppo::rollout::{Conversation, Reply};
 use arete_ppo::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use arete_ppo::whiten::{rescale, whiten};
 use arete_records::FinishReason;
+use arete_training::Ranks;
 use tch::Device;
 
 fn goldens(name: &str) -> PathBuf {
@@ -148,7 +149,7 @@ fn three_steps(
     let models = policy_and_critic(&model, golden, config);
     let mut optimisers = Optimisers::new(&models, config).unwrap();
     let packed = PackedRollout::new(&conversations(golden), config, 1).unwrap();
-    let first = packed.first_pass(&models, Learning::Both).unwrap();
+    let first = packed.first_pass(&Ranks::alone(), &models, Learning::Both).unwrap();
     for (name, ours) in [
         ("old_logprob", &first.old_logprob),
         ("old_value", first.old_value.as_ref().unwrap()),
@@ -160,7 +161,9 @@ fn three_steps(
     let targets = Targets::of_critic(golden["advantage"].copy(), golden["returns"].copy());
     let rates = Rates { policy: 0.003, critic: 0.03 };
     let both = Learning::Both;
-    let report = update(&models, &mut optimisers, &packed, first, &targets, config, both, rates, 1);
+    let ranks = Ranks::alone();
+    let report =
+        update(&ranks, &models, &mut optimisers, &packed, first, &targets, config, both, rates, 1);
     let mut tensors = models.policy.parameters();
     let Some(Critic::Trunk { head, .. }) = &models.critic else { unreachable!("made above") };
     tensors.push(("head".to_owned(), head.weight.shallow_clone()));

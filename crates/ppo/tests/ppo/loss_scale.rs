@@ -11,7 +11,7 @@ use arete_ppo::models::{Learning, Models};
 use arete_ppo::packs::PackedRollout;
 use arete_ppo::update::{Optimisers, Rates, Targets, UpdateReport, update};
 use arete_ppo::{Config, Error};
-use arete_training::{CheckpointStore, LossScale};
+use arete_training::{CheckpointStore, LossScale, Ranks};
 use serde_json::{Value, json};
 
 /// The golden policy and critic with their optimisers, and what they learn from.
@@ -36,7 +36,7 @@ impl<'a> Learner<'a> {
     /// Learns from advantages and errors of the value that are `size` times the golden ones: so are the gradients.
     fn update(&mut self, size: f64) -> Result<UpdateReport, Error> {
         let packed = PackedRollout::new(&conversations(&self.golden), &self.config, 1)?;
-        let first = packed.first_pass(&self.models, Learning::Both)?;
+        let first = packed.first_pass(&Ranks::alone(), &self.models, Learning::Both)?;
         let old_value = first.old_value.as_ref().unwrap();
         let error = &self.golden["returns"] - old_value;
         let advantage = &self.golden["advantage"] * size;
@@ -44,7 +44,18 @@ impl<'a> Learner<'a> {
         let rates = Rates { policy: 0.003, critic: 0.03 };
         let (models, optimisers, config) = (&self.models, &mut self.optimisers, &self.config);
         let both = Learning::Both;
-        update(models, optimisers, &packed, first, &targets, config, both, rates, 1)
+        update(
+            &Ranks::alone(),
+            models,
+            optimisers,
+            &packed,
+            first,
+            &targets,
+            config,
+            both,
+            rates,
+            1,
+        )
     }
 
     /// Weights, moments and step counts.

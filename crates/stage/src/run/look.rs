@@ -70,7 +70,8 @@ pub fn asking<E>(stage: impl FnOnce() -> Result<(), E>) -> Result<Vec<(PathBuf, 
     }
 }
 
-pub(super) fn is_asking() -> bool {
+/// Whether a stage is only being asked how it stands.
+pub fn is_asking() -> bool {
     ASKED.with_borrow(Option::is_some)
 }
 
