@@ -106,6 +106,12 @@ torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing
 referees: .venv/ready $(BINARIES) ## judge our files by transformers, peft, datasets, tensorboard (several GB of Python)
 	bash scripts/referees/check.sh "$${RUN:-runs/$$(basename "$$RECIPE" .toml)}"
 
+.PHONY: referee-launch
+referee-launch: ## hold launch/*.yaml against schemas of their fields, and have SkyPilot parse its own (some hundred MB of Python)
+	[ -x .venv-launch/bin/python ] || $(PYTHON) -m venv .venv-launch
+	.venv-launch/bin/pip install --quiet --disable-pip-version-check pyyaml==6.0.4 jsonschema==4.26.0 skypilot==0.14.1
+	.venv-launch/bin/python scripts/referees/launch_files.py
+
 .venv/ready: scripts/referees/requirements.txt scripts/referees/export_smollm2.py | $(READY)
 	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --find-links .deps/wheels -r scripts/referees/requirements.txt

@@ -57,6 +57,14 @@ learning_rate = 1e-3
 eval_every = 2
 checkpoint_every = 2
 
+[dpo]
+rank = 2
+epochs = 1
+batch_size = 10
+learning_rate = 1e-3
+eval_every = 2
+checkpoint_every = 2
+
 [yardstick]
 rank = 2
 epochs = 1
@@ -100,9 +108,10 @@ pub(crate) fn repository() -> PathBuf {
 }
 
 /// The programs lie where `cargo test --workspace` and `make build` put them, beside the tests' directory.
-fn program(name: &str) -> PathBuf {
+pub(crate) fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the path of this test");
-    let path = test.ancestors().nth(2).expect("target/release").join(format!("arete-{name}"));
+    let name = if name == "arete" { name.to_owned() } else { format!("arete-{name}") };
+    let path = test.ancestors().nth(2).expect("target/release").join(name);
     assert!(path.is_file(), "{} is missing: run `make build`", path.display());
     path
 }
@@ -177,6 +186,7 @@ impl Pipeline {
                 let of = ["--conversations", "run/conversations", "--model", base];
                 ("reward", [&from[..], &of].concat())
             }
+            "dpo" => ("dpo", vec!["train", "--preferences", "run/preferences", "--model", base]),
             "yardstick" => ("reward", vec!["train", "--pairs", "pairs.jsonl", "--model", base]),
             "ppo" => {
                 let from = ["train", "--prompts", "run/prompts", "--reward", "run/reward"];
@@ -201,6 +211,25 @@ impl Pipeline {
         command
     }
 
+    /// The command of a stage with results in another folder of the run and further flags, by its program.
+    pub(crate) fn command_to(&self, stage: &str, folder: &str, flags: &[&str]) -> Vec<String> {
+        let command = self.command(stage);
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let mut words: Vec<String> = words.map(|word| word.to_str().unwrap().to_owned()).collect();
+        let output = words.iter().position(|word| word == "--output").unwrap();
+        words[output + 1] = format!("run/{folder}");
+        words.extend(flags.iter().map(|&flag| flag.to_owned()));
+        words
+    }
+
+    /// A program in the pipeline's directory and environment.
+    pub(crate) fn words(&self, words: &[String]) -> Command {
+        let mut command = Command::new(&words[0]);
+        command.current_dir(&self.dir).args(&words[1..]).envs(self.environment.iter().copied());
+        command.stdin(Stdio::null());
+        command
+    }
+
     pub(crate) fn try_run(&self, stage: &str) -> Output {
         self.command(stage).output().expect("the program starts")
     }
@@ -215,7 +244,12 @@ impl Pipeline {
 
     /// Every file but those with times in them, with its hash.
     pub(crate) fn files(&self) -> BTreeMap<String, String> {
-        let root = self.dir.join("run");
+        self.files_of("")
+    }
+
+    /// Those of a folder of the run.
+    pub(crate) fn files_of(&self, folder: &str) -> BTreeMap<String, String> {
+        let root = self.dir.join("run").join(folder);
         let (mut files, mut waiting) = (BTreeMap::new(), vec![root.clone()]);
         while let Some(dir) = waiting.pop() {
             for entry in fs_err::read_dir(dir).unwrap() {

@@ -3,11 +3,13 @@
 //! In: a recipe, a model, prompts. Out: one directory a stage. [`stages`] is the list; [`setup`] resolves a recipe into the
 //! stages' own settings; [`check`] refuses before the first stage what would fail at a later one; [`status`] looks at a run
 //! without touching it; [`run`](mod@run) does what is not up to date, each stage in a process of its own; [`memory`] counts what the
-//! stages of a recipe take. A stage is its crate's library, called here as its own thin program calls it.
+//! stages of a recipe take; [`launch`] starts a program as several processes that train together. A stage is its crate's library, called here as its own thin program calls it.
 
 pub mod check;
+pub mod cluster;
 pub mod diagnosis;
 pub mod hello;
+pub mod launch;
 pub mod memory;
 pub mod push;
 pub mod run;

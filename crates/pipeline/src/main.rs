@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use arete_pipeline::cluster::{self, Cluster};
 use arete_pipeline::hello::{self, HelloArgs};
+use arete_pipeline::launch::{self, LaunchArgs};
 use arete_pipeline::memory::{self, Shape};
 use arete_pipeline::push::{self, PushArgs};
 use arete_pipeline::run::{self, RunArgs};
@@ -52,6 +54,8 @@ enum Command {
     Hello(HelloArgs),
     /// Write a starter folder: recipe, constitution, prompts, exemplars, README
     New(NewArgs),
+    /// Run a training program as several processes on this machine, which train together: --processes N -- COMMAND
+    Launch(LaunchArgs),
     /// Say why the reward is flat, one line each
     Doctor(Box<diagnosis::DoctorArgs>),
     /// Compare runs: what each gained, and the yardstick's scores between arms
@@ -103,6 +107,9 @@ struct PlanArgs {
     #[arg(long, value_name = "N", default_value_t = check::PROMPT_TOKENS,
           value_parser = clap::value_parser!(u64).range(1..))]
     prompt_tokens: u64,
+    /// Time as well: steps and iterations by a simulated clock, at the rates of this file (docs/scale.md)
+    #[arg(long, value_name = "FILE")]
+    cluster: Option<PathBuf>,
     /// JSON instead of tables
     #[arg(long)]
     json: bool,
@@ -151,6 +158,7 @@ fn execute(command: Command) -> Result<u8> {
         Command::Run(arguments) => return run::run(&arguments),
         Command::Sweep(arguments) => return sweep::run(&arguments),
         Command::Hello(arguments) => return hello::run(&arguments),
+        Command::Launch(arguments) => return launch::run(&arguments),
         Command::Status(arguments) => return look(&arguments),
         Command::Stage { name, setup } => return run::stage(&name, &setup).map(|()| 0),
         Command::Plan(arguments) => plan(&arguments)?,
@@ -205,10 +213,19 @@ fn plan(arguments: &PlanArgs) -> Result<String> {
     let device = setup.device()?;
     let shape = Shape::of(setup.model()?, device.as_deref(), arguments.prompt_tokens)?;
     let planned = memory::plan(&setup, &shape)?;
+    let clocks = match &arguments.cluster {
+        Some(path) => cluster::clocks(&setup, &shape, &Cluster::load(path)?)?,
+        None => Vec::new(),
+    };
     if arguments.json {
-        return Ok(serde_json::to_string_pretty(&memory::json(&planned, &shape))? + "\n");
+        let mut json = memory::json(&planned, &shape);
+        if arguments.cluster.is_some() {
+            json["cluster"] = serde_json::to_value(&clocks)?;
+        }
+        return Ok(serde_json::to_string_pretty(&json)? + "\n");
     }
-    Ok(memory::text(&planned, &shape))
+    let times = if clocks.is_empty() { String::new() } else { cluster::text(&clocks) };
+    Ok(memory::text(&planned, &shape) + &times)
 }
 
 fn stages() -> String {

@@ -69,6 +69,7 @@ pub(crate) struct Settings {
     keep_graph_tokens: u64,
     max_rows: u64,
     merge: bool,
+    virtual_shards: usize,
     nf4: bool,
     recompute: bool,
     dtype: Dtype,
@@ -93,6 +94,7 @@ impl Settings {
             keep_graph_tokens: 0,
             max_rows: 1,
             merge: false,
+            virtual_shards: 1,
             nf4,
             recompute: false,
             dtype,
@@ -171,6 +173,7 @@ pub(crate) fn sft(setup: &Setup) -> Result<Demand> {
         batch_size: positive("sft", "batch_size", config.batch_size)?,
         micro_batch_tokens: positive("sft", "micro_batch_tokens", config.steps.micro_batch_tokens)?,
         max_length: positive("sft", "max_length", config.max_length)?,
+        virtual_shards: config.steps.shards.virtual_shards,
         merge: true,
         ..Settings::training(&config.lora, &config.compute)
     };
@@ -230,6 +233,7 @@ pub(crate) fn reward(setup: &Setup) -> Result<Demand> {
             config.steps.micro_batch_tokens,
         )?,
         max_length: positive("reward", "max_length", config.max_length)?,
+        virtual_shards: config.steps.shards.virtual_shards,
         merge: config.merge,
         ..Settings::training(&config.lora, &config.compute)
     };
@@ -242,6 +246,7 @@ pub(crate) fn dpo(setup: &Setup) -> Result<Demand> {
         batch_size: positive("dpo", "batch_size", config.batch_size)?,
         micro_batch_tokens: positive("dpo", "micro_batch_tokens", config.steps.micro_batch_tokens)?,
         max_length: positive("dpo", "max_length", config.max_length)?,
+        virtual_shards: config.steps.shards.virtual_shards,
         merge: true,
         ..Settings::training(&config.lora, &config.compute)
     };
@@ -261,6 +266,7 @@ pub(crate) fn ppo(setup: &Setup) -> Result<Demand> {
         keep_graph_tokens: config.keep_graph_tokens as u64,
         max_rows: at_least_one("max_rows", config.max_rows)?,
         merge: config.merge,
+        virtual_shards: config.shards.virtual_shards,
         ..Settings::training(&config.lora, &config.compute)
     };
     let keys = &[
@@ -296,6 +302,23 @@ pub(crate) fn scoring(setup: &Setup) -> Result<Demand> {
     };
     let keys = &["max_new_tokens", "micro_batch_tokens", "nf4", "dtype"];
     Ok(Demand { role: Role::Scoring, settings, keys })
+}
+
+/// Sizes of a training stage.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Training {
+    /// Numbers in the adapter.
+    pub(crate) adapter: u64,
+    /// Examples a step.
+    pub(crate) batch_size: u64,
+    /// Parts of a batch.
+    pub(crate) shards: u64,
+    /// Turns of a conversation that is sampled.
+    pub(crate) turns: u64,
+    /// Tokens of a prompt.
+    pub(crate) prompt: u64,
+    /// Most tokens of a sequence.
+    pub(crate) length: u64,
 }
 
 /// A model's shape on a device, with prompts of some length.
@@ -336,6 +359,24 @@ impl Shape {
     fn need_with(&self, role: Role, settings: &Settings) -> Need {
         let counter = Counter::new(&self.config, settings, self.device, self.stored);
         count(role, &counter, self.prompt_tokens)
+    }
+
+    /// The sizes of what a training stage learns, and from what.
+    pub(crate) fn training(&self, demand: &Demand) -> Training {
+        let settings = &demand.settings;
+        let counter = Counter::new(&self.config, settings, self.device, self.stored);
+        let length = match demand.role {
+            Role::Ppo => count::conversation_tokens(settings, self.prompt_tokens),
+            _ => settings.max_length,
+        };
+        Training {
+            adapter: counter.adapter_size(),
+            batch_size: settings.batch_size,
+            shards: settings.virtual_shards as u64,
+            turns: settings.turns,
+            prompt: self.prompt_tokens,
+            length,
+        }
     }
 
     /// Whether the device is the CPU, and memory the process's.

@@ -289,6 +289,11 @@ impl<'a> Counter<'a> {
         (self.forward_layer(prompts)).max(logits) + adapter
     }
 
+    /// Gradients, their sum over shards if there are several, and two moments.
+    fn optimiser_parts(&self) -> u64 {
+        3 + u64::from(self.settings.virtual_shards > 1)
+    }
+
     /// Merging: a shard waiting to be written and one matrix in the making; then a block at a time.
     fn merging(&self) -> u64 {
         let written = self.size.min(self.stored); // as `merge::output_dtype`
@@ -375,7 +380,7 @@ fn count_training(need: &mut Need, counter: &Counter<'_>, sides: u64, with_vocab
     let settings = counter.settings;
     let adapter = 4 * counter.adapter_size();
     need.adapters = adapter;
-    need.optimiser = 3 * adapter; // gradients and two moments
+    need.optimiser = counter.optimiser_parts() * adapter;
     let example = sides * settings.max_length;
     let pass = largest_pass(settings.batch_size, example, settings.micro_batch_tokens);
     let pass = Pass { length: settings.max_length, ..pass };
@@ -398,15 +403,20 @@ fn count_training(need: &mut Need, counter: &Counter<'_>, sides: u64, with_vocab
     }
 }
 
+/// Tokens of a sampled conversation whose every reply is as long as it may be.
+pub(super) fn conversation_tokens(settings: &Settings, prompt_tokens: u64) -> u64 {
+    let questions = (settings.turns - 1) * QUESTION_TOKENS;
+    prompt_tokens + settings.turns * settings.max_new_tokens + questions
+}
+
 fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
     let settings = counter.settings;
     let adapter = 4 * counter.adapter_size();
     let trained = if settings.own_critic { 2 } else { 1 };
     need.adapters = (trained + 3) * adapter; // policy, critic if it has its own, three reward models
-    need.optimiser = 3 * trained * adapter;
-    let questions = (settings.turns - 1) * QUESTION_TOKENS;
-    let own = settings.turns * settings.max_new_tokens + questions;
-    let length = prompt_tokens + own;
+    need.optimiser = counter.optimiser_parts() * trained * adapter;
+    let length = conversation_tokens(settings, prompt_tokens);
+    let own = length - prompt_tokens;
     let rows = settings.max_rows.min(settings.rollout_size);
     count_sampling(need, counter, [rows, 1], prompt_tokens, own, true);
     let pass = largest_pass(settings.rollout_size, length, settings.micro_batch_tokens);
