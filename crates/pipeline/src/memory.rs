@@ -69,7 +69,7 @@ pub(crate) struct Settings {
     keep_graph_tokens: u64,
     max_rows: u64,
     merge: bool,
-    virtual_shards: usize,
+    virtual_shards: u64,
     nf4: bool,
     recompute: bool,
     dtype: Dtype,
@@ -173,7 +173,7 @@ pub(crate) fn sft(setup: &Setup) -> Result<Demand> {
         batch_size: positive("sft", "batch_size", config.batch_size)?,
         micro_batch_tokens: positive("sft", "micro_batch_tokens", config.steps.micro_batch_tokens)?,
         max_length: positive("sft", "max_length", config.max_length)?,
-        virtual_shards: config.steps.shards.virtual_shards,
+        virtual_shards: positive("sft", "virtual_shards", config.steps.shards.virtual_shards)?,
         merge: true,
         ..Settings::training(&config.lora, &config.compute)
     };
@@ -233,7 +233,7 @@ pub(crate) fn reward(setup: &Setup) -> Result<Demand> {
             config.steps.micro_batch_tokens,
         )?,
         max_length: positive("reward", "max_length", config.max_length)?,
-        virtual_shards: config.steps.shards.virtual_shards,
+        virtual_shards: positive("reward", "virtual_shards", config.steps.shards.virtual_shards)?,
         merge: config.merge,
         ..Settings::training(&config.lora, &config.compute)
     };
@@ -246,7 +246,7 @@ pub(crate) fn dpo(setup: &Setup) -> Result<Demand> {
         batch_size: positive("dpo", "batch_size", config.batch_size)?,
         micro_batch_tokens: positive("dpo", "micro_batch_tokens", config.steps.micro_batch_tokens)?,
         max_length: positive("dpo", "max_length", config.max_length)?,
-        virtual_shards: config.steps.shards.virtual_shards,
+        virtual_shards: positive("dpo", "virtual_shards", config.steps.shards.virtual_shards)?,
         merge: true,
         ..Settings::training(&config.lora, &config.compute)
     };
@@ -266,7 +266,7 @@ pub(crate) fn ppo(setup: &Setup) -> Result<Demand> {
         keep_graph_tokens: config.keep_graph_tokens as u64,
         max_rows: at_least_one("max_rows", config.max_rows)?,
         merge: config.merge,
-        virtual_shards: config.shards.virtual_shards,
+        virtual_shards: at_least_one("virtual_shards", config.shards.virtual_shards)?,
         ..Settings::training(&config.lora, &config.compute)
     };
     let keys = &[
@@ -372,7 +372,7 @@ impl Shape {
         Training {
             adapter: counter.adapter_size(),
             batch_size: settings.batch_size,
-            shards: settings.virtual_shards as u64,
+            shards: settings.virtual_shards,
             turns: settings.turns,
             prompt: self.prompt_tokens,
             length,

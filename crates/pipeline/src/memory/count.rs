@@ -382,14 +382,17 @@ fn count_training(need: &mut Need, counter: &Counter<'_>, sides: u64, with_vocab
     need.adapters = adapter;
     need.optimiser = counter.optimiser_parts() * adapter;
     let example = sides * settings.max_length;
-    let pass = largest_pass(settings.batch_size, example, settings.micro_batch_tokens);
-    let pass = Pass { length: settings.max_length, ..pass };
+    let shard = settings.batch_size.div_ceil(settings.virtual_shards);
+    let pass = largest_pass(shard, example, settings.micro_batch_tokens);
+    let length = settings.max_length;
+    let pass = Pass { length, ..pass };
     need.activations = counter.training(pass, with_vocabulary);
     let top = counter.backward_layer(pass);
     need.phase_with("backward pass", need.activations + top);
     if with_vocabulary {
         let logits = EVALUATION_ROWS * counter.vocabulary * counter.size;
-        let evaluation = counter.without_gradients(pass).max(logits);
+        let whole = largest_pass(settings.batch_size, example, settings.micro_batch_tokens);
+        let evaluation = counter.without_gradients(Pass { length, ..whole }).max(logits);
         need.phase_with("evaluation", evaluation);
     }
     need.phase_with("optimiser step", 2 * adapter);
@@ -423,6 +426,9 @@ fn count_ppo(need: &mut Need, counter: &Counter<'_>, prompt_tokens: u64) {
     need.phase_with("scoring", counter.without_gradients(pass));
     let all = settings.rollout_size * length;
     let keeps = settings.n_minibatches == 1 && all <= settings.keep_graph_tokens;
+    let minibatch = settings.rollout_size.div_ceil(settings.n_minibatches);
+    let shard = minibatch.div_ceil(settings.virtual_shards);
+    let pass = largest_pass(shard, length, settings.micro_batch_tokens);
     let kept = Pass { tokens: if keeps { all } else { pass.tokens }, length };
     need.activations = counter.training(kept, true); // a critic of its own comes when the policy's pass is over
     let top = counter.backward_layer(pass);
