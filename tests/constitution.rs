@@ -259,14 +259,14 @@ fn four_virtues_and_two_turns_reach_the_page() {
     let scores: Vec<ScoreRow> = parquet::read(run.at("scoring/scores.parquet")).unwrap();
     let scored: BTreeSet<String> = scores.iter().map(|row| row.aspect.to_string()).collect();
     assert_eq!(scored, set("deed reason"));
-    assert!(table.contains("test prompts × 2 aspects"), "{table}");
+    assert!(table.contains("test prompts × 2 reward models"), "{table}");
     let header = table.lines().find(|line| line.starts_with("model ")).unwrap();
     assert!(header.ends_with("deed  reason"), "{header}");
     let page = run.page();
-    for shown in ["deed", "reason", "ren", "zhi", "2 aspects", "reward&#x2f;reason"] {
+    for shown in ["deed", "reason", "ren", "zhi", "2 reward models", "reward&#x2f;reason"] {
         assert!(page.contains(shown), "{shown}");
     }
-    for not_shown in ["motivation", "consequence", "humility", "all five", "three aspects"] {
+    for not_shown in ["motivation", "consequence", "humility", "all five", "three reward models"] {
         assert!(!page.contains(not_shown), "{not_shown}");
     }
     let diagnosis = run.run("scoring", &["doctor", "--run", "run"]);
@@ -423,9 +423,9 @@ revision = "Rewrite it truthfully."
         }
     }
     judged_by(&run, &["truth"], &["answer"]);
-    assert!(table.contains("test prompts × 1 aspect)"), "{table}");
+    assert!(table.contains("test prompts × 1 reward model)"), "{table}");
     let page = run.page();
-    assert!(page.contains("reward&#x2f;answer") && page.contains("one aspect"));
+    assert!(page.contains("reward&#x2f;answer") && page.contains("one reward model"));
     for not_shown in ["motivation", "consequence", "honesty", "Fleiss"] {
         assert!(!page.contains(not_shown), "{not_shown}");
     }

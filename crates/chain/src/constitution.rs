@@ -492,7 +492,10 @@ pub fn carried_by_reward_models(dir: &Path) -> Result<Option<Constitution>, Erro
     if dir.is_dir() {
         for entry in fs_err::read_dir(dir)? {
             let path = entry?.path();
-            if path.join("adapter").is_dir() {
+            // What was set aside (`action.old-1`) is no part of the run.
+            let name = path.file_name().and_then(|name| name.to_str());
+            let is_member = name.is_some_and(|name| Aspect::new(name).is_ok());
+            if is_member && path.join("adapter").is_dir() {
                 dirs.push(path);
             }
         }

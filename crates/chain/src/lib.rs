@@ -8,6 +8,7 @@ pub mod constitution;
 pub mod conversation;
 pub mod dialogue;
 pub mod exemplars;
+pub mod members;
 pub mod pairs;
 pub mod reading;
 pub mod reward_model;
@@ -20,6 +21,7 @@ pub mod yardstick;
 
 pub use constitution::{Constitution, Turn, Turns};
 pub use conversation::{prompt_of, through, through_aspect};
+pub use members::Member;
 pub use reading::{CutReply, Reading, Transcript};
 pub use reward_model::RewardModel;
 pub use rulers::{NullRulers, Ruled};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use arete_chain::Constitution;
 use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, Source, adapter::merge};
@@ -21,6 +22,8 @@ use crate::model::pair_logprobs;
 use crate::objective::DirectPreference;
 use crate::{Config, Error};
 
+/// Settings that say how long it is trained: with more of them, training goes on.
+const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
 /// Pairs whose log-probabilities are compared between the merged model and the adapter.
 const N_COMPARED: usize = 4;
 
@@ -60,6 +63,9 @@ fn train_on(
         inputs.push((format!("{aspect}/train"), train.clone()));
         inputs.push((format!("{aspect}/validation"), validation.clone()));
     }
+    let constitution = Constitution::carried(preferences)?;
+    inputs
+        .extend(constitution.iter().map(|own| ("constitution".to_owned(), own.path().to_owned())));
     let mut recorded = config.clone();
     if let Some(path) = source.local_path() {
         inputs.push(("model".to_owned(), path.to_owned()));
@@ -68,13 +74,16 @@ fn train_on(
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
     arete_training::forget_harmless(&mut recorded, &[]);
     let spec = StageSpec { stage: "dpo", output, config: recorded, seed: config.seed, inputs };
-    let run = match ranks.begin(spec, &[])? {
+    let run = match ranks.begin(spec, &AMOUNTS)? {
         Start::UpToDate(_) => {
             tracing::info!(output = %output.display(), "up to date");
             return Ok(());
         }
         Start::Run(run) => run,
     };
+    if let Some(own) = &constitution {
+        own.leave(run.output())?;
+    }
 
     let options = config.compute.start_on(ranks)?;
     let model = Model::load(&source, &options)?;

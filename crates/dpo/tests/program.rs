@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
-use std::collections::BTreeMap;
+#[path = "../../training/tests/support/program.rs"]
+mod support;
+
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -12,10 +14,7 @@ use arete_records::rows::PreferenceRow;
 use arete_records::{Message, parquet};
 use rand_chacha::rand_core::Rng;
 use serde_json::Value;
-
-fn model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
-}
+use support::{assert_same_files, files, message, model};
 
 fn pair(i: usize) -> PreferenceRow {
     let endings = ["with care.", "today.", "in plain words.", "and listen."];
@@ -82,10 +81,6 @@ fn train_on(model: &Path, preferences: &Path, output: &Path, more: &[&str]) -> C
     command
 }
 
-fn message(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
 fn succeed(mut command: Command) -> Output {
     let done = command.output().unwrap();
     assert!(done.status.success(), "{}", message(&done));
@@ -99,34 +94,6 @@ fn json(path: &Path) -> Value {
 fn lines(path: &Path) -> Vec<Value> {
     let text = fs_err::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
-
-/// Every file whose bytes are promised.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut out = BTreeMap::new();
-    for entry in fs_err::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if path.is_dir() {
-            let inner = files(&path).into_iter();
-            out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
-        } else if !name.starts_with('.')
-            && !["timings.jsonl", "machine.json"].contains(&name.as_str())
-            && !name.contains("tfevents")
-        {
-            out.insert(name, fs_err::read(&path).unwrap());
-        }
-    }
-    out
-}
-
-fn assert_same_files(a: &Path, b: &Path) {
-    let (a, b) = (files(a), files(b));
-    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
-    for (name, bytes) in &a {
-        assert!(bytes == &b[name], "{name} differs");
-    }
-    assert!(a.contains_key("run.json") && a.contains_key("adapter/adapter_model.safetensors"));
 }
 
 fn number(value: &Value, key: &str) -> f64 {
@@ -218,6 +185,35 @@ fn settings_are_read() {
         .unwrap();
     let from_recipe = adapter("recipe", &["--recipe", &text(&recipe)]).0;
     assert!(from_recipe == seen[1].0, "the recipe's loss");
+}
+
+#[test]
+fn more_steps_go_on_and_the_constitution_is_passed_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let own = model().join("../confucian.toml");
+    fs_err::copy(&own, preferences.join("constitution.toml")).unwrap();
+    let output = dir.path().join("dpo");
+    succeed(train(&preferences, &output, &["--max-steps", "4"]));
+    let first = json(&output.join("run.json"));
+    assert_eq!(first["counts"]["steps"], 4);
+    assert!(first["inputs"]["constitution"].is_string());
+    assert_eq!(
+        fs_err::read(output.join("constitution.toml")).unwrap(),
+        fs_err::read(&own).unwrap()
+    );
+    let n_lines = lines(&output.join("metrics.jsonl")).len();
+    succeed(train(&preferences, &output, &["--max-steps", "8"]));
+    let second = json(&output.join("run.json"));
+    assert_eq!(second["counts"]["steps"], 8);
+    assert_eq!(second["counts"]["went_on_from"]["max_steps"], 4, "{second}");
+    assert!(lines(&output.join("metrics.jsonl")).len() > n_lines);
+    assert_eq!(json(&dir.path().join("dpo.old-1/run.json"))["fingerprint"], first["fingerprint"]);
+    // Fewer begin anew.
+    succeed(train(&preferences, &output, &["--max-steps", "2"]));
+    let third = json(&output.join("run.json"));
+    assert_eq!(third["counts"]["steps"], 2);
+    assert!(third["counts"].get("went_on_from").is_none());
 }
 
 /// Three kills; `make torture` kills twenty times.

@@ -2,8 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+#[path = "../../training/tests/support/trl.rs"]
+mod support;
 
 use arete_chain::pairs;
 use arete_dpo::config::{Label, LossType, OverLength};
@@ -11,21 +11,12 @@ use arete_dpo::data::{self, Pair, Pairs, Rendering};
 use arete_dpo::loss::LossSettings;
 use arete_dpo::model::pair_logprobs;
 use arete_dpo::objective::DirectPreference;
-use arete_model::{Adapter, Device, Kind, LoadOptions, Model, Source, Tensor, adapter};
+use arete_model::{Adapter, Device, Model, adapter};
 use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
 use serde_json::Value;
+use support::{golden, here, relative_difference, tiny_chat};
 
 const N_STEPS: usize = 5;
-
-fn here(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn tiny_chat() -> Model {
-    let source = Source::Directory(here("../../tests/fixtures/tiny-chat"));
-    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
-    Model::load(&source, &options).unwrap()
-}
 
 fn tokenized(model: &Model) -> Vec<Pair> {
     let path = here("tests/goldens/pairs.jsonl");
@@ -44,22 +35,10 @@ fn adapter(model: &Model) -> Adapter {
     adapter
 }
 
-fn golden() -> (Value, BTreeMap<String, Tensor>) {
-    let json = fs_err::read_to_string(here("tests/goldens/trl.json")).unwrap();
-    let tensors = Tensor::read_safetensors(here("tests/goldens/trl.safetensors")).unwrap();
-    (serde_json::from_str(&json).unwrap(), tensors.into_iter().collect())
-}
-
 fn assert_close(what: &str, ours: f64, theirs: f64) {
     // A reward near 0 is a difference of log-probabilities near 50 nats, times beta.
     let scale = theirs.abs().max(0.1);
     assert!((ours - theirs).abs() <= 2e-4 * scale, "{what}: {ours}, TRL {theirs}");
-}
-
-/// ‖ours − theirs‖ / ‖theirs‖.
-fn relative_difference(ours: &Tensor, theirs: &Tensor) -> f64 {
-    let norm = |tensor: &Tensor| f64::try_from(tensor.to_kind(Kind::Double).norm()).unwrap();
-    norm(&(ours - theirs)) / norm(theirs)
 }
 
 #[test]

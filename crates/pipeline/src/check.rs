@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::memory::Shape;
 use crate::setup::Setup;
 use crate::stages::{PIPELINE, Stage};
+use crate::steps::{self, Step};
 
 /// Tokens of a prompt where nobody counts them.
 pub const PROMPT_TOKENS: u64 = 128;
@@ -26,15 +27,17 @@ const CONSTITUTION: &str = "data/constitution.toml";
 /// Seconds a server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Checks everything that needs no computing; `stages` are those that are to run.
+/// Checks everything that needs no computing; `steps` are those that are to run.
 ///
 /// # Errors
 ///
 /// The first thing that is refused.
-pub fn everything(setup: &Setup, stages: &[&Stage]) -> Result<()> {
+pub fn everything(setup: &Setup, steps: &[Step]) -> Result<()> {
     tables(setup)?;
-    reads(setup, stages)?;
-    places(setup, stages)?;
+    steps::check(setup)?;
+    let stages: Vec<&Stage> = steps.iter().map(|step| step.stage).collect();
+    reads(setup, &stages)?;
+    places(setup, &stages)?;
     for stage in stages {
         device(&(stage.settings)(setup)?)?;
     }
@@ -249,9 +252,9 @@ pub fn shape(setup: &Setup) -> Result<Option<Shape>> {
 }
 
 /// Bytes of the models that the stages write: each merged one whole.
-fn written(setup: &Setup, shape: &Shape, stages: &[&Stage]) -> Result<u64> {
+fn written(shape: &Shape, steps: &[Step]) -> Result<u64> {
     let mut n_models = 0;
-    for stage in stages {
+    for Step { stage, setup } in steps {
         let merges = (stage.settings)(setup)?.get("merge").and_then(Value::as_bool);
         n_models += match stage.name {
             "sft" | "dpo" => 1,
@@ -268,9 +271,9 @@ fn written(setup: &Setup, shape: &Shape, stages: &[&Stage]) -> Result<u64> {
 /// # Errors
 ///
 /// What is needed, what there is, and what to do.
-pub fn room(setup: &Setup, shape: &Shape, stages: &[&Stage], room: Room) -> Result<()> {
+pub fn room(setup: &Setup, shape: &Shape, steps: &[Step], room: Room) -> Result<()> {
     let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
-    for stage in stages {
+    for Step { stage, setup } in steps {
         let Some(demand) = stage.demand else { continue };
         let (phase, bytes) = shape.need(&demand(setup)?).peak();
         if let Some(memory) = room.memory.filter(|memory| shape.is_on_cpu() && bytes > *memory) {
@@ -284,7 +287,7 @@ pub fn room(setup: &Setup, shape: &Shape, stages: &[&Stage], room: Room) -> Resu
             return Err(arete_stage::exit::OutOfRoom(message).into());
         }
     }
-    let bytes = written(setup, shape, stages)?;
+    let bytes = written(shape, steps)?;
     if let Some(free) = room.free_disk.filter(|free| bytes > *free) {
         let message = format!(
             "{}: the models to be written take {}, free are {}; --ignore-room runs anyway",

@@ -34,6 +34,7 @@ const EXAMPLES: &str = "Examples:
   arete run --recipe recipes/demo.toml --set ppo.kl_coef=0.02        does what is not up to date
   arete status --recipe recipes/demo.toml                            where the run stands, and why
   arete sweep --recipe recipes/demo.toml --set ppo.learning_rate=1e-4,3e-4
+  arete run --recipe recipes/demo.toml --rounds 3                    three times answer, judge, learn, tune
 
 Exit codes: 0 done; 1 failed; 2 flags or settings; 65 bad data, an unknown key of the recipe among it; 69 a server does not
 answer; 71 out of memory or disk; 74 the system refused; 130, 143 stopped by a signal: the same command goes on.";
@@ -60,6 +61,8 @@ enum Command {
     Doctor(Box<diagnosis::DoctorArgs>),
     /// Compare runs: what each gained, and the yardstick's scores between arms
     Compare(diagnosis::CompareArgs),
+    /// Set policies on the front of two virtues: what each gained in the one and in the other
+    Front(diagnosis::FrontArgs),
     /// Write the page of a run
     Report(ReportArgs),
     /// Upload an adapter, a merged model or a data set to the hub, with a card
@@ -169,6 +172,7 @@ fn execute(command: Command) -> Result<u8> {
         }
         Command::Doctor(arguments) => diagnosis::doctor(&arguments)?,
         Command::Compare(arguments) => diagnosis::compare(&arguments)?,
+        Command::Front(arguments) => diagnosis::front(&arguments)?,
         Command::Report(ReportArgs { run, recipe, max_samples }) => {
             let output = report::default_output(&run);
             let inputs = arete_scoring::ReportInputs { run, recipe, max_samples, output };

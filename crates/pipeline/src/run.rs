@@ -21,6 +21,7 @@ use crate::memory::Shape;
 use crate::setup::{Setup, SetupArgs};
 use crate::stages::{Stage, names};
 use crate::status::{self, State};
+use crate::steps::{self, Step};
 
 /// What is run.
 #[derive(Debug, Clone, Default, Args)]
@@ -56,32 +57,33 @@ pub struct RunArgs {
 /// What is refused before the first stage; a stage that cannot be started.
 pub fn run(arguments: &RunArgs) -> Result<u8> {
     let setup = Setup::new(&arguments.setup)?;
-    let stages = selected(&setup, arguments)?;
-    check::everything(&setup, &stages)?;
+    let steps = selected(&setup, arguments)?;
+    check::everything(&setup, &steps)?;
     let shape = check::shape(&setup)?;
     if let Some(shape) = shape.as_ref().filter(|_| !arguments.ignore_room) {
-        check::room(&setup, shape, &stages, Room::here(&setup.dir))?;
+        check::room(&setup, shape, &steps, Room::here(&setup.dir))?;
     }
-    let plan = plan(&setup, &stages, shape.as_ref())?;
+    let plan = plan(&setup, &steps, shape.as_ref())?;
     if arguments.dry_run {
         std::io::stdout().lock().write_all(plan.as_bytes())?;
         return Ok(0);
     }
     interrupt::install()?;
     std::io::stderr().lock().write_all(plan.as_bytes())?;
-    let code = run_all(&setup, &stages, arguments)?;
+    let code = run_all(&setup, &steps, arguments)?;
     if code == 0 {
-        std::io::stdout().lock().write_all(results(&setup, &stages)?.as_bytes())?;
+        std::io::stdout().lock().write_all(results(&setup, &steps)?.as_bytes())?;
     }
     Ok(code)
 }
 
-/// Runs these stages one after the other; the exit code of the first that fails, else 0.
-pub(crate) fn run_all(setup: &Setup, stages: &[&Stage], arguments: &RunArgs) -> Result<u8> {
+/// Runs these steps one after the other; the exit code of the first that fails, else 0.
+pub(crate) fn run_all(setup: &Setup, steps: &[Step], arguments: &RunArgs) -> Result<u8> {
     setup.write_recipe_as_run()?;
-    for stage in stages {
+    let width = width(steps);
+    for step in steps {
         interrupt::check()?;
-        let code = run_stage(setup, stage, arguments)?;
+        let code = run_step(step, arguments, width)?;
         if code != 0 {
             return Ok(code);
         }
@@ -90,8 +92,8 @@ pub(crate) fn run_all(setup: &Setup, stages: &[&Stage], arguments: &RunArgs) -> 
 }
 
 /// What a run that has come to its end has to show: the Scores and the page.
-fn results(setup: &Setup, stages: &[&Stage]) -> Result<String> {
-    let ran = |name| stages.iter().any(|stage| stage.name == name);
+fn results(setup: &Setup, steps: &[Step]) -> Result<String> {
+    let ran = |name| steps.iter().any(|step| step.stage.name == name);
     let mut text = String::new();
     if ran("scoring") {
         text +=
@@ -107,27 +109,38 @@ fn results(setup: &Setup, stages: &[&Stage]) -> Result<String> {
     Ok(text)
 }
 
-/// The stages between `--from` and `--until`, as far as they are in: those that the last one needs, in order.
-fn selected(setup: &Setup, arguments: &RunArgs) -> Result<Vec<&'static Stage>> {
+/// The steps between `--from` and `--until` (stages of the last round), as far as they are in: those that the last one needs, in order.
+fn selected(setup: &Setup, arguments: &RunArgs) -> Result<Vec<Step>> {
     let named = |name: &Option<String>| name.as_deref().and_then(Stage::named);
     let (from, until) = match named(&arguments.only) {
         Some(only) => (Some(only), Some(only)),
         None => (named(&arguments.from), named(&arguments.until)),
     };
-    let mut stages = setup.stages()?;
+    let mut steps = steps::of(setup)?;
+    let newest = |steps: &[Step], stage: &Stage| {
+        steps.iter().rposition(|step| step.stage.name == stage.name)
+    };
     if let Some(until) = until {
-        if !setup.has(until.name)? {
+        let Some(at) = newest(&steps, until) else {
             let message =
                 format!("the recipe leaves `{0}` out: --set {0}.enabled=true", until.name);
             return Err(Usage(message).into());
-        }
-        let needed = needed(until);
-        stages.retain(|stage| needed.contains(&stage.name));
+        };
+        let (needed, round) = (needed(until), steps[at].round());
+        steps.truncate(at + 1);
+        // A round needs all of those before it.
+        let is_earlier = |step: &Step| step.round() < round && round.is_some();
+        steps.retain(|step| is_earlier(step) || needed.contains(&step.stage.name));
     }
     if let Some(from) = from {
-        stages.retain(|stage| stage.position() >= from.position());
+        // Of a stage that is left out, what would come after it.
+        let at = newest(&steps, from).unwrap_or_else(|| {
+            let comes_before = |step: &Step| step.stage.position() < from.position();
+            steps.iter().rposition(comes_before).map_or(0, |at| at + 1)
+        });
+        steps.drain(..at);
     }
-    Ok(stages)
+    Ok(steps)
 }
 
 /// A stage and every stage it reads from, however far away.
@@ -145,7 +158,7 @@ fn needed(stage: &Stage) -> Vec<&'static str> {
 }
 
 /// The plan: of each stage whether it runs and why, the memory it takes and the time it took last.
-fn plan(setup: &Setup, stages: &[&Stage], shape: Option<&Shape>) -> Result<String> {
+fn plan(setup: &Setup, steps: &[Step], shape: Option<&Shape>) -> Result<String> {
     let mut text = format!("{}", setup.dir.display());
     if let Some(recipe) = setup.recipe_path() {
         write!(text, ", {}", recipe.display())?;
@@ -154,21 +167,26 @@ fn plan(setup: &Setup, stages: &[&Stage], shape: Option<&Shape>) -> Result<Strin
         write!(text, ", {model}")?;
     }
     text.push('\n');
-    let mut pending: Vec<&str> = Vec::new();
-    for stage in stages {
+    let width = width(steps);
+    let mut pending: Vec<String> = Vec::new();
+    for (at, step) in steps.iter().enumerate() {
+        let Step { stage, setup } = step;
+        let label = step.label();
         let state = status::state(setup, stage);
-        let waits_for = stage.reads.iter().find(|name| pending.contains(name));
-        let what = match (&state, waits_for) {
+        let read = |name: &&'static str| step.reads(name, &steps[..at]).map(Step::label);
+        let waits_for = stage.reads.iter().filter_map(read).find(|read| pending.contains(read));
+        let what = match (&state, &waits_for) {
             (State::Complete, None) => "up to date".to_owned(),
             (State::Complete, Some(read)) => {
                 format!("done before; runs if `{read}` turns out otherwise")
             }
-            (State::Missing, _) => "runs".to_owned(),
+            // What is to come need not be there yet.
+            (State::Missing, _) | (State::Refused { .. }, Some(_)) => "runs".to_owned(),
             (State::HalfDone { how_far }, None) => format!("goes on: {how_far}"),
             (state, _) => format!("runs: {}: {}", state.word(), state.details()),
         };
         if !matches!(state, State::Complete) || waits_for.is_some() {
-            pending.push(stage.name);
+            pending.push(label.clone());
         }
         let memory = match (shape, stage.demand) {
             (Some(shape), Some(demand)) => {
@@ -176,11 +194,17 @@ fn plan(setup: &Setup, stages: &[&Stage], shape: Option<&Shape>) -> Result<Strin
             }
             _ => String::new(),
         };
-        let time = last_seconds(setup, stage.name).map(duration).unwrap_or_default();
-        let line = format!("  {:<14}  {memory:>8}  {time:>8}  {what}", stage.name);
+        let time = last_seconds(setup, &label).map(duration).unwrap_or_default();
+        let line = format!("  {label:<width$}  {memory:>8}  {time:>8}  {what}");
         writeln!(text, "{}", line.trim_end())?;
     }
     Ok(text)
+}
+
+/// Columns that the names of steps take.
+fn width(steps: &[Step]) -> usize {
+    const LEAST: usize = 14;
+    steps.iter().map(|step| step.label().len()).max().unwrap_or_default().max(LEAST)
 }
 
 /// Seconds that the stage took when it last ran to its end.
@@ -199,23 +223,29 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// Runs one stage, if there is work, and says in one line how that went; its exit code.
-fn run_stage(setup: &Setup, stage: &Stage, arguments: &RunArgs) -> Result<u8> {
+/// Runs one step, if there is work, and says in one line how that went; its exit code.
+fn run_step(step: &Step, arguments: &RunArgs, width: usize) -> Result<u8> {
+    let (Step { stage, setup }, label) = (step, step.label());
     let before = status::state(setup, stage);
-    let say = |what: &str| writeln!(std::io::stderr(), "{:<14}  {what}", stage.name);
+    let say = |what: &str| writeln!(std::io::stderr(), "{label:<width$}  {what}");
     if before == State::Complete {
         say("up to date")?;
         return Ok(0);
     }
     let started = Instant::now();
     let show_all = arguments.verbose || !std::io::stderr().is_terminal();
-    let log = setup.dir.join("logs").join(format!("{}.log", stage.name));
-    let ended = child::run(stage.name, &arguments.setup, &log, show_all)
-        .with_context(|| format!("running {}", stage.name))?;
+    let log = setup.dir.join("logs").join(format!("{}.log", label.replace('/', "-")));
+    let words = SetupArgs {
+        rounds: setup.round.map(|round| round.of),
+        round: setup.round.map(|round| round.number),
+        ..arguments.setup.clone()
+    };
+    let ended = child::run(stage.name, &label, &words, &log, show_all)
+        .with_context(|| format!("running {label}"))?;
     let seconds = started.elapsed().as_secs_f64();
     if ended.code == 0 {
         let fields = [("resumed", (before != State::Missing).into())];
-        timings::log(&setup.dir, stage.name, seconds, &fields)?;
+        timings::log(&setup.dir, &label, seconds, &fields)?;
         say(&format!("done in {}", duration(seconds)))?;
     } else {
         if !show_all {

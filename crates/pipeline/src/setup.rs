@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use arete_stage::exit::Usage;
 use arete_stage::recipe::{Recipe, Setting};
+use arete_stage::rounds;
 use clap::Args;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,6 +19,18 @@ const PROMPTS: &str = "data/prompts";
 
 /// The copy of a recipe with what the command line set, for the page.
 const RECIPE_AS_RUN: &str = "recipe-as-run.toml";
+
+/// Most rounds of a run.
+const MOST_ROUNDS: u64 = 1000;
+
+/// A round of how many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Round {
+    /// From 1.
+    pub number: u64,
+    /// All of the run.
+    pub of: u64,
+}
 
 /// What a run is made from and where it goes.
 #[derive(Debug, Clone, Default, Args)]
@@ -49,6 +62,13 @@ pub struct SetupArgs {
     /// Where every stage computes: cpu, cuda, cuda:N, or auto [default: the recipe's]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
+    /// Rounds: what one has tuned answers, is judged, teaches reward models and is tuned again in the next; each goes to
+    /// RUN/round-K [default: as many as the run has, if it has rounds]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_ROUNDS))]
+    pub rounds: Option<u64>,
+    /// The one of them that a stage's process belongs to
+    #[arg(long, hide = true, requires = "rounds")]
+    pub round: Option<u64>,
 }
 
 impl SetupArgs {
@@ -65,13 +85,15 @@ impl SetupArgs {
         self.pairs.iter().for_each(|pairs| put("--pairs", path(pairs)));
         self.yardstick.iter().for_each(|yardstick| put("--yardstick", path(yardstick)));
         self.device.iter().for_each(|device| put("--device", device.into()));
+        self.rounds.iter().for_each(|rounds| put("--rounds", rounds.to_string().into()));
+        self.round.iter().for_each(|round| put("--round", round.to_string().into()));
         self.prompts.iter().for_each(|prompts| put("--prompts", prompts.into()));
         words
     }
 }
 
 /// Recipe and flags, read.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Setup {
     /// The run's directory.
     pub dir: PathBuf,
@@ -83,6 +105,8 @@ pub struct Setup {
     pub pairs: Option<PathBuf>,
     /// A reward model that only watches.
     pub yardstick: Option<PathBuf>,
+    /// The round that it is the setup of, of a run with rounds; the last one, for what is done once.
+    pub round: Option<Round>,
     recipe: Recipe,
     recipe_path: Option<PathBuf>,
     set: Vec<Setting>,
@@ -120,8 +144,13 @@ impl Setup {
         } else {
             arguments.prompts.clone()
         };
+        let dir = arguments.run.clone();
+        let dir = dir.unwrap_or_else(|| default_dir(arguments.recipe.as_deref()));
+        let rounds = arguments.rounds.or_else(|| rounds::newest(&dir));
+        let round = |of| Round { number: arguments.round.unwrap_or(of).min(of), of };
         Ok(Self {
-            dir: arguments.run.clone().unwrap_or_else(|| default_dir(arguments.recipe.as_deref())),
+            round: rounds.map(round),
+            dir,
             prompts,
             judge: named(&arguments.judge, "judge")?,
             pairs: place(&arguments.pairs, "pairs")?,
@@ -144,18 +173,64 @@ impl Setup {
         Ok(self.model.as_deref().ok_or_else(|| Usage(message.to_owned()))?)
     }
 
-    /// What the stages after SFT load and freeze: the fine-tuned model, or the original where SFT is left out.
+    /// What SFT leaves, and the judge where no other is named: the fine-tuned model, or the original where SFT is left out.
     ///
     /// # Errors
     ///
     /// As [`Setup::model`] and [`Setup::has`].
-    pub fn base(&self) -> Result<String> {
+    pub fn fine_tuned(&self) -> Result<String> {
         if self.has("sft")? { Ok(self.place("sft/merged")) } else { Ok(self.model()?.to_owned()) }
+    }
+
+    /// What the stages after SFT load and freeze: the fine-tuned model; from the second round on what the round before tuned.
+    ///
+    /// # Errors
+    ///
+    /// As [`Setup::fine_tuned`].
+    pub fn base(&self) -> Result<String> {
+        match self.round {
+            Some(round) if round.number > 1 => self.tuned_in(round.number - 1),
+            _ => self.fine_tuned(),
+        }
+    }
+
+    /// The model that a round tuned, merged.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is tuned.
+    pub fn tuned_in(&self, round: u64) -> Result<String> {
+        let policy = self.policy()?.ok_or_else(|| Usage("no stage tunes a policy".to_owned()))?;
+        let merged = rounds::place(&self.dir, round, &format!("{policy}/merged"));
+        Ok(merged.to_string_lossy().into_owned())
+    }
+
+    /// The stage whose policy the run is about: PPO's, or DPO's where that is all there is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Setup::has`].
+    pub fn policy(&self) -> Result<Option<&'static str>> {
+        Ok(match (self.has("ppo")?, self.has("dpo")?) {
+            (true, _) => Some("ppo"),
+            (false, true) => Some("dpo"),
+            (false, false) => None,
+        })
+    }
+
+    /// The same setup in a round of the run.
+    #[must_use]
+    pub fn in_round(&self, number: u64) -> Self {
+        let round = self.round.map(|round| Round { number, ..round });
+        Self { round, ..self.clone() }
     }
 
     /// The directory of a stage.
     pub fn at(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+        match self.round {
+            Some(round) => rounds::place(&self.dir, round.number, name),
+            None => self.dir.join(name),
+        }
     }
 
     /// The same as a text, for what may also be the name of a model.
@@ -205,7 +280,13 @@ impl Setup {
         let flags = self.device.as_deref().filter(|_| has_device);
         let flags: Vec<&str> = flags.iter().flat_map(|device| ["--device", *device]).collect();
         let matches = command.try_get_matches_from(flags)?;
-        Ok(self.recipe.resolve(&matches, table)?)
+        let settings: C = self.recipe.resolve(&matches, table)?;
+        match self.round {
+            Some(round) if round.number > 1 && rounds::REPEATED.contains(&table) => {
+                later_seed(&settings, round.number - 1)
+            }
+            _ => Ok(settings),
+        }
     }
 
     /// The settings as they would be recorded, once they are known to be good.
@@ -259,6 +340,15 @@ impl Setup {
             None => Ok(self.recipe.run_text("device")?.map(str::to_owned)),
         }
     }
+}
+
+/// Settings with another seed: a round that drew the numbers of the one before would sample much the same again.
+fn later_seed<C: Serialize + DeserializeOwned>(settings: &C, later: u64) -> Result<C> {
+    let mut settings = serde_json::to_value(settings)?;
+    if let Some(seed) = settings.get("seed").and_then(Value::as_u64) {
+        settings["seed"] = seed.wrapping_add(later).into();
+    }
+    Ok(serde_json::from_value(settings)?)
 }
 
 /// `runs/NAME` for a recipe NAME.toml.

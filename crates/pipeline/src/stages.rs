@@ -75,7 +75,7 @@ pub static PIPELINE: [Stage; 10] = [
     Stage {
         name: "preferences",
         reads: &["conversations", "sft"],
-        writes: "the judge's votes, and pairs of an aspect each",
+        writes: "the judge's votes, and pairs of an aspect (or a virtue) each",
         by_default: true,
         settings: |setup| setup.checked::<PreferencesConfig>("preferences"),
         run: run_preferences,
@@ -84,7 +84,7 @@ pub static PIPELINE: [Stage; 10] = [
     Stage {
         name: "reward",
         reads: &["preferences", "conversations", "sft"],
-        writes: "one reward model an aspect",
+        writes: "one reward model a set of preferences",
         by_default: true,
         settings: |setup| setup.checked::<arete_reward::Config>("reward"),
         run: run_reward,
@@ -181,7 +181,11 @@ fn run_conversations(setup: &Setup) -> Result<()> {
     let inputs = conversations::Inputs {
         prompts: setup.at("prompts"),
         model: setup.base()?,
-        original: if setup.has("sft")? { Some(setup.model()?.to_owned()) } else { None },
+        original: if setup.base()? == setup.model()? {
+            None
+        } else {
+            Some(setup.model()?.to_owned())
+        },
     };
     Ok(conversations::run(&config, &inputs, &setup.at("conversations"), &Work::Compute)?)
 }
@@ -190,7 +194,8 @@ fn run_preferences(setup: &Setup) -> Result<()> {
     let config: PreferencesConfig = setup.settings("preferences")?;
     let judge = match &setup.judge {
         Some(judge) => judge.clone(),
-        None => setup.base()?,
+        // In every round the same: a judge that is tuned with the policy would lower its standard with it.
+        None => setup.fine_tuned()?,
     };
     let inputs =
         preferences::Inputs { conversations: setup.at("conversations"), judge: Some(judge) };
@@ -203,7 +208,7 @@ fn run_reward(setup: &Setup) -> Result<()> {
     let inputs = arete_reward::TrainInputs {
         preferences: PreferenceSource::Stage {
             dir: setup.at("preferences"),
-            aspects: Vec::new(), // all that the constitution has
+            sets: Vec::new(), // all that the preferences hold
         },
         conversations: Some(setup.at("conversations")),
         output: setup.at("reward"),
@@ -247,7 +252,10 @@ fn run_scoring(setup: &Setup) -> Result<()> {
     let config: ScoreConfig = setup.settings("scoring")?;
     let mut models = vec![("original".to_owned(), setup.model()?.to_owned())];
     if setup.has("sft")? {
-        models.push(("sft".to_owned(), setup.base()?));
+        models.push(("sft".to_owned(), setup.fine_tuned()?));
+    }
+    for round in 1..setup.round.map_or(1, |round| round.number) {
+        models.push((format!("round-{round}"), setup.tuned_in(round)?));
     }
     // The last model is the one that a run is about: PPO's, or DPO's where that is all there is.
     match (setup.has("dpo")?, setup.has("ppo")?) {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::setup::Setup;
 use crate::stages::{PIPELINE, Stage};
+use crate::steps;
 
 /// Characters of a value or a hash that are shown.
 const SHOWN: usize = 28;
@@ -58,6 +59,9 @@ pub enum State {
 pub struct Seen {
     /// The stage's name.
     pub stage: &'static str,
+    /// The round that it belongs to, if it does to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub round: Option<u64>,
     /// Where it stands.
     #[serde(flatten)]
     pub state: State,
@@ -103,10 +107,22 @@ impl State {
 ///
 /// A recipe that cannot be read as settings.
 pub fn look(setup: &Setup) -> Result<Vec<Seen>> {
-    let mut seen = Vec::new();
+    let steps = steps::of(setup)?;
+    let mut seen: Vec<Seen> = (steps.iter())
+        .map(|step| Seen {
+            stage: step.stage.name,
+            round: step.round(),
+            state: state(&step.setup, step.stage),
+        })
+        .collect();
+    // What is left out stands where it would be.
     for stage in &PIPELINE {
-        let state = if setup.has(stage.name)? { state(setup, stage) } else { State::LeftOut };
-        seen.push(Seen { stage: stage.name, state });
+        if !setup.has(stage.name)? {
+            let position = |own: &Seen| Stage::named(own.stage).map_or(0, Stage::position);
+            let at = seen.iter().position(|own| position(own) > stage.position());
+            let left_out = Seen { stage: stage.name, round: None, state: State::LeftOut };
+            seen.insert(at.unwrap_or(seen.len()), left_out);
+        }
     }
     Ok(seen)
 }
@@ -206,9 +222,15 @@ fn short(value: &str) -> String {
 
 /// The states as a table.
 pub fn text(seen: &[Seen]) -> String {
+    let label = |seen: &Seen| match seen.round {
+        Some(round) => format!("round-{round}/{}", seen.stage),
+        None => seen.stage.to_owned(),
+    };
     let width = PIPELINE.iter().map(|stage| stage.name.len()).max().unwrap_or_default();
-    let line = |Seen { stage, state }: &Seen| {
-        let line = format!("{stage:<width$}  {:<9}  {}", state.word(), state.details());
+    let width = seen.iter().map(|own| label(own).len()).max().unwrap_or_default().max(width);
+    let line = |seen: &Seen| {
+        let (label, state) = (label(seen), &seen.state);
+        let line = format!("{label:<width$}  {:<9}  {}", state.word(), state.details());
         format!("{}\n", line.trim_end())
     };
     seen.iter().map(line).collect()

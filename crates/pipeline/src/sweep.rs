@@ -1,15 +1,18 @@
 //! `arete sweep`: the same pipeline with several values of some keys, one run directory a combination.
 //!
 //! Stages that no value touches are run once, in `RUN/shared`, and every combination has a link to them: their settings and
-//! inputs are the same, hence their bytes. At the end stands one table of all combinations.
+//! inputs are the same, hence their bytes. At the end stands one table of all combinations, and where `ppo.weights` were swept over the
+//! front of the two virtues that they weigh.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use arete_records::Aspect;
 use arete_scoring::compare::{self, Arm, ScoredRun};
+use arete_scoring::front::{self, Front};
 use arete_scoring::summary::Scale;
 use arete_stage::exit::{BadInput, Usage};
 use arete_stage::interrupt;
@@ -18,7 +21,7 @@ use arete_stage::recipe::Setting;
 use crate::check;
 use crate::run::{self, RunArgs};
 use crate::setup::{Setup, SetupArgs};
-use crate::stages::Stage;
+use crate::steps;
 
 /// The directory of stages that all combinations share.
 const SHARED: &str = "shared";
@@ -65,7 +68,10 @@ pub fn run(arguments: &SweepArgs) -> Result<u8> {
     let setups =
         combinations.iter().map(|one| Setup::new(&one.setup)).collect::<Result<Vec<_>>>()?;
     for setup in &setups {
-        check::everything(setup, &setup.stages()?)?;
+        if setup.round.is_some() {
+            return Err(Usage("a sweep has no rounds: leave --rounds out".to_owned()).into());
+        }
+        check::everything(setup, &steps::of(setup)?)?;
     }
     let shared = shared(&setups)?;
     let mut out = std::io::stderr().lock();
@@ -91,7 +97,21 @@ pub fn run(arguments: &SweepArgs) -> Result<u8> {
             return Ok(code);
         }
     }
-    let text = table(&combinations)?;
+    let runs = scored(&combinations)?;
+    let mut text = table(&runs)?;
+    if let Some(axes) = axes(&setups)? {
+        let first = if setups[0].has("sft")? { "sft" } else { "original" };
+        let front = Front::of(&runs, axes, first)?;
+        front.write(&root.join(front::DIR))?;
+        write!(text, "\n{}", front.text())?;
+        // Their pages show it, now that it is there.
+        for one in &combinations {
+            let code = run_stages(&one.setup, arguments, |name| name == "report")?;
+            if code != 0 {
+                return Ok(code);
+            }
+        }
+    }
     arete_records::atomic::write(root.join(TABLE), text.as_bytes())?;
     std::io::stdout().lock().write_all(text.as_bytes())?;
     Ok(0)
@@ -136,12 +156,13 @@ fn combinations(setup: &SetupArgs, root: &Path) -> Result<Vec<Combination>> {
 /// A value as a directory's name.
 fn named(setting: &Setting) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._=+-".contains(c);
-    setting
-        .to_string()
-        .chars()
-        .filter(|&c| c != '"')
-        .map(|c| if plain(c) { c } else { '_' })
-        .collect()
+    let replaced = |c: char| match c {
+        c if plain(c) => c,
+        ',' => '+',
+        _ => '_',
+    };
+    let text = setting.to_string();
+    text.chars().filter(|c| !"\"' {}[]".contains(*c)).map(replaced).collect()
 }
 
 /// The stages that are in every combination with the same settings, and read from such stages alone.
@@ -175,11 +196,11 @@ fn run_stages(
     wanted: impl Fn(&str) -> bool,
 ) -> Result<u8> {
     let resolved = Setup::new(setup)?;
-    let stages: Vec<&Stage> =
-        resolved.stages()?.into_iter().filter(|stage| wanted(stage.name)).collect();
+    let mut steps = steps::of(&resolved)?;
+    steps.retain(|step| wanted(step.stage.name));
     let arguments =
         RunArgs { setup: setup.clone(), verbose: arguments.verbose, ..RunArgs::default() };
-    run::run_all(&resolved, &stages, &arguments)
+    run::run_all(&resolved, &steps, &arguments)
 }
 
 /// Links to the shared stages; one that is there stays.
@@ -203,17 +224,37 @@ fn link(dir: &Path, shared: &BTreeSet<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Each combination's Score and what it gained, and the runs compared.
-fn table(combinations: &[Combination]) -> Result<String> {
+/// The first two reward models whose weights differ between the combinations: what a front is of.
+fn axes(setups: &[Setup]) -> Result<Option<[Aspect; 2]>> {
+    let mut weights = Vec::new();
+    for setup in setups {
+        let config: arete_ppo::Config = setup.settings("ppo")?;
+        weights.push(config.weights.unwrap_or_default().0);
+    }
+    let names: BTreeSet<&String> = weights.iter().flat_map(|own| own.keys()).collect();
+    let of = |own: &BTreeMap<String, f64>, name: &str| own.get(name).copied().unwrap_or(1.0);
+    let differs =
+        |name: &&&String| weights.iter().any(|own| of(own, name) != of(&weights[0], name));
+    let mut axes = names.iter().filter(differs).filter_map(|name| Aspect::new(name).ok());
+    Ok(axes.next().zip(axes.next()).map(|(x, y)| [x, y]))
+}
+
+/// What scoring left in each combination.
+fn scored(combinations: &[Combination]) -> Result<Vec<ScoredRun>> {
     let mut runs = Vec::new();
     for one in combinations {
         let run = one.setup.run.clone().context("every combination has a directory")?;
         runs.push(ScoredRun::read(Arm { name: one.name.clone(), run })?);
     }
+    Ok(runs)
+}
+
+/// Each combination's Score and what it gained, and the runs compared.
+fn table(runs: &[ScoredRun]) -> Result<String> {
     let mut text = String::from(
         "| combination | model | gain over the original, standardised [95 %] |\n|---|---|---|\n",
     );
-    for run in &runs {
+    for run in runs {
         let (name, gain) = match run.summary.headline(Scale::Standardised) {
             Some(gain) => {
                 let interval = &gain.score.interval;
@@ -230,9 +271,9 @@ fn table(combinations: &[Combination]) -> Result<String> {
     let has_final =
         runs.iter().all(|run| run.summary.models.iter().any(|model| model.name == "final"));
     if has_final {
-        compare::check(&runs, "original", "final")?;
-        let comparison = compare::compare(&runs, "original", "final");
-        writeln!(text, "\n{}", compare::text(&runs, &comparison))?;
+        compare::check(runs, "original", "final")?;
+        let comparison = compare::compare(runs, "original", "final");
+        writeln!(text, "\n{}", compare::text(runs, &comparison))?;
     }
     Ok(text)
 }

@@ -4,141 +4,18 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 #![expect(clippy::print_stdout, reason = "a test says what it measured")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::LazyLock;
-use std::time::{Duration, Instant};
+mod common;
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use arete_records::hashes::{sha256_file, walk};
+use common::{
+    HELLO, STAGES, arete, bytes, done, ended, folder, not_complete, ran, repository, results, run,
+    send, states, text, until, with_recipe,
+};
 use serde_json::Value;
-
-/// Every stage, in order; `reward` writes three directories.
-const STAGES: [&str; 9] = [
-    "prompts",
-    "demonstrations",
-    "sft",
-    "conversations",
-    "preferences",
-    "reward",
-    "ppo",
-    "scoring",
-    "report",
-];
-
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
-}
-
-/// The program, computing with one thread, away from the repository's folder.
-fn arete(words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_arete"));
-    command.args(words).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
-    command
-}
-
-struct Ran {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-fn ran(output: &Output) -> Ran {
-    let [stdout, stderr] =
-        [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-    Ran { code: output.status.code(), stdout, stderr }
-}
-
-fn run(words: &[&str]) -> Ran {
-    ran(&arete(words).output().unwrap())
-}
-
-#[track_caller]
-fn done(words: &[&str]) -> Ran {
-    let ran = run(words);
-    assert_eq!(ran.code, Some(0), "{words:?}\n{}\n{}", ran.stdout, ran.stderr);
-    ran
-}
-
-/// An empty folder with a blank in its name, kept for a look after a failure.
-fn folder(name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("arete pipeline").join(name);
-    if dir.exists() {
-        fs_err::remove_dir_all(&dir).unwrap();
-    }
-    fs_err::create_dir_all(&dir).unwrap();
-    dir
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// A finished `arete hello` that the tests read, and how long it took.
-struct Hello {
-    dir: PathBuf,
-    took: Duration,
-    ran: Ran,
-}
-
-static HELLO: LazyLock<Hello> = LazyLock::new(|| {
-    let dir = folder("hello");
-    let started = Instant::now();
-    let ran = done(&["hello", "--run", text(&dir)]);
-    let took = started.elapsed();
-    println!("arete hello: {took:.1?}");
-    Hello { dir, took, ran }
-});
-
-impl Hello {
-    fn recipe(&self) -> PathBuf {
-        self.dir.join("inputs/recipe.toml")
-    }
-}
-
-/// A setup of hello's recipe, and more words.
-fn with_recipe<'a>(
-    command: &'a str,
-    recipe: &'a Path,
-    dir: &'a Path,
-    more: &[&'a str],
-) -> Vec<&'a str> {
-    [&[command, "--recipe", text(recipe), "--run", text(dir)][..], more].concat()
-}
-
-/// The state of every stage.
-#[track_caller]
-fn states(recipe: &Path, dir: &Path, more: &[&str]) -> BTreeMap<String, Value> {
-    let ran = done(&with_recipe("status", recipe, dir, &[more, &["--json"]].concat()));
-    let seen: Vec<Value> = serde_json::from_str(&ran.stdout).unwrap();
-    let named = |seen: Value| (seen["stage"].as_str().unwrap().to_owned(), seen);
-    seen.into_iter().map(named).collect()
-}
-
-/// The stages that are not complete, with their state.
-#[track_caller]
-fn not_complete(recipe: &Path, dir: &Path, more: &[&str]) -> Vec<(String, String)> {
-    let states = states(recipe, dir, more);
-    let state = |name: &str| states[name]["state"].as_str().unwrap().to_owned();
-    let all = STAGES.map(|name| (name.to_owned(), state(name)));
-    all.into_iter().filter(|(_, state)| state != "complete").collect()
-}
-
-/// Hashes of a run's results: without times, logs, and what hello writes for itself.
-fn results(dir: &Path) -> BTreeMap<String, String> {
-    let files = walk(dir, &|_| false).unwrap().into_iter();
-    let is_result = |file: &String| {
-        !(file.contains("timings.jsonl")
-            || file.contains("tfevents")
-            || file.starts_with("logs/")
-            || file.starts_with("inputs/")
-            || file.rsplit('/').next().unwrap().starts_with('.'))
-    };
-    files
-        .filter(is_result)
-        .map(|file| (file.clone(), sha256_file(dir.join(&file)).unwrap()))
-        .collect()
-}
 
 #[test]
 fn hello_runs_every_stage_and_a_second_run_does_nothing() {
@@ -282,31 +159,14 @@ fn status_says_which_key_or_input_makes_exactly_which_stage_stale() {
     assert_eq!(states["prompts"]["changes"][0]["what"], "input");
 }
 
-/// Waits until something is true.
-#[track_caller]
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !is() {
-        assert!(started.elapsed() < Duration::from_secs(300), "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn a_run_that_is_stopped_goes_on_and_ends_with_the_same_bytes() {
     let dir = folder("stopped").join("my run");
     let recipe = HELLO.recipe();
     let words = with_recipe("run", &recipe, &dir, &[]);
     let begin = || arete(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let send = |signal: &str, child: &std::process::Child| {
-        let pid = child.id().to_string();
-        assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
-    };
-    let ended = |stage: &str| {
-        // The stage's process is gone when nobody holds its lock any more.
-        let lock = fs_err::File::open(dir.join(stage).join(".lock")).unwrap();
-        lock.file().try_lock().is_ok()
-    };
+    // The stage's process is gone when nobody holds its lock any more.
+    let ended = |stage: &str| ended(&dir.join(stage));
 
     // Asked to stop while the policy is trained: the stage ends with a checkpoint, and its exit code is the run's.
     let mut child = begin();
@@ -329,13 +189,6 @@ fn a_run_that_is_stopped_goes_on_and_ends_with_the_same_bytes() {
 
     let ran = done(&words);
     assert!(ran.stderr.lines().any(|line| line.starts_with("sft") && line.ends_with("up to date")));
-    // Cards and descriptions name the run's own directory; tables, tensors and metrics do not.
-    let bytes = |dir: &Path| {
-        let mut files = results(dir);
-        let endings = [".parquet", ".safetensors", "metrics.jsonl"];
-        files.retain(|file, _| endings.iter().any(|ending| file.ends_with(ending)));
-        files
-    };
     let (own, uninterrupted) = (bytes(&dir), bytes(&HELLO.dir));
     assert!(own.len() > 20, "{own:?}");
     assert_eq!(own, uninterrupted);

@@ -30,8 +30,8 @@ enum Command {
         /// Directory with prompts.parquet
         #[arg(long, value_name = "DIR")]
         prompts: PathBuf,
-        /// Directory with the reward models, one a turn of the constitution (of the answer alone with --rollout answer):
-        /// <turn>/adapter and <turn>/score_stats.json
+        /// Directory with the reward models, <name>/adapter and <name>/score_stats.json each: one named as a turn reads that turn's
+        /// reply (with --rollout answer only the answer is asked for), every other (a virtue's, say) the answer
         #[arg(long, value_name = "DIR")]
         rewards: Option<PathBuf>,
         /// One reward model more, or the only one, by name; repeated for several. One named as a turn reads that turn's

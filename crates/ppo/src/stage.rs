@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use arete_chain::constitution::{self, Constitution};
-use arete_chain::{Turns, reading, yardstick};
+use arete_chain::{Member, Turns, members, reading, yardstick};
 use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
-use arete_records::{atomic, left_out, parquet, score_stats, stats};
+use arete_records::{Aspect, atomic, left_out, parquet, score_stats, stats};
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{Completion, StageRun, StageSpec, Start};
 use arete_stage::{seal, timings};
@@ -49,7 +49,7 @@ const ROLLOUTS: &str = "rollouts";
 pub struct TrainInputs {
     /// Directory with `prompts.parquet`.
     pub prompts: PathBuf,
-    /// Directory with `<turn>/adapter` for every turn that the rollouts ask for.
+    /// Directory of reward models, one a directory: those of turns that the rollouts ask for, and all others, which read the answer.
     pub rewards: Option<PathBuf>,
     /// Further reward models, or the only ones; with neither, the reward is programmed.
     pub named_rewards: Vec<NamedReward>,
@@ -132,7 +132,7 @@ fn constitution_of(inputs: &TrainInputs) -> Result<Option<Constitution>, Error> 
     Ok(own.filter(|own| own.turns != Turns::default()))
 }
 
-/// The reward models of the directory, one a turn that is asked for, and those that are named.
+/// The reward models of the directory, as far as they read what is asked for, and those that are named.
 fn reward_models(
     config: &Config,
     inputs: &TrainInputs,
@@ -154,16 +154,25 @@ fn reward_models(
     }
     let mut out = Vec::new();
     if let Some(dir) = &inputs.rewards {
-        out.extend(asked(turns, config.rollout).map(|(_, aspect)| NamedReward {
-            name: aspect.name().to_owned(),
-            dir: dir.join(aspect.name()),
-        }));
+        let asked: Vec<Aspect> = asked(turns, config.rollout).map(|(_, aspect)| aspect).collect();
+        let mut members = members::some_reward_models(dir, turns)?;
+        members.retain(|member| member.turn < asked.len());
+        let unread = asked.iter().filter(|&&turn| members.iter().all(|own| own.name != turn));
+        for turn in unread.filter(|_| inputs.named_rewards.is_empty()) {
+            tracing::warn!(%turn, "no reward model reads this turn");
+        }
+        let named =
+            |member: Member| NamedReward { name: member.name.name().to_owned(), dir: member.dir };
+        out.extend(members.into_iter().map(named));
     }
     for reward in &inputs.named_rewards {
         if out.iter().any(|other| other.name == reward.name) {
             return refuse("a name of its own for every reward model", &reward.name);
         }
         out.push(reward.clone());
+    }
+    if out.is_empty() && is_given {
+        return refuse("a reward model of a turn that is asked for, or of the answer", "none");
     }
     Ok(out)
 }

@@ -1,7 +1,7 @@
 //! Reward models: a scalar head and a LoRA adapter that prefer the better of two conversations.
 //!
-//! Inputs: `preferences/<aspect>/{train,validation}.parquet`, or human pairs in the hub's hh-rlhf form; a base model.
-//! Outputs, in one directory an aspect: `adapter/` (peft, SEQ_CLS with the head), `score_stats.json`, `evaluation.json`,
+//! Inputs: `preferences/<name>/{train,validation}.parquet`, a set of a turn or a virtue each, or human pairs in the hub's hh-rlhf
+//! form; a base model. Outputs, in one directory a set: `adapter/` (peft, SEQ_CLS with the head), `score_stats.json`, `evaluation.json`,
 //! with `--merge` `merged/` (a `…ForSequenceClassification` directory), `metrics.jsonl`, `run.json`. With `--folds K` human pairs make
 //! K of them, each trained without the questions of its own fold, and the card of both judges, `yardstick.json`.
 //!
@@ -19,6 +19,7 @@ pub mod loss;
 pub mod model;
 pub mod objective;
 pub mod score;
+mod sets;
 mod stage;
 mod statistics;
 

@@ -21,7 +21,7 @@ struct Cli {
     command: Command,
 }
 
-/// Which reward models to train: those of all turns (none named), or that of one.
+/// Which reward models to train: those of all sets of preferences (none named), or that of one.
 #[derive(Clone, Copy, Debug)]
 struct Wanted(Option<Aspect>);
 
@@ -44,11 +44,11 @@ enum Command {
     Train {
         #[command(flatten)]
         stage: StageArgs,
-        /// The reward models to train: all, or that of one turn of the constitution (action, motivation, consequence as
-        /// shipped); each goes into its own directory in --output
-        #[arg(long, default_value = "all", value_name = "TURN")]
+        /// The reward models to train: all that there are preferences for, or one, by the name of a turn of the constitution
+        /// (action, motivation, consequence as shipped) or of a virtue; each goes into its own directory in --output
+        #[arg(long, default_value = "all", value_name = "NAME")]
         aspect: Wanted,
-        /// Directory with <aspect>/{train,validation}.parquet
+        /// Directory with <name>/{train,validation}.parquet, a set of a turn or a virtue each
         #[arg(
             long,
             value_name = "DIR",
@@ -95,8 +95,8 @@ fn run() -> anyhow::Result<()> {
             let (preferences, from) = match (preferences, pairs) {
                 (_, Some(file)) => (PreferenceSource::Pairs(file.clone()), file),
                 (Some(dir), None) => {
-                    let aspects = aspect.0.into_iter().collect();
-                    (PreferenceSource::Stage { dir: dir.clone(), aspects }, dir)
+                    let sets = aspect.0.into_iter().collect();
+                    (PreferenceSource::Stage { dir: dir.clone(), sets }, dir)
                 }
                 (None, None) => unreachable!("clap demands one of them"),
             };

@@ -29,6 +29,10 @@ pub struct ScoreConfig {
     /// JSON lines with the scores, one for every row; `-` for stdout
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
+    /// Fields of the input's rows that stand beside the scores (split, messages, say)
+    #[arg(long, num_args = 1.., value_name = "FIELD")]
+    #[serde(default)]
+    pub copy: Vec<String>,
     /// Most tokens in one forward pass; changes scores only by rounding
     #[arg(long, default_value_t = 4096)]
     pub micro_batch_tokens: usize,
@@ -56,7 +60,7 @@ pub struct ScoreConfig {
 ///
 /// Bad rows, an unusable model, a full disk: see [`Error`].
 pub fn run(config: &ScoreConfig) -> Result<(), Error> {
-    let rows = read(&config.input)?;
+    let rows = read(&config.input, &config.copy)?;
     runtime::set_threads(config.threads);
     let device = runtime::device(&config.device)?;
     let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
@@ -90,6 +94,7 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
         if let Some(id) = &row.prompt_id {
             line.insert("prompt_id".to_owned(), id.as_str().into());
         }
+        line.extend(row.copied.iter().map(|(field, value)| (field.clone(), value.clone())));
         if let Some((_, score)) = own.iter().find(|(_, score)| !score.is_finite()) {
             let (row, path) = (row.row, config.input.display());
             let what = format!("score of row {row} of {path} ({score})");
@@ -116,9 +121,11 @@ struct Row {
     row: usize,
     prompt_id: Option<String>,
     conversations: Vec<Conversation>,
+    /// Fields that are passed on.
+    copied: Vec<(String, Value)>,
 }
 
-fn read(path: &Path) -> Result<Vec<Row>, Error> {
+fn read(path: &Path, copy: &[String]) -> Result<Vec<Row>, Error> {
     let mut rows = Vec::new();
     for (row, object) in pairs::records(path)? {
         let refused = |error: FieldError| error.at(path, At::Row(row));
@@ -141,7 +148,15 @@ fn read(path: &Path) -> Result<Vec<Row>, Error> {
             return Err(refused(FieldError::new("messages", "at least one message", &got)).into());
         }
         let prompt_id = object.get("prompt_id").and_then(Value::as_str).map(str::to_owned);
-        rows.push(Row { row, prompt_id, conversations });
+        let field = |name: &String| match object.get(name) {
+            Some(value) => Ok((name.clone(), value.clone())),
+            None => {
+                let expected = format!("a column `{name}`");
+                Err(refused(FieldError::columns("copy", expected, &object)))
+            }
+        };
+        let copied = copy.iter().map(field).collect::<Result<_, arete_records::Refusal>>()?;
+        rows.push(Row { row, prompt_id, conversations, copied });
     }
     Ok(rows)
 }

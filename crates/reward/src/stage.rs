@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use arete_chain::constitution::{Constitution, listed};
+use arete_chain::constitution::Constitution;
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::yardstick::fold_dir;
-use arete_chain::{CutReply, Reading, Turns};
+use arete_chain::{CutReply, Member, Reading, Turns};
 use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, adapter::merge};
@@ -23,7 +23,7 @@ use crate::data::{self, Pair, Pairs, Preference, Rendering};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::statistics::{Asked, BaseReplies, Scored, StatsSampling};
-use crate::{Config, Error, folds};
+use crate::{Config, Error, folds, sets};
 
 /// Settings that say how long it is trained: with more of them, training goes on.
 const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
@@ -40,12 +40,12 @@ type PairScores = Vec<[f64; 2]>;
 /// Where preferences come from.
 #[derive(Clone, Debug)]
 pub enum PreferenceSource {
-    /// `DIR/<aspect>/{train,validation}.parquet`, for these aspects.
+    /// `DIR/<name>/{train,validation}.parquet`, a set of a turn's reply each, or of a virtue.
     Stage {
         /// The directory.
         dir: PathBuf,
-        /// One reward model each; none for all that the constitution has.
-        aspects: Vec<Aspect>,
+        /// The sets to train on, a reward model each; none for all that there are.
+        sets: Vec<Aspect>,
     },
     /// A file of pairs, for one reward model.
     Pairs(PathBuf),
@@ -59,15 +59,15 @@ pub struct TrainInputs {
     /// Directory with `conversations.parquet`, from which the score statistics are taken; without it, from both sides
     /// of the validation pairs.
     pub conversations: Option<PathBuf>,
-    /// For aspects, the directory with one directory each; for pairs, the directory itself.
+    /// For sets, the directory with one directory each; for pairs, the directory itself.
     pub output: PathBuf,
 }
 
 /// One reward model to train.
 struct Job {
     name: String,
-    /// The turn and its place in the chain; none of pairs.
-    aspect: Option<(Aspect, usize)>,
+    /// The set of preferences, and the turn that it is about; none of pairs.
+    set: Option<Member>,
     /// All turns of the chain.
     turns: Turns,
     /// Of a cross-fitted yardstick.
@@ -81,7 +81,7 @@ struct Job {
     run: StageRun,
 }
 
-/// Trains a reward model for every aspect (or for the pairs), the base loaded once.
+/// Trains a reward model for every set of preferences (or for the pairs), the base loaded once.
 ///
 /// # Errors
 ///
@@ -145,7 +145,7 @@ fn train_jobs(
     Ok(())
 }
 
-fn setting(name: &'static str, expected: &str, got: &str) -> Error {
+pub(crate) fn setting(name: &'static str, expected: &str, got: &str) -> Error {
     Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
 }
 
@@ -181,16 +181,16 @@ fn open_jobs(
     source: &Source,
 ) -> Result<Vec<Job>, Error> {
     let mut jobs = Vec::new();
-    type Wanted = (Option<(Aspect, usize)>, Option<usize>, PathBuf, PathBuf);
+    type Wanted = (Option<Member>, Option<usize>, PathBuf, PathBuf);
     let (carried, wanted): (_, Vec<Wanted>) = match &inputs.preferences {
-        PreferenceSource::Stage { dir, aspects } => {
+        PreferenceSource::Stage { dir, sets } => {
             let carried = Constitution::carried(dir)?;
             let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
-            let of = |(aspect, place): (Aspect, usize)| {
-                let name = aspect.name();
-                (Some((aspect, place)), None, dir.join(name), inputs.output.join(name))
+            let of = |set: Member| {
+                let output = inputs.output.join(set.name.name());
+                (Some(set.clone()), None, set.dir, output)
             };
-            let wanted = wanted(&turns, aspects)?.into_iter().map(of).collect();
+            let wanted = sets::wanted(dir, &turns, sets)?.into_iter().map(of).collect();
             (carried, wanted)
         }
         PreferenceSource::Pairs(file) if config.folds > 0 => {
@@ -202,14 +202,14 @@ fn open_jobs(
         }
     };
     let turns = carried.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
-    for (aspect, fold, data, output) in wanted {
-        let (train, validation) = match aspect {
+    for (set, fold, data, output) in wanted {
+        let (train, validation) = match set {
             Some(_) => (data.join("train.parquet"), data.join("validation.parquet")),
             None => (data.clone(), data.clone()),
         };
-        let test = aspect.map(|_| data.join("test.parquet")).filter(|path| path.is_file());
+        let test = set.as_ref().map(|_| data.join("test.parquet")).filter(|path| path.is_file());
         let mut files = vec![("train".to_owned(), train.clone())];
-        if aspect.is_some() {
+        if set.is_some() {
             if validation.exists() {
                 files.push(("validation".to_owned(), validation.clone()));
             }
@@ -226,8 +226,8 @@ fn open_jobs(
         if let Some(own) = &carried {
             files.push(("constitution".to_owned(), own.path().to_owned()));
         }
-        let name = match (aspect, fold) {
-            (Some((aspect, _)), _) => aspect.name().to_owned(),
+        let name = match (&set, fold) {
+            (Some(set), _) => set.name.name().to_owned(),
             (None, Some(fold)) => format!("yardstick, fold {fold}"),
             (None, None) => "yardstick".to_owned(),
         };
@@ -235,14 +235,14 @@ fn open_jobs(
         arete_training::forget_harmless(&mut recorded, &[]);
         // Not a setting: reward models of versions that recorded no reading rule are trained again.
         recorded["reading"] = "as trained".into();
-        if aspect.is_some() && conversations.is_some() {
+        if set.is_some() && conversations.is_some() {
             recorded["stats_sampling"] = serde_json::json!(sampling);
         }
         // Nor this: the figures of versions that knew one null ruler, and no pairs of the test split, are taken again.
         recorded["evaluation"] = "beside null rulers".into();
         recorded["fold"] = fold.into();
-        recorded["aspect"] = aspect.map_or(Value::Null, |(aspect, _)| aspect.name().into());
-        let stage = if aspect.is_some() { "reward" } else { "yardstick" };
+        recorded["aspect"] = set.as_ref().map_or(Value::Null, |set| set.name.name().into());
+        let stage = if set.is_some() { "reward" } else { "yardstick" };
         let spec = StageSpec {
             stage,
             output: &output,
@@ -256,10 +256,11 @@ fn open_jobs(
                 if let Some(own) = &carried {
                     own.leave(run.output())?;
                 }
-                let (turns, conversations) = (turns.clone(), aspect.and(conversations.cloned()));
+                let conversations = set.as_ref().and(conversations.cloned());
+                let turns = turns.clone();
                 jobs.push(Job {
                     name,
-                    aspect,
+                    set,
                     turns,
                     fold,
                     train,
@@ -272,20 +273,6 @@ fn open_jobs(
         }
     }
     Ok(jobs)
-}
-
-/// The turns that reward models are wanted for, with their places in the chain.
-fn wanted(turns: &Turns, aspects: &[Aspect]) -> Result<Vec<(Aspect, usize)>, Error> {
-    let names = turns.names();
-    let aspects = if aspects.is_empty() { &names } else { aspects };
-    let of = |&aspect: &Aspect| {
-        let unknown = || {
-            let expected = format!("all, or a turn of the constitution: {}", listed(&names));
-            setting("aspect", &expected, aspect.name())
-        };
-        Ok((aspect, turns.place(aspect).ok_or_else(unknown)?))
-    };
-    aspects.iter().map(of).collect()
 }
 
 /// Pairs of both splits as tokens.
@@ -334,8 +321,7 @@ impl Base<'_> {
         let mut adapter =
             Adapter::new(&job.name, &model.config, &config.lora.config(), config.seed, device)?;
         adapter.set_trainable(true);
-        // Each aspect's head starts elsewhere: an ensemble whose members start alike errs alike.
-        let head_seed = config.seed.wrapping_add(job.aspect.map_or(0, |(_, place)| place as u64));
+        let head_seed = sets::head_seed(config.seed, job.set.as_ref(), &job.turns);
         let mut head = ScalarHead::normal(model.config.hidden_size, head_seed, device);
         head.set_trainable(true);
         let (outcome, evaluated) = self.optimise(&job, &data, &adapter, &head)?;
@@ -453,7 +439,7 @@ impl Base<'_> {
             label: config.label,
             margin_per_vote: config.margin_per_vote,
         };
-        let (mut train, validation, validation_name) = if job.aspect.is_some() {
+        let (mut train, validation, validation_name) = if job.set.is_some() {
             let train = data::read_preferences(&job.train)?;
             // Of few prompts none may be left of this split: the stage before writes no file of it then.
             let validation = if job.validation.is_file() {
@@ -605,7 +591,8 @@ impl Base<'_> {
         let micro_batch_tokens = self.config.steps.micro_batch_tokens;
         let scored =
             Scored { model: &self.model, chat, adapter, head, reading, micro_batch_tokens };
-        if let (Some(path), Some((aspect, _))) = (&job.conversations, job.aspect) {
+        if let (Some(path), Some(set)) = (&job.conversations, &job.set) {
+            let aspect = job.turns.names()[set.turn];
             let asked =
                 Asked { path, turns: &job.turns, sampling: self.sampling, seed: self.config.seed };
             let of = self.replies.statistics(asked, aspect, &scored)?;

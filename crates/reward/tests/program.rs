@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
+#[path = "../../training/tests/support/program.rs"]
+mod support;
+
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -12,10 +15,7 @@ use arete_records::rows::{ConversationRow, PreferenceRow, TurnRow};
 use arete_records::{Aspect, FinishReason, Message, Split, parquet};
 use rand_chacha::rand_core::Rng;
 use serde_json::Value;
-
-fn model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
-}
+use support::{assert_same_files, files, message, model};
 
 fn pair(i: usize) -> PreferenceRow {
     let endings = ["with care.", "today.", "in plain words.", "and listen."];
@@ -66,10 +66,6 @@ fn train_on(model: &Path, preferences: &Path, output: &Path, more: &[&str]) -> C
     command
 }
 
-fn message(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
 fn succeed(mut command: Command) -> Output {
     let done = command.output().unwrap();
     assert!(done.status.success(), "{}", message(&done));
@@ -83,25 +79,6 @@ fn json(path: &Path) -> Value {
 fn lines(path: &Path) -> Vec<Value> {
     let text = fs_err::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
-
-/// Every file whose bytes are promised.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut out = BTreeMap::new();
-    for entry in fs_err::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if path.is_dir() {
-            let inner = files(&path).into_iter();
-            out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
-        } else if !name.starts_with('.')
-            && !["timings.jsonl", "machine.json"].contains(&name.as_str())
-            && !name.contains("tfevents")
-        {
-            out.insert(name, fs_err::read(&path).unwrap());
-        }
-    }
-    out
 }
 
 fn score(model: &Path, adapter: Option<&Path>, input: &Path, more: &[&str]) -> Vec<Value> {
@@ -255,6 +232,60 @@ fn preferences_become_a_reward_model_that_scores() {
 }
 
 /// Starts training and waits until it has logged `n` lines (or ended).
+#[test]
+fn a_virtue_has_a_reward_model_as_a_turn_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let preferences = preferences(dir.path());
+    let (conversations, _) = conversations(dir.path());
+    fs_err::rename(preferences.join("action"), preferences.join("honesty")).unwrap();
+    let output = dir.path().join("reward");
+    let train_of = |name: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+        command.args([
+            "train",
+            "--aspect",
+            name,
+            "--rank",
+            "2",
+            "--max-steps",
+            "2",
+            "--dtype",
+            "f32",
+        ]);
+        command.args(["--threads", "1", "--stats-samples", "0", "--model", &text(&model())]);
+        command.args(["--conversations", &text(&conversations), "--seed", "3"]);
+        command.args(["--preferences", &text(&preferences), "--output", &text(&output)]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    succeed(train_of("all"));
+    let run = json(&output.join("honesty/run.json"));
+    assert_eq!((&run["stage"], &run["config"]["aspect"]), (&"reward".into(), &"honesty".into()));
+    // Its statistics are of the answers in the conversations, as a turn's are.
+    let stats = json(&output.join("honesty/score_stats.json"));
+    assert_eq!(stats["source"], "the base's replies");
+    let refused = train_of("courage").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{}", message(&refused));
+    let wanted = "a turn of the constitution: action, motivation, consequence; or a set that is there: honesty, got courage";
+    assert!(message(&refused).contains(wanted), "{}", message(&refused));
+    // Two virtues do not start alike, though their pairs and their seed are the same.
+    let copy = |split: &str| {
+        let from = preferences.join("honesty").join(split);
+        fs_err::create_dir_all(preferences.join("respect")).unwrap();
+        fs_err::copy(&from, preferences.join("respect").join(split)).unwrap();
+    };
+    ["train.parquet", "validation.parquet"].iter().for_each(|split| copy(split));
+    succeed(train_of("respect"));
+    let head =
+        |name: &str| fs_err::read(output.join(name).join("adapter/adapter_model.safetensors"));
+    assert_ne!(head("honesty").unwrap(), head("respect").unwrap());
+    // What the stage before has not finished is not learned from.
+    fs_err::write(preferences.join("stage.json"), "{}").unwrap();
+    let refused = train_of("all").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{}", message(&refused));
+    assert!(message(&refused).contains("a stage that was stopped"), "{}", message(&refused));
+}
+
 fn start_until(preferences: &Path, output: &Path, n: usize) -> std::process::Child {
     let mut child = train(preferences, output, &[]).spawn().unwrap();
     let started = Instant::now();
@@ -265,15 +296,6 @@ fn start_until(preferences: &Path, output: &Path, n: usize) -> std::process::Chi
         std::thread::sleep(Duration::from_millis(1));
     }
     child
-}
-
-fn assert_same_files(a: &Path, b: &Path) {
-    let (a, b) = (files(a), files(b));
-    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
-    for (name, bytes) in &a {
-        assert!(bytes == &b[name], "{name} differs");
-    }
-    assert!(a.contains_key("action/run.json"));
 }
 
 /// Three kills; `make torture` kills twenty times.

@@ -2,29 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+#[path = "../../training/tests/support/trl.rs"]
+mod support;
 
 use arete_chain::reward_model::sequence_scores;
-use arete_model::{Device, Kind, LoadOptions, Model, Source, Tensor, adapter};
+use arete_model::{Device, Model, adapter};
 use arete_reward::config::{Label, OverLength};
 use arete_reward::data::{self, Pair, Rendering};
 use arete_reward::model::pair_scores;
 use arete_reward::objective::BradleyTerry;
 use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
 use serde_json::Value;
+use support::{golden, here, relative_difference, tiny_chat};
 
 const N_STEPS: usize = 5;
-
-fn here(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn tiny_chat() -> Model {
-    let source = Source::Directory(here("../../tests/fixtures/tiny-chat"));
-    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
-    Model::load(&source, &options).unwrap()
-}
 
 /// The pairs of the goldens, with the margins TRL took from its column.
 fn pairs(model: &Model) -> Vec<Pair> {
@@ -47,21 +38,9 @@ fn pairs(model: &Model) -> Vec<Pair> {
     pairs
 }
 
-fn golden() -> (Value, BTreeMap<String, Tensor>) {
-    let json = fs_err::read_to_string(here("tests/goldens/trl.json")).unwrap();
-    let tensors = Tensor::read_safetensors(here("tests/goldens/trl.safetensors")).unwrap();
-    (serde_json::from_str(&json).unwrap(), tensors.into_iter().collect())
-}
-
 fn assert_close(what: &str, ours: f64, theirs: f64) {
     let scale = theirs.abs().max(0.1); // a mean score near 0 is a difference of larger ones
     assert!((ours - theirs).abs() <= 1e-4 * scale, "{what}: {ours}, TRL {theirs}");
-}
-
-/// ‖ours − theirs‖ / ‖theirs‖.
-fn relative_difference(ours: &Tensor, theirs: &Tensor) -> f64 {
-    let norm = |tensor: &Tensor| f64::try_from(tensor.to_kind(Kind::Double).norm()).unwrap();
-    norm(&(ours - theirs)) / norm(theirs)
 }
 
 #[test]

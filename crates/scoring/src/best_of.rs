@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_chain::yardstick::{self, Place};
-use arete_chain::{Yardstick, reading};
+use arete_chain::{Member, Yardstick, members, reading};
 use arete_model::machine;
 use arete_model::machine::Machine;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
@@ -39,13 +39,13 @@ pub struct BestOf {
     pub n_prompts: usize,
     /// Where the samples are from.
     pub from: String,
-    /// Mean ensemble score of a sample (the mean of the aspects' standardised scores).
+    /// Mean ensemble score of a sample (the mean of the reward models' standardised scores).
     pub mean: f64,
     /// Expected ensemble score of the best of k samples, k = 1, 2, 4, …, n.
     pub curve: Vec<(usize, f64)>,
     /// Score of the best of n less the mean, with its bootstrap interval (prompts redrawn).
     pub gain: Interval,
-    /// The same for each aspect's own score.
+    /// The same for each reward model's own score.
     pub gain_by_aspect: BTreeMap<Aspect, f64>,
     /// Yardstick score of the ensemble's best of n less the mean of all n, with its bootstrap interval.
     #[serde(default)]
@@ -181,7 +181,7 @@ pub struct BestOfInputs {
     pub prompts: PathBuf,
     /// The model that samples, and that the reward models belong to.
     pub base: String,
-    /// Directory with one reward model an aspect.
+    /// Directory of reward models, one a directory: of turns, or of virtues, which read the answer.
     pub rewards: PathBuf,
     /// Directory of a reward model that judges the ensemble's favourites.
     pub yardstick: Option<PathBuf>,
@@ -208,14 +208,14 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut files = vec![("prompts".to_owned(), file.clone())];
     let constitution = carried_by_reward_models(&inputs.rewards)?;
     let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
-    let aspects = turns.names();
+    let members = members::some_reward_models(&inputs.rewards, &turns)?;
+    let aspects: Vec<Aspect> = members.iter().map(|member| member.name).collect();
     files.extend(constitution.map(|own| ("constitution".to_owned(), own.path().to_owned())));
     if let Some(path) = base.local_path() {
         files.push(("base".to_owned(), path.to_owned()));
     }
-    for aspect in &aspects {
-        let dir = inputs.rewards.join(aspect.name());
-        files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+    for Member { name: aspect, dir, .. } in &members {
+        files.push((format!("reward {aspect}"), adapter_dir(dir)));
         let rule = dir.join(reading::FILE);
         if rule.is_file() {
             files.push((format!("reading {aspect}"), rule));
@@ -265,15 +265,15 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let micro_batch_tokens = config.micro_batch_tokens;
     let reader = Base { model, chat: &chat, micro_batch_tokens };
     let mut reward_models = Vec::new();
-    for &aspect in &aspects {
-        let dir = inputs.rewards.join(aspect.name());
-        let stats = read_stats(&dir, Some(model))?.ok_or_else(|| Error::File {
+    for Member { name, turn, dir } in &members {
+        let stats = read_stats(dir, Some(model))?.ok_or_else(|| Error::File {
             path: dir.join(score_stats::FILE),
             field: "std".to_owned(),
             expected: "statistics to standardise with".to_owned(),
             found: "none".to_owned(),
         })?;
-        reward_models.push((aspect, RewardModel::over(&dir, aspect.name(), model)?, stats));
+        let read = turns.names()[*turn];
+        reward_models.push((read, RewardModel::over(dir, name.name(), model)?, stats));
     }
     let drawing = Drawing {
         sampling: config.sampling(),
@@ -289,8 +289,8 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         let chains = sample_chains(model, None, together, &turns, &drawing)?;
         let rows: Vec<ConversationRow> = chains.into_iter().map(|(row, _)| row).collect();
         let mut z = vec![Vec::with_capacity(aspects.len()); rows.len()];
-        for (aspect, reward, stats) in &reward_models {
-            let scores = aspect_scores(reward, reader, &rows, &[*aspect])?;
+        for (read, reward, stats) in &reward_models {
+            let scores = aspect_scores(reward, reader, &rows, &[*read])?;
             for (z, score) in z.iter_mut().zip(scores) {
                 z.push(standardise(score[0], stats));
             }

@@ -51,6 +51,8 @@ pub struct ScoredRun {
     pub turns: Turns,
     /// SHA-256 of the yardstick's files, by name; empty without one.
     pub yardstick: BTreeMap<String, String>,
+    /// SHA-256 of the reward models' files and statistics, by name.
+    pub rewards: BTreeMap<String, String>,
 }
 
 impl ScoredRun {
@@ -79,9 +81,11 @@ impl ScoredRun {
             })?;
         let scores = parquet::read(dir.join(score::SCORES))?;
         let mut yardstick = RunJson::read(&dir)?.inputs;
+        let mut rewards = yardstick.clone();
+        rewards.retain(|name, _| name.starts_with("reward ") || name.starts_with("score_stats "));
         yardstick.retain(|name, _| name.starts_with("yardstick"));
         let turns = Turns::carried(&dir)?;
-        Ok(Self { arm, summary, scores, turns, yardstick })
+        Ok(Self { arm, summary, scores, turns, yardstick, rewards })
     }
 
     /// Whether the run's labels were made from the contrast of these two models.
@@ -307,12 +311,14 @@ mod tests {
             coherence: Coherence::default(),
             coherence_by_aspect: BTreeMap::new(),
             retokenised: false,
+            kl: None,
             preference_accuracy: None,
         };
         let models = vec![model("original"), model("final")];
         let summary = Summary { n_prompts: 2, models, ..Summary::default() };
         let arm = Arm { name: arm.to_owned(), run: PathBuf::from(format!("runs/{arm}")) };
-        ScoredRun { arm, summary, scores, turns: Turns::default(), yardstick: BTreeMap::new() }
+        let (turns, none) = (Turns::default(), BTreeMap::new());
+        ScoredRun { arm, summary, scores, turns, yardstick: none.clone(), rewards: none }
     }
 
     #[test]

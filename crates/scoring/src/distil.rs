@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 
 use arete_chain::constitution::{Turns, carried_by_reward_models};
-use arete_chain::reading;
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
+use arete_chain::{Member, members, reading};
 use arete_model::{Model, machine};
 use arete_records::rows::{ConversationRow, DemonstrationRow, PromptRow};
 use arete_records::{Aspect, FinishReason, ScoreStats, Split, parquet, score_stats, stats};
@@ -35,14 +35,14 @@ pub struct DistilInputs {
     pub prompts: PathBuf,
     /// The model that samples, and that the reward models belong to.
     pub base: String,
-    /// Directory with one reward model an aspect.
+    /// Directory of reward models, one a directory: of turns, or of virtues, which read the answer.
     pub rewards: PathBuf,
     /// Where the demonstrations go.
     pub output: PathBuf,
 }
 
 /// Samples `n` chains for every prompt (at most `config.n_prompts` of those that are not of split test) and keeps the one
-/// with the highest mean of the aspects' standardised scores, among those that the token limit cut nowhere.
+/// with the highest mean of the reward models' standardised scores, among those that the token limit cut nowhere.
 ///
 /// # Errors
 ///
@@ -62,9 +62,9 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), 
     let mut files = vec![("prompts".to_owned(), file.clone())];
     files.extend(constitution.map(|own| ("constitution".to_owned(), own.path().to_owned())));
     files.extend(base.local_path().map(|path| ("base".to_owned(), path.to_owned())));
-    for aspect in turns.names() {
-        let dir = inputs.rewards.join(aspect.name());
-        files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+    let members = members::some_reward_models(&inputs.rewards, &turns)?;
+    for Member { name: aspect, dir, .. } in &members {
+        files.push((format!("reward {aspect}"), adapter_dir(dir)));
         let rule = dir.join(reading::FILE);
         files.extend(rule.is_file().then(|| (format!("reading {aspect}"), rule)));
         files.push((format!("score_stats {aspect}"), dir.join(score_stats::FILE)));
@@ -84,7 +84,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), 
     let prompts = prompts(&file, config.n_prompts)?;
     let options = config.load_options()?;
     let mut shelf = Shelf::new(options);
-    let teacher = Teacher::open(shelf.get(&base)?, &inputs.rewards, turns, config, n)?;
+    let teacher = Teacher::open(shelf.get(&base)?, &members, turns, config, n)?;
     let units =
         Units { output, name: DEMONSTRATIONS.to_owned(), n_items: prompts.len(), shard: None };
     let progress = arete_records::progress::start("distilling", "prompts", prompts.len() as u64);
@@ -140,6 +140,7 @@ fn prompts(file: &Path, most: usize) -> Result<Vec<PromptRow>, Error> {
 struct Teacher<'a> {
     model: &'a Model,
     turns: Turns,
+    /// With the turn that each reads.
     reward_models: Vec<(Aspect, RewardModel, ScoreStats)>,
     drawing: Drawing,
     micro_batch_tokens: usize,
@@ -148,21 +149,21 @@ struct Teacher<'a> {
 impl<'a> Teacher<'a> {
     fn open(
         model: &'a Model,
-        rewards: &Path,
+        members: &[Member],
         turns: Turns,
         config: &ScoreConfig,
         n_samples: usize,
     ) -> Result<Self, Error> {
         let mut reward_models = Vec::new();
-        for aspect in turns.names() {
-            let dir = rewards.join(aspect.name());
-            let stats = read_stats(&dir, Some(model))?.ok_or_else(|| Error::File {
+        for Member { name, turn, dir } in members {
+            let stats = read_stats(dir, Some(model))?.ok_or_else(|| Error::File {
                 path: dir.join(score_stats::FILE),
                 field: "std".to_owned(),
                 expected: "statistics to standardise with".to_owned(),
                 found: "none".to_owned(),
             })?;
-            reward_models.push((aspect, RewardModel::over(&dir, aspect.name(), model)?, stats));
+            let read = turns.names()[*turn];
+            reward_models.push((read, RewardModel::over(dir, name.name(), model)?, stats));
         }
         let (max_new_tokens, seed) = (config.max_new_tokens, config.seed);
         let drawing = Drawing { sampling: config.sampling(), max_new_tokens, seed, n_samples };
@@ -179,8 +180,8 @@ impl<'a> Teacher<'a> {
         let chat = model.chat()?;
         let base = Base { model, chat: &chat, micro_batch_tokens: self.micro_batch_tokens };
         let mut z = vec![Vec::with_capacity(turns.len()); rows.len()];
-        for (aspect, reward, stats) in &self.reward_models {
-            for (z, score) in z.iter_mut().zip(aspect_scores(reward, base, &rows, &[*aspect])?) {
+        for (read, reward, stats) in &self.reward_models {
+            for (z, score) in z.iter_mut().zip(aspect_scores(reward, base, &rows, &[*read])?) {
                 z.push(standardise(score[0], stats));
             }
         }

@@ -338,7 +338,7 @@ fn beginning(run: &RunFiles) -> Finding {
         let curve = ppo.curve(&["sampler_trainer_difference"]);
         curve.into_iter().map(|(_, value)| value).fold(0.0, f64::max)
     });
-    let spread = run.aspects().into_iter().filter_map(|aspect| {
+    let spread = run.names().into_iter().filter_map(|aspect| {
         let wide = first(&format!("score_spread_{aspect}"))?;
         (!SPREAD.contains(&wide)).then(|| format!("{aspect} {}", number(wide, false)))
     });

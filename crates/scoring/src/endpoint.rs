@@ -239,6 +239,7 @@ mod tests {
             coherence: Coherence::default(),
             coherence_by_aspect: std::collections::BTreeMap::new(),
             retokenised: false,
+            kl: None,
             preference_accuracy: None,
         };
         let change = |estimate| Change {

@@ -18,6 +18,8 @@ pub mod distil;
 pub mod doctor;
 pub mod endpoint;
 mod error;
+pub mod front;
+pub mod gold;
 mod labels;
 pub mod pairs;
 pub mod policies;

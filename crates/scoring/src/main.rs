@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_chain::Turns;
+use arete_chain::{Turns, members};
 use arete_scoring::best_of::{self, BestOfInputs};
 use arete_scoring::compare::{self, Arm, Format, ScoredRun};
 use arete_scoring::distil::{self, DistilInputs};
@@ -152,7 +152,7 @@ struct Places {
     /// The model that reward models and adapters belong to [default: the fine-tuned one, else the original]
     #[arg(long, value_name = "MODEL")]
     base: Option<String>,
-    /// Directory with one reward model an aspect [default: RUN/reward]
+    /// Directory of reward models, one a directory: of turns, or of virtues [default: RUN/reward]
     #[arg(long, visible_alias = "rewards", value_name = "DIR")]
     reward: Option<PathBuf>,
     /// The yardstick (`make yardstick`), or a single reward model, which is marked as not cross-fitted [default: RUN/yardstick]
@@ -211,9 +211,11 @@ impl Places {
 
 /// What a run started from, as its first adapter says.
 fn original_of(run: &Path) -> Result<Option<String>, Error> {
-    let answer = Turns::of_reward_models(&run.join("reward"))?.answer();
-    let first_reward = run.join("reward").join(answer.name()).join("adapter");
-    let adapters = [run.join("sft/adapter"), first_reward];
+    let rewards = run.join("reward");
+    let turns = Turns::of_reward_models(&rewards)?;
+    let rewards = members::reward_models(&rewards, &turns)?;
+    let mut adapters = vec![run.join("sft/adapter")];
+    adapters.extend(rewards.iter().map(|member| member.dir.join("adapter")));
     adapters.iter().find(|dir| dir.is_dir()).map(|dir| policies::base_of_adapter(dir)).transpose()
 }
 

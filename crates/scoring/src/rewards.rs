@@ -151,7 +151,7 @@ fn mark(
     Ok(Marked { token_ids: rendered.token_ids, replies })
 }
 
-/// log P of every marked reply, at temperature 1.
+/// log P of every marked reply, at a temperature above 0.
 ///
 /// # Errors
 ///
@@ -160,6 +160,7 @@ pub(crate) fn reply_logprobs(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
     sequences: &[Marked],
+    temperature: f64,
     micro_batch_tokens: usize,
 ) -> Result<Vec<Vec<ReplyLogprob>>, Error> {
     let _guard = tch::no_grad_guard();
@@ -179,7 +180,9 @@ pub(crate) fn reply_logprobs(
             Vec::new()
         } else {
             let hidden = decoder.forward(&batch, adapter)?; // [N, D]
-            numbers(&logprobs::of_rows(decoder, &hidden, &batch, &rows, 1.0, false)?.logprob)?
+            numbers(
+                &logprobs::of_rows(decoder, &hidden, &batch, &rows, temperature, false)?.logprob,
+            )?
         };
         let mut values = values.into_iter();
         for marked in part {

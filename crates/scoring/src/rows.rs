@@ -50,10 +50,14 @@ pub struct PolicyPreferenceRow {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct MeasureRow {
     pub(crate) prompt_id: String,
+    /// A turn, or a virtue in the answer.
     pub(crate) aspect: Aspect,
-    pub(crate) score: f32,
+    /// None of a turn that has no reward model.
+    pub(crate) score: Option<f32>,
     pub(crate) base_logprob: f32,
     pub(crate) n_base_tokens: i32,
+    /// log P of a turn's sampled tokens under the model less that under the base, at the sampling temperature, nats.
+    pub(crate) kl: Option<f32>,
     /// Whether the model's tokens mean nothing to the base, so that the reply's text was tokenised anew.
     pub(crate) retokenised: bool,
 }
@@ -68,6 +72,8 @@ pub(crate) struct TokensRow {
     pub(crate) token_ids: Vec<i32>,
     /// Where the replies begin and end: begin, end, begin, end, begin, end.
     pub(crate) bounds: Vec<i32>,
+    /// log P of each reply under the model itself, at the sampling temperature; none where that is 0.
+    pub(crate) logprobs: Vec<f32>,
 }
 
 impl TokensRow {
@@ -83,6 +89,7 @@ impl TokensRow {
                 .iter()
                 .flat_map(|reply| [place(reply.tokens.start), place(reply.tokens.end)])
                 .collect(),
+            logprobs: Vec::new(),
         }
     }
 }
@@ -143,9 +150,10 @@ impl Row for MeasureRow {
         fields(&[
             ("prompt_id", TEXT, false),
             ("aspect", TEXT, false),
-            ("score", DataType::Float32, false),
+            ("score", DataType::Float32, true),
             ("base_logprob", DataType::Float32, false),
             ("n_base_tokens", DataType::Int32, false),
+            ("kl", DataType::Float32, true),
             ("retokenised", DataType::Boolean, false),
         ])
     }
@@ -155,12 +163,14 @@ impl Row for TokensRow {
     const NAME: &'static str = "sampled tokens";
 
     fn fields() -> Vec<FieldRef> {
-        let numbers = || DataType::List(Arc::new(Field::new("element", DataType::Int32, false)));
+        let list = |kind| DataType::List(Arc::new(Field::new("element", kind, false)));
+        let numbers = || list(DataType::Int32);
         fields(&[
             ("prompt_id", TEXT, false),
             ("vocabulary", TEXT, false),
             ("token_ids", numbers(), false),
             ("bounds", numbers(), false),
+            ("logprobs", list(DataType::Float32), false),
         ])
     }
 }

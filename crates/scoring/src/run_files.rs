@@ -5,13 +5,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arete_chain::{Constitution, NullRulers, Reading, Turns};
+use arete_chain::{Constitution, NullRulers, Reading, Turns, members};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
 use arete_records::stats::{CalibrationBin, Interval};
 use arete_records::{Aspect, FinishReason, ScoreStats, Split};
+use arete_stage::rounds;
 use arete_stage::run::RunJson;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -19,9 +20,13 @@ use serde_json::{Map, Value};
 
 use crate::Error;
 use crate::best_of::BestOf;
+use crate::front::Front;
+use crate::gold::Gold;
 use crate::score;
 use crate::summary::Summary;
 
+/// What the gold protocol leaves in a run.
+pub(crate) const GOLD: &str = "gold/gold.json";
 /// Largest text file that is read, in bytes.
 const MAX_TEXT_BYTES: u64 = 256 << 20;
 
@@ -174,6 +179,8 @@ pub struct Scoring {
 pub struct RunFiles {
     /// The run's name: the directory's last part.
     pub name: String,
+    /// The round that its stages are of, the newest; none of a run without rounds.
+    pub round: Option<u64>,
     /// The turns of its constitution; the shipped ones if no stage carries another.
     pub turns: Turns,
     /// Every stage, in order.
@@ -190,9 +197,11 @@ pub struct RunFiles {
     pub judgements: Option<Vec<JudgementRow>>,
     /// `calibration/calibration.json`.
     pub calibration: Option<JudgeCalibration>,
-    /// `preferences/<aspect>/<split>.parquet`.
+    /// What its preferences and reward models are of, in order: turns, virtues, or both.
+    pub sets: Vec<Aspect>,
+    /// `preferences/<name>/<split>.parquet`.
     pub preferences: BTreeMap<(Aspect, Split), Vec<PreferenceRow>>,
-    /// `reward/<aspect>`.
+    /// `reward/<name>`.
     pub rewards: BTreeMap<Aspect, Reward>,
     /// Training of the policy.
     pub ppo: Option<Metrics>,
@@ -204,6 +213,10 @@ pub struct RunFiles {
     pub outdated_scoring: Option<String>,
     /// `best-of`.
     pub best_of: Option<BestOf>,
+    /// What the gold protocol found.
+    pub gold: Option<Gold>,
+    /// The front that it is part of, and its file.
+    pub front: Option<(PathBuf, Front)>,
 }
 
 /// Directories of a run that hold a stage, in the pipeline's order, before and after the reward models'.
@@ -213,20 +226,35 @@ const STAGE_DIRS: [&[&str]; 2] = [
 ];
 
 /// Directories of a run that hold a stage, in the pipeline's order.
-fn stage_dirs(aspects: &[Aspect]) -> Vec<String> {
+fn stage_dirs(sets: &[Aspect]) -> Vec<String> {
     let [before, after] = STAGE_DIRS.map(|dirs| dirs.iter().map(|dir| (*dir).to_owned()));
-    let rewards = aspects.iter().map(|aspect| format!("reward/{aspect}"));
+    let rewards = sets.iter().map(|name| format!("reward/{name}"));
     before.chain(rewards).chain(after).collect()
 }
 
 /// The turns of the constitution that a run's stages carry, the earliest stage first.
 fn turns_of(run: &Path) -> Result<Turns, Error> {
     for stage in ["conversations", "preferences", "ppo", "scoring"] {
-        if let Some(own) = Constitution::carried(&run.join(stage))? {
+        if let Some(own) = Constitution::carried(&rounds::newest_place(run, stage))? {
             return Ok(own.turns);
         }
     }
-    Ok(Turns::of_reward_models(&run.join("reward"))?)
+    Ok(Turns::of_reward_models(&rounds::newest_place(run, "reward"))?)
+}
+
+/// What a run's preferences and reward models are of: the turns, unless there are some of virtues alone, and the virtues.
+fn sets_of(run: &Path, turns: &Turns) -> Result<Vec<Aspect>, Error> {
+    let at = |name: &str| rounds::newest_place(run, name);
+    let mut found = members::preference_sets(&at("preferences"), turns)?;
+    found.extend(members::reward_models(&at("reward"), turns)?);
+    let of_turns = found.is_empty() || found.iter().any(|member| member.is_of_turn(turns));
+    let mut sets = if of_turns { turns.names() } else { Vec::new() };
+    for member in found {
+        if !sets.contains(&member.name) {
+            sets.push(member.name);
+        }
+    }
+    Ok(sets)
 }
 
 impl RunFiles {
@@ -237,10 +265,10 @@ impl RunFiles {
     /// [`Error::File`] if the directory is none or holds no stage; [`Error::Records`], [`Error::File`] if a file that is
     /// there is damaged; [`Error::Io`].
     pub fn read(run: &Path) -> Result<Self, Error> {
-        let at = |name: &str| run.join(name);
+        let at = |name: &str| rounds::newest_place(run, name);
         let turns = turns_of(run)?;
-        let aspects = turns.names();
-        let dirs = stage_dirs(&aspects);
+        let sets = sets_of(run, &turns)?;
+        let dirs = stage_dirs(&sets);
         let stages: Vec<StageRecord> =
             dirs.iter().map(|dir| stage(run, dir)).collect::<Result<_, _>>()?;
         if !stages.iter().any(|stage| stage.begun) {
@@ -252,7 +280,7 @@ impl RunFiles {
             });
         }
         let mut preferences = BTreeMap::new();
-        for &aspect in &aspects {
+        for &aspect in &sets {
             for split in Split::ALL {
                 let path = at("preferences").join(aspect.name()).join(format!("{split}.parquet"));
                 if let Some(rows) = rows(&path)? {
@@ -261,7 +289,7 @@ impl RunFiles {
             }
         }
         let mut rewards = BTreeMap::new();
-        for &aspect in &aspects {
+        for &aspect in &sets {
             let dir = at("reward").join(aspect.name());
             let metrics = metrics(&dir)?;
             let evaluation = json(&dir.join("evaluation.json"))?;
@@ -278,6 +306,7 @@ impl RunFiles {
             name: name
                 .file_name()
                 .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            round: rounds::newest(run),
             turns,
             stages,
             prompts: rows(&at("prompts/prompts.parquet"))?,
@@ -286,6 +315,7 @@ impl RunFiles {
             conversations: rows(&at("conversations/conversations.parquet"))?,
             judgements: rows(&at("preferences/judgements.parquet"))?,
             calibration: json(&at("calibration/calibration.json"))?,
+            sets,
             preferences,
             rewards,
             ppo: metrics(&at("ppo"))?,
@@ -293,6 +323,8 @@ impl RunFiles {
             outdated_scoring: outdated_scoring(&at("scoring"))?,
             scoring: scoring(&at("scoring"))?,
             best_of: json(&at("best-of/best_of.json"))?,
+            gold: json(&run.join(GOLD))?,
+            front: Front::find(run)?,
         })
     }
 
@@ -312,9 +344,19 @@ impl RunFiles {
         self.turns.names()
     }
 
-    /// Place of a turn in the chain; past its end for one that it does not have.
-    pub fn place(&self, aspect: Aspect) -> usize {
-        self.turns.place(aspect).unwrap_or(self.turns.len())
+    /// The turns in the order of the chain, then what else there are reward models of.
+    pub fn names(&self) -> Vec<Aspect> {
+        let mut names = self.aspects();
+        let others: Vec<Aspect> =
+            self.sets.iter().copied().filter(|name| !names.contains(name)).collect();
+        names.extend(others);
+        names
+    }
+
+    /// Place among [`names`](Self::names); past the end for what is none.
+    pub fn place(&self, name: Aspect) -> usize {
+        let names = self.names();
+        names.iter().position(|own| *own == name).unwrap_or(names.len())
     }
 
     /// What the preferences stage did with replies that the token limit cut: its setting `truncated`.
@@ -376,7 +418,7 @@ pub fn rollout_reply(row: &RolloutRow, aspect: Aspect) -> RolloutReply {
 }
 
 fn stage(run: &Path, dir: &str) -> Result<StageRecord, Error> {
-    let path = run.join(dir);
+    let path = rounds::newest_place(run, dir);
     let finished = path.join("run.json").is_file();
     Ok(StageRecord {
         dir: dir.to_owned(),

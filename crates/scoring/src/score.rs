@@ -1,4 +1,4 @@
-//! The stage `score`: every model answers the test prompts, every reward model scores its aspect.
+//! The stage `score`: every model answers the test prompts, every reward model scores the turn it reads.
 //!
 //! One model is in memory at a time. Work proceeds in units of 32 prompts whose rows go to `shards/`; a killed run
 //! continues with what is missing, and the joined files are the same.
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use arete_chain::constitution::{Constitution, Turns, carried_by_reward_models};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_chain::yardstick::{self, Place};
-use arete_chain::{Yardstick, reading};
+use arete_chain::{Member, Yardstick, members, reading};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Source, machine};
 use arete_records::parquet;
@@ -26,7 +26,7 @@ use crate::config::{ScoreConfig, setting};
 use crate::pairs::{self, LabelledPair};
 use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{self, answers, aspect_scores};
+use crate::rewards::{self, ReplyLogprob, answers, aspect_scores};
 use crate::rows::{MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
 use crate::summary::{Labels, Summary};
 use crate::{Error, labels, table};
@@ -54,7 +54,7 @@ pub struct ScoreInputs {
     pub models: Vec<(String, String)>,
     /// The model that the reward models, and adapters among the models, belong to.
     pub base: String,
-    /// Directory with one reward model an aspect.
+    /// Directory of reward models, one a directory: of turns, or of virtues, which read the answer.
     pub rewards: PathBuf,
     /// A merged reward model, or an adapter's directory, used for comparison only.
     pub yardstick: Option<PathBuf>,
@@ -105,6 +105,7 @@ struct Plan<'a> {
     /// The constitution that the reward models carry, and the turns of the chain.
     constitution: Option<Constitution>,
     turns: Turns,
+    members: Vec<Member>,
     policies: Vec<Policy>,
     yardstick: Option<Place>,
     labels: Option<Labels>,
@@ -148,12 +149,14 @@ impl<'a> Plan<'a> {
         let labels = labels::of(&inputs.rewards)?;
         let constitution = carried_by_reward_models(&inputs.rewards)?;
         let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
+        let members = members::some_reward_models(&inputs.rewards, &turns)?;
         Ok(Self {
             config,
             inputs,
             base,
             constitution,
             turns,
+            members,
             policies,
             yardstick,
             labels,
@@ -183,16 +186,15 @@ impl<'a> Plan<'a> {
         if let Some(own) = &self.constitution {
             files.push(("constitution".to_owned(), own.path().to_owned()));
         }
-        for aspect in self.turns.names() {
-            let dir = self.reward_dir(aspect);
-            files.push((format!("reward {aspect}"), adapter_dir(&dir)));
+        for Member { name, dir, .. } in &self.members {
+            files.push((format!("reward {name}"), adapter_dir(dir)));
             let rule = dir.join(reading::FILE);
             if rule.is_file() {
-                files.push((format!("reading {aspect}"), rule));
+                files.push((format!("reading {name}"), rule));
             }
             let stats = dir.join(score_stats::FILE);
             if stats.is_file() {
-                files.push((format!("score_stats {aspect}"), stats));
+                files.push((format!("score_stats {name}"), stats));
             }
         }
         if let Some(pairs) = &self.inputs.pairs {
@@ -210,8 +212,9 @@ impl<'a> Plan<'a> {
         Ok(StageSpec { stage: "scoring", output, config, seed: self.config.seed, inputs: files })
     }
 
-    fn reward_dir(&self, aspect: Aspect) -> PathBuf {
-        self.inputs.rewards.join(aspect.name())
+    /// The reward model beside whose scores those of the yardstick stand: the first that reads the answer.
+    fn beside_yardstick(&self) -> Option<Aspect> {
+        self.members.iter().find(|member| member.turn == 0).map(|member| member.name)
     }
 
     fn run(&self, run: StageRun) -> Result<(), Error> {
@@ -245,6 +248,22 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// What is measured of every conversation: each turn, by its reward model if there is one, then what others score.
+    fn columns(&self) -> Vec<Column> {
+        let place = |name: Aspect| self.members.iter().position(|member| member.name == name);
+        let turns = self.turns.names().into_iter().enumerate();
+        let turns = turns.map(|(turn, name)| Column { name, turn, member: place(name) });
+        let others = self.members.iter().enumerate();
+        let others = others.filter(|(_, member)| !member.is_of_turn(&self.turns));
+        turns
+            .chain(others.map(|(at, Member { name, turn, .. })| Column {
+                name: *name,
+                turn: *turn,
+                member: Some(at),
+            }))
+            .collect()
+    }
+
     /// The policies, those of the base last.
     fn in_loading_order(&self) -> Vec<&Policy> {
         let mut policies: Vec<&Policy> = self.policies.iter().collect();
@@ -272,6 +291,16 @@ impl<'a> Plan<'a> {
         }
         Ok(prompts)
     }
+}
+
+/// A turn of every conversation, or a virtue in it.
+#[derive(Clone, Copy)]
+struct Column {
+    name: Aspect,
+    /// The turn that is read.
+    turn: usize,
+    /// The reward model, by its number.
+    member: Option<usize>,
 }
 
 /// The stage at work.
@@ -330,6 +359,7 @@ impl<'a> Work<'a> {
             None => None,
         };
         let vocabulary = vocabulary_sha256(&model.tokenizer);
+        let limit = model.config.max_position_embeddings;
         let progress =
             arete_records::progress::start("replies", "prompts", self.prompts.len() as u64);
         progress.message(&policy.name);
@@ -347,11 +377,25 @@ impl<'a> Work<'a> {
                 let ids: BTreeSet<&str> =
                     self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
                 let own = chains.iter().filter(|(row, _)| ids.contains(row.prompt_id.as_str()));
-                let (rows, sampled): (Vec<ConversationRow>, Vec<TokensRow>) = own
+                let (rows, mut sampled): (Vec<ConversationRow>, Vec<TokensRow>) = own
                     .map(|(row, chain)| {
                         (row.clone(), TokensRow::of(&row.prompt_id, chain, &vocabulary))
                     })
                     .unzip();
+                if config.temperature > 0.0 {
+                    let marked: Vec<_> =
+                        sampled.iter().map(|row| rewards::sampled_chain(row, limit)).collect();
+                    let logprobs = rewards::reply_logprobs(
+                        &model.decoder,
+                        adapter.as_ref(),
+                        &marked,
+                        config.temperature,
+                        config.micro_batch_tokens,
+                    )?;
+                    for (row, logprobs) in sampled.iter_mut().zip(logprobs) {
+                        row.logprobs = logprobs.iter().map(|reply| reply.sum as f32).collect();
+                    }
+                }
                 // The replies' file last: where it is, the unit is done.
                 tokens.write(unit, &sampled)?;
                 units.write(unit, &rows)?;
@@ -393,12 +437,10 @@ impl<'a> Work<'a> {
         let chat = model.chat()?;
         let reader = Base { model, chat: &chat, micro_batch_tokens: budget };
         let mut reward_models = Vec::new();
-        for aspect in self.plan.turns.names() {
-            reward_models.push((
-                aspect,
-                RewardModel::over(&self.plan.reward_dir(aspect), aspect.name(), model)?,
-            ));
+        for Member { name, dir, .. } in &self.plan.members {
+            reward_models.push(RewardModel::over(dir, name.name(), model)?);
         }
+        let columns = self.plan.columns();
         let progress =
             arete_records::progress::start("scores", "prompts", self.prompts.len() as u64);
         progress.message(&policy.name);
@@ -414,18 +456,38 @@ impl<'a> Work<'a> {
                     true => rewards::marked_chain(&chat, row, limit)?,
                 });
             }
-            let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, budget)?;
+            let logprobs = rewards::reply_logprobs(&model.decoder, None, &marked, 1.0, budget)?;
+            // How far the model's own view of its replies is from the base's.
+            let kl = match self.plan.config.temperature {
+                t if t > 0.0 && !retokenised => {
+                    let base = rewards::reply_logprobs(&model.decoder, None, &marked, t, budget)?;
+                    kl_of(tokens, &base)
+                }
+                _ => vec![None; marked.len() * self.plan.turns.len()],
+            };
             let mut rows = Vec::new();
-            for (place, (aspect, reward)) in reward_models.iter().enumerate() {
-                let scores = aspect_scores(reward, reader, replies, &[*aspect])?;
-                for ((row, score), logprobs) in replies.iter().zip(scores).zip(&logprobs) {
-                    let own = logprobs[place];
+            for &Column { name, turn, member } in &columns {
+                let read = self.plan.turns.names()[turn];
+                let is_turn = read == name;
+                let scores: Vec<Option<f64>> = match member.map(|at| &reward_models[at]) {
+                    Some(reward) => aspect_scores(reward, reader, replies, &[read])?
+                        .into_iter()
+                        .map(|score| Some(score[0]))
+                        .collect(),
+                    None => vec![None; replies.len()],
+                };
+                let n_turns = self.plan.turns.len();
+                let scored = replies.iter().zip(scores).zip(&logprobs).enumerate();
+                for (at, ((row, score), logprobs)) in scored {
+                    let own = logprobs[turn];
+                    let score = score.map(|score| finite(score, name.name(), policy, row));
                     rows.push(MeasureRow {
                         prompt_id: row.prompt_id.clone(),
-                        aspect: *aspect,
-                        score: finite(score[0], aspect.name(), policy, row)?,
+                        aspect: name,
+                        score: score.transpose()?,
                         base_logprob: own.sum as f32,
                         n_base_tokens: i32::try_from(own.n_tokens).unwrap_or(i32::MAX),
+                        kl: kl[at * n_turns + turn].filter(|_| is_turn),
                         retokenised,
                     });
                 }
@@ -492,7 +554,7 @@ impl<'a> Work<'a> {
                 marked.push(rewards::marked_last(&chat, &side.messages, limit)?);
             }
             let logprobs =
-                rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, budget)?;
+                rewards::reply_logprobs(&model.decoder, adapter.as_ref(), &marked, 1.0, budget)?;
             let mut rows = Vec::new();
             for (pair, sides) in pairs.iter().zip(logprobs.chunks_exact(2)) {
                 let [chosen, rejected] = [sides[0][0], sides[1][0]];
@@ -516,6 +578,15 @@ impl<'a> Work<'a> {
         }
         Ok(())
     }
+}
+
+/// What each reply is likelier under its own model than under the base, reply by reply.
+fn kl_of(tokens: &[TokensRow], base: &[Vec<ReplyLogprob>]) -> Vec<Option<f32>> {
+    let of = |(row, base): (&TokensRow, &Vec<ReplyLogprob>)| {
+        let own = row.logprobs.iter().zip(base);
+        own.map(|(own, base)| Some(own - base.sum as f32)).collect::<Vec<_>>()
+    };
+    tokens.iter().zip(base).flat_map(of).collect()
 }
 
 fn finite(score: f64, aspect: &str, policy: &Policy, row: &ConversationRow) -> Result<f32, Error> {

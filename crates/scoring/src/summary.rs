@@ -169,6 +169,10 @@ pub struct ModelSummary {
     /// Whether its vocabulary is another than the base's: then perplexity is that of its replies' text in the base's tokens.
     #[serde(default)]
     pub retokenised: bool,
+    /// KL from the base, nats a conversation at the sampling temperature, over the sampled tokens, with its bootstrap interval; none
+    /// where the most probable token is taken, or the vocabulary is another.
+    #[serde(default)]
+    pub kl: Option<Interval>,
     /// On labelled pairs, if there are any.
     pub preference_accuracy: Option<PreferenceAccuracy>,
 }

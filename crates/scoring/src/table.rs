@@ -23,13 +23,13 @@ pub(crate) const RETOKENISED: &str =
 /// The summary as a few aligned tables, ending with what it means.
 pub fn of(summary: &Summary) -> String {
     let mut text = Text::default();
-    let (n, n_aspects) = (summary.n_prompts, summary.aspects().len());
-    let aspects = if n_aspects == 1 { "aspect" } else { "aspects" };
+    let (n, n_models) = (summary.n_prompts, summary.aspects().len());
+    let models_of = if n_models == 1 { "reward model" } else { "reward models" };
     text.line(primary(&summary.primary));
     text.line("");
     text.line(format!(
-        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × {n_aspects} {aspects}); [95 % interval], of this run only",
-        n_aspects * n
+        "Score = mean − ½ · standard deviation of {} scores ({n} test prompts × {n_models} {models_of}); [95 % interval], of this run only",
+        n_models * n
     ));
     text.line("");
     text.table(1, &models(summary));

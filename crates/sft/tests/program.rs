@@ -3,17 +3,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
-use std::collections::BTreeMap;
+#[path = "../../training/tests/support/program.rs"]
+mod support;
+
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rand_chacha::rand_core::Rng;
-
-fn model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat")
-}
+use support::{assert_same_files, files, message, model};
 
 /// Sixty short conversations, forty-eight of them to train on.
 fn demonstrations(dir: &Path) -> PathBuf {
@@ -67,38 +66,6 @@ fn program(data: &Path, output: &Path) -> Command {
 fn succeed(data: &Path, output: &Path) {
     let done = program(data, output).output().unwrap();
     assert!(done.status.success(), "{}", message(&done));
-}
-
-fn message(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-/// Every file whose bytes are promised.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut out = BTreeMap::new();
-    for entry in fs_err::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if path.is_dir() {
-            let inner = files(&path).into_iter();
-            out.extend(inner.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
-        } else if !name.starts_with('.')
-            && !["timings.jsonl", "machine.json"].contains(&name.as_str())
-            && !name.contains("tfevents")
-        {
-            out.insert(name, fs_err::read(&path).unwrap());
-        }
-    }
-    out
-}
-
-fn assert_same_files(a: &Path, b: &Path) {
-    let (a, b) = (files(a), files(b));
-    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
-    for (name, bytes) in &a {
-        assert!(bytes == &b[name], "{name} differs");
-    }
-    assert!(a.contains_key("run.json") && a.contains_key("adapter/adapter_model.safetensors"));
 }
 
 fn n_lines(path: &Path) -> usize {

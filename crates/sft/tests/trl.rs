@@ -2,28 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+#[path = "../../training/tests/support/trl.rs"]
+mod support;
 
-use arete_model::{Adapter, Device, Kind, LoadOptions, Model, Source, Tensor, adapter};
+use arete_model::{Adapter, Device, Model, adapter};
 use arete_records::Split;
 use arete_sft::config::OverLength;
 use arete_sft::data::{self, Example};
 use arete_sft::objective::CrossEntropy;
 use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
-use serde_json::Value;
+use support::{golden, here, relative_difference, tiny_chat};
 
 const N_STEPS: usize = 5;
-
-fn here(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn tiny_chat() -> Model {
-    let source = Source::Directory(here("../../tests/fixtures/tiny-chat"));
-    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
-    Model::load(&source, &options).unwrap()
-}
 
 fn examples(model: &Model) -> Vec<Example> {
     let path = here("tests/goldens/data.jsonl");
@@ -40,20 +30,8 @@ fn adapter(model: &Model) -> Adapter {
     adapter
 }
 
-fn golden() -> (Value, BTreeMap<String, Tensor>) {
-    let json = fs_err::read_to_string(here("tests/goldens/trl.json")).unwrap();
-    let tensors = Tensor::read_safetensors(here("tests/goldens/trl.safetensors")).unwrap();
-    (serde_json::from_str(&json).unwrap(), tensors.into_iter().collect())
-}
-
 fn assert_close(what: &str, ours: f64, theirs: f64) {
     assert!((ours - theirs).abs() <= 1e-4 * theirs.abs(), "{what}: {ours}, TRL {theirs}");
-}
-
-/// ‖ours − theirs‖ / ‖theirs‖.
-fn relative_difference(ours: &Tensor, theirs: &Tensor) -> f64 {
-    let norm = |tensor: &Tensor| f64::try_from(tensor.to_kind(Kind::Double).norm()).unwrap();
-    norm(&(ours - theirs)) / norm(theirs)
 }
 
 #[test]

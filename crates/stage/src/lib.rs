@@ -13,6 +13,7 @@ pub mod metrics;
 mod progress;
 mod ranges;
 pub mod recipe;
+pub mod rounds;
 pub mod run;
 pub mod seal;
 mod tfevents;

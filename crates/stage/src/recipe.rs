@@ -130,12 +130,31 @@ impl Setting {
     /// A value that is empty.
     pub fn alternatives(&self) -> Result<Vec<Self>, String> {
         let Value::String(values) = &self.value else { return Ok(vec![self.clone()]) };
-        let of = |value: &str| format!("{}.{}={}", self.table, self.key, value.trim()).parse();
-        if values.split(',').any(|value| value.trim().is_empty()) {
+        let of = |value: &&str| format!("{}.{}={value}", self.table, self.key).parse();
+        let values = between_commas(values);
+        if values.iter().any(|value| value.is_empty()) {
             return Err(format!("{self}: expected values between commas"));
         }
-        values.split(',').map(of).collect()
+        values.iter().map(of).collect()
     }
+}
+
+/// The parts between commas that stand in no bracket: `{ a = 1, b = 2 }, { a = 2 }` are two.
+fn between_commas(text: &str) -> Vec<&str> {
+    let (mut parts, mut from, mut depth) = (Vec::new(), 0, 0_usize);
+    for (at, c) in text.char_indices() {
+        match c {
+            '{' | '[' => depth += 1,
+            '}' | ']' => depth = depth.saturating_sub(1),
+            ',' if depth == 0 => {
+                parts.push(text[from..at].trim());
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(text[from..].trim());
+    parts
 }
 
 impl std::str::FromStr for Setting {
@@ -159,7 +178,12 @@ impl std::str::FromStr for Setting {
 
 impl std::fmt::Display for Setting {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{}={}", self.table, self.key, self.value)
+        write!(f, "{}.{}=", self.table, self.key)?;
+        // As TOML, which is how it is read again.
+        match toml::Value::try_from(&self.value) {
+            Ok(value) => write!(f, "{value}"),
+            Err(_) => write!(f, "{}", self.value),
+        }
     }
 }
 

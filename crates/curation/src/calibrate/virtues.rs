@@ -1,10 +1,12 @@
 //! A virtue at a time: whether a judge tells the pairs apart that differ in that virtue alone, and may vote by it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use arete_records::rows::JudgementRow;
 use arete_records::stats::normal_quantile;
 use arete_records::{Virtue, stats};
+use arete_stage::run::{RUN_JSON, RunJson};
 use serde::{Deserialize, Serialize};
 
 use super::{Agreement, Labelled};
@@ -138,6 +140,9 @@ pub(super) fn markdown(lines: &[VirtueLine]) -> String {
 pub struct Ballot {
     /// The judge that was examined.
     pub judge: String,
+    /// SHA-256 of its model and adapter, by name; none where nothing beside the file says so, and of a server's model, whose name is all
+    /// that is known of it.
+    pub examined: BTreeMap<String, String>,
     /// The virtues whose judge is at chance, or was not examined.
     pub without_vote: Vec<Virtue>,
 }
@@ -199,24 +204,50 @@ impl Ballot {
                 "none: teach the judge (`lessons`) or take another".to_owned(),
             ));
         }
-        Ok(Self { judge, without_vote })
+        let dir = path.parent().unwrap_or(Path::new(""));
+        let examined = match dir.join(RUN_JSON).is_file() {
+            true => files_of(&RunJson::read(dir)?.inputs),
+            false => BTreeMap::new(),
+        };
+        Ok(Self { judge, examined, without_vote })
     }
 
-    /// Refuses another judge than the one examined.
+    /// Refuses another judge than the one examined: by what its files hold, wherever they lie, else by its name. `inputs` are the
+    /// hashes of what the votes rest on.
     ///
     /// # Errors
     ///
     /// [`Error::Setting`] naming both.
-    pub fn check_judge(&self, name: &str) -> Result<(), Error> {
-        if self.judge == name {
+    pub fn check_judge(&self, name: &str, inputs: &BTreeMap<String, String>) -> Result<(), Error> {
+        let votes = files_of(inputs);
+        // Of a server, and of a calibration that was taken out of its directory, a name is all that there is.
+        let is_same =
+            if self.examined.is_empty() { self.judge == name } else { self.examined == votes };
+        if is_same {
             return Ok(());
         }
+        let shown = |name: &str, files: &BTreeMap<String, String>| {
+            let sums = files.iter().map(|(file, sum)| format!(", {file} {}", short(sum)));
+            format!("{name}{}", sums.collect::<String>())
+        };
         Err(Error::Setting {
             name: "calibration",
-            expected: format!("one of the judge that votes ({name})"),
-            got: format!("one of {}", self.judge),
+            expected: format!("one of the judge that votes ({})", shown(name, &votes)),
+            got: format!("one of {}", shown(&self.judge, &self.examined)),
         })
     }
+}
+
+/// What a judge is, of a stage's inputs.
+fn files_of(inputs: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    const FILES: [&str; 2] = ["judge", "judge_adapter"];
+    let is_judge = |(name, _): &(&String, &String)| FILES.contains(&name.as_str());
+    inputs.iter().filter(is_judge).map(|(name, sum)| (name.clone(), sum.clone())).collect()
+}
+
+/// The beginning of a hash, which tells two of them apart.
+fn short(sum: &str) -> &str {
+    sum.get(..12).unwrap_or(sum)
 }
 
 #[cfg(test)]
@@ -290,6 +321,10 @@ mod tests {
         assert_eq!(markdown(&[]), "");
     }
 
+    fn owned((key, value): (&str, &str)) -> (String, String) {
+        (key.to_owned(), value.to_owned())
+    }
+
     #[test]
     fn who_is_at_chance_has_no_vote() {
         let dir = tempfile::tempdir().unwrap();
@@ -302,9 +337,20 @@ mod tests {
         let virtues = [HONESTY, PRUDENCE, Virtue::RESPECT];
         let ballot = Ballot::read(dir.path(), &virtues, Method::PairwiseLogits, 0).unwrap();
         assert_eq!(ballot.without_vote, [PRUDENCE, Virtue::RESPECT]);
-        assert!(ballot.check_judge("j").is_ok());
-        let error = ballot.check_judge("k").unwrap_err().to_string();
+        let none = BTreeMap::new();
+        assert!(ballot.check_judge("j", &none).is_ok());
+        let error = ballot.check_judge("k", &none).unwrap_err().to_string();
         assert!(error.contains("one of j"), "{error}");
+        // Where the files are known, they decide, and not what the judge is called.
+        let inputs = |judge: &str| BTreeMap::from([("judge", judge), ("pairs_0", "x")].map(owned));
+        let ballot = Ballot { examined: files_of(&inputs("aaaaaaaaaaaaaaaa")), ..ballot };
+        assert!(ballot.check_judge("k", &inputs("aaaaaaaaaaaaaaaa")).is_ok());
+        let error = ballot.check_judge("j", &inputs("bbbbbbbbbbbbbbbb")).unwrap_err().to_string();
+        assert!(error.contains("(j, judge bbbbbbbbbbbb)"), "{error}");
+        assert!(error.contains("one of j, judge aaaaaaaaaaaa"), "{error}");
+        let mut with_adapter = inputs("aaaaaaaaaaaaaaaa");
+        with_adapter.insert("judge_adapter".to_owned(), "c".to_owned());
+        assert!(ballot.check_judge("j", &with_adapter).is_err());
         let error = Ballot::read(&file, &virtues, Method::PairwiseText, 0).unwrap_err().to_string();
         assert!(error.contains("pairwise-text with 0 judged examples"), "{error}");
         let error = Ballot::read(&file, &virtues[1..], Method::PairwiseLogits, 0).unwrap_err();

@@ -9,7 +9,7 @@ use arete_chain::{Turns, prompt_of};
 use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message, Role};
 
-use super::PreferencesConfig;
+use super::{PreferencesConfig, sets};
 use crate::config::Truncated;
 use crate::conversations::{self, MOST_SAMPLES};
 use crate::judge::{Pair, side_through};
@@ -193,8 +193,12 @@ pub(super) struct Candidates {
 }
 
 impl Candidates {
-    pub(super) fn of(prompts: &[Samples], turns: &Turns, truncated: Truncated) -> Self {
-        let aspects = turns.names();
+    pub(super) fn of(prompts: &[Samples], turns: &Turns, config: &PreferencesConfig) -> Self {
+        Self::among(prompts, sets::judged(config.by, turns), config.truncated)
+    }
+
+    /// Those in the replies of these turns, the first of the chain.
+    pub(super) fn among(prompts: &[Samples], aspects: Vec<Aspect>, truncated: Truncated) -> Self {
         let mut all = Vec::new();
         let mut dropped: BTreeMap<Aspect, Dropped> = BTreeMap::new();
         let turns: Vec<(usize, Aspect)> = aspects.iter().copied().enumerate().collect();

@@ -29,6 +29,31 @@ pub enum Pairing {
     BestWorst,
 }
 
+/// What preferences are about, and with them the reward models.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum By {
+    /// A turn's reply each, by the votes of all virtues.
+    #[default]
+    Aspect,
+    /// A virtue each.
+    Virtue,
+    /// Both.
+    Both,
+}
+
+impl By {
+    /// Whether there is a set of each turn.
+    pub fn has_aspects(self) -> bool {
+        self != Self::Virtue
+    }
+
+    /// Whether there is a set of each virtue.
+    pub fn has_virtues(self) -> bool {
+        self != Self::Aspect
+    }
+}
+
 /// Settings of `preferences`.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct PreferencesConfig {
@@ -41,6 +66,11 @@ pub struct PreferencesConfig {
     /// What becomes of pairs with equal votes
     #[arg(long, value_enum, default_value = "drop")]
     pub ties: Ties,
+    /// What the preferences are about, and with them the reward models: a turn each, by all virtues' votes; a virtue each, by its own
+    /// verdicts on the answers; or both
+    #[arg(long, value_enum, default_value = "aspect")]
+    #[serde(default)]
+    pub by: By,
     /// A virtue gives no vote if its probability is nearer to one half than this
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     pub tie_margin: f64,
@@ -66,7 +96,7 @@ pub struct PreferencesConfig {
     #[arg(long, value_name = "ASPECT")]
     #[serde(default)]
     pub pairs_aspect: Option<String>,
-    /// Fewest pairs an aspect may be left with
+    /// Fewest pairs an aspect (or a virtue) may be left with
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub min_pairs: usize,
     /// Part i of n of a job array

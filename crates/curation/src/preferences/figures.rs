@@ -1,25 +1,25 @@
-//! What the stage says of its own work: figures an aspect, and the table of them.
+//! What the stage says of its own work: figures a set, and the table of them.
 
 use arete_chain::verdicts::Verdicts;
 use arete_records::rows::{JudgementRow, PreferenceRow};
-use arete_records::{Aspect, Split, Virtue};
+use arete_records::{Split, Virtue};
 use serde_json::{Map, Value, json};
 
 use super::candidates::{Dropped, Samples, n_replies};
+use super::sets::Set;
 use crate::stage::{self, percent};
 
-/// The figures by which a judge's work on an aspect is known.
+/// The figures by which a judge's work on a set is known; `own` are the verdicts that count in it.
 pub(super) fn summary(
-    aspect: Aspect,
-    judgements: &[JudgementRow],
+    set: &Set,
+    own: &[&JudgementRow],
     virtues: &[Virtue],
     pairs: &[(Split, PreferenceRow)],
     dropped: &Dropped,
     prompts: &[Samples],
 ) -> Value {
-    let own: Vec<&JudgementRow> = judgements.iter().filter(|row| row.aspect == aspect).collect();
     let n_judged = own.len() / virtues.len();
-    let n_cut: usize = prompts.iter().map(|samples| samples.n_cut(aspect)).sum();
+    let n_cut: usize = prompts.iter().map(|samples| samples.n_cut(set.aspect)).sum();
     let verdicts = Verdicts::of(own.iter().copied());
     let mut votes = Map::new();
     for virtue in virtues {
@@ -45,10 +45,10 @@ pub(super) fn summary(
     })
 }
 
-/// The summary of every aspect as one table: a figure a row, an aspect a column.
+/// The summary of every set as one table: a figure a row, a set a column.
 pub(super) fn summary_table(
     counts: &Map<String, Value>,
-    aspects: &[Aspect],
+    sets: &[Set],
     virtues: &[Virtue],
 ) -> String {
     const FIGURES: [(&str, &str); 10] = [
@@ -64,9 +64,9 @@ pub(super) fn summary_table(
         ("verdicts abstained, %", "abstained_percent"),
     ];
     let heads: Vec<&str> =
-        std::iter::once("").chain(aspects.iter().map(|aspect| aspect.name())).collect();
+        std::iter::once("").chain(sets.iter().map(|set| set.name.name())).collect();
     let row = |name: String, cell: &dyn Fn(&Value) -> String| {
-        let cells = aspects.iter().map(|aspect| cell(&counts[aspect.name()]));
+        let cells = sets.iter().map(|set| cell(&counts[set.name.name()]));
         std::iter::once(name).chain(cells).collect::<Vec<String>>()
     };
     let mut rows: Vec<Vec<String>> = FIGURES
@@ -76,6 +76,9 @@ pub(super) fn summary_table(
     for virtue in virtues {
         rows.push(row(format!("votes on {virtue}, sample 0 : 1 : none"), &|figures| {
             let votes = &figures["votes"][virtue.name()];
+            if votes.is_null() {
+                return "–".to_owned();
+            }
             format!("{} : {} : {}", votes["sample_0"], votes["sample_1"], votes["none"])
         }));
     }

@@ -14,22 +14,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 
-use super::{PreferencesConfig, write_splits};
+use super::sets::Set;
+use super::{By, PreferencesConfig, write_splits};
 use crate::stage::{self, Place};
 use crate::{Error, prompts};
 
 /// The stage's name: its results are read as those of `preferences` are.
 pub const STAGE: &str = super::STAGE;
-
-/// What labelled pairs are sorted by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum By {
-    /// The aspect that they speak of.
-    Aspect,
-    /// The virtue in which their sides differ.
-    Virtue,
-}
 
 /// Settings of `labelled`.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -65,13 +56,11 @@ pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<
     let mut sorted: BTreeMap<&str, Vec<(Split, PreferenceRow)>> = BTreeMap::new();
     let (mut n_without, mut counts) = (0, Map::new());
     for row in &rows {
-        let name = match config.by {
-            By::Aspect => Some(row.aspect.name()),
-            By::Virtue => row.pair.about.map(|about| about.virtue.name()),
-        };
-        match name {
-            Some(name) => sorted.entry(name).or_default().push((row.split, row.row())),
-            None => n_without += 1,
+        let aspect = config.by.has_aspects().then(|| row.aspect.name());
+        let virtue = row.pair.about.map(|about| about.virtue.name());
+        n_without += usize::from(config.by.has_virtues() && virtue.is_none());
+        for name in aspect.into_iter().chain(virtue.filter(|_| config.by.has_virtues())) {
+            sorted.entry(name).or_default().push((row.split, row.row()));
         }
     }
     if n_without > 0 {
@@ -206,10 +195,10 @@ impl Mixture {
         Ok(Self(rows))
     }
 
-    /// Those of an aspect, as many as the weight allows beside `n_judged` judged pairs.
+    /// Those of a set, as many as the weight allows beside `n_judged` judged pairs.
     pub(super) fn of(
         &self,
-        aspect: Aspect,
+        set: &Set,
         n_judged: usize,
         config: &PreferencesConfig,
     ) -> Vec<(Split, PreferenceRow)> {
@@ -220,14 +209,18 @@ impl Mixture {
             reason = "a number of pairs"
         )]
         let most = (config.pairs_weight * n_judged as f64).round() as usize;
-        let own = self.0.iter().filter(|row| row.aspect == aspect).take(most);
+        let is_own = |row: &&Row| {
+            let virtue = row.pair.about.map(|about| about.virtue);
+            row.aspect == set.aspect && (set.virtue.is_none() || set.virtue == virtue)
+        };
+        let own = self.0.iter().filter(is_own).take(most);
         own.map(|row| (row.split, row.row())).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use arete_records::parquet;
+    use arete_records::{Virtue, parquet};
     use clap::{Args, FromArgMatches};
 
     use super::*;
@@ -264,6 +257,10 @@ mod tests {
             parquet::read(output.join("consequence/train.parquet")).unwrap();
         assert_eq!((rows[0].prompt.len(), rows[0].chosen.len()), (5, 1));
         assert_eq!((rows[0].score_chosen, rows[0].chosen_prob), (1, 1.0));
+        let output = dir.path().join("by-both");
+        run(&labelled(By::Both, 20), &files, &output).unwrap();
+        assert_eq!(n(&output, "honesty", "train"), 277);
+        assert!(output.join("motivation/train.parquet").is_file());
         let error = run(&labelled(By::Virtue, 300), &files, &dir.path().join("few")).unwrap_err();
         assert!(error.to_string().contains("at least 300 to train on"), "{error}");
     }
@@ -302,11 +299,16 @@ mod tests {
         let flags = ["--pairs", file.to_str().unwrap(), "--pairs-weight", "0.5"];
         let config_half = config(&flags);
         let mixture = Mixture::read(&config_half, &Turns::default()).unwrap();
-        let mixed = mixture.of(Aspect::ACTION, 40, &config_half);
+        let mixed = mixture.of(&Set::of_aspect(Aspect::ACTION), 40, &config_half);
         assert_eq!(mixed.len(), 20);
+        // Of a virtue: only those in which it is what the sides differ by.
+        let honest = Set::of_virtue(Virtue::HONESTY, Aspect::ACTION).unwrap();
+        let mixed_honest = mixture.of(&honest, 10_000, &config_half);
+        let n_all = mixture.of(&Set::of_aspect(Aspect::ACTION), 10_000, &config_half).len();
+        assert!((100..n_all / 3).contains(&mixed_honest.len()), "{}", mixed_honest.len());
         assert!(mixed.iter().all(|(split, row)| *split == Split::Train && row.prompt.len() == 1));
         // No more than there are.
-        assert!(mixture.of(Aspect::MOTIVATION, 10_000, &config_half).len() < 250);
+        assert!(mixture.of(&Set::of_aspect(Aspect::MOTIVATION), 10_000, &config_half).len() < 250);
         let none = config(&["--pairs-weight", "0"]);
         assert!(
             Mixture::read(&none, &Turns::default())
@@ -314,6 +316,6 @@ mod tests {
         );
         let without = config(&[]);
         let mixture = Mixture::read(&without, &Turns::default()).unwrap();
-        assert!(mixture.of(Aspect::ACTION, 40, &without).is_empty());
+        assert!(mixture.of(&Set::of_aspect(Aspect::ACTION), 40, &without).is_empty());
     }
 }

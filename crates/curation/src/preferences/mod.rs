@@ -6,6 +6,7 @@ mod config;
 mod figures;
 pub mod labelled;
 mod pairing;
+mod sets;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::time::Instant;
 
 use arete_chain::Constitution;
 use arete_records::rows::{JudgementRow, PreferenceRow};
-use arete_records::{Aspect, Split, Virtue, parquet};
+use arete_records::{Split, Virtue, parquet};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, json};
@@ -32,9 +33,10 @@ use arete_chain::exemplars::{self, Use};
 use arete_stage::units::Units;
 
 use self::candidates::{Candidate, Candidates, Dropped, Samples, samples_of};
-pub use self::config::{Pairing, PreferencesConfig, Ties};
+pub use self::config::{By, Pairing, PreferencesConfig, Ties};
 use self::figures::{summary, summary_table};
 use self::labelled::Mixture;
+use self::sets::Set;
 
 /// The stage's name.
 pub const STAGE: &str = "preferences";
@@ -64,13 +66,14 @@ pub fn run(
     let started = Instant::now();
     let words = words(config, inputs)?;
     let prompts = samples_of(&inputs.conversations, &words.turns())?;
-    let candidates = Candidates::of(&prompts, &words.turns(), config.truncated);
+    let candidates = Candidates::of(&prompts, &words.turns(), config);
     let place = work.place(|| match config.method {
         Method::Contrast => Ok(Place::none()),
         _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
     })?;
     let ballot = ballot(config, &words)?;
     let without_vote = ballot.as_ref().map_or(&[][..], |ballot| ballot.without_vote.as_slice());
+    let sets = sets::of(config.by, &words.turns(), &words.virtues(), without_vote)?;
     let mixture = Mixture::read(config, &words.turns())?;
     let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else {
         return Ok(());
@@ -95,7 +98,7 @@ pub fn run(
             let tribunal = Tribunal::open(config, inputs, &words, !missing.is_empty())?;
             let judge = tribunal.judge(config)?;
             if let (Some(judge), Some(ballot)) = (&judge, &ballot) {
-                ballot.check_judge(judge.name())?;
+                ballot.check_judge(judge.name(), run.inputs())?;
             }
             let electorate =
                 Electorate { judge: judge.as_ref(), virtues: &words.virtues(), without_vote };
@@ -140,20 +143,21 @@ pub fn run(
         let names: Vec<&str> = without_vote.iter().map(|virtue| virtue.name()).collect();
         counts.insert("without_vote".to_owned(), json!(names));
     }
-    let virtues = words.virtues();
-    for &aspect in &candidates.aspects {
-        let (pairs, dropped) = pairs_of(aspect, &candidates, &prompts, &rows, without_vote, config);
-        candidates.check(aspect, pairs.len(), &dropped, config)?;
+    for set in &sets {
+        let (pairs, dropped) = pairs_of(set, &candidates, &prompts, &rows, without_vote, config);
+        candidates.check(set.name, pairs.len(), &dropped, config)?;
         let n_train = pairs.iter().filter(|(split, _)| *split == Split::Train).count();
-        let mixed = mixture.of(aspect, n_train, config);
-        let mut figures = summary(aspect, &rows, &virtues, &pairs, &dropped, &prompts);
+        let mixed = mixture.of(set, n_train, config);
+        let judged: Vec<&JudgementRow> = rows.iter().filter(|row| set.counts(row)).collect();
+        let virtues = set.virtue.map_or_else(|| words.virtues(), |virtue| vec![virtue]);
+        let mut figures = summary(set, &judged, &virtues, &pairs, &dropped, &prompts);
         if !config.pairs.is_empty() {
             figures["labelled"] = mixed.len().into();
         }
-        write_splits(output, aspect.name(), &[pairs, mixed].concat())?;
-        counts.insert(aspect.name().to_owned(), figures);
+        write_splits(output, set.name.name(), &[pairs, mixed].concat())?;
+        counts.insert(set.name.name().to_owned(), figures);
     }
-    let table = summary_table(&counts, &candidates.aspects, &virtues);
+    let table = summary_table(&counts, &sets, &words.virtues());
     tracing::info!("preferences\n{table}");
     stage::finish(run, STAGE, place, counts, started)
 }
@@ -170,7 +174,7 @@ pub fn estimate(
 ) -> Result<Estimate, Error> {
     let words = words(config, inputs)?;
     let prompts = samples_of(&inputs.conversations, &words.turns())?;
-    let candidates = Candidates::of(&prompts, &words.turns(), config.truncated);
+    let candidates = Candidates::of(&prompts, &words.turns(), config);
     let units =
         Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard: config.shard };
     let (missing, n_missing) = units.missing();
@@ -221,6 +225,14 @@ fn words(config: &PreferencesConfig, inputs: &Inputs) -> Result<Words, Error> {
 
 /// Who may vote, if a calibration says so.
 fn ballot(config: &PreferencesConfig, words: &Words) -> Result<Option<Ballot>, Error> {
+    if config.by.has_virtues() && config.method == Method::Contrast {
+        return Err(Error::Setting {
+            name: "by",
+            expected: "aspect, for the method contrast labels by construction and knows no virtue"
+                .to_owned(),
+            got: format!("{:?}", config.by).to_lowercase(),
+        });
+    }
     let Some(path) = &config.calibration else { return Ok(None) };
     if config.method == Method::Contrast {
         return Err(Error::Setting {
@@ -287,6 +299,10 @@ fn spec<'a>(
     words: &Words,
 ) -> Result<StageSpec<'a>, Error> {
     let mut settings = crate::config::recorded(config);
+    if config.by == By::default() {
+        // Not recorded: results of versions that knew nothing else stay.
+        settings.as_object_mut().expect("settings are a table").remove("by");
+    }
     let conversations = stage::file_of(&inputs.conversations, conversations::STAGE);
     let mut files = vec![(conversations::STAGE.to_owned(), conversations)];
     let are_read = config.method != Method::Contrast;
@@ -394,9 +410,9 @@ fn by_construction(samples: &Samples) -> Result<Verdict, Error> {
     Ok(Verdict { p_ab: None, p_ba: None, p_sample0: Some(if better == 0 { 1.0 } else { 0.0 }) })
 }
 
-/// The preferences of one aspect, and what was left out.
+/// The preferences of one set, and what was left out.
 fn pairs_of(
-    aspect: Aspect,
+    set: &Set,
     candidates: &Candidates,
     prompts: &[Samples],
     judgements: &[JudgementRow],
@@ -404,13 +420,13 @@ fn pairs_of(
     config: &PreferencesConfig,
 ) -> (Vec<(Split, PreferenceRow)>, Dropped) {
     let mut by_pair: HashMap<&str, Vec<&JudgementRow>> = HashMap::new();
-    let counts = |row: &&JudgementRow| row.aspect == aspect && !without_vote.contains(&row.virtue);
+    let counts = |row: &&JudgementRow| set.counts(row) && !without_vote.contains(&row.virtue);
     for row in judgements.iter().filter(counts) {
         by_pair.entry(&row.prompt_id).or_default().push(row);
     }
-    let mut dropped = candidates.dropped.get(&aspect).copied().unwrap_or_default();
+    let mut dropped = candidates.dropped.get(&set.aspect).copied().unwrap_or_default();
     let judged: Vec<(&Candidate, Tally)> = (candidates.all.iter())
-        .filter(|candidate| candidate.aspect == aspect)
+        .filter(|candidate| candidate.aspect == set.aspect)
         .map(|candidate| {
             let id = prompts[candidate.prompt].pair_id(candidate.samples);
             let own = by_pair.get(id.as_str()).map_or(&[][..], Vec::as_slice);
@@ -486,7 +502,7 @@ fn write_splits(output: &Path, name: &str, pairs: &[(Split, PreferenceRow)]) -> 
 mod tests {
     use arete_chain::Turns;
     use arete_records::rows::{ConversationRow, TurnRow};
-    use arete_records::{FinishReason, Message, Role};
+    use arete_records::{Aspect, FinishReason, Message, Role};
 
     use super::*;
 
@@ -526,7 +542,7 @@ mod tests {
     #[test]
     fn only_the_aspects_own_reply_counts_as_truncated() {
         let prompts = [samples()];
-        let drop = Candidates::of(&prompts, &Turns::default(), Truncated::Drop);
+        let drop = Candidates::among(&prompts, Turns::default().names(), Truncated::Drop);
         assert_eq!(Aspect::SHIPPED.map(|aspect| drop.n_left(aspect)), [0, 1, 0]);
         assert_eq!(texts(&drop.all[0].pair.sides[0]), ["Go on. And", "M0."]);
         assert_eq!(drop.finish_rates, "action 50.0 %, motivation 100.0 %, consequence 50.0 %");
@@ -535,13 +551,13 @@ mod tests {
     #[test]
     fn trimming_cuts_every_cut_reply_and_keeping_none() {
         let prompts = [samples()];
-        let trim = Candidates::of(&prompts, &Turns::default(), Truncated::Trim);
+        let trim = Candidates::among(&prompts, Turns::default().names(), Truncated::Trim);
         // The consequence of sample 0 has no full sentence.
         assert_eq!(Aspect::SHIPPED.map(|aspect| trim.n_left(aspect)), [1, 1, 0]);
         assert_eq!(trim.dropped[&Aspect::CONSEQUENCE].untrimmable, 1);
         assert_eq!(texts(&trim.all[0].pair.sides[0]), ["Go on."]);
         assert_eq!(texts(&trim.all[1].pair.sides[0]), ["Go on.", "M0."]);
-        let keep = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
+        let keep = Candidates::among(&prompts, Turns::default().names(), Truncated::Keep);
         assert_eq!(Aspect::SHIPPED.map(|aspect| keep.n_left(aspect)), [1, 1, 1]);
         assert_eq!(texts(&keep.all[2].pair.sides[0]), ["Go on. And", "M0.", "C0 no end"]);
     }
@@ -549,7 +565,7 @@ mod tests {
     #[test]
     fn the_side_with_more_votes_is_chosen_and_carries_its_own_turns() {
         let prompts = [samples()];
-        let candidates = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
+        let candidates = Candidates::among(&prompts, Turns::default().names(), Truncated::Keep);
         let motivation = &candidates.all[1];
         let tally = Tally { votes: [1, 3], p_sample0: Some(0.625) };
         let pair = prefer(motivation, &prompts[0], &tally, Ties::Drop, Truncated::Keep).unwrap();
@@ -562,7 +578,7 @@ mod tests {
         let action =
             prefer(&candidates.all[0], &prompts[0], &tally, Ties::Drop, Truncated::Keep).unwrap();
         assert_eq!((action.truncated_chosen, action.truncated_rejected), (false, true));
-        let trimmed = Candidates::of(&prompts, &Turns::default(), Truncated::Trim);
+        let trimmed = Candidates::among(&prompts, Turns::default().names(), Truncated::Trim);
         let closed =
             prefer(&trimmed.all[0], &prompts[0], &tally, Ties::Drop, Truncated::Trim).unwrap();
         assert_eq!(texts(&closed.rejected), ["Go on."]);
@@ -572,7 +588,7 @@ mod tests {
     #[test]
     fn a_tie_is_dropped_or_decided_by_probability() {
         let prompts = [samples()];
-        let candidates = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
+        let candidates = Candidates::among(&prompts, Turns::default().names(), Truncated::Keep);
         let tie = Tally { votes: [2, 2], p_sample0: Some(0.75) };
         assert!(
             prefer(&candidates.all[0], &prompts[0], &tie, Ties::Drop, Truncated::Keep).is_none()
@@ -600,14 +616,15 @@ mod tests {
     #[test]
     fn the_summary_shows_every_figure_of_every_aspect() {
         let prompts = [samples()];
-        let candidates = Candidates::of(&prompts, &Turns::default(), Truncated::Keep);
+        let candidates = Candidates::among(&prompts, Turns::default().names(), Truncated::Keep);
         let mut counts = Map::new();
         for aspect in Aspect::SHIPPED {
             let dropped = &candidates.dropped[&aspect];
-            let figures = summary(aspect, &[], &Virtue::SHIPPED, &[], dropped, &prompts);
+            let set = Set::of_aspect(aspect);
+            let figures = summary(&set, &[], &Virtue::SHIPPED, &[], dropped, &prompts);
             counts.insert(aspect.name().to_owned(), figures);
         }
-        let table = summary_table(&counts, &Aspect::SHIPPED, &Virtue::SHIPPED);
+        let table = summary_table(&counts, &Aspect::SHIPPED.map(Set::of_aspect), &Virtue::SHIPPED);
         let cells = |name: &str| -> Vec<&str> {
             let line = table.lines().find(|line| line.contains(name)).unwrap();
             line.split('|').map(str::trim).filter(|cell| !cell.is_empty()).skip(1).collect()
@@ -624,7 +641,7 @@ mod tests {
         let command = PreferencesConfig::augment_args(clap::Command::new("test"));
         let config =
             PreferencesConfig::from_arg_matches(&command.get_matches_from(["test"])).unwrap();
-        let candidates = Candidates::of(&[samples()], &Turns::default(), Truncated::Drop);
+        let candidates = Candidates::among(&[samples()], Turns::default().names(), Truncated::Drop);
         let dropped = candidates.dropped.get(&Aspect::ACTION).copied().unwrap_or_default();
         let error = candidates.check(Aspect::ACTION, 0, &dropped, &config).unwrap_err().to_string();
         assert!(error.starts_with("action: 0 pairs left of 1, expected at least 20"), "{error}");

@@ -602,7 +602,7 @@ mod tests {
     fn a_place_on_this_machine_is_no_hub_id() {
         assert_eq!(hub_id("owner/name"), Some(("owner/name".to_owned(), None)));
         assert_eq!(hub_id("owner/name@v1"), Some(("owner/name".to_owned(), Some("v1".to_owned()))));
-        for local in ["/owner/name", "runs/demo/sft", "./name", "owner/name.gguf", "src/card.rs"] {
+        for local in ["/owner/name", "runs/demo/sft", "./name", "owner/name.gguf", "src/lib.rs"] {
             assert_eq!(hub_id(local), None, "{local}");
         }
         let error = adapter_base(None, Some("/data/base")).unwrap_err().to_string();

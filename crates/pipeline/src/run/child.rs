@@ -30,8 +30,14 @@ pub(super) struct Ended {
     pub(super) last_lines: String,
 }
 
-/// Runs `arete stage NAME` to its end. Its log goes to `log`, and to stderr whole or as one live line.
-pub(super) fn run(name: &str, setup: &SetupArgs, log: &Path, show_all: bool) -> Result<Ended> {
+/// Runs `arete stage NAME` to its end. Its log goes to `log`, and to stderr whole or as one live line under its label.
+pub(super) fn run(
+    name: &str,
+    label: &str,
+    setup: &SetupArgs,
+    log: &Path,
+    show_all: bool,
+) -> Result<Ended> {
     fs_err::create_dir_all(atomic::parent(log))?;
     let mut log = fs_err::File::create(log)?;
     let program = std::env::current_exe().context("finding this program")?;
@@ -58,7 +64,7 @@ pub(super) fn run(name: &str, setup: &SetupArgs, log: &Path, show_all: bool) -> 
                 let _ = stdin.write_all(&[u8::try_from(signal).unwrap_or_default()]);
             }
         });
-        let ended = listen(name, &mut child, stderr, &mut log, show_all);
+        let ended = listen(label, &mut child, stderr, &mut log, show_all);
         handle.close();
         ended
     })

@@ -197,14 +197,21 @@ fn one_reward_model_is_enough_and_may_be_a_virtues() {
     assert_eq!(metric(&both.output, "z_kindness").len(), 2);
     assert!(rollout(&both.output, 1).iter().all(|row| row.turns[0].z.is_some()));
 
-    // A directory with one aspect is enough for answers, and too little for a chain.
-    for aspect in ["motivation", "consequence"] {
-        fs_err::remove_dir_all(reward.join(aspect)).unwrap();
-    }
+    // A virtue's in the directory is read as if it had been named; one of them all is enough for a chain, too.
+    fs_err::rename(&motivation, reward.join("kindness")).unwrap();
+    fs_err::remove_dir_all(reward.join("consequence")).unwrap();
+    let found = TrainInputs { rewards: Some(reward.clone()), ..by_rule(dir, "found") };
+    let (ran, log) = crate::common::logged(|| train(&chain, &found));
+    ran.unwrap();
+    assert_eq!(metric(&found.output, "z_kindness"), metric(&both.output, "z_kindness"));
+    assert_eq!(metric(&found.output, "z_action"), metric(&both.output, "z_action"));
+    let unread = log.lines().filter(|line| line.contains("no reward model reads this turn"));
+    assert_eq!(unread.count(), 2, "{log}");
+    fs_err::remove_dir_all(reward.join("kindness")).unwrap();
     let one = TrainInputs { rewards: Some(reward.clone()), ..by_rule(dir, "one") };
     train(&config(&["--rollout", "answer"]), &one).unwrap();
-    let error = train(&chain, &TrainInputs { output: dir.join("chain"), ..one }).unwrap_err();
-    assert!(error.to_string().contains("reward/motivation/adapter"), "{error}");
+    train(&chain, &TrainInputs { output: dir.join("chain"), ..one }).unwrap();
+    assert_eq!(metric(&dir.join("chain"), "z_action").len(), 2);
 }
 
 #[test]

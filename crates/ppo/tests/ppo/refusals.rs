@@ -89,9 +89,20 @@ fn a_reward_model_that_is_not_there_is_named() {
     let dir = tempfile::tempdir().unwrap();
     write_prompts(dir.path());
     write_rewards(dir.path(), &tiny_model());
-    fs_err::remove_dir_all(dir.path().join("reward/consequence")).unwrap();
+    // One that was begun is one to wait for.
+    let consequence = dir.path().join("reward/consequence");
+    fs_err::remove_dir_all(consequence.join("adapter")).unwrap();
+    fs_err::write(consequence.join("stage.json"), "{}").unwrap();
     let message = refusal(&config(&[]), dir.path());
     assert!(message.contains("reward/consequence/adapter"), "{message}");
+    fs_err::remove_dir_all(dir.path().join("reward")).unwrap();
+    let message = refusal(&config(&[]), dir.path());
+    assert!(message.contains("reward/action/adapter") && message.contains("none"), "{message}");
+    // The answer alone is asked for, and nobody reads it.
+    write_rewards(dir.path(), &tiny_model());
+    fs_err::remove_dir_all(dir.path().join("reward/action")).unwrap();
+    let message = refusal(&config(&["--rollout", "answer"]), dir.path());
+    assert!(message.contains("a reward model of a turn that is asked for"), "{message}");
 }
 
 #[test]

@@ -104,8 +104,9 @@ fn answers<'a>(run: &'a ScoredRun, model: &str) -> Answers<'a> {
         let score = f64::from(row.yardstick?);
         Some((row.prompt_id.as_str(), (score, f64::from(row.n_tokens), is_cut)))
     };
-    let rows =
-        run.scores.iter().filter(|row| row.model == model && row.aspect == run.turns.answer());
+    // The reward model of the answer, or where there is none a virtue's, has the yardstick's score beside its own.
+    let reads_answer = |row: &&ScoreRow| run.turns.place(row.aspect).unwrap_or(0) == 0;
+    let rows = run.scores.iter().filter(|row| row.model == model).filter(reads_answer);
     rows.filter_map(of).collect()
 }
 

@@ -286,6 +286,7 @@ fn scored(score: [f64; 3], mean: [f64; 3]) -> RunFiles {
         coherence: Coherence::default(),
         coherence_by_aspect: BTreeMap::new(),
         retokenised: false,
+        kl: None,
         preference_accuracy: None,
     };
     let difference = Difference {

@@ -7,8 +7,10 @@ use arete_records::rows::{JudgementRow, ScoreRow};
 use arete_records::stats::{self, Interval};
 
 use super::curves;
-use super::drawing::{Chart, Colour, Estimate, Series, Unit};
+use super::drawing::{Chart, Colour, Cross, Estimate, Series, Unit};
 use crate::Error;
+use crate::front::Point;
+use crate::gold::{Gold, GoldPoint};
 use crate::judge::Verdicts;
 use crate::run_files::{Reward, RunFiles, Scoring};
 use crate::summary::{Difference, Scale, Scope, Summary};
@@ -22,6 +24,7 @@ pub(crate) fn all(run: &RunFiles) -> Result<Vec<(&'static str, Vec<Chart>)>, Err
         score.extend(differences(&scoring.summary)?);
         score.extend(distribution(scoring)?);
     }
+    score.extend(front(run)?);
     let ppo = match run.ppo {
         Some(_) => curves::of("ppo", run)?,
         None => Vec::new(),
@@ -39,7 +42,12 @@ pub(crate) fn all(run: &RunFiles) -> Result<Vec<(&'static str, Vec<Chart>)>, Err
         judge.extend(first_shown(rows)?);
     }
     let data = curves::of("data", run)?;
-    Ok(vec![("score", score), ("ppo", ppo), ("reward", reward), ("judge", judge), ("data", data)])
+    let mut sections =
+        vec![("score", score), ("ppo", ppo), ("reward", reward), ("judge", judge), ("data", data)];
+    if let Some(found) = &run.gold {
+        sections.push(("gold", gold(found)?));
+    }
+    Ok(sections)
 }
 
 fn scores(summary: &Summary) -> Result<Option<Chart>, Error> {
@@ -95,6 +103,56 @@ fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
         &differences,
         Some(0.0),
     )
+}
+
+/// What policies gained in two virtues.
+fn front(run: &RunFiles) -> Result<Option<Chart>, Error> {
+    let Some((_, front)) = &run.front else { return Ok(None) };
+    let cross = |(at, point): (usize, &Point)| Cross {
+        name: point.name.clone(),
+        colour: Colour::of_virtue(at),
+        at: point.gains,
+        on_line: point.on_front,
+    };
+    let crosses: Vec<Cross> = front.points.iter().enumerate().map(cross).collect();
+    let [x, y] = front.axes.map(Aspect::name);
+    Chart::crosses(
+        "front",
+        &format!("Front of {x} and {y}"),
+        &format!(
+            "What each policy gained over {} by either reward model, mean standardised score with its 95 % interval; the line goes \
+             through those that no other beats in both.",
+            front.first
+        ),
+        [x, y],
+        &crosses,
+    )
+}
+
+/// The gold judge's and the proxies' view of every path, against √KL.
+fn gold(found: &Gold) -> Result<Vec<Chart>, Error> {
+    let lines = |value: fn(&GoldPoint) -> f64| -> Vec<Series> {
+        let paths = found.paths(value).into_iter().enumerate();
+        let line = |(at, (name, points))| Series { name, colour: Colour::of_virtue(at), points };
+        paths.map(line).collect()
+    };
+    let of_gold = Chart::lines(
+        "gold",
+        "Gained by the gold judge",
+        "Mean gain over the base's answers to the same prompts, against how far the policy went: √KL, nats a reply.",
+        "√KL",
+        Unit::Number,
+        &lines(|point| point.gold),
+    )?;
+    let of_proxies = Chart::lines(
+        "gold-proxy",
+        "Score by what was climbed",
+        "Standardised score of the proxy, or of their ensemble, along the same paths.",
+        "√KL",
+        Unit::Number,
+        &lines(|point| point.proxy),
+    )?;
+    Ok(of_gold.into_iter().chain(of_proxies).collect())
 }
 
 /// How many of a model's scores fall where.

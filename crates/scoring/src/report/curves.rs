@@ -31,10 +31,10 @@ enum File {
     Ppo,
 }
 
-/// A line, or one line an aspect.
+/// A line, or one line a turn and a virtue.
 #[derive(Clone, Copy)]
 struct Line {
-    /// Name and colour; none for one line an aspect, each with its own.
+    /// Name and colour; none for one line a turn or virtue, each with its own.
     who: Option<(&'static str, Colour)>,
     /// The names it may be logged under, the first that occurs counts; `{}` is the aspect.
     keys: &'static [&'static str],
@@ -250,7 +250,7 @@ impl Curve {
         };
         match line.who {
             Some(who) => vec![of(None, who)],
-            None => (run.aspects().into_iter().enumerate())
+            None => (run.names().into_iter().enumerate())
                 .map(|(at, aspect)| of(Some(aspect), (aspect.name(), Colour::of_turn(at))))
                 .collect(),
         }

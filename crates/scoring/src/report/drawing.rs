@@ -3,11 +3,14 @@
 //! Drawn with plotters in placeholder colours, which become CSS variables afterwards, so that one drawing fits light and
 //! dark pages. A chart for a file of its own carries the variables' values itself.
 
+mod crosses;
+
 use arete_records::stats::Interval;
 use minijinja::HtmlEscape;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
+pub use self::crosses::Cross;
 use crate::Error;
 use crate::table;
 

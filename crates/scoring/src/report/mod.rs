@@ -16,14 +16,15 @@ mod view;
 use std::path::{Path, PathBuf};
 
 use arete_records::atomic;
+use arete_stage::rounds;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 
-pub use drawing::{Chart, Colour, Estimate, Series, Unit};
+pub use drawing::{Chart, Colour, Cross, Estimate, Series, Unit};
 
 use crate::Error;
-use crate::run_files::RunFiles;
+use crate::run_files::{self, RunFiles};
 
 /// The page's file.
 pub const PAGE: &str = "report.html";
@@ -53,16 +54,20 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
     let mut files = Vec::new();
     for dir in run_files.stages.iter().map(|stage| stage.dir.as_str()) {
         // A finished stage's run.json holds the hashes of all its files; of one at work, the metrics are shown.
-        let of_stage = ["run.json", "metrics.jsonl"].map(|name| inputs.run.join(dir).join(name));
+        let of_stage = ["run.json", "metrics.jsonl"]
+            .map(|name| rounds::newest_place(&inputs.run, dir).join(name));
         if let Some(path) = of_stage.into_iter().find(|path| path.is_file()) {
             files.push((dir.to_owned(), path));
         }
     }
     files.extend(inputs.recipe.iter().map(|recipe| ("recipe".to_owned(), recipe.clone())));
-    let rollouts = inputs.run.join("ppo/rollouts");
+    let gold = inputs.run.join(run_files::GOLD);
+    files.extend(gold.is_file().then(|| ("gold".to_owned(), gold)));
+    let rollouts = rounds::newest_place(&inputs.run, "ppo/rollouts");
     if rollouts.is_dir() {
         files.push(("rollouts".to_owned(), rollouts));
     }
+    files.extend(run_files.front.iter().map(|(path, _)| ("front".to_owned(), path.clone())));
     let config = json!({ "max_samples": inputs.max_samples, "page": page_version() });
     let spec =
         StageSpec { stage: "report", output: &inputs.output, config, seed: 0, inputs: files };
@@ -91,15 +96,18 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
 
 /// Changes when the page does: the same run shown by other code is another page.
 fn page_version() -> String {
-    const CODE: [&str; 12] = [
+    const CODE: [&str; 15] = [
         include_str!("charts.rs"),
         include_str!("curves.rs"),
         include_str!("drawing.rs"),
+        include_str!("drawing/crosses.rs"),
         include_str!("page.rs"),
         include_str!("samples.rs"),
         include_str!("view.rs"),
         include_str!("../best_of.rs"),
         include_str!("../doctor.rs"),
+        include_str!("../front.rs"),
+        include_str!("../gold.rs"),
         include_str!("../../../chain/src/verdicts.rs"),
         include_str!("../run_files.rs"),
         include_str!("../summary.rs"),

@@ -13,7 +13,7 @@ macro_rules! templates {
     ($($name:literal),+ $(,)?) => { [$(($name, include_str!(concat!("templates/", $name)))),+] };
 }
 
-pub(crate) const TEMPLATES: [(&str, &str); 11] = templates![
+pub(crate) const TEMPLATES: [(&str, &str); 12] = templates![
     "page.html.jinja",
     "macros.html.jinja",
     "head.html.jinja",
@@ -21,6 +21,7 @@ pub(crate) const TEMPLATES: [(&str, &str); 11] = templates![
     "diagnosis.html.jinja",
     "replies.html.jinja",
     "ppo.html.jinja",
+    "gold.html.jinja",
     "reward.html.jinja",
     "judge.html.jinja",
     "data.html.jinja",

@@ -53,18 +53,19 @@ struct Reply<'a> {
     is_empty: bool,
     is_cut: bool,
     n_tokens: i32,
-    /// Standardised score.
+    /// Mean standardised score of those that read it.
     z: Option<f64>,
+    /// What each of them gave it, where there are several.
+    scores: Vec<(Aspect, f64)>,
     yardstick: Option<f64>,
 }
 
 /// Every prompt that all models answered, in the first one's order; at most so many, 0 = all.
 pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> Replies<'_> {
-    let scores: HashMap<(&str, &str, Aspect), &ScoreRow> = scoring
-        .scores
-        .iter()
-        .map(|row| ((row.model.as_str(), row.prompt_id.as_str(), row.aspect), row))
-        .collect();
+    let mut scores: HashMap<(&str, &str), Vec<&ScoreRow>> = HashMap::new();
+    for row in &scoring.scores {
+        scores.entry((row.model.as_str(), row.prompt_id.as_str())).or_default().push(row);
+    }
     let by_prompt: Vec<HashMap<&str, &ConversationRow>> = scoring
         .replies
         .iter()
@@ -84,13 +85,21 @@ pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> Replies<'_>
         let Some(rows) = rows.filter(|rows| rows.iter().all(has_turns)) else { continue };
         let turns: Vec<Turn<'_>> = first
             .aspects()
-            .map(|aspect| {
-                let score = |model: &Model<'_>| scores.get(&(model.name, id, aspect)).copied();
+            .enumerate()
+            .map(|(at, aspect)| {
+                // What is called as no turn read the answer.
+                let reads = |row: &ScoreRow| {
+                    first.aspects().position(|own| own == row.aspect).unwrap_or(0) == at
+                };
+                let score = |model: &Model<'_>| -> Vec<&ScoreRow> {
+                    let all = scores.get(&(model.name, id)).into_iter().flatten();
+                    all.copied().filter(|row| reads(row)).collect()
+                };
                 let own = models.iter().zip(&rows);
                 Turn {
                     aspect,
                     replies: own
-                        .filter_map(|(model, row)| Some(reply(score(model), row.turn(aspect)?)))
+                        .filter_map(|(model, row)| Some(reply(&score(model), row.turn(aspect)?)))
                         .collect(),
                 }
             })
@@ -114,15 +123,18 @@ pub(crate) fn side_by_side(scoring: &Scoring, max_samples: usize) -> Replies<'_>
     Replies { models, pairs, n_all, samples }
 }
 
-fn reply<'a>(score: Option<&ScoreRow>, turn: &'a TurnRow) -> Reply<'a> {
+fn reply<'a>(scores: &[&ScoreRow], turn: &'a TurnRow) -> Reply<'a> {
     let text = turn.text.as_str();
+    let z: Vec<(Aspect, f64)> = scores.iter().map(|row| (row.aspect, f64::from(row.z))).collect();
+    let mean = || stats::mean(&z.iter().map(|(_, z)| *z).collect::<Vec<_>>());
     Reply {
         text,
         is_empty: text.trim().is_empty(),
         is_cut: turn.finish_reason == FinishReason::Length,
         n_tokens: turn.n_tokens,
-        z: score.map(|score| f64::from(score.z)),
-        yardstick: score.and_then(|score| score.yardstick).map(f64::from),
+        z: (!z.is_empty()).then(mean),
+        yardstick: scores.iter().find_map(|row| row.yardstick).map(f64::from),
+        scores: if z.len() > 1 { z } else { Vec::new() },
     }
 }
 

@@ -14,6 +14,8 @@ use super::drawing::Chart;
 use super::samples::{self, Replies};
 use crate::coherence::Coherence;
 use crate::doctor::{self, Finding};
+use crate::front::Front;
+use crate::gold::{Gold, GoldPoint};
 use crate::judge::{Verdicts, kappa};
 use crate::run_files::{
     Evaluation, JudgeMethod, RolloutReply, RunFiles, StageRecord, rollout_reply,
@@ -25,6 +27,8 @@ use crate::table::{percent, perplexity, primary, verdict};
 #[derive(Serialize)]
 pub(crate) struct Page<'a> {
     name: &'a str,
+    /// The round that its stages are of, if the run has rounds.
+    round: Option<u64>,
     aspects: Vec<Aspect>,
     /// Number of virtues that judged.
     n_virtues: usize,
@@ -43,6 +47,10 @@ pub(crate) struct Page<'a> {
     stages: Vec<Stage<'a>>,
     charts: BTreeMap<&'static str, Vec<Drawing<'a>>>,
     score: Option<Score<'a>>,
+    /// What policies gained in two virtues.
+    front: Option<&'a Front>,
+    /// Of each arm of the gold protocol the point that gained most.
+    gold: Vec<&'a GoldPoint>,
     findings: Vec<Finding>,
     replies: Option<Replies<'a>>,
     ppo: Option<Ppo>,
@@ -74,6 +82,8 @@ struct Drawing<'a> {
 #[derive(Serialize)]
 struct Score<'a> {
     summary: &'a Summary,
+    /// What there are scores of: turns, virtues.
+    aspects: Vec<Aspect>,
     /// By scale, then by model.
     scores: Vec<ModelScore<'a>>,
     models: Vec<Model<'a>>,
@@ -238,6 +248,7 @@ impl<'a> Page<'a> {
         let cut: Option<Vec<f64>> = aspects.iter().map(|a| run.truncated(*a)).collect();
         Self {
             name: &run.name,
+            round: run.round,
             aspects,
             n_virtues: run.judgements.iter().map(|rows| virtues_of(rows).len()).sum(),
             verdict: summary.and_then(verdict),
@@ -259,6 +270,8 @@ impl<'a> Page<'a> {
                 .map(|(id, own)| (*id, own.iter().map(drawing).collect()))
                 .collect(),
             score: summary.map(score),
+            front: run.front.as_ref().map(|(_, front)| front),
+            gold: run.gold.iter().flat_map(Gold::best).collect(),
             findings: doctor::diagnose(run),
             replies: run
                 .scoring
@@ -326,6 +339,7 @@ fn score(summary: &Summary) -> Score<'_> {
     };
     Score {
         summary,
+        aspects: summary.aspects(),
         scores,
         models: summary
             .models
@@ -403,7 +417,7 @@ fn counts(run: &RunFiles) -> Vec<Counts> {
         of("conversations", run.conversations.as_ref(), |row| row.split),
         of("judgements", run.judgements.as_ref(), |row| row.split),
     ];
-    for aspect in run.aspects() {
+    for &aspect in &run.sets {
         let own = Split::ALL.map(|split| run.preferences.get(&(aspect, split)).map(Vec::len));
         let all = own.iter().any(Option::is_some).then(|| own.iter().flatten().sum());
         let [train, validation, test] = own;
@@ -491,7 +505,7 @@ fn preferences(run: &RunFiles) -> Vec<Preferences> {
             cut: (!pairs.is_empty()).then(|| n_cut as f64 / pairs.len() as f64),
         })
     };
-    run.aspects().into_iter().filter_map(of).collect()
+    run.sets.iter().copied().filter_map(of).collect()
 }
 
 /// None of a stage that was not begun.

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use arete_chain::Ruled;
 use arete_chain::yardstick::Place;
+use arete_chain::{Member, Ruled};
 use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
-use arete_records::stats::{self, Resampling};
+use arete_records::stats::{self, Interval, Resampling};
 use arete_records::{Aspect, ScoreStats, atomic};
 
 use super::{COHERENCE, POLICY_PREFERENCES, REPLIES, SCORES, SUMMARY, Units, Work};
@@ -75,31 +75,37 @@ impl Work<'_> {
             }
             for row in measures {
                 let conversation = by_prompt[row.prompt_id.as_str()];
-                let turn = conversation.turn(row.aspect).expect("its turns were scored");
-                let Standardisation { mean, std, .. } = standardisation[&row.aspect];
-                let is_answer = row.aspect == plan.turns.answer();
-                let measured = is_answer.then(|| yardstick.get(&row.prompt_id)).flatten();
-                scores.push(ScoreRow {
-                    model: policy.name.clone(),
-                    prompt_id: row.prompt_id.clone(),
-                    aspect: row.aspect,
-                    score: row.score,
-                    z: ((f64::from(row.score) - mean) / std) as f32,
-                    yardstick: measured.map(|own| own.score),
-                    yardstick_words: measured.and_then(|own| own.words),
-                    n_tokens: turn.n_tokens,
-                    finish_reason: turn.finish_reason,
-                });
-                let text = turn.text.as_str();
-                coherence.push(CoherenceRow {
-                    model: policy.name.clone(),
-                    prompt_id: row.prompt_id.clone(),
-                    aspect: row.aspect,
-                    base_logprob: row.base_logprob,
-                    n_base_tokens: row.n_base_tokens,
-                    repeated_4grams: repeated_4grams(text).map(|rate| rate as f32),
-                    empty: text.trim().is_empty(),
-                });
+                let is_turn = plan.turns.place(row.aspect).is_some();
+                let read = if is_turn { row.aspect } else { plan.turns.answer() };
+                let turn = conversation.turn(read).expect("its turns were scored");
+                if let Some(score) = row.score {
+                    let Standardisation { mean, std, .. } = standardisation[&row.aspect];
+                    let is_beside = plan.beside_yardstick() == Some(row.aspect);
+                    let measured = is_beside.then(|| yardstick.get(&row.prompt_id)).flatten();
+                    scores.push(ScoreRow {
+                        model: policy.name.clone(),
+                        prompt_id: row.prompt_id.clone(),
+                        aspect: row.aspect,
+                        score,
+                        z: ((f64::from(score) - mean) / std) as f32,
+                        yardstick: measured.map(|own| own.score),
+                        yardstick_words: measured.and_then(|own| own.words),
+                        n_tokens: turn.n_tokens,
+                        finish_reason: turn.finish_reason,
+                    });
+                }
+                if is_turn {
+                    let text = turn.text.as_str();
+                    coherence.push(CoherenceRow {
+                        model: policy.name.clone(),
+                        prompt_id: row.prompt_id.clone(),
+                        aspect: row.aspect,
+                        base_logprob: row.base_logprob,
+                        n_base_tokens: row.n_base_tokens,
+                        repeated_4grams: repeated_4grams(text).map(|rate| rate as f32),
+                        empty: text.trim().is_empty(),
+                    });
+                }
             }
         }
         let mut summary = self.summarise(
@@ -110,8 +116,9 @@ impl Work<'_> {
             standardisation,
             shared.len(),
         )?;
-        for model in &mut summary.models {
+        for (model, rows) in summary.models.iter_mut().zip(&measures) {
             model.retokenised = retokenised.contains(model.name.as_str());
+            model.kl = kl_of(rows, self.resampling());
         }
         fs_err::create_dir_all(self.output.join(REPLIES))?;
         for (policy, rows) in plan.policies.iter().zip(&conversations) {
@@ -136,8 +143,9 @@ impl Work<'_> {
         measures: &[Vec<MeasureRow>],
     ) -> Result<BTreeMap<Aspect, Standardisation>, Error> {
         let mut out = BTreeMap::new();
-        for aspect in self.plan.turns.names() {
-            let standardisation = match ScoreStats::read(self.plan.reward_dir(aspect))? {
+        for Member { name: aspect, dir, .. } in &self.plan.members {
+            let aspect = *aspect;
+            let standardisation = match ScoreStats::read(dir)? {
                 // One score for all is nothing to standardise with.
                 Some(ScoreStats { mean, std, n, split, source, .. }) if std > 0.0 => {
                     let from = match source.as_str() {
@@ -156,7 +164,7 @@ impl Work<'_> {
                     let scores: Vec<f64> = measures[0]
                         .iter()
                         .filter(|row| row.aspect == aspect)
-                        .map(|row| f64::from(row.score))
+                        .filter_map(|row| row.score.map(f64::from))
                         .collect();
                     let std = stats::std(&scores);
                     Standardisation {
@@ -182,7 +190,7 @@ impl Work<'_> {
         n_prompts: usize,
     ) -> Result<Summary, Error> {
         let config = self.plan.config;
-        let resampling = Resampling { draws: config.draws, level: LEVEL, seed: config.seed };
+        let resampling = self.resampling();
         let ruled: HashMap<i32, Ruled> = labelled
             .iter()
             .map(|pair| {
@@ -241,6 +249,7 @@ impl Work<'_> {
                     .map(|aspect| (aspect, of(Some(aspect))))
                     .collect(),
                 retokenised: false,
+                kl: None,
                 preference_accuracy: PreferenceAccuracy::of(&logprobs, &by_rule),
             });
         }
@@ -265,6 +274,11 @@ impl Work<'_> {
         Ok(summary)
     }
 
+    fn resampling(&self) -> Resampling {
+        let config = self.plan.config;
+        Resampling { draws: config.draws, level: LEVEL, seed: config.seed }
+    }
+
     /// Whether the model that the reward models read with, and PPO started from, is the original.
     fn is_without_sft(&self) -> bool {
         let original = self.plan.policies.iter().find(|policy| policy.name == summary::ORIGINAL);
@@ -272,6 +286,18 @@ impl Work<'_> {
             policy.adapter.is_none() && same_source(&policy.source, &self.plan.base)
         })
     }
+}
+
+/// KL from the base a conversation, prompts redrawn; none where it was not measured.
+fn kl_of(rows: &[MeasureRow], resampling: Resampling) -> Option<Interval> {
+    let mut by_prompt: BTreeMap<&str, f64> = BTreeMap::new();
+    for row in rows {
+        if let Some(kl) = row.kl {
+            *by_prompt.entry(&row.prompt_id).or_default() += f64::from(kl);
+        }
+    }
+    let clusters: Vec<Vec<f64>> = by_prompt.into_values().map(|kl| vec![kl]).collect();
+    (!clusters.is_empty()).then(|| stats::bootstrap(&clusters, stats::mean, resampling).interval)
 }
 
 /// Ids of the prompts that every model has replied to.

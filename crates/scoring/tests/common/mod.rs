@@ -525,6 +525,7 @@ impl SyntheticRun<'_> {
                         .map(|aspect| (aspect, of(Some(aspect))))
                         .into(),
                     retokenised: false,
+                    kl: None,
                     preference_accuracy: PreferenceAccuracy::of(
                         &[(-1.0, -2.0), (-1.5, -1.2), (-1.0, -1.1)],
                         &[ruled(0), ruled(1), ruled(2)],
