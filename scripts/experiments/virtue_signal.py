@@ -478,6 +478,11 @@ def steps(study):
     # With scores not centred a constant is the harder case: the critic has to learn it.
     for seed in (1, 2, 3):
         out[f"constant-{seed}"] = lambda seed=seed: study.control("constant", seed, "constant", **{"center-scores": "false"})
+    # A critic that shares the policy's trunk moves it by its own loss: is it that?
+    for seed in (1, 2):
+        out[f"constant-detached-{seed}"] = lambda seed=seed: study.control(
+            "constant-detached", seed, "constant", **{"center-scores": "false", "value": "trunk_detached"}
+        )
     out["constant-centred-1"] = lambda: study.control("constant-centred", 1, "constant")
     for virtue in ENSEMBLE:
         out[f"reward-{virtue}"] = lambda virtue=virtue: study.reward(virtue)
