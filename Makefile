@@ -28,7 +28,7 @@ JUDGE ?=# another judge than the base
 PROMPTS ?=# file, directory or hub id of the prompts; empty: the recipe's, else data/prompts
 PAIRS ?=# human preference pairs for the yardstick, and to ask every model which side it finds likelier (hh-rlhf's form: JSON lines, .gz too, or Parquet)
 YARDSTICK ?=# directory of a yardstick (`make yardstick`) to score every model with
-export RECIPE RUN MODEL JUDGE PROMPTS PAIRS YARDSTICK
+export RECIPE RUN MODEL JUDGE PROMPTS PAIRS YARDSTICK TORTURE
 
 ##@ Set-up and build
 
@@ -45,6 +45,10 @@ setup: ## fetch libtorch and SmolLM2 into .deps (DEVICE=cuda: the CUDA build)
 
 $(READY): scripts/setup.sh $(wildcard scripts/setup/*)
 	@DEVICE=$(DEVICE) bash scripts/setup.sh
+
+.PHONY: screens
+screens: ## pictures of a run's page in Chromium, 1280 and 390 pixels wide, light and dark, into RUN/screens
+	@run="$${RUN:-runs/$$(basename "$$RECIPE" .toml)}"; python3 scripts/screens.py "$$run/report/report.html" "$$run/screens"
 
 .PHONY: setup-dev
 setup-dev: ## install the Debian packages that some tests use (chromium, strace); needs root or sudo
@@ -70,7 +74,7 @@ install: $(BINARIES) ## install the programs with libtorch, recipes and data bel
 # Tests run side by side already: more threads inside each would only wait for one another.
 .PHONY: test
 test: $(READY) ## run every test of the workspace (sets up and builds first)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} cargo test --release --workspace 2>&1 | awk -f scripts/count-tests.awk
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} cargo test --release --workspace --no-fail-fast 2>&1 | awk -f scripts/count-tests.awk
 
 .PHONY: check
 check: $(READY) .tools/bin/cargo-machete .tools/bin/cargo-deny ## formatting, clippy, docs, dependencies unused or not allowed: what must be green before a commit
@@ -101,6 +105,18 @@ torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing
 	bash scripts/aarch64.sh
 	cargo test --release --workspace --features arete-model/portable --test decoder_goldens --test invariance
 	ARETE_TORTURE=1 cargo test --release --workspace -- torture --nocapture --test-threads 1
+	$(MAKE) torture-suite
+
+TORTURE ?=# drivers of scripts/torture and how much of each, like kills:300,flips,hostile; empty: all, in full
+.PHONY: torture-suite
+torture-suite: $(BINARIES) ## kill, starve, damage and deceive the programs; one table at the end (TORTURE=kills:300,flips; hours in full)
+	python3 scripts/torture/run.py "$$TORTURE"
+
+MINUTES ?= 20# how long `make fuzz` stays with each parser
+TARGETS ?=# which parsers (tests/src/fuzz); empty: all
+.PHONY: fuzz
+fuzz: $(READY) ## look for inputs that break a parser, by libFuzzer (MINUTES a parser; TARGETS="gguf template")
+	bash scripts/fuzz.sh $(MINUTES) $(TARGETS)
 
 .PHONY: referees
 referees: .venv/ready $(BINARIES) ## judge our files by transformers, peft, datasets, tensorboard (several GB of Python)
@@ -111,6 +127,10 @@ referee-launch: ## hold launch/*.yaml against schemas of their fields, and have 
 	[ -x .venv-launch/bin/python ] || $(PYTHON) -m venv .venv-launch
 	.venv-launch/bin/pip install --quiet --disable-pip-version-check pyyaml==6.0.4 jsonschema==4.26.0 skypilot==0.14.1
 	.venv-launch/bin/python scripts/referees/launch_files.py
+
+.PHONY: referee-vllm
+referee-vllm: $(BINARIES) ## conversations, judging, PPO, scoring and reward models on a real vLLM (7 GB of Python, ten minutes on two cores)
+	bash scripts/referees/vllm.sh
 
 .venv/ready: scripts/referees/requirements.txt scripts/referees/export_smollm2.py | $(READY)
 	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
@@ -130,7 +150,7 @@ bench: $(BINARIES) ## speed of every stage beside what the hardware allows
 PEERS ?= ../shared/peers# scripts of the peers, laid out as their setup.sh says
 .PHONY: peers
 peers: $(BINARIES) ## speed beside the peers' in the same run, as ratios (hours of Python set up first)
-	python3 scripts/bench/peers.py $(PEERS)
+	python3 scripts/bench/peers.py $(PEERS) $(if $(VLLM_VENV),--vllm "$(VLLM_VENV)")
 
 MISTRAL_7B := .deps/mistral-7b-random
 .PHONY: bench-7b
@@ -185,4 +205,4 @@ yardstick-check: needs-pairs $(ARETE)-reward ## the control: the same with label
 
 .PHONY: clean
 clean: ## remove what was built; runs and .deps stay
-	rm -rf target crates/model/fuzz/target
+	rm -rf target

@@ -10,8 +10,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("arete-model", &["arete-stage", "arete-records"]),
     ("arete-chain", &["arete-model", "arete-records"]),
     ("arete-training", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
-    ("arete-curation", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
-    ("arete-scoring", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
+    ("arete-engine", &["arete-chain", "arete-model", "arete-stage", "arete-records"]),
+    (
+        "arete-curation",
+        &["arete-engine", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+    ),
+    (
+        "arete-scoring",
+        &["arete-engine", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+    ),
     (
         "arete-sft",
         &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
@@ -26,7 +33,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "arete-ppo",
-        &["arete-training", "arete-chain", "arete-model", "arete-stage", "arete-records"],
+        &[
+            "arete-training",
+            "arete-engine",
+            "arete-chain",
+            "arete-model",
+            "arete-stage",
+            "arete-records",
+        ],
     ),
     (
         "arete-pipeline",
@@ -38,6 +52,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "arete-ppo",
             "arete-scoring",
             "arete-training",
+            "arete-engine",
             "arete-chain",
             "arete-model",
             "arete-stage",

@@ -7,6 +7,7 @@
 #[path = "../crates/scoring/tests/common/browser.rs"]
 #[expect(dead_code, reason = "the tests of the page use the rest")]
 mod browser;
+mod nearness;
 #[expect(dead_code, reason = "the test of recorded hashes uses the rest")]
 mod run;
 
@@ -59,6 +60,24 @@ fn every_stage_leaves_what_the_next_one_reads() {
     }
     let in_split = |split| prompts.iter().filter(|row| row.split == split).count();
     assert!(Split::ALL.into_iter().all(|split| in_split(split) > 0));
+
+    // The same by split, and a card by which `datasets.load_dataset` finds them.
+    let mut by_split: Vec<PromptRow> = Vec::new();
+    for split in Split::ALL {
+        let own: Vec<PromptRow> = run.rows(&format!("prompts/splits/{}.parquet", split.name()));
+        assert!(own.len() == in_split(split) && own.iter().all(|row| row.split == split));
+        by_split.extend(own);
+    }
+    assert!(prompts.iter().all(|row| by_split.contains(row)));
+    for stage in ["prompts", "demonstrations", "conversations"] {
+        let card = fs_err::read_to_string(run.at(&format!("{stage}/README.md"))).unwrap();
+        assert!(card.starts_with("---\nconfigs:\n- config_name: default\n"), "{card}");
+        for split in ["train", "validation", "test"] {
+            let path = format!("splits/{split}.parquet");
+            let is_named = card.contains(&format!("  - split: {split}\n    path: {path}\n"));
+            assert_eq!(is_named, run.at(&format!("{stage}/{path}")).is_file(), "{card}");
+        }
+    }
 
     let demonstrations: Vec<DemonstrationRow> = run.rows("demonstrations/demonstrations.parquet");
     for source in ["own", "self"] {
@@ -225,6 +244,31 @@ fn a_second_run_is_up_to_date() {
         }
     }
     assert_eq!(run.files(), before);
+}
+
+/// What CUDA tensors go through, with the CPU's kernels in the place of the GPU's: each stage on what the CPU's own path left for it.
+#[test]
+fn every_stage_comes_to_the_same_on_the_gpus_path() {
+    let whole = WHOLE.pipeline.copied("cpu-path");
+    whole.run("dpo");
+    let run = whole.copied("gpu-path").with(&[("ARETE_COMPOSITE", "1")]);
+    for (stage, dir) in STAGES.into_iter().chain([("dpo", "dpo")]) {
+        fs_err::remove_dir_all(run.at(dir)).unwrap();
+        run.run(stage);
+        let furthest = nearness::compare(&run.at(dir), &whole.at(dir));
+        println!("{stage}: {furthest:?}");
+        if let Some(adapter) = ["sft", "ppo"]
+            .contains(&stage)
+            .then(|| format!("{dir}/adapter/adapter_model.safetensors"))
+        {
+            let sums = [&run, &whole].map(|run| sha256_file(run.at(&adapter)).unwrap());
+            assert_ne!(
+                sums[0], sums[1],
+                "{stage}: to the last bit, as if the setting had not been read"
+            );
+        }
+        run.put_back(dir, &whole);
+    }
 }
 
 #[test]

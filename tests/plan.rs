@@ -88,8 +88,11 @@ fn mistral_7b_with_the_recommended_recipe() {
     }
     let reward = &recommended["stages"]["reward"];
     let weights = reward["weights_bytes"].as_u64().expect("a number");
-    // By hand: 6,979,321,856 numbers in the blocks at 0.5625 bytes, 262,410,240 others at 2, angles in f32.
-    assert_eq!(weights, 6_979_321_856 / 16 * 9 + 262_410_240 * 2 + 32_768 * 128 * 4);
+    // By hand: 6,979,321,856 numbers in the blocks at half a byte, for 64 of them a scale of one byte, for 256 scales two of four;
+    // 262,410,240 others at 2 bytes, angles in f32.
+    let scales = 6_979_321_856 / 64;
+    let blocks = 6_979_321_856 / 2 + scales + scales / 256 * 8;
+    assert_eq!(weights, blocks + 262_410_240 * 2 + 32_768 * 128 * 4);
     assert_eq!(reward["fits_gb"]["16"]["fits"], true);
     // The conversations stage of that recipe does not pack its model: on 16 GB it must.
     let conversations = &recommended["stages"]["conversations"]["fits_gb"];

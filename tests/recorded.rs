@@ -53,7 +53,9 @@ impl Recorded {
         }
         let files = pipeline.files();
         let is_result = |path: &str| {
-            path.ends_with(".parquet")
+            // Rows by split are copies of what is recorded.
+            let is_copy = path.contains("/splits/");
+            path.ends_with(".parquet") && !is_copy
                 || path.ends_with(".safetensors")
                 || path.ends_with("metrics.jsonl")
         };

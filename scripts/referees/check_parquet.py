@@ -65,6 +65,13 @@ def main() -> None:
                 common.fail(f"{argument}: no Parquet files")
             for path in files:
                 check_file(path, cache)
+            splits = argument / "splits"
+            if splits.is_dir():
+                found = {name: split.num_rows for name, split in datasets.load_dataset(str(argument), cache_dir=cache).items()}
+                rows = {path.stem: pyarrow.parquet.read_metadata(path).num_rows for path in splits.glob("*.parquet")}
+                if found != rows or sum(rows.values()) != sum(pyarrow.parquet.read_metadata(path).num_rows for path in files):
+                    common.fail(f"{argument}: load_dataset finds {found}, the files of splits/ hold {rows}")
+                common.passed(f"load_dataset({str(argument)!r}) finds {found}")
             stems = {path.stem for path in files}
             if {"train", "validation", "test"} & stems:
                 data = datasets.load_dataset(str(argument), cache_dir=cache)

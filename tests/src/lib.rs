@@ -1,1 +1,3 @@
-//! Home of the workspace-wide tests; see the files beside this folder.
+//! What tests of the whole workspace share; the tests themselves lie beside this folder.
+
+pub mod fuzz;

@@ -9,7 +9,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use arete_model::Error;
-use arete_records::{Aspect, Message, Virtue, atomic};
+use arete_records::{Aspect, Message, Virtue, atomic, files};
 use serde::de::{IgnoredAny, MapAccess};
 use serde::{Deserialize, Deserializer};
 use sha2::{Digest, Sha256};
@@ -303,12 +303,7 @@ impl Constitution {
     /// [`Error::Field`] for a missing or unknown key, an empty text, a name or id that cannot be or stands twice;
     /// [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let n_bytes = fs_err::metadata(path)?.len();
-        if n_bytes > MAX_BYTES {
-            let expected = format!("at most {MAX_BYTES} bytes");
-            return Err(wrong(path, "size", &expected, n_bytes.to_string()));
-        }
-        let text = fs_err::read_to_string(path)?;
+        let text = files::read_text(path, MAX_BYTES)?;
         let document: Document = toml::from_str(&text).map_err(|error| {
             wrong(path, "TOML", "a constitution", error.to_string().trim().to_owned())
         })?;
@@ -461,10 +456,10 @@ impl Constitution {
     pub fn of_stage(given: Option<&Path>, input: Option<&Path>) -> Result<Option<Self>, Error> {
         let carried = input.map(Self::carried).transpose()?.flatten();
         let Some(given) = given else {
-            let usual = || Some(Path::new(SHIPPED)).filter(|path| path.is_file());
+            let usual = || Some(files::shipped(Path::new(SHIPPED))).filter(|path| path.is_file());
             return match carried {
                 Some(carried) => Ok(Some(carried)),
-                None => usual().map(Self::load).transpose(),
+                None => usual().map(|path| Self::load(&path)).transpose(),
             };
         };
         let given = Self::load(given)?;

@@ -41,6 +41,17 @@ pub fn turns(text: &str) -> Option<Vec<Message>> {
     Some(messages.collect())
 }
 
+/// [`turns`] of a text that a system text leads, as [`format()`] writes it; `None` if nobody answers in it.
+pub fn turns_after_system(text: &str) -> Option<Vec<Message>> {
+    let text = text.replace("\r\n", "\n");
+    let at = text.find(&format!("\n\n{}", MARKERS[0].0))?;
+    let system = text[..at].trim();
+    let own = turns(&text[at..])?;
+    let is_answered = own.iter().any(|message| message.role == Role::Assistant);
+    (is_answered && !system.is_empty())
+        .then(|| std::iter::once(Message::system(system)).chain(own).collect())
+}
+
 /// Writes a conversation as `"\n\nHuman: …\n\nAssistant: …"`; a system message leads as plain text.
 pub fn format(messages: &[Message]) -> String {
     messages

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use arete_records::{Aspect, At, Error, Message, normalise, prompt_id, split_of};
+use arete_records::{Aspect, At, Error, Message, files, normalise, prompt_id, split_of};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -157,6 +157,7 @@ impl Exemplar {
 ///
 /// An unreadable file, a row with a missing or empty text or an unknown use.
 pub fn load(path: &Path, wanted: Use, turns: &Turns) -> Result<Vec<Exemplar>, Error> {
+    let path = &files::shipped(path);
     let mut out = Vec::new();
     for (line, record) in pairs::records(path)? {
         let exemplar =

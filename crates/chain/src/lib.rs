@@ -9,6 +9,7 @@ pub mod conversation;
 pub mod dialogue;
 pub mod exemplars;
 pub mod members;
+pub mod memory;
 pub mod pairs;
 pub mod reading;
 pub mod reward_model;

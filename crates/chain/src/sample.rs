@@ -82,7 +82,11 @@ pub struct SampledChain {
 
 impl SampledChain {
     /// Puts a sampled sequence beside its text.
-    fn new(chat: &Chat<'_>, start: &Start<'_>, sequence: &Sequence) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    ///
+    /// Tokens that the tokenizer does not have.
+    pub fn new(chat: &Chat<'_>, start: &Start<'_>, sequence: &Sequence) -> Result<Self, Error> {
         let Sequence { request: prompt, turns, appended, .. } = sequence;
         let mut token_ids = start.prompt_ids.clone();
         let mut messages = start.messages.to_vec();

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use arete_model::Error;
-use arete_records::{atomic, stats};
+use arete_records::{atomic, files, stats};
 use serde::{Deserialize, Serialize};
 
 use crate::rulers::words;
@@ -106,7 +106,7 @@ impl BagOfWords {
         if !path.is_file() {
             return Ok(None);
         }
-        let bytes = fs_err::read(&path)?;
+        let bytes = files::read_small(&path)?;
         serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::Field {
             path,
             field: "JSON".to_owned(),

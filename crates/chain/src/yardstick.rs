@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use arete_model::{Error, Model, Nf4Options, Source, adapter};
 use arete_records::stats::Interval;
-use arete_records::{FinishReason, ScoreStats, atomic, fold_of, score_stats};
+use arete_records::{FinishReason, ScoreStats, atomic, files, fold_of, score_stats};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -118,7 +118,7 @@ impl Card {
         if !path.is_file() {
             return Ok(None);
         }
-        let bytes = fs_err::read(&path)?;
+        let bytes = files::read_small(&path)?;
         let card: Self = serde_json::from_slice(&bytes)
             .map_err(|error| field(&path, "JSON", "what `make yardstick` writes", &error))?;
         if card.folds.len() < 2 {
@@ -245,7 +245,7 @@ impl Place {
         if !meta.is_file() {
             return Ok(None);
         }
-        let meta: Value = serde_json::from_slice(&fs_err::read(&meta)?).map_err(|error| {
+        let meta: Value = serde_json::from_slice(&files::read_small(&meta)?).map_err(|error| {
             field(&meta, "JSON", "what an adapter remembers of its base", &error)
         })?;
         let packed = adapter::packing(&adapter)?.map(|nf4| nf4.double_quantize);
@@ -399,11 +399,7 @@ impl Yardstick {
 pub fn base_of_adapter(adapter: &Path) -> Result<String, Error> {
     let path = adapter.join(ADAPTER_CONFIG);
     let expected = "peft's configuration with base_model_name_or_path";
-    let size = fs_err::metadata(&path)?.len();
-    if size > MAX_CONFIG_BYTES {
-        return Err(field(&path, "size", expected, &format!("{size} bytes")));
-    }
-    let config: Value = serde_json::from_slice(&fs_err::read(&path)?)
+    let config: Value = serde_json::from_slice(&files::read_capped(&path, MAX_CONFIG_BYTES)?)
         .map_err(|error| field(&path, "JSON", expected, &error))?;
     match config.get("base_model_name_or_path").and_then(Value::as_str) {
         Some(base) if !base.is_empty() => Ok(base.to_owned()),

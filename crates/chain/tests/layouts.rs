@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use arete_chain::pairs;
+use arete_records::left_out::LeftOut;
 use arete_records::{Message, table};
 use serde_json::{Map, Value};
 
@@ -21,7 +22,7 @@ fn expected<T: serde::de::DeserializeOwned>(name: &str) -> BTreeMap<String, T> {
 #[test]
 fn every_format_of_table_is_read_as_datasets_reads_it() {
     let expected: BTreeMap<String, Vec<Map<String, Value>>> = expected("tables.json");
-    assert_eq!(expected.len(), 11);
+    assert_eq!(expected.len(), 12);
     for (name, rows) in expected {
         let found = table::read(cases().join(&name)).unwrap();
         let numbers: Vec<usize> = found.iter().map(|(number, _)| *number).collect();
@@ -37,7 +38,8 @@ fn every_layout_of_pairs_is_read_as_its_makers_mean_it() {
     assert_eq!(expected.len(), 16);
     for (name, wanted) in expected {
         let file = pairs::read_file(&cases().join(&name), &[]).unwrap();
-        assert_eq!(file.left_out, [], "{name}");
+        let is_even = |left: &LeftOut| left.reason == "prefers neither side";
+        assert!(file.left_out.iter().all(is_even), "{name}: {:?}", file.left_out);
         let found: Vec<[Vec<Message>; 2]> = (file.pairs.into_iter())
             .map(|pair| [pair.chosen.messages, pair.rejected.messages])
             .collect();
@@ -55,6 +57,10 @@ fn a_question_under_another_name_is_named() {
     let error = pairs::read_file(&path, &[]).unwrap_err().to_string();
     assert!(error.contains("orca.jsonl: row 1: chosen"), "{error}");
     assert!(error.contains("system, question, chosen, rejected"), "{error}");
+    // Nor is its better reply taken for a prompt.
+    let record = serde_json::from_str(line).unwrap();
+    let error = pairs::conversation_of(&record).unwrap_err();
+    assert!(error.field == "chosen" && error.got.contains("question"), "{error:?}");
     let file = pairs::read_file(&path, &["prompt=question".parse().unwrap()]).unwrap();
     let question = [Message::system("Be brief."), Message::user("Is it fair?")];
     assert_eq!(file.pairs[0].chosen.messages[..2], question);

@@ -4,13 +4,13 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::Turns;
 use arete_model::bench::{Table, products_per_s};
 use arete_model::generate::Sampling;
-use arete_records::Message;
+use arete_records::{Message, Refusal};
 use clap::{Args, FromArgMatches};
 
-use crate::Error;
 use crate::config::ComputeConfig;
 use crate::engine::{Chain, Drawing, Engine, Labels, LocalEngine, Query};
 use crate::judge::verdict::LabelMass;
@@ -43,7 +43,7 @@ pub struct BenchConfig {
     pub constitution: PathBuf,
     /// Pairs judged
     #[arg(long, default_value_t = 4, value_name = "N")]
-    pub pairs: usize,
+    pub n_pairs: usize,
     /// Where the model computes.
     #[command(flatten)]
     pub compute: ComputeConfig,
@@ -54,13 +54,9 @@ pub struct BenchConfig {
 /// # Errors
 ///
 /// A model or file that cannot be read, a setting of 0, a closed `out`.
-pub fn run(config: &BenchConfig, model: &str, out: &mut impl Write) -> Result<(), Error> {
-    if config.pairs == 0 {
-        return Err(Error::Setting {
-            name: "pairs",
-            expected: "at least 1".to_owned(),
-            got: "0".to_owned(),
-        });
+pub fn run(config: &BenchConfig, model: &str, out: &mut impl Write) -> Result<()> {
+    if config.n_pairs == 0 {
+        bail!(Refusal::setting("n_pairs", "at least 1", "0"));
     }
     let engine = LocalEngine::load(model, None, &config.compute.load_options()?)?;
     let mut engine = Engine::Local(Box::new(engine));
@@ -72,7 +68,7 @@ pub fn run(config: &BenchConfig, model: &str, out: &mut impl Write) -> Result<()
 }
 
 /// Two samples of the chain for a unit's prompts.
-fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
+fn chains(config: &BenchConfig) -> Result<Vec<Chain>> {
     let selection = Selection {
         context: Context::Opening,
         limit: UNIT,
@@ -95,7 +91,7 @@ fn chains(config: &BenchConfig) -> Result<Vec<Chain>, Error> {
 }
 
 /// New tokens a second of whole conversations: prompts and questions computed, no turn ending early.
-fn conversations(engine: &mut Engine, chains: &[Chain], table: &mut Table) -> Result<(), Error> {
+fn conversations(engine: &mut Engine, chains: &[Chain], table: &mut Table) -> Result<()> {
     let rows: usize = chains.iter().map(|chain| chain.samples.len()).sum();
     local(engine).ends_turns = false;
     let drawing = |max_new_tokens| Drawing {
@@ -127,7 +123,7 @@ fn judging(
     config: &BenchConfig,
     chains: &[Chain],
     table: &mut Table,
-) -> Result<(), Error> {
+) -> Result<()> {
     let queries = queries(engine, config, chains)?;
     let n_virtues = Constitution::load(&config.constitution)?.virtues.len();
     let per_pair = 2 * n_virtues;
@@ -141,8 +137,8 @@ fn judging(
         engine.label_masses(&queries[..per_pair], Labels::AB)?;
         let started = Instant::now();
         let masses = engine.label_masses(&queries, Labels::AB)?;
-        let pairs_per_s = config.pairs as f64 / started.elapsed().as_secs_f64();
-        let per_pair = n_computed as f64 / config.pairs as f64;
+        let pairs_per_s = config.n_pairs as f64 / started.elapsed().as_secs_f64();
+        let per_pair = n_computed as f64 / config.n_pairs as f64;
         table.push(
             format!(
                 "judging, {} tokens and questions of {}, {}",
@@ -181,11 +177,7 @@ fn judging(
 }
 
 /// The questions about pairs of about [`PAIR_TOKENS`] tokens.
-fn queries(
-    engine: &mut Engine,
-    config: &BenchConfig,
-    chains: &[Chain],
-) -> Result<Vec<Query>, Error> {
+fn queries(engine: &mut Engine, config: &BenchConfig, chains: &[Chain]) -> Result<Vec<Query>> {
     let constitution = Constitution::load(&config.constitution)?;
     let command = JudgeConfig::augment_args(clap::Command::new("bench").no_binary_name(true));
     let matches = command.try_get_matches_from(std::iter::empty::<&str>());
@@ -195,7 +187,7 @@ fn queries(
     judge_config.judge_template =
         judge_config.judge_template.replace("Reply with the letter A or B only.", QUESTION);
     let mut out = Vec::new();
-    for idx in 0..config.pairs {
+    for idx in 0..config.n_pairs {
         let judge = Judge::new(engine, &judge_config, &constitution, &[], Method::PairwiseLogits)?;
         // Other prompts' text, as much of it as it takes.
         let words: Vec<String> = (chains.iter().cycle().skip(idx).take(chains.len()))
@@ -211,7 +203,7 @@ fn queries(
                 key: idx as u64,
             }
         };
-        let n_prefix = |n_words: usize| -> Result<usize, Error> {
+        let n_prefix = |n_words: usize| -> Result<usize> {
             let queries = judge.queries(&[pair(n_words)]);
             let Engine::Local(local) = &*engine else { unreachable!("the bench loads a model") };
             Ok(prefix_and_question(&local.sequences(&queries[..constitution.virtues.len()])?).0)
@@ -248,7 +240,7 @@ fn largest_difference(one: &[LabelMass], other: &[LabelMass]) -> f64 {
 fn local(engine: &mut Engine) -> &mut LocalEngine {
     match engine {
         Engine::Local(local) => local,
-        Engine::Server(_) => unreachable!("the bench loads a model"),
+        Engine::Server(_) | Engine::Fleet(_) => unreachable!("the bench loads a model"),
     }
 }
 

@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
+use arete_engine::{EngineArgs, ServerConfig};
 use arete_model::generate::Sampling;
 use arete_model::machine::{self, Dtype};
 use arete_model::{LoadOptions, Source};
+use arete_records::Refusal;
+use arete_stage::settings;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-
-use crate::Error;
 
 /// Where a local model computes, and in which number format.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -23,6 +25,11 @@ pub struct ComputeConfig {
     #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true",
           action = clap::ArgAction::Set, value_name = "BOOL")]
     pub nf4: bool,
+    /// Quantise the NF4 scales as well
+    #[arg(long, num_args = 0..=1, default_value_t = false, default_missing_value = "true",
+          action = clap::ArgAction::Set, value_name = "BOOL")]
+    #[serde(default)]
+    pub double_quantize: bool,
 }
 
 impl ComputeConfig {
@@ -30,10 +37,10 @@ impl ComputeConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if there is no such device.
-    pub fn load_options(&self) -> Result<LoadOptions, Error> {
+    /// The model's failure if there is no such device.
+    pub fn load_options(&self) -> Result<LoadOptions> {
         let device = machine::device(&self.device)?;
-        Ok(machine::load_options(device, self.dtype, self.nf4, true))
+        Ok(machine::load_options(device, self.dtype, self.nf4, self.double_quantize))
     }
 }
 
@@ -58,6 +65,17 @@ pub struct SamplingConfig {
 }
 
 impl SamplingConfig {
+    /// Refuses what no sampler can do.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<(), Refusal> {
+        settings::at_least("max_new_tokens", self.max_new_tokens, 1)?;
+        settings::not_negative("temperature", self.temperature)?;
+        settings::fraction("top_p", self.top_p)
+    }
+
     /// As the engines take it.
     pub fn drawing(&self) -> crate::engine::Drawing {
         crate::engine::Drawing {
@@ -85,14 +103,32 @@ pub enum Truncated {
     Keep,
 }
 
+/// Refuses servers of both kinds at once, and what no server can be asked with.
+///
+/// # Errors
+///
+/// A refused setting.
+pub fn check_servers(url: Option<&str>, engines: &EngineArgs, server: &ServerConfig) -> Result<()> {
+    engines.check()?;
+    server.check()?;
+    if url.is_some() && engines.urls().is_some() {
+        bail!(Refusal::setting(
+            "engine_url",
+            "none together with engine_urls: text from one server, or tokens from several",
+            "both",
+        ));
+    }
+    Ok(())
+}
+
 /// The settings that results depend on, for `run.json`: without paths of inputs (their contents are
-/// hashed), without where a server stands and how it is talked to, without what is not set.
+/// hashed), without where servers stand and how they are talked to, without what is not set.
 ///
 /// # Panics
 ///
 /// Never: the configurations serialise to tables.
 pub fn recorded(config: &impl Serialize) -> Value {
-    const LEFT_OUT: [&str; 11] = [
+    const LEFT_OUT: [&str; 7] = [
         "constitution",
         "exemplars",
         "judge_adapter",
@@ -100,14 +136,14 @@ pub fn recorded(config: &impl Serialize) -> Value {
         "judge_url",
         "calibration",
         "pairs",
-        "concurrency",
-        "attempts",
-        "timeout_s",
-        "backoff_s",
     ];
     let mut value = serde_json::to_value(config).expect("configurations always serialise");
+    EngineArgs::record_in(&mut value);
     let table = value.as_object_mut().expect("configurations are tables");
     table.retain(|key, value| !LEFT_OUT.contains(&key.as_str()) && !value.is_null());
+    if table.get("nf4") != Some(&Value::Bool(true)) {
+        table.remove("double_quantize"); // scales of which there are none
+    }
     value
 }
 
@@ -123,7 +159,7 @@ pub fn record_model(
     remote: bool,
     settings: &mut Value,
     inputs: &mut Vec<(String, PathBuf)>,
-) -> Result<(), Error> {
+) -> Result<()> {
     if remote {
         settings[name] = Value::String(model.to_owned());
     } else if let Some(path) = Source::fetch(model)?.local_path() {

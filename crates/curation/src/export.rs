@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::dialogue;
 use arete_records::rows::PreferenceRow;
-use arete_records::{Message, atomic, parquet};
+use arete_records::{Message, Refusal, atomic, parquet};
 use serde_json::json;
-
-use crate::Error;
 
 /// The forms that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -22,7 +21,7 @@ pub enum Form {
 /// # Errors
 ///
 /// An unreadable input, a directory without preference files, a full disk.
-pub fn export(form: Form, input: &Path, output: &Path) -> Result<usize, Error> {
+pub fn export(form: Form, input: &Path, output: &Path) -> Result<usize> {
     let mut text = String::new();
     let (mut n_pairs, mut n_changed) = (0, 0);
     for path in files(input)? {
@@ -64,19 +63,19 @@ fn hh_line(row: &PreferenceRow) -> (String, bool) {
     (line, changed)
 }
 
-fn files(input: &Path) -> Result<Vec<PathBuf>, Error> {
+fn files(input: &Path) -> Result<Vec<PathBuf>> {
     if !input.is_dir() {
         return Ok(vec![input.to_owned()]);
     }
     let names = ["train", "validation", "test"].map(|split| input.join(format!("{split}.parquet")));
     let found: Vec<PathBuf> = names.into_iter().filter(|path| path.exists()).collect();
     if found.is_empty() {
-        return Err(Error::File {
-            path: input.to_owned(),
-            field: "directory".to_owned(),
-            expected: "train.parquet, validation.parquet or test.parquet".to_owned(),
-            found: "none (name the directory of one aspect)".to_owned(),
-        });
+        bail!(Refusal::file(
+            input,
+            "directory",
+            "train.parquet, validation.parquet or test.parquet",
+            "none (name the directory of one aspect)"
+        ));
     }
     Ok(found)
 }

@@ -4,16 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::Turns;
 use arete_chain::pairs::{self, About, Parts};
 use arete_records::table::{self, Column};
-use arete_records::{At, Message, Split, Virtue, atomic, split_of};
+use arete_records::{At, Message, Refusal, Split, Virtue, atomic, split_of};
 use serde_json::json;
 
+use crate::calibrate;
 use crate::judge::Questions;
 use crate::judge::{JudgeConfig, Method};
 use crate::words::Words;
-use crate::{Error, calibrate};
 use arete_chain::exemplars::{self, Exemplar, Replies, Use};
 
 /// Settings of `lessons`.
@@ -43,13 +44,13 @@ pub struct LessonsConfig {
 /// # Errors
 ///
 /// An unreadable file, a record that is no labelled pair, a method without labels, no usable pair.
-pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result<usize, Error> {
+pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result<usize> {
     if !config.method.needs_logprobs() {
-        return Err(Error::Setting {
-            name: "method",
-            expected: "pairwise-logits or pointwise-logits, whose answer is a label".to_owned(),
-            got: config.method.name().to_owned(),
-        });
+        bail!(Refusal::setting(
+            "method",
+            "pairwise-logits or pointwise-logits, whose answer is a label",
+            config.method.name()
+        ));
     }
     let words = Words::of(config.judge.constitution.as_deref(), None)?;
     let constitution = words.constitution()?;
@@ -96,14 +97,14 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
         }
     }
     if n_pairs == 0 {
-        return Err(Error::File {
-            path: pairs.first().cloned().unwrap_or_default(),
-            field: "pairs".to_owned(),
-            expected: "at least one labelled pair that may teach".to_owned(),
-            found: format!(
+        bail!(Refusal::file(
+            pairs.first().cloned().unwrap_or_default(),
+            "pairs",
+            "at least one labelled pair that may teach",
+            format!(
                 "none ({n_long} too long, {n_held_out} held out, {n_unknown} of virtues that the constitution has not)"
-            ),
-        });
+            )
+        ));
     }
     atomic::write(output, text.as_bytes())?;
     tracing::info!(
@@ -118,16 +119,14 @@ pub fn write(config: &LessonsConfig, pairs: &[PathBuf], output: &Path) -> Result
 }
 
 /// The pairs of a file that may teach, and what their labels speak of.
-fn teaching(
-    path: &Path,
-    columns: &[Column],
-    turns: &Turns,
-) -> Result<Vec<(Parts, Option<About>)>, Error> {
-    let records = table::read_renamed(path, columns)?;
+fn teaching(path: &Path, columns: &[Column], turns: &Turns) -> Result<Vec<(Parts, Option<About>)>> {
+    let table = table::read_renamed(path, columns)?;
+    let (n_records, records) = (table.n_rows(), table.records);
     if records.iter().all(|(_, record)| !record.contains_key("use")) {
         let pairs = pairs::read_file(path, columns)?.pairs;
         return Ok(pairs.into_iter().filter_map(calibrate::sides_of).collect());
     }
+    pairs::leave_out(path, pairs::unreadable(table.unreadable).collect(), n_records)?;
     let mut out = Vec::new();
     for (line, record) in records {
         let exemplar =
@@ -161,7 +160,7 @@ mod tests {
         LessonsConfig::from_arg_matches(&command.try_get_matches_from(flags).unwrap()).unwrap()
     }
 
-    fn lessons(flags: &[&str]) -> Result<Vec<Value>, Error> {
+    fn lessons(flags: &[&str]) -> Result<Vec<Value>> {
         let dir = tempfile::tempdir().unwrap();
         let (pairs, output) = (dir.path().join("pairs.jsonl"), dir.path().join("out.jsonl"));
         fs_err::write(&pairs, include_str!("../../../tests/fixtures/exemplars.jsonl")).unwrap();

@@ -30,14 +30,13 @@ pub mod config;
 pub mod conversations;
 pub mod demonstrations;
 pub mod engine;
-mod error;
 pub mod export;
 pub mod judge;
 pub mod lessons;
+pub mod memory;
 pub mod merge;
 pub mod preferences;
 pub mod prompts;
+mod splits;
 pub mod stage;
 mod words;
-
-pub use error::{Error, class_of};

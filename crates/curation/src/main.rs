@@ -1,6 +1,5 @@
 //! `arete-curation`: see the library's documentation for what the subcommands do.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -15,12 +14,15 @@ use arete_curation::preferences::labelled::LabelledConfig;
 use arete_curation::prompts::PromptsConfig;
 use arete_curation::stage::{Estimate, Work};
 use arete_curation::{
-    Error, bench, calibrate, conversations, demonstrations, export, lessons, merge, preferences,
-    prompts,
+    bench, calibrate, conversations, demonstrations, export, lessons, merge, preferences, prompts,
 };
 use arete_stage::cli::{self, StageArgs};
+use arete_stage::dry::DryRun;
+use arete_stage::inputs::Piped;
+use arete_stage::run::asking;
 use arete_stage::{interrupt, recipe};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde::Serialize;
 
 /// Curates data for RLAIF: prompts, demonstrations, conversations, judged preference pairs
 #[derive(Parser)]
@@ -40,8 +42,6 @@ enum Command {
         #[command(flatten)]
         stage: StageArgs,
         #[command(flatten)]
-        dry: DryRun,
-        #[command(flatten)]
         config: PromptsConfig,
     },
     /// Has a model answer, criticise and revise by the constitution; adds the shipped exemplars
@@ -55,8 +55,6 @@ enum Command {
         model: Option<String>,
         #[command(flatten)]
         stage: StageArgs,
-        #[command(flatten)]
-        dry: DryRun,
         #[command(flatten)]
         config: DemonstrationsConfig,
     },
@@ -74,8 +72,6 @@ enum Command {
         #[command(flatten)]
         stage: StageArgs,
         #[command(flatten)]
-        dry: DryRun,
-        #[command(flatten)]
         config: ConversationsConfig,
     },
     /// Has a judge compare the two samples of every prompt by five virtues, aspect by aspect
@@ -89,8 +85,6 @@ enum Command {
         judge: Option<String>,
         #[command(flatten)]
         stage: StageArgs,
-        #[command(flatten)]
-        dry: DryRun,
         #[command(flatten)]
         config: PreferencesConfig,
     },
@@ -115,8 +109,6 @@ enum Command {
         model: String,
         #[command(flatten)]
         stage: StageArgs,
-        #[command(flatten)]
-        dry: DryRun,
         #[command(flatten)]
         config: CalibrateConfig,
     },
@@ -162,17 +154,10 @@ enum Command {
     },
 }
 
-#[derive(clap::Args)]
-struct DryRun {
-    /// Print counts, tokens and a time estimate; write nothing
-    #[arg(long)]
-    dry_run: bool,
-}
-
 fn main() -> ExitCode {
-    let matches = Cli::command().get_matches();
+    let matches = cli::matches(Cli::command());
     cli::init_tracing();
-    arete_stage::exit::run(|| run(&matches), arete_curation::class_of)
+    arete_stage::exit::run(|| run(&matches), arete_engine::class_of)
 }
 
 fn run(matches: &ArgMatches) -> anyhow::Result<()> {
@@ -180,46 +165,61 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
     let parsed = Cli::from_arg_matches(matches)?;
     let (name, matches) = matches.subcommand().context("no subcommand")?;
     match parsed.command {
-        Command::Prompts { input, stage, dry, .. } => {
+        Command::Prompts { input, stage, .. } => {
             let config: PromptsConfig = recipe::resolve(matches, name, stage.recipe.as_deref())?;
             let estimate = || prompts::estimate(&config, &input);
-            either(dry, estimate, || prompts::run(&config, &input, &stage.output))
+            either(stage.dry_run, &config, estimate, || {
+                prompts::run(&config, &input, &stage.output)
+            })
         }
-        Command::Demonstrations { prompts, model, stage, dry, .. } => {
+        Command::Demonstrations { prompts, model, stage, .. } => {
             let config: DemonstrationsConfig =
                 recipe::resolve(matches, name, stage.recipe.as_deref())?;
             let inputs = demonstrations::Inputs { prompts, model };
             let estimate = || demonstrations::estimate(&config, &inputs, &stage.output);
             let work = Work::Compute;
-            either(dry, estimate, || demonstrations::run(&config, &inputs, &stage.output, &work))
+            either(stage.dry_run, &config, estimate, || {
+                demonstrations::run(&config, &inputs, &stage.output, &work)
+            })
         }
-        Command::Conversations { prompts, model, original, stage, dry, .. } => {
+        Command::Conversations { prompts, model, original, stage, .. } => {
             let config: ConversationsConfig =
                 recipe::resolve(matches, name, stage.recipe.as_deref())?;
             let inputs = conversations::Inputs { prompts, model, original };
             let estimate = || conversations::estimate(&config, &inputs, &stage.output);
             let work = Work::Compute;
-            either(dry, estimate, || conversations::run(&config, &inputs, &stage.output, &work))
+            either(stage.dry_run, &config, estimate, || {
+                conversations::run(&config, &inputs, &stage.output, &work)
+            })
         }
-        Command::Preferences { conversations, judge, stage, dry, .. } => {
+        Command::Preferences { conversations, judge, stage, .. } => {
             let config: PreferencesConfig =
                 recipe::resolve(matches, name, stage.recipe.as_deref())?;
             let inputs = preferences::Inputs { conversations, judge };
             let estimate = || preferences::estimate(&config, &inputs, &stage.output);
             let work = Work::Compute;
-            either(dry, estimate, || preferences::run(&config, &inputs, &stage.output, &work))
+            either(stage.dry_run, &config, estimate, || {
+                preferences::run(&config, &inputs, &stage.output, &work)
+            })
         }
         Command::Labelled { pairs, output, config } => {
+            let mut piped = Piped::default();
+            let pairs = piped.all_local(&pairs)?;
             Ok(preferences::labelled::run(&config, &pairs, &output)?)
         }
-        Command::Calibrate { pairs, model, stage, dry, .. } => {
+        Command::Calibrate { pairs, model, stage, .. } => {
             let config: CalibrateConfig = recipe::resolve(matches, name, stage.recipe.as_deref())?;
+            let mut piped = Piped::default();
+            let pairs = piped.all_local(&pairs)?;
             let inputs = calibrate::Inputs { pairs, model };
             let estimate = || calibrate::estimate(&config, &inputs, &stage.output);
-            either(dry, estimate, || calibrate::run(&config, &inputs, &stage.output))
+            either(stage.dry_run, &config, estimate, || {
+                calibrate::run(&config, &inputs, &stage.output)
+            })
         }
         Command::Lessons { pairs, output, config } => {
-            lessons::write(&config, &pairs, &output)?;
+            let mut piped = Piped::default();
+            lessons::write(&config, &piped.all_local(&pairs)?, &output)?;
             Ok(())
         }
         Command::Bench { model, config } => {
@@ -237,14 +237,16 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
 
 /// Runs a stage, or prints what it would do as JSON on stdout.
 fn either(
-    dry: DryRun,
-    estimate: impl FnOnce() -> Result<Estimate, Error>,
-    stage: impl FnOnce() -> Result<(), Error>,
+    dry_run: bool,
+    config: &impl Serialize,
+    estimate: impl FnOnce() -> anyhow::Result<Estimate>,
+    stage: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    if !dry.dry_run {
-        return Ok(stage()?);
+    if !dry_run {
+        return stage();
     }
-    let text = serde_json::to_string_pretty(&estimate()?)?;
-    writeln!(std::io::stdout(), "{text}")?;
-    Ok(())
+    let found = asking(stage)?;
+    let Estimate { stage, counts, n_tokens, seconds, memory } = estimate()?;
+    let plan = DryRun::new(stage, config, found).costing(counts, n_tokens, seconds).taking(memory);
+    Ok(plan.print()?)
 }

@@ -4,19 +4,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::{Result, bail};
+use arete_engine::EngineArgs;
 use arete_model::machine;
 use arete_model::machine::Machine;
 use arete_records::left_out::{self, LeftOut};
-use arete_records::{atomic, parquet, redact};
+use arete_records::{Refusal, atomic, files, parquet, redact};
 use arete_stage::run::{self, Completion, RunJson, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::Error;
 use crate::config::ComputeConfig;
 use crate::engine::server::ServerConfig;
-use crate::engine::{Engine, LocalEngine, ServerEngine};
+use crate::engine::{Engine, FleetEngine, LocalEngine, ServerEngine};
+use arete_stage::exit::Unavailable;
 use arete_stage::units::{SHARDS, Shard};
 
 /// How a stage's units come about.
@@ -55,8 +57,8 @@ impl Place {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for an unknown device or format.
-    pub fn of(compute: &ComputeConfig, url: Option<&str>) -> Result<Self, Error> {
+    /// A refused setting for an unknown device or format.
+    pub fn of(compute: &ComputeConfig, url: Option<&String>) -> Result<Self> {
         if url.is_some() {
             return Ok(Self { device: "server".to_owned(), dtype: "unknown".to_owned() });
         }
@@ -74,7 +76,7 @@ impl Work {
     /// # Errors
     ///
     /// What `here` returns.
-    pub fn place(&self, here: impl FnOnce() -> Result<Place, Error>) -> Result<Place, Error> {
+    pub fn place(&self, here: impl FnOnce() -> Result<Place>) -> Result<Place> {
         match self {
             Self::Compute => here(),
             Self::Adopt { place, .. } => Ok(place.clone()),
@@ -85,13 +87,14 @@ impl Work {
     ///
     /// # Errors
     ///
-    /// [`Error::Shards`] naming the input that has changed.
-    pub fn check(&self, run: &StageRun) -> Result<(), Error> {
+    /// Parts that do not add up naming the input that has changed.
+    pub fn check(&self, run: &StageRun) -> Result<()> {
         let Self::Adopt { parts, inputs, .. } = self else { return Ok(()) };
         let changed = run.inputs().iter().find(|(name, sum)| inputs.get(*name) != Some(*sum));
         changed.map_or(Ok(()), |(name, _)| {
             let path = parts.first().cloned().unwrap_or_default();
-            Err(Error::Shards { path, reason: format!("its input `{name}` has changed since") })
+            let reason = format!("its input `{name}` has changed since");
+            Err(arete_stage::Error::Shards { path, reason }.into())
         })
     }
 }
@@ -120,7 +123,7 @@ impl Command {
     /// # Errors
     ///
     /// I/O.
-    pub fn write(&self, output: &Path) -> Result<(), Error> {
+    pub fn write(&self, output: &Path) -> Result<()> {
         fs_err::create_dir_all(output.join(SHARDS))?;
         let mut value = serde_json::to_value(self).expect("plain data always serialises");
         redact::redact_json(&mut value);
@@ -133,22 +136,22 @@ impl Command {
     ///
     /// # Errors
     ///
-    /// [`Error::Shards`] if a part is incomplete or the parts do not belong together.
-    pub fn of_parts(parts: &[PathBuf]) -> Result<(Self, RunJson), Error> {
+    /// Parts that do not add up if a part is incomplete or the parts do not belong together.
+    pub fn of_parts(parts: &[PathBuf]) -> Result<(Self, RunJson)> {
         let mut whole: Option<(Self, RunJson)> = None;
         for part in parts {
-            let wrong = |reason: String| Error::Shards { path: part.clone(), reason };
+            let wrong = |reason: String| arete_stage::Error::Shards { path: part.clone(), reason };
             let mut run = RunJson::read(part)
                 .map_err(|error| wrong(format!("not a complete part of a job array: {error}")))?;
             let path = part.join(SHARDS).join(COMMAND);
-            let bytes = fs_err::read(&path)
+            let bytes = files::read_small(&path)
                 .map_err(|error| wrong(format!("not made with --shard: {error}")))?;
             let mut command: Self = serde_json::from_slice(&bytes)
                 .map_err(|error| wrong(format!("{COMMAND}: {error}")))?;
             let shard = command.config.as_object_mut().and_then(|config| config.remove("shard"));
             let shard: Option<Shard> = shard.and_then(|shard| serde_json::from_value(shard).ok());
             if shard.is_none_or(|shard| shard.parts() != parts.len()) {
-                return Err(wrong(format!("expected a part of {}, got {shard:?}", parts.len())));
+                bail!(wrong(format!("expected a part of {}, got {shard:?}", parts.len())));
             }
             if let Some(config) = run.config.as_object_mut() {
                 config.remove("shard");
@@ -157,16 +160,18 @@ impl Command {
                 None => whole = Some((command, run)),
                 Some((first, first_run)) => {
                     // Of the settings those that count: how a server is talked to may differ.
-                    if (&first.stage, &first_run.config) != (&command.stage, &run.config) {
-                        return Err(wrong(
-                            "made with other settings than the first part".to_owned(),
-                        ));
+                    let same = first.stage == command.stage
+                        && of_any_gpu(&first_run.config) == of_any_gpu(&run.config);
+                    if !same {
+                        bail!(wrong("made with other settings than the first part".to_owned(),));
                     }
                     if first_run.inputs != run.inputs {
-                        return Err(wrong("made from other inputs than the first part".to_owned()));
+                        bail!(wrong("made from other inputs than the first part".to_owned()));
                     }
-                    if (&first_run.device, &first_run.dtype) != (&run.device, &run.dtype) {
-                        return Err(wrong(format!(
+                    let place =
+                        |run: &RunJson| (any_gpu(&run.device).to_owned(), run.dtype.clone());
+                    if place(first_run) != place(&run) {
+                        bail!(wrong(format!(
                             "computed on {} in {}, the first part on {} in {}",
                             run.device, run.dtype, first_run.device, first_run.dtype
                         )));
@@ -174,8 +179,30 @@ impl Command {
                 }
             }
         }
-        let none = || Error::Shards { path: PathBuf::new(), reason: "no parts given".to_owned() };
-        whole.ok_or_else(none)
+        let none = || arete_stage::Error::Shards {
+            path: PathBuf::new(),
+            reason: "no parts given".to_owned(),
+        };
+        Ok(whole.ok_or_else(none)?)
+    }
+}
+
+/// A device's name without the number of the GPU: which of a machine's GPUs computed a part says nothing of the part.
+fn any_gpu(device: &str) -> &str {
+    if device.starts_with("cuda:") { "cuda" } else { device }
+}
+
+/// Settings with every GPU named alike.
+fn of_any_gpu(config: &Value) -> Value {
+    match config {
+        Value::Object(map) => {
+            let entries = map.iter().map(|(key, value)| match value {
+                Value::String(device) if key == "device" => (key.clone(), any_gpu(device).into()),
+                other => (key.clone(), of_any_gpu(other)),
+            });
+            Value::Object(entries.collect())
+        }
+        other => other.clone(),
     }
 }
 
@@ -183,28 +210,61 @@ impl Command {
 ///
 /// # Errors
 ///
-/// A model that cannot be loaded, a server that cannot be used, an adapter for a server.
+/// A model that cannot be loaded, a server that cannot be used, an adapter for servers.
 pub fn open_engine(
     model: &str,
     adapter: Option<&Path>,
-    url: Option<&str>,
+    urls: Option<&[String]>,
     compute: &ComputeConfig,
     server: &ServerConfig,
     needs_logprobs: bool,
-) -> Result<Engine, Error> {
-    match (url, adapter) {
+) -> Result<Engine> {
+    match (urls, adapter) {
         (None, _) => {
             let engine = LocalEngine::load(model, adapter, &compute.load_options()?)?;
             Ok(Engine::Local(Box::new(engine)))
         }
-        (Some(url), None) => {
-            Ok(Engine::Server(ServerEngine::connect(url, model, server, needs_logprobs)?))
+        (Some(urls), None) => {
+            Ok(Engine::Server(ServerEngine::connect_all(urls, model, server, needs_logprobs)?))
         }
-        (Some(_), Some(adapter)) => Err(Error::Setting {
-            name: "judge_adapter",
-            expected: "none together with judge_url: the server holds its adapters".to_owned(),
-            got: adapter.display().to_string(),
-        }),
+        (Some(_), Some(adapter)) => Err(Refusal::setting(
+            "judge_adapter",
+            "none together with judge_url: the server holds its adapters",
+            adapter.display(),
+        )
+        .into()),
+    }
+}
+
+/// The model of a stage, for which servers sample if the settings name any and there is an `output` for their replies.
+///
+/// # Errors
+///
+/// As [`open_engine`] and [`FleetEngine::connect`].
+///
+/// # Panics
+///
+/// On both kinds of servers at once, which [`crate::config::check_servers`] refuses.
+pub fn open_sampler(
+    model: &str,
+    url: Option<&String>,
+    engines: &EngineArgs,
+    compute: &ComputeConfig,
+    server: &ServerConfig,
+    output: Option<&Path>,
+) -> Result<Engine> {
+    match (url, engines.urls().and(output)) {
+        (_, None) => {
+            let urls = url.map(std::slice::from_ref);
+            open_engine(model, None, urls, compute, server, false)
+        }
+        (None, Some(output)) => {
+            let own = LocalEngine::load(model, None, &compute.load_options()?)?;
+            Ok(Engine::Fleet(Box::new(FleetEngine::connect(own, engines, server, output)?)))
+        }
+        (Some(_), Some(_)) => {
+            unreachable!("both kinds of servers are refused by the stage's check")
+        }
     }
 }
 
@@ -213,16 +273,11 @@ pub fn open_engine(
 /// # Errors
 ///
 /// A missing or damaged file, or one without rows.
-pub fn rows_of<T: parquet::Row>(input: &Path, name: &str) -> Result<Vec<T>, Error> {
+pub fn rows_of<T: parquet::Row>(input: &Path, name: &str) -> Result<Vec<T>> {
     let path = file_of(input, name);
     let rows: Vec<T> = parquet::read(&path)?;
     if rows.is_empty() {
-        return Err(Error::File {
-            path,
-            field: "rows".to_owned(),
-            expected: "at least one".to_owned(),
-            found: "none".to_owned(),
-        });
+        bail!(Refusal::file(&path, "rows", "at least one", "none"));
     }
     Ok(rows)
 }
@@ -237,12 +292,11 @@ pub fn file_of(input: &Path, name: &str) -> PathBuf {
 /// # Errors
 ///
 /// Those of [`run::begin`].
-pub fn begin(spec: StageSpec<'_>) -> Result<Option<StageRun>, Error> {
-    let stage = spec.stage.to_owned();
+pub fn begin(spec: StageSpec<'_>) -> Result<Option<StageRun>> {
     let output = spec.output.to_owned();
     match run::begin(spec)? {
         Start::UpToDate(_) => {
-            tracing::info!(stage, output = %output.display(), "up to date");
+            run::say_up_to_date(&output);
             Ok(None)
         }
         Start::Run(run) => Ok(Some(run)),
@@ -260,7 +314,7 @@ pub fn finish(
     place: Place,
     counts: Map<String, Value>,
     started: Instant,
-) -> Result<(), Error> {
+) -> Result<()> {
     let Place { device, dtype } = place;
     Machine::write(run.output())?;
     timings::log(run.output(), stage, started.elapsed().as_secs_f64(), &[])?;
@@ -278,6 +332,8 @@ pub struct Estimate {
     pub n_tokens: Option<u64>,
     /// Seconds this will take, measured on a few rows.
     pub seconds: Option<f64>,
+    /// The most memory it takes; none where no model is loaded here.
+    pub memory: Option<Value>,
 }
 
 /// Fails if a server refused more of a unit's items than a [share](left_out::is_share): then it is at fault and not they, and
@@ -285,13 +341,13 @@ pub struct Estimate {
 ///
 /// # Errors
 ///
-/// [`Error::Server`] with the first refusal.
-pub fn check_refused(server: &str, refused: &[LeftOut], n_items: usize) -> Result<(), Error> {
+/// The server's failure with the first refusal.
+pub fn check_refused(server: &str, refused: &[LeftOut], n_items: usize) -> Result<()> {
     match refused.first() {
         Some(LeftOut { item, reason }) if !left_out::is_share(refused.len(), n_items) => {
             let n = refused.len();
             let reason = format!("{n} of {n_items} prompts refused; of prompt {item}: {reason}");
-            Err(Error::Server { url: server.to_owned(), what: "replies", reason })
+            Err(Unavailable(format!("{server}: replies: {reason}")).into())
         }
         _ => Ok(()),
     }
@@ -337,6 +393,20 @@ pub fn cell(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Parts of one job array that ran on two GPUs of a machine belong together; those of the CPU and a GPU do not.
+    #[test]
+    fn parts_of_two_gpus_are_alike() {
+        let config =
+            |device: &str| json!({ "compute": { "device": device, "dtype": "auto" }, "n": 3 });
+        assert_eq!(of_any_gpu(&config("cuda:0")), of_any_gpu(&config("cuda:1")));
+        assert_eq!(of_any_gpu(&config("cuda")), of_any_gpu(&config("cuda:1")));
+        assert_ne!(of_any_gpu(&config("cpu")), of_any_gpu(&config("cuda:1")));
+        assert_eq!(
+            ["cpu", "auto", "server", "cuda:12"].map(any_gpu),
+            ["cpu", "auto", "server", "cuda"]
+        );
+    }
 
     #[test]
     fn tables_are_aligned() {

@@ -2,10 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use arete_chain::constitution::{Constitution, SHIPPED, Turns};
-use arete_records::Virtue;
-
-use crate::Error;
+use arete_records::{Refusal, Virtue};
 
 /// What a stage was given, what its input carries, or what lies in the usual place; none if nothing does.
 pub(crate) struct Words(Option<Constitution>);
@@ -16,7 +15,7 @@ impl Words {
     /// # Errors
     ///
     /// As [`Constitution::of_stage`].
-    pub(crate) fn of(given: Option<&Path>, input: Option<&Path>) -> Result<Self, Error> {
+    pub(crate) fn of(given: Option<&Path>, input: Option<&Path>) -> Result<Self> {
         Ok(Self(Constitution::of_stage(given, input)?))
     }
 
@@ -34,14 +33,16 @@ impl Words {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if there is none.
-    pub(crate) fn constitution(&self) -> Result<&Constitution, Error> {
-        self.0.as_ref().ok_or_else(|| Error::File {
-            path: SHIPPED.into(),
-            field: "constitution".to_owned(),
-            expected: "a constitution there, or another one (--constitution FILE)".to_owned(),
-            found: "no such file".to_owned(),
-        })
+    /// A refused file if there is none.
+    pub(crate) fn constitution(&self) -> Result<&Constitution> {
+        Ok(self.0.as_ref().ok_or_else(|| {
+            Refusal::file(
+                SHIPPED,
+                "constitution",
+                "a constitution there, or another one (--constitution FILE)",
+                "no such file",
+            )
+        })?)
     }
 
     /// The file, if the results depend on it: of one of the shipped names only where its words `are_read`.
@@ -49,7 +50,7 @@ impl Words {
     /// # Errors
     ///
     /// As [`Words::constitution`], if its words are read.
-    pub(crate) fn input(&self, are_read: bool) -> Result<Option<PathBuf>, Error> {
+    pub(crate) fn input(&self, are_read: bool) -> Result<Option<PathBuf>> {
         let own = if are_read { Some(self.constitution()?) } else { self.0.as_ref() };
         let own = own.filter(|own| are_read || !own.has_shipped_names());
         Ok(own.map(|own| own.path().to_owned()))
@@ -60,7 +61,7 @@ impl Words {
     /// # Errors
     ///
     /// I/O.
-    pub(crate) fn leave(&self, output: &Path) -> Result<(), Error> {
+    pub(crate) fn leave(&self, output: &Path) -> Result<()> {
         Ok(self.0.as_ref().map_or(Ok(()), |own| own.leave(output))?)
     }
 }

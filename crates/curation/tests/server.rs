@@ -6,7 +6,8 @@ mod common;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arete_curation::engine::server::{ServerConfig, ServerEngine};
@@ -14,8 +15,8 @@ use arete_curation::engine::{Chain, Drawing, Engine, Labels, Query};
 use arete_model::generate::Sampling;
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::{ConversationRow, PromptRow};
-use arete_records::{FinishReason, Message, Split, parquet, prompt_id};
-use common::{Answer, serve};
+use arete_records::{Class, FinishReason, Message, Split, parquet, prompt_id};
+use common::{Answer, serve, serve_paths};
 use serde_json::{Value, json};
 
 fn config() -> ServerConfig {
@@ -336,6 +337,10 @@ fn impossible_settings_are_refused() {
         ServerEngine::connect(url, "m", &config, false).unwrap_err().to_string()
     };
     assert!(error("localhost:8000", config()).contains("http://"));
+    assert!(error("http://x/v1?key=abc", config()).contains("behind its path"));
+    for wrong in ["bob:hunter2@x:80", "http:/bob:hunter2@x", "http://bob:hunter2@x/?key=hunter2"] {
+        assert!(!error(wrong, config()).contains("hunter2"), "{wrong}");
+    }
     assert!(error("http://x", ServerConfig { attempts: 0, ..config() }).contains("at least 1"));
     assert!(error("http://x", ServerConfig { timeout_s: 0.0, ..config() }).contains("seconds"));
 }
@@ -489,4 +494,165 @@ fn a_signal_is_answered_while_a_server_hangs() {
     let text = String::from_utf8_lossy(&done.stderr);
     assert_eq!(done.status.code(), Some(130), "{text}");
     assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}", signalled.elapsed());
+}
+
+/// vLLM's `logprob_token_ids`: probabilities of exactly the labels, which need not be among the first twenty candidates.
+#[test]
+fn labels_own_probabilities_are_asked_for_where_the_server_gives_them() {
+    let tokenize = |path: &str, body: &Value| {
+        let id = |text: &str| {
+            ["A", " A", "B", " B", "Yes", " Yes", "No"].iter().position(|t| *t == text)
+        };
+        match (path, id(body["prompt"].as_str().unwrap())) {
+            ("/tokenize", Some(id)) => ok(json!({"count": 1, "tokens": [100 + id]})),
+            ("/tokenize", None) => ok(json!({"count": 2, "tokens": [7, 8]})), // " No" is two
+            _ => Answer::Http(404, "", String::new()),
+        }
+    };
+    let honest = |_: usize, request: &Value| match request.get("logprob_token_ids") {
+        // Without the key the labels are not among the candidates at all.
+        None => verdict(&[("Well", 0.9), ("So", 0.05)]),
+        Some(ids) if *ids == json!([100, 101, 102, 103]) => {
+            verdict(&[("Well", 0.9), ("A", 0.001), (" A", 0.002), ("B", 0.0005), (" B", 0.0005)])
+        }
+        Some(ids) => {
+            assert_eq!(*ids, json!([104, 105, 106]));
+            verdict(&[("Well", 0.9), ("Yes", 0.001), (" Yes", 0.002), ("No", 0.0005)])
+        }
+    };
+    let server = serve_paths(tokenize, honest);
+    let engine = Engine::Server(ServerEngine::connect(&server.url, "m", &config(), true).unwrap());
+    let [(first, second)] = masses(&engine, &["which?"])[..] else { panic!("one query") };
+    assert!((first - 0.003).abs() < 1e-12 && (second - 0.001).abs() < 1e-12, "{first} {second}");
+    let query = Query { messages: vec![Message::user("kind?")], opening: String::new() };
+    let mass = engine.label_masses(&[query], Labels::YES_NO).unwrap()[0];
+    assert!((mass.first - 0.003).abs() < 1e-12 && (mass.second - 0.0005).abs() < 1e-12);
+
+    // One that knows how to tokenise, but not that key, is asked as ever.
+    let server = serve_paths(tokenize, |_, _| {
+        let many: Vec<(&str, f64)> =
+            ["A", " A", "B", " B", "C", "D", "E"].map(|t| (t, 0.1)).to_vec();
+        verdict(&many)
+    });
+    let engine = Engine::Server(ServerEngine::connect(&server.url, "m", &config(), true).unwrap());
+    let [(first, _)] = masses(&engine, &["which?"])[..] else { panic!("one query") };
+    assert!((first - 0.2).abs() < 1e-12);
+    let requests = server.requests.lock().unwrap();
+    assert!(requests.last().unwrap().get("logprob_token_ids").is_none());
+}
+
+/// Says A as often as the question's number tells.
+fn numbered(request: &Value) -> Answer {
+    let n: u32 = last_text(request).parse().unwrap_or(50);
+    verdict(&[("A", f64::from(n) / 128.0), ("B", 0.25)])
+}
+
+#[test]
+fn several_judges_share_the_questions_and_a_lost_one_is_survived() {
+    let questions: Vec<String> = (1..=60).map(|n| n.to_string()).collect();
+    let questions: Vec<&str> = questions.iter().map(String::as_str).collect();
+    let expected: Vec<i32> = (1..=60).collect();
+    let config = ServerConfig { concurrency: 2, attempts: 3, timeout_s: 0.5, backoff_s: 0.001 };
+    type Mood = (&'static str, fn() -> Answer);
+    let moods: [Mood; 4] = [
+        ("dies", || Answer::Nothing),
+        ("is being stopped", || Answer::Http(503, "", "shutting down".to_owned())),
+        ("lost its model", || Answer::Http(404, "", "the model `m` does not exist".to_owned())),
+        ("hangs", || {
+            std::thread::sleep(Duration::from_millis(700));
+            Answer::Nothing
+        }),
+    ];
+    for (name, mood) in moods {
+        let sound = serve(|_, request| numbered(request));
+        let is_ill = Arc::new(AtomicBool::new(true));
+        let ill = Arc::clone(&is_ill);
+        let moody = serve(move |number, request| match number {
+            5.. if ill.load(Ordering::SeqCst) => mood(),
+            _ => numbered(request),
+        });
+        let urls = [sound.url.clone(), moody.url.clone()];
+        let engine = ServerEngine::connect_all(&urls, "m", &config, true).unwrap();
+        let engine = Engine::Server(engine);
+        let n_asked = |server: &common::Server| server.requests.lock().unwrap().len();
+        let firsts = |engine: &Engine| -> Vec<i32> {
+            let numbers = masses(engine, &questions).into_iter().map(|(first, _)| first * 128.0);
+            numbers.map(|number| number.round() as i32).collect()
+        };
+        assert_eq!(firsts(&engine), expected, "{name}");
+        // The probe and four verdicts came from it; its requests in flight were tried twice, and that was all.
+        assert!((5..=10).contains(&n_asked(&moody)), "{name}: {}", n_asked(&moody));
+        assert!(n_asked(&sound) > 50, "{name}: {}", n_asked(&sound));
+        assert!(sound.most_at_once.load(Ordering::SeqCst) <= 2, "{name}");
+        // It is back, and gets work again.
+        is_ill.store(false, Ordering::SeqCst);
+        let (before, since) = (n_asked(&moody), Instant::now());
+        while n_asked(&moody) < before + 10 {
+            assert!(since.elapsed() < Duration::from_secs(20), "{name}: it was not looked for");
+            assert_eq!(firsts(&engine), expected, "{name}");
+        }
+        assert_eq!(engine.n_refused(), 0, "{name}");
+    }
+}
+
+#[test]
+fn the_last_judge_has_all_its_attempts_and_then_ends_the_work() {
+    let is_ill = Arc::new(AtomicBool::new(false));
+    let judge = || {
+        let ill = Arc::clone(&is_ill);
+        serve(move |_, request| match ill.load(Ordering::SeqCst) {
+            true => Answer::Http(500, "", "out of order".to_owned()),
+            false => numbered(request),
+        })
+    };
+    let servers = [judge(), judge()];
+    let urls = servers.each_ref().map(|server| server.url.clone());
+    let engine = Engine::Server(ServerEngine::connect_all(&urls, "m", &config(), true).unwrap());
+    is_ill.store(true, Ordering::SeqCst);
+    let query = Query { messages: vec![Message::user("1")], opening: String::new() };
+    let error = engine.label_masses(&[query], Labels::AB).unwrap_err();
+    assert_eq!(error.chain().find_map(arete_engine::class_of), Some(Class::Unavailable));
+    let text = error.to_string();
+    assert!(text.contains("out of order (4 attempts)"), "{text}");
+    // Two attempts at the one, four at the other.
+    let mut n_asked = servers.each_ref().map(|server| {
+        let requests = server.requests.lock().unwrap();
+        assert!(requests.len() == 3 || text.contains(&server.url), "{text}");
+        requests.len()
+    });
+    n_asked.sort_unstable();
+    assert_eq!(n_asked, [1 + 2, 1 + 4]);
+
+    // At the start all must be there.
+    let sound = serve(|_, request| numbered(request));
+    let refused = |urls: &[String]| {
+        ServerEngine::connect_all(urls, "m", &config(), true).unwrap_err().to_string()
+    };
+    let text = refused(&[sound.url.clone(), servers[0].url.clone()]);
+    assert!(text.contains(&servers[0].url) && text.contains("out of order"), "{text}");
+    assert!(refused(&[sound.url.clone(), sound.url.clone()]).contains("each once"));
+    assert!(refused(&[]).contains("got none"));
+}
+
+/// Labels are read alike whoever answers: from their own probabilities, if every server gives them.
+#[test]
+fn judges_of_two_kinds_are_read_in_the_way_that_both_know() {
+    let tokenize = |_: &str, body: &Value| match body["prompt"].as_str() {
+        Some(text) if !text.starts_with(' ') => ok(json!({"tokens": [text.len()]})),
+        _ => Answer::Http(404, "", String::new()),
+    };
+    let judge = |request: &Value| match request.get("logprob_token_ids") {
+        Some(_) => verdict(&[("A", 0.5), ("B", 0.25)]),
+        None => verdict(&[("A", 0.125), ("B", 0.25), ("C", 0.1), ("D", 0.1)]),
+    };
+    let knows = || serve_paths(tokenize, move |_, request| judge(request));
+    let plain = || serve(move |_, request| judge(request));
+    let asked = |servers: [common::Server; 2]| {
+        let urls = servers.each_ref().map(|server| server.url.clone());
+        let engine = ServerEngine::connect_all(&urls, "m", &config(), true).unwrap();
+        let masses = masses(&Engine::Server(engine), &["q"; 20]);
+        masses.into_iter().map(|(first, _)| (first * 1e3).round() as i32).collect::<Vec<_>>()
+    };
+    assert_eq!(asked([knows(), knows()]), [500; 20]);
+    assert_eq!(asked([knows(), plain()]), [125; 20]);
 }

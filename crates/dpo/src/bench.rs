@@ -1,10 +1,11 @@
 //! `arete-dpo bench`: pairs a second of preference optimisation, beside this machine's matrix products.
 
+use anyhow::{Result, bail};
 use arete_model::bench::Table;
+use arete_records::Refusal;
 use arete_training::bench::{self, BenchArgs};
-use arete_training::{Error as TrainingError, Evaluation, Objective, StepReport};
+use arete_training::{Error as TrainingError, Evaluation, Objective, Passes, StepReport};
 
-use crate::Error;
 use crate::config::LossType;
 use crate::data::{Pair, Sequence};
 use crate::loss::LossSettings;
@@ -32,19 +33,19 @@ pub struct Bench {
 /// # Errors
 ///
 /// An unusable model or device; a prompt that leaves no reply.
-pub fn run(arguments: &Bench) -> Result<(), Error> {
+pub fn run(arguments: &Bench) -> Result<()> {
     let Bench { common, batch_size, length, prompt } = arguments;
     if !(1..*length).contains(prompt) {
-        return Err(Error::Setting {
-            name: "prompt",
-            expected: format!("1 to {} tokens", length.saturating_sub(1)),
-            got: prompt.to_string(),
-        });
+        bail!(Refusal::setting(
+            "prompt",
+            format!("1 to {} tokens", length.saturating_sub(1)),
+            prompt
+        ));
     }
     let (model, adapter) = common.load()?;
     let train: Vec<Pair> = (0..*batch_size).map(|seed| made_up(seed, *length, *prompt)).collect();
     let loss = LossSettings { loss_type: LossType::Sigmoid, beta: 0.1, label_smoothing: 0.0 };
-    let passes = (common.micro_batch_tokens, common.compute.recompute);
+    let passes = common.compute.passes(common.micro_batch_tokens, false);
     let objective = DirectPreference::new(&model.decoder, &adapter, (&train, &[]), loss, passes);
     let ceiling = bench::ceiling_tokens_per_s(&model, false)?;
     let mut forgetful = Forgetful { objective, forgets: true };
@@ -89,6 +90,10 @@ impl Objective for Forgetful<'_> {
             self.objective.train_reference = Reference::unknown(self.objective.train.len());
         }
         self.objective.accumulate(shard, step, scale)
+    }
+
+    fn passes(&self) -> Passes {
+        self.objective.passes()
     }
 
     fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {

@@ -1,7 +1,14 @@
 //! Settings of the stage: flags, and the `[dpo]` table of a recipe.
 
-use arete_training::{ComputeArgs, LoopArgs, LoraArgs};
+use anyhow::{Result, bail};
+use arete_chain::memory::{Demand, Role};
+use arete_records::Refusal;
+use arete_records::table::Column;
+use arete_stage::settings;
+use arete_training::{ComputeArgs, Counted, LoopArgs, LoraArgs, Pace};
 use serde::{Deserialize, Serialize};
+
+pub use arete_training::pairs::{Label, OverLength};
 
 /// What a pair's lead is compared with (TRL's names).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -16,28 +23,6 @@ pub enum LossType {
     SigmoidNorm,
 }
 
-/// What happens to a conversation longer than `max_length`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum OverLength {
-    /// Its last `max_length` tokens are kept. Both sides of a pair lose the same tokens where these are common to both.
-    TruncateLeft,
-    /// Its first `max_length` tokens are kept (TRL's `keep_start`).
-    TruncateRight,
-    /// The pair is left out.
-    Drop,
-}
-
-/// What the loss aims at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Label {
-    /// The chosen side wins with probability `chosen_prob`.
-    Soft,
-    /// The chosen side wins (TRL).
-    Hard,
-}
-
 /// Settings of direct preference optimisation.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct Config {
@@ -48,6 +33,10 @@ pub struct Config {
     #[arg(long, value_delimiter = ',', value_name = "ASPECT")]
     #[serde(default)]
     pub aspects: Vec<String>,
+    /// With --pairs: a column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default)]
+    pub column: Option<Vec<Column>>,
     /// The adapter's shape.
     #[command(flatten)]
     #[serde(flatten)]
@@ -96,4 +85,41 @@ pub struct Config {
     /// Seed of the adapter's first values and of the order of the data
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+impl Config {
+    /// Refuses what no training can use.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        let &Self { learning_rate, warmup_ratio, epochs, batch_size, .. } = self;
+        self.lora.check()?;
+        self.steps.check(Pace { learning_rate, warmup_ratio, epochs, batch_size })?;
+        settings::at_least("max_length", self.max_length, 2)?;
+        settings::positive("beta", self.beta)?;
+        if !(0.0..0.5).contains(&self.label_smoothing) {
+            let expected = "a probability below one half";
+            bail!(Refusal::setting("label_smoothing", expected, self.label_smoothing));
+        }
+        Ok(())
+    }
+
+    /// Columns of a file of pairs under other names than ours.
+    pub(crate) fn columns(&self) -> &[Column] {
+        self.column.as_deref().unwrap_or_default()
+    }
+
+    /// What is counted of the memory that training takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::BadSetting`] for a size of 0.
+    pub fn demand(&self) -> Result<Demand, Refusal> {
+        let &Self { batch_size, max_length, .. } = self;
+        let (lora, compute, steps) = (&self.lora, &self.compute, &self.steps);
+        let merge = None;
+        Counted { lora, compute, steps, batch_size, max_length, merge }.demand("dpo", Role::Dpo)
+    }
 }

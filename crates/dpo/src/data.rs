@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result, bail};
 use arete_chain::Ruled;
 use arete_chain::batches::n_common;
 use arete_chain::pairs::{self, Conversation, LabelledPair};
 use arete_model::Chat;
-use arete_records::{Message, Role};
+use arete_records::left_out::{self, LeftOut};
+use arete_records::table::Column;
+use arete_records::{Message, Refusal, Role, Split};
+use arete_training::not_rendered;
 
-use crate::Error;
 use crate::config::{Label, OverLength};
 
 /// Name of the file of pairs to train on, in an aspect's directory.
@@ -76,25 +79,140 @@ pub struct Pairs {
     pub n_empty: usize,
     /// Pairs with a side that was left open, without the end of its last turn.
     pub n_open: usize,
+    /// Pairs that the template refuses.
+    pub left_out: Vec<LeftOut>,
 }
 
-/// The files of one aspect.
+/// Where pairs come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AspectFiles {
-    /// The aspect's name.
-    pub aspect: String,
+pub enum PairSource {
+    /// A directory of preferences, with `<aspect>/{train,validation}.parquet`.
+    Preferences(PathBuf),
+    /// A file of labelled pairs in any layout of [`arete_chain::pairs`]; its training split is trained on, the rest held out.
+    Pairs(PathBuf),
+}
+
+impl PairSource {
+    /// The directory or file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Preferences(path) | Self::Pairs(path) => path,
+        }
+    }
+
+    /// The sets of pairs to train on: of preferences the `wanted` aspects in their order, or all by name; of a file its one.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting if there is no aspect, or a wanted one is not there, or a file is asked for an aspect.
+    pub fn sets(&self, wanted: &[String]) -> Result<Vec<PairSet>> {
+        let dir = match self {
+            Self::Preferences(dir) => dir,
+            Self::Pairs(file) if wanted.is_empty() => {
+                let name = "pairs".to_owned();
+                return Ok(vec![PairSet { name, files: SetFiles::One(file.clone()) }]);
+            }
+            Self::Pairs(_) => {
+                let expected = "none with --pairs, whose pairs are of one set";
+                bail!(Refusal::setting("aspects", expected, wanted.join(", ")));
+            }
+        };
+        let set = |name: String| {
+            let train = dir.join(&name).join(TRAIN);
+            // Of few prompts none may be left of this split: the stage before writes no file of it then.
+            let validation = Some(dir.join(&name).join(VALIDATION)).filter(|path| path.is_file());
+            let files = SetFiles::Splits { train, validation };
+            PairSet { name, files }
+        };
+        Ok(aspects(dir, wanted)?.into_iter().map(set).collect())
+    }
+}
+
+/// One set of pairs: those of an aspect, or of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PairSet {
+    /// The aspect's name, or "pairs".
+    pub name: String,
+    files: SetFiles,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum SetFiles {
+    /// Pairs to train on, and pairs to evaluate on.
+    Splits { train: PathBuf, validation: Option<PathBuf> },
+    /// Both in one file, split by their opening question.
+    One(PathBuf),
+}
+
+impl PairSet {
+    /// The files, each with the name it has among the inputs of the run.
+    pub fn inputs(&self) -> Vec<(String, PathBuf)> {
+        let Self { name, files } = self;
+        match files {
+            SetFiles::Splits { train, validation } => {
+                [("train", Some(train)), ("validation", validation.as_ref())]
+                    .into_iter()
+                    .filter_map(|(split, path)| Some((format!("{name}/{split}"), path?.clone())))
+                    .collect()
+            }
+            SetFiles::One(file) => vec![(name.clone(), file.clone())],
+        }
+    }
+
+    /// Reads the pairs.
+    ///
+    /// # Errors
+    ///
+    /// A file's failure if it is unusable.
+    pub fn read(&self, columns: &[Column]) -> Result<ReadPairs> {
+        match &self.files {
+            SetFiles::Splits { train, validation } => {
+                let read = |path: &PathBuf| -> Result<(PathBuf, Vec<LabelledPair>)> {
+                    Ok((path.clone(), pairs::read_preferences(path)?))
+                };
+                let validation = validation.as_ref().map(read).transpose()?;
+                let none = || (train.clone(), Vec::new());
+                Ok(ReadPairs {
+                    train: read(train)?,
+                    validation: validation.unwrap_or_else(none),
+                    left_out: Vec::new(),
+                })
+            }
+            SetFiles::One(file) => {
+                let (all, left_out) = pairs::read_pairs(file, columns)?;
+                let splits = pairs::splits_of_pairs(&all);
+                let (train, held_out): (Vec<_>, Vec<_>) =
+                    all.into_iter().zip(splits).partition(|(_, split)| *split == Split::Train);
+                let of = |pairs: Vec<(LabelledPair, Split)>| {
+                    (file.clone(), pairs.into_iter().map(|(pair, _)| pair).collect())
+                };
+                Ok(ReadPairs { train: of(train), validation: of(held_out), left_out })
+            }
+        }
+    }
+}
+
+/// The pairs of a set, each split with the file that it came from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReadPairs {
     /// Pairs to train on.
-    pub train: PathBuf,
+    pub train: (PathBuf, Vec<LabelledPair>),
     /// Pairs to evaluate on.
-    pub validation: PathBuf,
+    pub validation: (PathBuf, Vec<LabelledPair>),
+    /// Records that are no such pairs.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// The aspects of a preferences directory: the wanted ones in their order, or all, by name.
-///
-/// # Errors
-///
-/// [`Error::Setting`] if there is none, or a wanted one is not there.
-pub fn aspects(dir: &Path, wanted: &[String]) -> Result<Vec<AspectFiles>, Error> {
+fn aspects(dir: &Path, wanted: &[String]) -> Result<Vec<String>> {
+    if dir.is_file() {
+        bail!(Refusal::file(
+            dir,
+            "",
+            "a directory of preferences (--pairs takes a file)",
+            "a file"
+        ));
+    }
     let mut there: Vec<String> = fs_err::read_dir(dir)?
         .filter_map(|entry| {
             let path = entry.ok()?.path();
@@ -102,23 +220,20 @@ pub fn aspects(dir: &Path, wanted: &[String]) -> Result<Vec<AspectFiles>, Error>
         })
         .collect();
     there.sort();
-    let missing = |got: String| Error::Setting {
-        name: "aspects",
-        expected: format!("some of those in {}: {}", dir.display(), listed(&there)),
-        got,
+    let missing = |got: String| {
+        Refusal::setting(
+            "aspects",
+            format!("some of those in {}: {}", dir.display(), listed(&there)),
+            got,
+        )
     };
     if there.is_empty() {
-        return Err(missing("a directory without <aspect>/train.parquet".to_owned()));
+        bail!(missing("a directory without <aspect>/train.parquet".to_owned()));
     }
     if let Some(unknown) = wanted.iter().find(|name| !there.contains(name)) {
-        return Err(missing(unknown.clone()));
+        bail!(missing(unknown.clone()));
     }
-    let names = if wanted.is_empty() { there } else { wanted.to_vec() };
-    let files = |aspect: String| {
-        let inner = dir.join(&aspect);
-        AspectFiles { aspect, train: inner.join(TRAIN), validation: inner.join(VALIDATION) }
-    };
-    Ok(names.into_iter().map(files).collect())
+    Ok(if wanted.is_empty() { there } else { wanted.to_vec() })
 }
 
 fn listed(names: &[String]) -> String {
@@ -140,7 +255,7 @@ pub struct Rendering {
 ///
 /// # Errors
 ///
-/// [`Error::Rendering`] if the template refuses a conversation.
+/// If the template refuses more than a [share](left_out::is_share) of them; fewer are left out and named.
 pub fn tokenize(
     out: &mut Pairs,
     path: &Path,
@@ -148,17 +263,27 @@ pub fn tokenize(
     aspect: usize,
     chat: &Chat<'_>,
     rendering: &Rendering,
-) -> Result<(), Error> {
+) -> Result<()> {
     let Rendering { max_length, over_length, label } = *rendering;
+    let mut n_refused = 0;
     for preference in preferences {
         let n_shared_replies = n_shared_replies(preference);
         let side = |conversation| {
-            sequence(conversation, n_shared_replies, chat).map_err(|source| {
-                let source = Box::new(source);
-                Error::Rendering { path: path.to_owned(), row: preference.row, source }
-            })
+            sequence(conversation, n_shared_replies, chat)
+                .with_context(|| not_rendered(path, preference.row))
         };
-        let (mut chosen, mut rejected) = (side(&preference.chosen)?, side(&preference.rejected)?);
+        let (mut chosen, mut rejected) =
+            match side(&preference.chosen).and_then(|own| Ok((own, side(&preference.rejected)?))) {
+                Ok(sides) => sides,
+                Err(error) => {
+                    out.left_out.push(pairs::of_row(path, preference.row, format!("{error:#}")));
+                    n_refused += 1;
+                    if !left_out::is_share(n_refused, preferences.len()) {
+                        return Err(error);
+                    }
+                    continue;
+                }
+            };
         let is_long = chosen.token_ids.len().max(rejected.token_ids.len()) > max_length;
         if is_long && over_length == OverLength::Drop {
             out.n_dropped += 1;
@@ -183,15 +308,6 @@ pub fn tokenize(
         out.ruled.push(Ruled::of(&preference.chosen.messages, &preference.rejected.messages));
     }
     Ok(())
-}
-
-/// Reads our own `preferences/<aspect>/<split>.parquet`.
-///
-/// # Errors
-///
-/// [`Error::Records`] if the file is unusable.
-pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
-    Ok(pairs::read_preferences(path)?)
 }
 
 /// Replies among the messages with which both sides begin.
@@ -324,8 +440,7 @@ mod tests {
         }
         let names = |wanted: &[&str]| {
             let wanted: Vec<String> = wanted.iter().map(|&name| name.to_owned()).collect();
-            let found = aspects(dir.path(), &wanted)?;
-            Ok::<_, Error>(found.into_iter().map(|files| files.aspect).collect::<Vec<_>>())
+            aspects(dir.path(), &wanted)
         };
         assert!(names(&[]).unwrap_err().to_string().contains("train.parquet"));
         for name in ["motivation", "action"] {

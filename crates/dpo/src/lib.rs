@@ -1,7 +1,7 @@
 //! Direct preference optimisation: a LoRA policy that finds the better of two conversations likelier than its start does.
 //!
-//! Inputs: `preferences/<aspect>/{train,validation}.parquet` of all aspects (or those named); a base model, on which PPO would
-//! start. Outputs, in one directory: `adapter/` (peft), `merged/` (a Hugging Face model), `evaluation.json`,
+//! Inputs: `preferences/<aspect>/{train,validation}.parquet` of all aspects (or those named), or one file of labelled pairs; a base
+//! model, on which PPO would start. Outputs, in one directory: `adapter/` (peft), `merged/` (a Hugging Face model), `evaluation.json`,
 //! `metrics.jsonl`, `run.json`.
 //!
 //! Method: see [`loss`]. The reference is the base with the adapter off, its log-probabilities computed once a pair. The tokens
@@ -14,12 +14,11 @@
 pub mod bench;
 pub mod config;
 pub mod data;
-mod error;
 pub mod loss;
 pub mod model;
 pub mod objective;
 mod stage;
 
 pub use config::Config;
-pub use error::{Error, class_of};
-pub use stage::train;
+pub use data::PairSource;
+pub use stage::{dry_run, train};

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use arete_dpo::Config;
 use arete_dpo::bench::Bench;
+use arete_dpo::{Config, PairSource};
 use arete_stage::cli::{self, StageArgs};
+use arete_stage::inputs::Piped;
 use arete_stage::{interrupt, recipe};
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Teach a chat model which of two conversations is better, without reward models.
 #[derive(Debug, Parser)]
@@ -21,14 +22,19 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a LoRA policy on preferences (recipe table [dpo]); write it and the merged model
-    #[command(after_help = "Example:\n  arete-dpo train --recipe recipes/recommended.toml \
-        --preferences runs/demo/preferences --model runs/demo/sft/merged --output runs/demo/dpo")]
+    #[command(after_help = "Examples:\n  arete-dpo train --recipe recipes/recommended.toml \
+        --preferences runs/demo/preferences --model runs/demo/sft/merged --output runs/demo/dpo\n  \
+        arete-dpo train --pairs mine.csv --column prompt=question --model models/SmolLM2-135M-Instruct --output runs/mine")]
+    #[command(group = ArgGroup::new("data").required(true))]
     Train {
         #[command(flatten)]
         stage: StageArgs,
         /// Directory with <aspect>/{train,validation}.parquet
-        #[arg(long, value_name = "DIR")]
-        preferences: PathBuf,
+        #[arg(long, value_name = "DIR", group = "data")]
+        preferences: Option<PathBuf>,
+        /// Instead of those, a file of labelled pairs in any of the layouts (CSV, JSON, JSON lines, Parquet; - is a pipe)
+        #[arg(long, value_name = "FILE", group = "data")]
+        pairs: Option<PathBuf>,
         #[command(flatten)]
         config: Box<Config>,
     },
@@ -42,18 +48,27 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(run, arete_dpo::class_of)
+    arete_stage::exit::run(run, arete_training::class_of)
 }
 
 fn run() -> anyhow::Result<()> {
-    let matches = Cli::command().get_matches();
-    let (stage, preferences) = match Cli::from_arg_matches(&matches)?.command {
-        Command::Train { stage, preferences, .. } => (stage, preferences),
+    let matches = cli::matches(Cli::command());
+    let (stage, preferences, pairs) = match Cli::from_arg_matches(&matches)?.command {
+        Command::Train { stage, preferences, pairs, .. } => (stage, preferences, pairs),
         Command::Bench { bench } => return arete_dpo::bench::run(&bench).context("measuring"),
     };
     let matches = matches.subcommand_matches("train").expect("the command parsed");
     let config: Config = recipe::resolve(matches, "dpo", stage.recipe.as_deref())?;
+    let mut piped = Piped::default();
+    let source = match (preferences, pairs) {
+        (Some(dir), _) => PairSource::Preferences(dir),
+        (None, Some(file)) => PairSource::Pairs(piped.local(&file)?),
+        (None, None) => unreachable!("clap demands one of them"),
+    };
+    if stage.dry_run {
+        return Ok(arete_dpo::dry_run(&config, &source, &stage.output)?.print()?);
+    }
     interrupt::install()?;
-    arete_dpo::train(&config, &preferences, &stage.output)
-        .with_context(|| format!("training on {}", preferences.display()))
+    arete_dpo::train(&config, &source, &stage.output)
+        .with_context(|| format!("training on {}", source.path().display()))
 }

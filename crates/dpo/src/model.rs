@@ -1,7 +1,8 @@
 //! Both sides of pairs through the policy or the reference, their common prompt computed once.
 
 use arete_chain::batches::micro_batches;
-use arete_model::{Adapter, Batch, BatchBuilder, Decoder, SegmentIdx, logprobs};
+use arete_model::{Adapter, Batch, Decoder, logprobs};
+use arete_training::pairs::{PairTokens, trees};
 use tch::{Kind, Tensor};
 
 use crate::data::{Pair, Sequence};
@@ -52,16 +53,11 @@ pub(crate) struct PackedPairs {
 
 impl PackedPairs {
     pub(crate) fn new(pairs: &[&Pair]) -> Self {
-        let mut builder = Batch::tree();
-        let mut segments = [Vec::new(), Vec::new()];
-        for pair in pairs {
-            let shared = &pair.chosen.token_ids[..pair.n_shared];
-            let root = (!shared.is_empty()).then(|| builder.root(shared));
-            for (side, out) in [&pair.chosen, &pair.rejected].into_iter().zip(&mut segments) {
-                out.push(add(&mut builder, root, &side.token_ids[pair.n_shared..]));
-            }
-        }
-        let batch = builder.build();
+        let (batch, segments) = trees(pairs.iter().map(|pair| PairTokens {
+            chosen: &pair.chosen.token_ids,
+            rejected: &pair.rejected.token_ids,
+            n_shared: pair.n_shared,
+        }));
         let (mut rows, mut owners) = (Vec::new(), Vec::new());
         let sides: [fn(&Pair) -> &Sequence; 2] = [|pair| &pair.chosen, |pair| &pair.rejected];
         let placed = segments.iter().zip(sides).flat_map(|(segments, side)| {
@@ -94,13 +90,6 @@ impl PackedPairs {
         let sides = Vec::<f64>::try_from(sides.to_device(tch::Device::Cpu))?;
         let (chosen, rejected) = sides.split_at(self.n_pairs);
         Ok(chosen.iter().zip(rejected).map(|(&chosen, &rejected)| [chosen, rejected]).collect())
-    }
-}
-
-fn add(builder: &mut BatchBuilder, root: Option<SegmentIdx>, own: &[i64]) -> SegmentIdx {
-    match root {
-        Some(root) => builder.child(root, own),
-        None => builder.root(own),
     }
 }
 

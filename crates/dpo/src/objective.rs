@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use arete_chain::batches::micro_batches;
 use arete_model::{Adapter, Decoder};
-use arete_training::{Error, Evaluation, Objective, StepReport};
+use arete_training::{Error, Evaluation, Objective, Passes, StepReport};
 use tch::{Kind, Tensor};
 
 use crate::data::Pair;
@@ -37,10 +37,8 @@ pub struct DirectPreference<'a> {
     pub validation: &'a [Pair],
     /// The loss.
     pub loss: LossSettings,
-    /// Most tokens in one forward pass.
-    pub micro_batch_tokens: usize,
-    /// Whether blocks run again in the backward pass.
-    pub recompute: bool,
+    /// How much goes into a pass, and what is kept of it.
+    pub passes: Passes,
     /// The reference on the training pairs.
     pub train_reference: Reference,
     /// The reference on the validation pairs.
@@ -57,7 +55,7 @@ impl<'a> DirectPreference<'a> {
         adapter: &'a Adapter,
         (train, validation): (&'a [Pair], &'a [Pair]),
         loss: LossSettings,
-        (micro_batch_tokens, recompute): (usize, bool),
+        passes: Passes,
     ) -> Self {
         Self {
             decoder,
@@ -65,8 +63,7 @@ impl<'a> DirectPreference<'a> {
             train,
             validation,
             loss,
-            micro_batch_tokens,
-            recompute,
+            passes,
             train_reference: Reference::unknown(train.len()),
             validation_reference: Reference::unknown(validation.len()),
             evaluated: None,
@@ -138,11 +135,11 @@ impl Objective for DirectPreference<'_> {
         let pairs: Vec<&Pair> = shard.iter().map(|&idx| &train[idx]).collect();
         let lengths: Vec<usize> = pairs.iter().map(|pair| pair.n_tokens()).collect();
         let mut found = Found::default();
-        for range in micro_batches(&lengths, self.micro_batch_tokens)? {
+        for range in micro_batches(&lengths, self.passes.micro_batch_tokens)? {
             let part = &pairs[range.clone()];
             let packed = PackedPairs::new(part);
             let reference = self.reference(&packed, &shard[range])?;
-            let pass = self.decoder.pass(&packed.batch, self.adapter, self.recompute)?;
+            let pass = self.decoder.pass(&packed.batch, self.adapter, self.passes.recompute())?;
             let sides = packed.logprobs(self.decoder, &pass.hidden)?;
             let losses = losses(&self.loss, &sides.sums, &reference, part); // [n]
             found.logprobs.extend(packed.read(&sides.sums.detach())?);
@@ -154,6 +151,10 @@ impl Objective for DirectPreference<'_> {
             pass.backward(&(losses.sum(Kind::Double) * scale))?;
         }
         Ok(found.numbers())
+    }
+
+    fn passes(&self) -> Passes {
+        self.passes.clone()
     }
 
     fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
@@ -177,7 +178,7 @@ impl Objective for DirectPreference<'_> {
     fn measure(&mut self, examples: Range<usize>) -> Result<Vec<f64>, Error> {
         let _guard = tch::no_grad_guard();
         let pairs: Vec<&Pair> = self.validation[examples.clone()].iter().collect();
-        let budget = self.micro_batch_tokens;
+        let budget = self.passes.micro_batch_tokens;
         let known = &mut self.validation_reference.0[examples];
         if known.iter().any(Option::is_none) {
             let reference = pair_logprobs(self.decoder, None, &pairs, budget)?;

@@ -3,24 +3,28 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anyhow::Result;
 use arete_chain::Constitution;
+use arete_chain::memory::{self, PROMPT_TOKENS, Shape};
 use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, Source, adapter::merge};
-use arete_records::Split;
-use arete_stage::run::{Completion, StageSpec, Start};
+use arete_records::left_out::{self, LeftOut};
+use arete_records::{Refusal, Split};
+use arete_stage::dry::DryRun;
+use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, Report};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, Ranks, Select, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Ranks, Select, runtime, too_few_pairs, train as train_loop};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::data::{self, AspectFiles, Pair, Pairs, Rendering};
+use crate::Config;
+use crate::data::{self, Pair, PairSet, PairSource, Pairs, ReadPairs, Rendering};
 use crate::loss::LossSettings;
 use crate::model::pair_logprobs;
 use crate::objective::DirectPreference;
-use crate::{Config, Error};
 
 /// Settings that say how long it is trained: with more of them, training goes on.
 const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
@@ -38,32 +42,49 @@ struct Evaluations {
     aspects: BTreeMap<String, Report>,
 }
 
-/// Trains on the pairs of `preferences` and writes adapter and merged model into `output`.
+/// Trains on `pairs` and writes adapter and merged model into `output`.
 ///
 /// # Errors
 ///
-/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
-pub fn train(config: &Config, preferences: &Path, output: &Path) -> Result<(), Error> {
-    check(config)?;
+/// Bad settings or data, an unusable model, an interrupt, a full disk.
+pub fn train(config: &Config, pairs: &PairSource, output: &Path) -> Result<()> {
+    config.check()?;
     let ranks = Ranks::join(config.steps.shards.virtual_shards)?;
-    ranks.finish(train_on(&ranks, config, preferences, output))
+    ranks.finish(train_on(&ranks, config, pairs, output))
 }
 
-fn train_on(
-    ranks: &Ranks,
-    config: &Config,
-    preferences: &Path,
-    output: &Path,
-) -> Result<(), Error> {
-    let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
-    let source = Source::fetch(name)?;
-    let aspects = data::aspects(preferences, &config.aspects)?;
-    let mut inputs = Vec::new();
-    for AspectFiles { aspect, train, validation } in &aspects {
-        inputs.push((format!("{aspect}/train"), train.clone()));
-        inputs.push((format!("{aspect}/validation"), validation.clone()));
+/// What [`train`] would do; nothing is written.
+///
+/// # Errors
+///
+/// As [`train`], as far as it shows before the model is loaded.
+pub fn dry_run(config: &Config, pairs: &PairSource, output: &Path) -> Result<DryRun> {
+    let found = run::asking(|| train(config, pairs, output))?;
+    let device = Some(config.compute.device.as_str());
+    let shape = Shape::of(config.model.as_deref().unwrap_or_default(), device, PROMPT_TOKENS)?;
+    let mut plan = DryRun::new("dpo", config, found);
+    for set in pairs.sets(&config.aspects)? {
+        let ReadPairs { train, validation, left_out } = set.read(config.columns())?;
+        for (split, (_, pairs)) in [(Split::Train, train), (Split::Validation, validation)] {
+            plan = plan.counting(format!("{}/{split}", set.name), pairs.len());
+        }
+        if !left_out.is_empty() {
+            plan = plan.counting("left_out", left_out.len());
+        }
     }
-    let constitution = Constitution::carried(preferences)?;
+    Ok(plan.taking(Some(shape.need(&config.demand()?).to_json())))
+}
+
+fn train_on(ranks: &Ranks, config: &Config, pairs: &PairSource, output: &Path) -> Result<()> {
+    let name =
+        config.model.as_deref().ok_or_else(|| Refusal::setting("model", "a base model", "none"))?;
+    let source = Source::fetch(name)?;
+    let sets = pairs.sets(&config.aspects)?;
+    let mut inputs: Vec<_> = sets.iter().flat_map(PairSet::inputs).collect();
+    let constitution = match pairs {
+        PairSource::Preferences(dir) => Constitution::carried(dir)?,
+        PairSource::Pairs(_) => None,
+    };
     inputs
         .extend(constitution.iter().map(|own| ("constitution".to_owned(), own.path().to_owned())));
     let mut recorded = config.clone();
@@ -76,7 +97,7 @@ fn train_on(
     let spec = StageSpec { stage: "dpo", output, config: recorded, seed: config.seed, inputs };
     let run = match ranks.begin(spec, &AMOUNTS)? {
         Start::UpToDate(_) => {
-            tracing::info!(output = %output.display(), "up to date");
+            run::say_up_to_date(output);
             return Ok(());
         }
         Start::Run(run) => run,
@@ -86,27 +107,29 @@ fn train_on(
     }
 
     let options = config.compute.start_on(ranks)?;
+    let saving = memory::admit("dpo", &source, options.device, &config.demand()?)?;
     let model = Model::load(&source, &options)?;
-    let data = Data::read(config, &aspects, &model.chat()?)?;
+    let data = Data::read(config, &sets, &model.chat()?)?;
     data.report();
-    data.check(config, preferences)?;
+    left_out::write(run.output(), &data.left_out)?;
+    data.check(config, pairs.path())?;
     let mut adapter =
         Adapter::new("dpo", &model.config, &config.lora.config(), config.seed, options.device)?;
     adapter.set_trainable(true);
     let (outcome, evaluated) =
-        optimise(ranks, config, &model, &adapter, &data, (output, run.fingerprint()))?;
+        optimise(ranks, config, &model, &adapter, &data, (output, run.fingerprint()), saving)?;
     if !ranks.is_first() {
         return Ok(());
     }
     adapter.set_trainable(false);
     if let Some(rewards) = evaluated {
-        write_evaluation(config, &aspects, &data, &rewards, output)?;
+        write_evaluation(config, &sets, &data, &rewards, output)?;
     }
 
     let meta = AdapterMeta::of(&model, name, Task::CausalLm);
     adapter::save(&output.join("adapter"), &adapter, None, &meta)?;
     let difference = write_merged(&source, model, &adapter, &data, &options, output)?;
-    let mut counts = data.counts(&aspects, &outcome);
+    let mut counts = data.counts(&sets, &outcome);
     counts.insert("max_logprob_difference_merged".to_owned(), difference.into());
     if let Some(bytes) = runtime::peak_rss_bytes() {
         tracing::info!(mib = bytes >> 20, "peak memory");
@@ -121,43 +144,30 @@ fn train_on(
     Ok(())
 }
 
-fn setting(name: &'static str, expected: &str, got: &str) -> Error {
-    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
-}
-
-fn check(config: &Config) -> Result<(), Error> {
-    let Config { beta, label_smoothing, max_length, .. } = *config;
-    if max_length < 2 {
-        return Err(setting("max_length", "at least 2", &max_length.to_string()));
-    }
-    if !(beta.is_finite() && beta > 0.0) {
-        return Err(setting("beta", "a positive number", &beta.to_string()));
-    }
-    if !(0.0..0.5).contains(&label_smoothing) {
-        let expected = "a probability below one half";
-        return Err(setting("label_smoothing", expected, &label_smoothing.to_string()));
-    }
-    Ok(())
-}
-
 /// Pairs of both splits as tokens.
+#[derive(Default)]
 struct Data {
     train: Pairs,
     validation: Pairs,
+    left_out: Vec<LeftOut>,
 }
 
 impl Data {
-    fn read(config: &Config, aspects: &[AspectFiles], chat: &Chat<'_>) -> Result<Self, Error> {
+    fn read(config: &Config, sets: &[PairSet], chat: &Chat<'_>) -> Result<Self> {
         let Config { max_length, over_length, label, .. } = *config;
         let rendering = Rendering { max_length, over_length, label };
-        let mut data = Self { train: Pairs::default(), validation: Pairs::default() };
-        for (idx, files) in aspects.iter().enumerate() {
-            for (out, path) in
-                [(&mut data.train, &files.train), (&mut data.validation, &files.validation)]
+        let mut data = Self::default();
+        for (idx, set) in sets.iter().enumerate() {
+            let ReadPairs { train, validation, left_out } = set.read(config.columns())?;
+            data.left_out.extend(left_out);
+            for (out, (path, pairs)) in
+                [(&mut data.train, train), (&mut data.validation, validation)]
             {
-                data::tokenize(out, path, &data::read(path)?, idx, chat, &rendering)?;
+                data::tokenize(out, &path, &pairs, idx, chat, &rendering)?;
             }
         }
+        data.left_out.extend_from_slice(&data.train.left_out);
+        data.left_out.extend_from_slice(&data.validation.left_out);
         Ok(data)
     }
 
@@ -182,22 +192,24 @@ impl Data {
         }
     }
 
-    fn check(&self, config: &Config, preferences: &Path) -> Result<(), Error> {
+    fn check(&self, config: &Config, from: &Path) -> Result<()> {
         let Pairs { pairs, n_dropped, n_identical, n_empty, .. } = &self.train;
         let expected = config.min_pairs.max(1);
         if pairs.len() >= expected {
             return Ok(());
         }
         let reason = format!(
-            "{n_dropped} dropped for their length, {n_identical} identical after cutting, {n_empty} with nothing left to compare"
+            "{n_dropped} dropped for their length, {n_identical} identical after cutting, {n_empty} with nothing left to compare, {} \
+             records left out, that prefer neither side among them",
+            self.left_out.len()
         );
-        Err(Error::TooFewPairs { path: preferences.to_owned(), expected, got: pairs.len(), reason })
+        Err(too_few_pairs(from, expected, pairs.len(), &reason).into())
     }
 
-    fn counts(&self, aspects: &[AspectFiles], outcome: &Outcome) -> Map<String, Value> {
+    fn counts(&self, sets: &[PairSet], outcome: &Outcome) -> Map<String, Value> {
         let of_aspect = |idx: usize| self.train.pairs.iter().filter(|p| p.aspect == idx).count();
-        let by_aspect: Map<String, Value> = (aspects.iter().enumerate())
-            .map(|(idx, files)| (files.aspect.clone(), of_aspect(idx).into()))
+        let by_aspect: Map<String, Value> = (sets.iter().enumerate())
+            .map(|(idx, set)| (set.name.clone(), of_aspect(idx).into()))
             .collect();
         let numbers: [(&str, Value); 11] = [
             ("train", self.train.pairs.len().into()),
@@ -227,7 +239,8 @@ fn optimise(
     adapter: &Adapter,
     data: &Data,
     (output, fingerprint): (&Path, &str),
-) -> Result<(Outcome, Option<PairRewards>), Error> {
+    saving: bool,
+) -> Result<(Outcome, Option<PairRewards>)> {
     let mut optimiser = AdamW::new(adapter.parameters(), config.steps.adamw())?;
     let plan = Plan {
         n_examples: data.train.pairs.len(),
@@ -254,7 +267,7 @@ fn optimise(
         adapter,
         (&data.train.pairs, &data.validation.pairs),
         LossSettings { loss_type, beta, label_smoothing },
-        (config.steps.micro_batch_tokens, config.compute.recompute),
+        config.compute.passes(config.steps.micro_batch_tokens, saving),
     );
     let outcome = train_loop(
         ranks,
@@ -277,11 +290,11 @@ fn optimise(
 
 fn write_evaluation(
     config: &Config,
-    aspects: &[AspectFiles],
+    sets: &[PairSet],
     data: &Data,
     rewards: &[[f64; 2]],
     output: &Path,
-) -> Result<(), Error> {
+) -> Result<()> {
     let Pairs { pairs, ruled, .. } = &data.validation;
     let split = match config.steps.select {
         Select::Best => format!("{} (the weights were selected on these pairs)", Split::Validation),
@@ -307,10 +320,8 @@ fn write_evaluation(
         beside = all.null_rulers.words(),
         "evaluated on pairs not trained on"
     );
-    let aspects = (aspects.iter().enumerate())
-        .filter_map(|(idx, files)| {
-            Some((files.aspect.clone(), report(&|pair| pair.aspect == idx)?))
-        })
+    let aspects = (sets.iter().enumerate())
+        .filter_map(|(idx, set)| Some((set.name.clone(), report(&|pair| pair.aspect == idx)?)))
         .collect();
     let evaluations = Evaluations { all, aspects };
     Ok(evaluation::write_json(&output.join("evaluation.json"), &evaluations)?)
@@ -325,7 +336,7 @@ fn write_merged(
     data: &Data,
     options: &LoadOptions,
     output: &Path,
-) -> Result<f64, Error> {
+) -> Result<f64> {
     let pairs = if data.validation.pairs.is_empty() { &data.train } else { &data.validation };
     let pairs: Vec<&Pair> = pairs.pairs.iter().take(N_COMPARED).collect();
     // One pass: a streamed model reads its weights again for each.

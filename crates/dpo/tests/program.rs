@@ -146,6 +146,68 @@ fn preferences_become_a_policy() {
     succeed(train_on(&output.join("merged"), &preferences, &again, &["--max-steps", "1"]));
 }
 
+/// Pairs of one's own, without a stage before: split by their question, columns under other names, what is no pair left out.
+#[test]
+fn a_file_of_pairs_becomes_a_policy() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mine.csv");
+    let rows = (0..40).map(|i| {
+        let ending = ["with care.", "today.", "in plain words.", "and listen."][i % 4];
+        format!(
+            "Question number {i}?,I would rather ask first {ending},You can steal it {ending}\n"
+        )
+    });
+    let table =
+        format!("question,chosen,rejected\n{}Only a question?,,\n", rows.collect::<String>());
+    fs_err::write(&file, table).unwrap();
+    let output = dir.path().join("dpo");
+    let own = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-dpo"));
+        command.args([
+            "train",
+            "--rank",
+            "2",
+            "--max-steps",
+            "2",
+            "--dtype",
+            "f32",
+            "--threads",
+            "1",
+        ]);
+        command.args(["--model", &text(&model()), "--output", &text(&output)]);
+        command.args(more).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let file = text(&file);
+    let named = ["--pairs", &file, "--column", "prompt=question"];
+    let plan = own(&[&named[..], &["--dry-run"]].concat()).stdout(Stdio::piped()).output().unwrap();
+    assert!(plan.status.success(), "{}", message(&plan));
+    assert!(!output.exists());
+    succeed(own(&named));
+    let run = json(&output.join("run.json"));
+    let counts = &run["counts"];
+    let (train, held_out) = (number(counts, "train"), number(counts, "validation"));
+    assert_eq!(train + held_out, 40.0);
+    assert!((4.0..=16.0).contains(&held_out), "a fifth, more or less: {held_out}");
+    assert_eq!(counts["train_of_aspect"], serde_json::json!({"pairs": train as u64}));
+    assert!(run["inputs"]["pairs"].is_string(), "{}", run["inputs"]);
+    assert_eq!(number(&json(&output.join("evaluation.json")), "n"), held_out);
+    assert!(message(&succeed(own(&named))).contains("up to date"));
+    let left_out = fs_err::read_to_string(output.join("left_out.jsonl")).unwrap();
+    assert!(left_out.contains("mine.csv:41"), "{left_out}");
+
+    let refuse = |arguments: &[&str], code: i32, expected: &str| {
+        let done = own(arguments).output().unwrap();
+        assert_eq!(done.status.code(), Some(code), "{}", message(&done));
+        assert!(message(&done).contains(expected), "{}", message(&done));
+    };
+    refuse(&[&named[..], &["--aspects", "action"]].concat(), 2, "none with --pairs");
+    refuse(&[&named[..], &["--preferences", "x"]].concat(), 2, "cannot be used with");
+    refuse(&[], 2, "--preferences <DIR>");
+    refuse(&["--preferences", &file], 65, "--pairs takes a file");
+    refuse(&["--pairs", "missing.csv"], 74, "missing.csv: no such file");
+}
+
 /// Each of these settings changes what is learned, or what it is learned from.
 #[test]
 fn settings_are_read() {
@@ -279,7 +341,7 @@ fn bad_input_is_named() {
         assert!(message(&done).contains(expected), "{}", message(&done));
         assert!(!output.join("run.json").exists());
     };
-    refuse(&["--beta", "0"], 2, "beta: expected a positive number, got 0");
+    refuse(&["--beta", "0"], 2, "beta: expected a number above 0, got 0");
     refuse(
         &["--label-smoothing", "0.5"],
         2,

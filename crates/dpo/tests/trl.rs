@@ -12,7 +12,7 @@ use arete_dpo::loss::LossSettings;
 use arete_dpo::model::pair_logprobs;
 use arete_dpo::objective::DirectPreference;
 use arete_model::{Adapter, Device, Model, adapter};
-use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
+use arete_training::{AdamW, AdamWConfig, Objective, Passes, Schedule, ScheduleKind};
 use serde_json::Value;
 use support::{golden, here, relative_difference, tiny_chat};
 
@@ -93,7 +93,7 @@ fn losses_metrics_gradients_and_weights_are_those_of_trl() {
                 &adapter,
                 (pairs, pairs),
                 settings,
-                (micro_batch_tokens, recompute),
+                Passes::new(micro_batch_tokens, recompute),
             );
             let schedule = Schedule::new(ScheduleKind::Linear, 5e-3, 0.0, N_STEPS as u64).unwrap();
             let mut num_tokens = 0.0;

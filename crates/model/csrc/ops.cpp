@@ -2,9 +2,11 @@
 //
 // tch cannot define autograd functions, and libtorch's own operators keep more for the backward pass than a frozen base
 // with adapters needs. What each function keeps is said at its head. On the CPU in f32 and bf16 the kernels of kernels.cpp do
-// the work; elsewhere (CUDA, fp16) the same formulas run as libtorch operators (the `composite_…` functions).
+// the work, on a GPU those of src/cuda/kernels (fused.h); elsewhere (fp16 on the CPU, shapes that the kernels do not take) the same
+// formulas run as libtorch operators (the `composite_…` functions).
 #include <torch/version.h>
 
+#include "fused.h"
 #include "linear.h"
 #include "tensors.h"
 #include "waiting.h"
@@ -19,12 +21,16 @@ struct Normalised {
 Normalised rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, double eps) {
   Normalised result{at::empty_like(x), delta.defined() ? at::empty_like(x) : x,
                     at::empty({x.size(0)}, x.options().dtype(at::kFloat))};
-  auto kernel = kernels().rms_norm[type_of(x)];
-  const void* delta_data = delta.defined() ? delta.data_ptr() : nullptr;
-  parallel_rows(x.size(0), 8, [&](int64_t begin, int64_t end) {
-    kernel(x.data_ptr(), delta_data, weight.data_ptr(), result.sum.data_ptr(), result.out.data_ptr(),
-           result.inverse.data_ptr<float>(), begin, end, x.size(1), float(eps));
-  });
+  Tensor none;
+  fused(kAddNorm, x, {&result.out, delta.defined() ? &result.sum : &none, &result.inverse, &x, &delta, &weight},
+        {x.size(0), x.size(1)}, {eps}, [&] {
+          auto kernel = kernels().rms_norm[type_of(x)];
+          const void* delta_data = delta.defined() ? delta.data_ptr() : nullptr;
+          parallel_rows(x.size(0), 8, [&](int64_t begin, int64_t end) {
+            kernel(x.data_ptr(), delta_data, weight.data_ptr(), result.sum.data_ptr(), result.out.data_ptr(),
+                   result.inverse.data_ptr<float>(), begin, end, x.size(1), float(eps));
+          });
+        });
   return result;
 }
 
@@ -45,11 +51,13 @@ struct RmsNorm : Function<RmsNorm> {
     Tensor grad_out = grads[0].defined() ? grads[0].contiguous() : at::zeros_like(sum);
     Tensor grad_sum = has_delta && grads[1].defined() ? grads[1].contiguous() : Tensor();
     Tensor grad_x = at::empty_like(sum);
-    auto kernel = kernels().rms_norm_backward[type_of(sum)];
-    const void* grad_sum_data = grad_sum.defined() ? grad_sum.data_ptr() : nullptr;
-    parallel_rows(sum.size(0), 8, [&](int64_t begin, int64_t end) {
-      kernel(grad_out.data_ptr(), grad_sum_data, sum.data_ptr(), weight.data_ptr(), inverse.data_ptr<float>(),
-             grad_x.data_ptr(), begin, end, sum.size(1));
+    fused(kAddNormBackward, sum, {&grad_x, &grad_out, &grad_sum, &sum, &weight, &inverse}, {sum.size(0), sum.size(1)}, {}, [&] {
+      auto kernel = kernels().rms_norm_backward[type_of(sum)];
+      const void* grad_sum_data = grad_sum.defined() ? grad_sum.data_ptr() : nullptr;
+      parallel_rows(sum.size(0), 8, [&](int64_t begin, int64_t end) {
+        kernel(grad_out.data_ptr(), grad_sum_data, sum.data_ptr(), weight.data_ptr(), inverse.data_ptr<float>(),
+               grad_x.data_ptr(), begin, end, sum.size(1));
+      });
     });
     return {grad_x, has_delta ? grad_x : Tensor(), Tensor(), Tensor()};
   }
@@ -67,8 +75,10 @@ variable_list composite_rms_norm(const Tensor& x, const Tensor& delta, const Ten
 Tensor swiglu(const Tensor& gate_up) {
   int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
   Tensor out = at::empty({rows, width}, gate_up.options());
-  auto kernel = kernels().swiglu[type_of(gate_up)];
-  parallel_rows(rows, 4, [&](int64_t begin, int64_t end) { kernel(gate_up.data_ptr(), out.data_ptr(), begin, end, width); });
+  fused(kSwiGlu, gate_up, {&out, &gate_up}, {rows, width}, {}, [&] {
+    auto kernel = kernels().swiglu[type_of(gate_up)];
+    parallel_rows(rows, 4, [&](int64_t begin, int64_t end) { kernel(gate_up.data_ptr(), out.data_ptr(), begin, end, width); });
+  });
   return out;
 }
 
@@ -81,9 +91,12 @@ struct SwiGlu : Function<SwiGlu> {
     Tensor gate_up = ctx->get_saved_variables()[0];
     Tensor grad_out = grads[0].contiguous();
     Tensor grad = at::empty_like(gate_up);
-    auto kernel = kernels().swiglu_backward[type_of(gate_up)];
-    parallel_rows(gate_up.size(0), 4, [&](int64_t begin, int64_t end) {
-      kernel(gate_up.data_ptr(), grad_out.data_ptr(), grad.data_ptr(), begin, end, gate_up.size(1) / 2);
+    int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+    fused(kSwiGluBackward, gate_up, {&grad, &gate_up, &grad_out}, {rows, width}, {}, [&] {
+      auto kernel = kernels().swiglu_backward[type_of(gate_up)];
+      parallel_rows(rows, 4, [&](int64_t begin, int64_t end) {
+        kernel(gate_up.data_ptr(), grad_out.data_ptr(), grad.data_ptr(), begin, end, width);
+      });
     });
     return {grad};
   }
@@ -245,10 +258,32 @@ std::vector<Tensor> composite_rotated(const Tensor& qkv, const Tensor& positions
   return {rotate_half(q, cosines, sines), rotate_half(k, cosines, sines), v};
 }
 
+#include "attention.h"
+
 // ---- log-probabilities of given tokens ----
 
 // Rows of the vocabulary product held at a time.
 constexpr int64_t kVocabularyRows = 256;
+
+// One chunk on the GPU's path: the logits become their derivative, whose product with W is the jacobian.
+void gpu_token_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets, double inverse, Tensor logprob, Tensor entropy,
+                       Tensor jacobian) {
+  int64_t rows = hidden.size(0), width = weight.size(0);
+  Tensor logits = library_product(hidden, weight.t());
+  bool derive = jacobian.defined();
+  fused(kTokenLogprob, logits, {&logprob, &entropy, &logits, &targets}, {rows, width, derive}, {inverse}, [&] {
+    Tensor wide = logits.to(at::kFloat, false, /*copy=*/true);
+    parallel_rows(rows, 1, [&](int64_t begin, int64_t end) {
+      kernels().token_logprob[kF32](wide.data_ptr(), targets.data_ptr<int64_t>(), float(inverse), logprob.data_ptr<float>(),
+                                    entropy.defined() ? entropy.data_ptr<float>() : nullptr, derive, begin, end, width);
+    });
+    if (!derive) return;
+    Tensor at_target = targets.unsqueeze(1);
+    wide.neg_().scatter_add_(1, at_target, at::ones(at_target.sizes(), wide.options())).mul_(inverse);
+    logits.copy_(wide);
+  });
+  if (derive) library_product_into(jacobian, logits, weight);
+}
 
 // log softmax(h Wᵀ / temperature)[target] per row. A row's log-probability depends on its own hidden vector alone, so the
 // forward pass already computes that derivative, [N, D], and keeps it instead of the logits.
@@ -264,6 +299,11 @@ struct TokenLogprob : Function<TokenLogprob> {
     for (int64_t start = 0; start < rows; start += kVocabularyRows) {
       int64_t n = std::min(kVocabularyRows, rows - start);
       Tensor part = targets.narrow(0, start, n);
+      if (gpu_shaped(hidden)) {
+        gpu_token_logprob(hidden.narrow(0, start, n), weight, part, inverse, logprob.narrow(0, start, n),
+                          want_entropy ? entropy.narrow(0, start, n) : Tensor(), want_grad ? jacobian.narrow(0, start, n) : Tensor());
+        continue;
+      }
       Tensor logits = product({hidden.narrow(0, start, n), weight});
       if (on_kernels(hidden)) {
         auto kernel = kernels().token_logprob[type_of(hidden)];
@@ -314,6 +354,15 @@ int guarded(Work work) {
 // Without gradients an autograd function's bookkeeping costs as much as the work on a lone row.
 bool records_gradients() { return at::GradMode::is_enabled(); }
 
+// The tensors of a packed matrix, null where it has none; mirrors the struct of src/ops.rs.
+struct RawPacked {
+  const Tensor *codes, *absmax, *codebook, *map, *nested;
+};
+Tensor or_none(const Tensor* tensor) { return tensor ? *tensor : Tensor(); }
+Packed packed_of(const RawPacked& raw) {
+  return {or_none(raw.codes), or_none(raw.absmax), or_none(raw.codebook), or_none(raw.map), or_none(raw.nested)};
+}
+
 std::optional<Tensor> optional(const Tensor* tensor) { return tensor ? std::optional<Tensor>(*tensor) : std::nullopt; }
 Tensor* released(Tensor tensor) { return new Tensor(std::move(tensor)); }
 
@@ -328,27 +377,84 @@ const char* arete_libtorch_isa() {
   return name.c_str();
 }
 const char* arete_libtorch_version() { return TORCH_VERSION; }
-int32_t arete_wait_briefly() { return wait_briefly(); }
+int32_t arete_wait_briefly() {
+  // A thread that cannot be had (no memory for its stack, too many of one user) leaves the others spinning for longer, no more.
+  try {
+    return wait_briefly();
+  } catch (const std::exception&) {
+    return kSingleThread;
+  }
+}
 int32_t arete_amx_state() { return chosen_kernels().amx; }
 int32_t arete_isa_cap() { return isa_cap; }
 int32_t arete_decide_isa_cap(uint32_t leaf7_edx, bool set_by_user) { return decide_isa_cap(leaf7_edx, set_by_user); }
 int64_t arete_packed_rows() { return kPackedRows; }
-void arete_set_cuda_kernels(Dequantizer dequantizer, Multiplier multiplier, int64_t multiplier_rows) {
-  cuda_dequantizer = dequantizer;
-  cuda_multiplier_rows = multiplier_rows;
-  cuda_multiplier = multiplier;
+void arete_set_launcher(Launcher chosen, int64_t packed_rows) {
+  launcher = chosen;
+  gpu_packed_rows = packed_rows;
+}
+bool arete_composite() { return composite(); }
+// Tests: -1 as the environment says.
+void arete_override_composite(int chosen) { composite_override = chosen; }
+void arete_start_counting(bool dry) { start_counting(dry); }
+const char* arete_stop_counting() {
+  static thread_local std::string report;
+  report = stop_counting();
+  return report.c_str();
+}
+
+// `device` -1: the CPU, as the device that a GPU's path goes to; -2: the host beside it.
+int arete_upload(const int64_t* values, int64_t n, int32_t device, Tensor** out) {
+  return guarded([&] {
+    if (device == -2) {
+      Uncounted uncounted;
+      *out = released(uploaded(values, n, at::kCPU));
+      return;
+    }
+    at::Device there = device < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, at::DeviceIndex(device));
+    *out = released(uploaded(values, n, there));
+  });
+}
+
+// Numbers from the device: waits for it.
+int arete_read(const Tensor* values, int64_t* to) {
+  return guarded([&] {
+    if (!values->is_cuda()) count_libtorch("aten::copy_", 1);
+    Tensor here = values->cpu().contiguous();
+    std::memcpy(to, here.data_ptr<int64_t>(), here.numel() * sizeof(int64_t));
+  });
+}
+
+int arete_join_factors(const Tensor* a0, const Tensor* a1, const Tensor* a2, const Tensor* b0, const Tensor* b1, const Tensor* b2,
+                       const int64_t* sizes, double scale, int32_t format, Tensor** a, Tensor** b) {
+  return guarded([&] {
+    std::vector<int64_t> all(sizes, sizes + 1 + 2 * kParts);
+    at::ScalarType type = format == 0 ? at::kFloat : format == 1 ? at::kBFloat16 : at::kHalf;
+    if (records_gradients()) {
+      auto joined = JoinFactors::apply(optional(a0), optional(a1), optional(a2), optional(b0), optional(b1), optional(b2), all, scale,
+                                       int64_t(type));
+      *a = released(joined[0]);
+      *b = released(joined[1]);
+      return;
+    }
+    variable_list masters;
+    for (const Tensor* master : {a0, a1, a2, b0, b1, b2}) masters.push_back(master ? *master : Tensor());
+    auto [joined_a, joined_b] = joined_factors(masters, all, scale, type);
+    *a = released(joined_a);
+    *b = released(joined_b);
+  });
 }
 
 int arete_rms_norm(const Tensor* x, const Tensor* delta, const Tensor* weight, double eps, Tensor** out, Tensor** sum) {
   return guarded([&] {
     Tensor addend = delta ? *delta : Tensor();
-    if (on_kernels(*x) && !records_gradients()) {
+    if (fusable(*x) && !records_gradients()) {
       Normalised result = rms_norm(*x, addend, *weight, eps);
       *out = released(result.out);
       *sum = released(result.sum);
       return;
     }
-    variable_list results = on_kernels(*x) ? RmsNorm::apply(*x, optional(delta), *weight, eps)
+    variable_list results = fusable(*x) ? RmsNorm::apply(*x, optional(delta), *weight, eps)
                                            : composite_rms_norm(*x, addend, *weight, eps);
     *out = released(results[0]);
     *sum = released(delta ? results[1] : *x);
@@ -357,7 +463,7 @@ int arete_rms_norm(const Tensor* x, const Tensor* delta, const Tensor* weight, d
 
 int arete_swiglu(const Tensor* gate_up, Tensor** out) {
   return guarded([&] {
-    if (on_kernels(*gate_up)) {
+    if (fusable(*gate_up)) {
       *out = released(records_gradients() ? SwiGlu::apply(*gate_up) : swiglu(*gate_up));
     } else {
       auto halves = gate_up->chunk(2, 1);
@@ -366,19 +472,16 @@ int arete_swiglu(const Tensor* gate_up, Tensor** out) {
   });
 }
 
-int arete_linear(const Tensor* x, const Tensor* dense, const Tensor* codes, const Tensor* absmax, const Tensor* codebook,
-                 int64_t outputs, int64_t inputs, int64_t block_size, const Tensor* a, const Tensor* b, bool allow_packed,
-                 Tensor** out) {
+int arete_linear(const Tensor* x, const Tensor* dense, RawPacked packed, int64_t outputs, int64_t inputs, int64_t block_size,
+                 const Tensor* a, const Tensor* b, bool allow_packed, Tensor** out) {
   return guarded([&] {
+    Weight weight{or_none(dense), packed_of(packed), outputs, inputs, block_size};
     if (!records_gradients()) {
-      auto or_none = [](const Tensor* tensor) { return tensor ? *tensor : Tensor(); };
-      Weight weight{or_none(dense), or_none(codes), or_none(absmax), or_none(codebook), outputs, inputs, block_size};
       Tensor down;
       *out = released(adapted_product(*x, weight, or_none(a), or_none(b), allow_packed, down));
       return;
     }
-    *out = released(AdaptedLinear::apply(*x, optional(dense), optional(codes), optional(absmax), optional(codebook), outputs,
-                                         inputs, block_size, optional(a), optional(b), allow_packed));
+    *out = released(AdaptedLinear::apply(*x, weight, optional(a), optional(b), allow_packed));
   });
 }
 
@@ -388,9 +491,13 @@ int arete_trained_linear(const Tensor* x, const Tensor* w, Tensor** out) {
 
 int arete_attention(const Tensor* qkv, const Tensor* positions, const Tensor* cos_sin, const Tensor* segments,
                     const Tensor* spans, const Tensor* trees, int64_t heads, int64_t kv_heads, int64_t head_size,
-                    int64_t window, bool force_composite, Tensor** out) {
+                    int64_t window, bool force_composite, const Tensor* query_starts, const Tensor* key_starts, const Tensor* sources,
+                    int64_t longest_query, int64_t longest_key, Tensor** out) {
   return guarded([&] {
-    if (on_kernels(*qkv) && !force_composite) {
+    if (query_starts && !force_composite) {
+      *out = released(FlashAttention::apply(*qkv, *positions, *cos_sin, *query_starts, *key_starts, optional(sources),
+                                            std::vector<int64_t>{heads, kv_heads, head_size, window, longest_query, longest_key}));
+    } else if (on_kernels(*qkv) && !force_composite) {
       *out = released(SpanAttention::apply(*qkv, *positions, *cos_sin, *segments, *spans, *trees,
                                            std::vector<int64_t>{heads, kv_heads, head_size, window}));
     } else {
@@ -405,12 +512,16 @@ int arete_attention(const Tensor* qkv, const Tensor* positions, const Tensor* co
 int arete_cached_attention(const Tensor* qkv, const Tensor* positions, const Tensor* cos_sin, const Tensor* segments,
                            const Tensor* spans, const Tensor* trees, const Tensor* slots, const Tensor* keys,
                            const Tensor* values, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t window,
-                           Tensor** out) {
+                           const Tensor* segments_there, const Tensor* spans_there, Tensor** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     Heads sizes{heads, kv_heads, head_size, window};
     int64_t rows = qkv->size(0), q_width = sizes.query_width(), k_width = sizes.key_width();
     Layout layout = layout_of(*segments, *spans, *trees);
+    if (segments_there && gpu_shaped(*qkv) && attended_by_kernel(*qkv, sizes)) {
+      *out = released(gpu_cached_attention(*qkv, *positions, *cos_sin, layout, *slots, *keys, *values, sizes, *segments_there, *spans_there));
+      return;
+    }
     if (!on_kernels(*qkv)) {
       auto parts = composite_rotated(*qkv, *positions, *cos_sin, sizes);
       keys->index_copy_(0, *slots, parts[1].reshape({rows, k_width}));
@@ -435,6 +546,26 @@ int arete_cached_attention(const Tensor* qkv, const Tensor* positions, const Ten
   });
 }
 
+// Attention of rotated rows over a cache on the CPU.
+int arete_attend(const Tensor* q, const Tensor* keys, const Tensor* values, const Tensor* segments, const Tensor* spans,
+                 int64_t heads, int64_t kv_heads, int64_t head_size, int64_t window, Tensor** out) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    Heads sizes{heads, kv_heads, head_size, window};
+    Layout layout{(const Segment*)segments->data_ptr<int64_t>(), (const Span*)spans->data_ptr<int64_t>(), nullptr, segments->size(0), 0};
+    if (!on_kernels(*q)) {
+      *out = released(composite_attention(q->view({-1, heads, head_size}), keys->view({-1, kv_heads, head_size}),
+                                          values->view({-1, kv_heads, head_size}), layout, sizes));
+      return;
+    }
+    int64_t q_width = sizes.query_width(), k_width = sizes.key_width();
+    Tensor result = at::empty_like(*q);
+    attend(type_of(*q), sizes.shape(q_width, k_width, k_width, q_width), layout, q->data_ptr(), keys->data_ptr(),
+           values->data_ptr(), result.data_ptr(), nullptr);
+    *out = released(result);
+  });
+}
+
 int arete_token_logprobs(const Tensor* hidden, const Tensor* weight, const Tensor* targets, double temperature,
                          bool want_entropy, Tensor** logprob, Tensor** entropy) {
   return guarded([&] {
@@ -451,7 +582,7 @@ int arete_logits(const Tensor* hidden, const Tensor* weight, bool few_rows, Tens
   return guarded([&] {
     at::NoGradGuard no_grad;
     if (!few_rows) {
-      *out = released(product({*hidden, *weight}));
+      *out = released(gpu_shaped(*hidden) ? library_product(*hidden, weight->t()) : product({*hidden, *weight}));
       return;
     }
     TORCH_CHECK(on_kernels(*hidden) && weight->scalar_type() == at::kBFloat16, "logits: the weight must be bf16");
@@ -477,6 +608,33 @@ int arete_sample(const Tensor* logits, const double* uniform, const SampleSettin
   });
 }
 
+// The sampler on the logits' own device: [n] i64, a token in the low half and the bits of its log-probability in the high one.
+// `sources` (or null: its own) is the row of logits that each of the n draws reads; `uniforms` [n] f64 in [0, 1).
+int arete_sample_there(const Tensor* logits, const Tensor* sources, const Tensor* uniforms, float temperature, int64_t top_k, float top_p,
+                       Tensor** out) {
+  return guarded([&] {
+    TORCH_CHECK(gpu_shaped(*logits) && logits->is_contiguous(), "sample: logits must be contiguous and on the GPU's path");
+    int64_t n = uniforms->size(0), width = logits->size(1);
+    Tensor drawn = at::empty({n}, uniforms->options().dtype(at::kLong));
+    fused(kSample, *logits, {&drawn, logits, sources, uniforms}, {n, width, top_k}, {temperature, top_p}, [&] {
+      const Tensor rows = sources ? logits->index_select(0, *sources) : *logits;
+      std::vector<SampleSettings> settings(n, SampleSettings{temperature, top_k, top_p});
+      std::vector<int64_t> tokens(n);
+      std::vector<float> logprobs(n);
+      auto kernel = kernels().sample[type_of(rows)];
+      parallel_rows(n, 1, [&](int64_t begin, int64_t end) {
+        kernel(rows.data_ptr(), uniforms->data_ptr<double>(), settings.data(), tokens.data(), logprobs.data(), begin, end, width);
+      });
+      for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, &logprobs[i], 4);
+        drawn.data_ptr<int64_t>()[i] = int64_t(uint64_t(bits) << 32 | uint64_t(tokens[i]));
+      }
+    });
+    *out = released(drawn);
+  });
+}
+
 // Packs `in` (contiguous f32 or bf16 on the CPU) into `codes` [ceil(n / 2)] and `absmax` [ceil(n / block_size)].
 int arete_nf4_quantize(const Tensor* in, const Tensor* codebook, int64_t block_size, const Tensor* codes, const Tensor* absmax) {
   return guarded([&] {
@@ -488,10 +646,9 @@ int arete_nf4_quantize(const Tensor* in, const Tensor* codebook, int64_t block_s
   });
 }
 
-int arete_nf4_dequantize(const Tensor* codes, const Tensor* absmax, const Tensor* codebook, int64_t outputs, int64_t inputs,
-                         int64_t block_size, bool bf16_out, Tensor** out) {
+int arete_nf4_dequantize(RawPacked packed, int64_t outputs, int64_t inputs, int64_t block_size, bool bf16_out, Tensor** out) {
   return guarded([&] {
-    Weight weight{Tensor(), *codes, *absmax, *codebook, outputs, inputs, block_size};
+    Weight weight{Tensor(), packed_of(packed), outputs, inputs, block_size};
     *out = released(weight.in_type(bf16_out ? at::kBFloat16 : at::kFloat));
   });
 }

@@ -116,6 +116,15 @@ fn main() -> anyhow::Result<()> {
             })?;
             row(&format!("multiply bf16, {rows} rows"), &text, bytes, time, copy)?;
         }
+        for rows in [1, 8, 16, 32, 64] {
+            let x = Tensor::randn([rows, inputs], (Kind::BFloat16, GPU));
+            let bytes = packed_bytes + 2 * rows * (inputs + outputs);
+            let time = seconds(|i| {
+                let _: () = drop(cuda::nf4_rows(&x, &at(i).packed())?);
+                Ok(())
+            })?;
+            row(&format!("nf4_rows bf16, {rows} rows"), &text, bytes, time, copy)?;
+        }
         let x = Tensor::randn([16, inputs], (Kind::BFloat16, GPU));
         let time = seconds(|i| {
             cuda::dequantize_into(&at(i).packed(), &weights)?;

@@ -8,6 +8,12 @@ use std::ops::Range;
 
 use tch::{Device, Tensor};
 
+use crate::{Error, ops};
+
+mod sequences;
+
+pub(crate) use sequences::Sequences;
+
 /// A segment of a [`Batch`], in the order of creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentIdx(pub usize);
@@ -29,16 +35,33 @@ pub(crate) struct Tables {
     pub(crate) spans: Tensor,
     /// `[T + 1]`: ranges of segments that share no keys with each other.
     pub(crate) trees: Tensor,
+    /// Segments and spans on the device, for the GPU's path over a cache.
+    pub(crate) there: Option<[Tensor; 2]>,
+    sequences: sequences::Once,
 }
 
 impl Tables {
     pub(crate) fn new(segments: &[[i64; 5]], spans: &[[i64; 2]], trees: &[i64]) -> Self {
-        let rows = |table: Vec<i64>, width: i64| Tensor::from_slice(&table).view([-1, width]);
+        let here = |numbers: &[i64]| ops::on_host(numbers).expect("memory for a small table");
+        let rows = |table: Vec<i64>, width: i64| here(&table).view([-1, width]);
         Self {
             segments: rows(segments.concat(), 5),
             spans: rows(spans.concat(), 2),
-            trees: Tensor::from_slice(trees),
+            trees: here(trees),
+            there: None,
+            sequences: sequences::Once::default(),
         }
+    }
+
+    /// The segments as flash attention takes them.
+    pub(crate) fn sequences(&self, device: Device) -> Result<&Sequences, Error> {
+        self.sequences.get(device, || {
+            let numbers = |table: &Tensor| -> Vec<i64> {
+                Vec::try_from(table.view([-1])).expect("i64 on the CPU: made above")
+            };
+            let (segments, spans) = (numbers(&self.segments), numbers(&self.spans));
+            sequences::Layout::of(segments.as_chunks().0, spans.as_chunks().0)
+        })
     }
 }
 
@@ -117,13 +140,13 @@ impl Batch {
     }
 
     /// `[N]` i64 on `device`.
-    pub(crate) fn token_tensor(&self, device: Device) -> Tensor {
-        Tensor::from_slice(&self.token_ids).to_device(device)
+    pub(crate) fn token_tensor(&self, device: Device) -> Result<Tensor, Error> {
+        ops::numbers_on(device, &self.token_ids)
     }
 
     /// `[N]` i64 on `device`: each token's position in its own sequence.
-    pub(crate) fn position_tensor(&self, device: Device) -> Tensor {
-        Tensor::from_slice(&self.positions).to_device(device)
+    pub(crate) fn position_tensor(&self, device: Device) -> Result<Tensor, Error> {
+        ops::numbers_on(device, &self.positions)
     }
 
     /// One more than the highest position.

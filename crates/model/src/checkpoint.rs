@@ -39,6 +39,7 @@ pub(crate) use self::directory::check_adapter;
 #[cfg(feature = "gguf")]
 use self::gguf_names::{ROPE_FACTORS, hugging_face_name, vocabulary};
 pub use self::source::Source;
+#[cfg(feature = "hub")]
 pub(crate) use self::source::conversion_command;
 use self::source::download;
 
@@ -86,6 +87,10 @@ impl Weights {
             files.push(file);
         } else if index.is_file() {
             for (name, tensors) in shards_of_index(&index)? {
+                if !directory.join(&name).exists() {
+                    let expected = format!("every file that {INDEX_FILE} names: {name}");
+                    return Err(Error::field(directory, "weights", expected, "no such file"));
+                }
                 let file = SafetensorsFile::open(&directory.join(&name))?;
                 for tensor in tensors {
                     if !file.contains(&tensor) {
@@ -227,6 +232,7 @@ impl Checkpoint {
             let factors = Vec::<f32>::try_from(&factors.view([-1]))?;
             config.set_rope_factors(path, ROPE_FACTORS, &factors)?;
         }
+        check_blocks(path, &config, &names)?;
         let files = Files::Gguf { file, names };
         Self { path: path.to_path_buf(), config, files }.checked()
     }
@@ -478,7 +484,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`Error::Field`] if it is damaged.
-    pub(crate) fn generation_settings(&self) -> Result<Map<String, Value>, Error> {
+    pub fn generation_settings(&self) -> Result<Map<String, Value>, Error> {
         let path = self.path.join(GENERATION_FILE);
         if !path.exists() {
             return Ok(Map::new());
@@ -494,13 +500,14 @@ impl Checkpoint {
     ///
     /// What is wrong with its files.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
-        match &self.files {
-            Files::Safetensors(_) => Tokenizer::from_directory(&self.path),
+        let tokenizer = match &self.files {
+            Files::Safetensors(_) => Tokenizer::from_directory(&self.path)?,
             #[cfg(feature = "gguf")]
             Files::Gguf { file, .. } => {
-                Tokenizer::from_gguf(&self.path, vocabulary(file.metadata())?)
+                Tokenizer::from_gguf(&self.path, vocabulary(file.metadata())?)?
             }
-        }
+        };
+        Ok(tokenizer.for_rows(self.config.vocab_size))
     }
 
     /// The model's chat template.
@@ -546,6 +553,21 @@ fn is_beyond(name: &str, config: &ModelConfig) -> bool {
     let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
     let layer = layer.and_then(|layer| layer.parse::<usize>().ok());
     layer.is_some_and(|layer| layer >= config.num_layers)
+}
+
+/// Refuses tensors that the metadata do not imply, as llama.cpp does: without them it would be another model.
+#[cfg(feature = "gguf")]
+fn check_blocks(
+    path: &Path,
+    config: &ModelConfig,
+    names: &BTreeMap<String, String>,
+) -> Result<(), Error> {
+    let expected = config.expected_tensors();
+    let is_ours = |name: &str| expected.iter().any(|(known, _)| known == name);
+    let Some((_, stranger)) = names.iter().find(|(name, _)| !is_ours(name)) else { return Ok(()) };
+    let n_blocks = config.num_layers;
+    let expected = format!("only tensors of the {n_blocks} blocks that llama.block_count says");
+    Err(Error::field(path, stranger, expected, "one of another block"))
 }
 
 /// Refuses one part of a model that was split into several files.

@@ -4,12 +4,14 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use clap::ArgAction;
 use serde_json::json;
 
 use arete_model::adapter::{self, LoadedAdapter, Task};
+use arete_model::machine::{self, Dtype};
 use arete_model::{
     Batch, Checkpoint, Device, Kind, LoadOptions, Model, Nf4Options, Source, adapter::merge,
-    default_dtype, kernels_name, machine, nf4,
+    kernels_name, nf4,
 };
 
 mod bench;
@@ -64,29 +66,22 @@ struct ModelArgs {
     /// Adapter directory (ours or peft's)
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Device: cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    /// Where to compute: cpu, cuda, cuda:N, or auto
+    #[arg(long, default_value = "auto", value_parser = parse_device)]
     device: Device,
-    /// Compute dtype: f32, bf16 or f16 [default: bf16 where the device computes in it, else f32]
-    #[arg(long, value_parser = parse_dtype)]
-    dtype: Option<Kind>,
-    /// Hold the blocks' matrices in four bits (NF4, double quantisation)
-    #[arg(long)]
+    /// Number format of weights and activations
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    dtype: Dtype,
+    /// Hold the blocks' matrices in four bits (NF4)
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     nf4: bool,
-    /// With --nf4: leave absmax in f32 instead of eight bits, for adapters trained with double_quantize = false
-    #[arg(long, requires = "nf4")]
-    single_quantization: bool,
+    /// Quantise the NF4 scales as well, for adapters trained with double_quantize = true
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    double_quantize: bool,
 }
 
 fn parse_device(text: &str) -> Result<Device, String> {
-    match text.split_once(':') {
-        None if text == "cpu" => Ok(Device::Cpu),
-        None if text == "cuda" => Ok(Device::Cuda(0)),
-        Some(("cuda", idx)) => {
-            idx.parse().map(Device::Cuda).map_err(|_| format!("`{idx}` is no device number"))
-        }
-        _ => Err("expected cpu, cuda or cuda:N".to_owned()),
-    }
+    machine::device(text).map_err(|error| error.to_string())
 }
 
 /// A whole number within bounds, for a flag.
@@ -98,26 +93,23 @@ fn ranged(low: u64, high: u64) -> impl Fn(&str) -> Result<usize, String> + Clone
     }
 }
 
-fn parse_dtype(text: &str) -> Result<Kind, String> {
-    match text {
-        "f32" => Ok(Kind::Float),
-        "bf16" => Ok(Kind::BFloat16),
-        "f16" => Ok(Kind::Half),
-        _ => Err("expected f32, bf16 or f16".to_owned()),
+/// The format that a name stands for in a file, whatever the device computes in; none of `auto`.
+fn stored(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::Auto => None,
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::Bf16 => Some(Kind::BFloat16),
+        Dtype::F16 => Some(Kind::Half),
     }
 }
 
 impl ModelArgs {
     fn packing(&self) -> Nf4Options {
-        Nf4Options { double_quantize: !self.single_quantization, ..Nf4Options::default() }
+        Nf4Options { double_quantize: self.double_quantize, ..Nf4Options::default() }
     }
 
     fn options(&self) -> LoadOptions {
-        LoadOptions {
-            device: self.device,
-            dtype: self.dtype.unwrap_or_else(|| default_dtype(self.device)),
-            nf4: self.nf4.then(|| self.packing()),
-        }
+        machine::load_options(self.device, self.dtype, self.nf4, self.double_quantize)
     }
 
     fn load(&self) -> anyhow::Result<(Model, Option<LoadedAdapter>)> {
@@ -181,12 +173,12 @@ struct Quantize {
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Leave absmax in f32 instead of eight bits
-    #[arg(long)]
-    single: bool,
-    /// Dtype of everything else: f32, bf16 or f16
-    #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
-    dtype: Kind,
+    /// Quantise the NF4 scales as well
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    double_quantize: bool,
+    /// Number format of everything else; auto = bf16
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    dtype: Dtype,
 }
 
 #[derive(Debug, clap::Args)]
@@ -252,9 +244,11 @@ fn run_inspect(arguments: &Inspect) -> anyhow::Result<()> {
 }
 
 fn run_quantize(arguments: &Quantize) -> anyhow::Result<()> {
-    let options = Nf4Options { double_quantize: !arguments.single, ..Nf4Options::default() };
+    let double_quantize = arguments.double_quantize;
+    let options = Nf4Options { double_quantize, ..Nf4Options::default() };
+    let dtype = stored(arguments.dtype).unwrap_or(Kind::BFloat16);
     let source = unchanged(&arguments.model)?;
-    nf4::write_packed(&source, &arguments.output, options, arguments.dtype)
+    nf4::write_packed(&source, &arguments.output, options, dtype)
         .with_context(|| format!("quantising {}", arguments.model))?;
     tracing::info!(output = %arguments.output.display(), "written");
     Ok(())
@@ -267,7 +261,7 @@ fn run_merge(arguments: &Merge) -> anyhow::Result<()> {
     };
     let source = Source::parse(&arguments.model.model)?;
     let packed = model.decoder.quantization().filter(|_| arguments.model.nf4);
-    let dtype = match arguments.model.dtype {
+    let dtype = match stored(arguments.model.dtype) {
         Some(dtype) => dtype,
         None => merge::output_dtype(&source, model.decoder.kind())?,
     };

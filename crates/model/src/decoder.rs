@@ -105,9 +105,12 @@ impl Default for LoadOptions {
     }
 }
 
-/// bf16 where the device computes in it, f32 on a CPU that does not.
+/// bf16 where the device computes in it; else f32 on a CPU, f16 on a GPU.
 pub fn default_dtype(device: Device) -> Kind {
     match device {
+        Device::Cuda(index) => {
+            crate::cuda::generation_of(index).map_or(Kind::BFloat16, crate::cuda::default_kind)
+        }
         Device::Cpu if !ops::multiplies_bf16() => Kind::Float,
         _ => Kind::BFloat16,
     }
@@ -178,12 +181,16 @@ impl Recomputation<'_> {
         let leaf = self.last.set_requires_grad(true);
         let (out, _) = ops::rms_norm(&leaf, None, &decoder.norm, eps)?;
         let mut grad = pull_back(&out, &grad, &leaf)?;
-        let positions = self.batch.position_tensor(decoder.device);
+        let positions = self.batch.position_tensor(decoder.device)?;
+        // Added to each block's input, so that both gradients of that are summed before they are rounded, as without recomputation:
+        // the bits are the same.
+        let nothing = grad.f_zeros_like()?; // [N, D]
         for (idx, input) in self.inputs.into_iter().enumerate().rev() {
             let leaf = input.set_requires_grad(true);
-            let prepared = self.adapter.prepare(&decoder.config, idx, decoder.kind);
+            let prepared = self.adapter.prepare(&decoder.config, idx, decoder.kind)?;
             let attend = |qkv: &Tensor| decoder.attend(qkv, &positions, &self.batch.tables);
-            let (hidden, delta) = decoder.block(idx, &leaf, None, Some(&prepared), attend)?;
+            let (hidden, delta) =
+                decoder.block(idx, &leaf, Some(&nothing), Some(&prepared), attend)?;
             grad = pull_back(&(hidden + delta), &grad, &leaf)?;
         }
         Ok(())
@@ -255,6 +262,8 @@ impl Decoder {
         machine::keep_to_cores();
         if let Device::Cuda(index) = options.device {
             crate::cuda::require(index)?;
+            #[cfg(feature = "cuda")]
+            crate::cuda::install(index, options.dtype)?;
         }
         let config = checkpoint.config().clone();
         let loader = Loader { checkpoint, options, config: &config };
@@ -409,15 +418,16 @@ impl Decoder {
     ) -> Result<(Tensor, Option<Tensor>, Vec<Tensor>), Error> {
         self.check_length(batch.longest())?;
         self.check_tokens(batch.token_ids())?;
-        let positions = batch.position_tensor(self.device);
-        let mut hidden = self.embedding.index_select(0, &batch.token_tensor(self.device)); // [N, D]
+        let positions = batch.position_tensor(self.device)?;
+        let mut hidden = self.embed(&batch.token_tensor(self.device)?)?; // [N, D]
         let mut delta: Option<Tensor> = None;
         let mut inputs = Vec::new();
         for idx in 0..self.n_layers() {
             if keep {
                 inputs.push(hidden.shallow_clone());
             }
-            let prepared = adapter.map(|adapter| adapter.prepare(&self.config, idx, self.kind));
+            let prepared =
+                adapter.map(|adapter| adapter.prepare(&self.config, idx, self.kind)).transpose()?;
             let attend = |qkv: &Tensor| self.attend(qkv, &positions, &batch.tables);
             let (stream, added) =
                 self.block(idx, &hidden, delta.as_ref(), prepared.as_ref(), attend)?;
@@ -472,8 +482,8 @@ impl Decoder {
     }
 
     /// The embeddings of `token_ids` `[N]`: `[N, D]`.
-    pub(crate) fn embed(&self, token_ids: &Tensor) -> Tensor {
-        self.embedding.index_select(0, token_ids)
+    pub(crate) fn embed(&self, token_ids: &Tensor) -> Result<Tensor, Error> {
+        Ok(self.embedding.f_index_select(0, token_ids)?)
     }
 
     /// The final norm of `hidden + delta`.
@@ -613,11 +623,8 @@ impl Loader<'_> {
         }
         let device = self.options.device;
         if packed.len() == targets.len() {
-            #[cfg(feature = "cuda")]
-            if let Device::Cuda(index) = device {
-                crate::cuda::install(index, self.options.dtype)?;
-            }
-            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed)?.to_device(device)));
+            let reads_double = ops::gpu_shaped(device, self.options.dtype);
+            return Ok(Linear::Nf4(Nf4Tensor::stack(&packed)?.placed(device, reads_double)));
         }
         if packed.is_empty() {
             let whole = self.checkpoint.stacked(&parts, self.options.dtype)?;
@@ -637,9 +644,21 @@ fn rotary_table(config: &ModelConfig) -> Result<Tensor, Error> {
     let inverse = Tensor::from_slice(&config.inverse_frequencies()).unsqueeze(0); // [1, E/2]
     let positions =
         Tensor::f_arange(config.max_position_embeddings as i64, (Kind::Float, Device::Cpu))?;
-    let angles = positions.unsqueeze(1).f_mul(&inverse)?; // [positions, E/2]
-    Ok(Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?) // [positions, E]
+    let half = inverse.size()[1];
+    // Filled in place: it can be the largest thing in memory.
+    let table = Tensor::f_empty([positions.size()[0], 2 * half], (Kind::Float, Device::Cpu))?;
+    let (mut cos, mut sin) = (table.f_narrow(1, 0, half)?, table.f_narrow(1, half, half)?);
+    for angles in [&mut cos, &mut sin] {
+        angles.f_copy_(&positions.unsqueeze(1))?; // [positions, E/2]
+        let _ = angles.f_mul_(&inverse)?;
+    }
+    let (_, _) = (cos.f_cos_()?, sin.f_sin_()?);
+    Ok(table) // [positions, E]
 }
 
+#[cfg(all(test, feature = "cuda"))]
+mod both_paths;
 #[cfg(test)]
 mod equal_rows;
+#[cfg(all(test, feature = "cuda"))]
+mod shapes;

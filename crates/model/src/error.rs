@@ -25,8 +25,22 @@ pub enum Error {
     Stage(#[from] arete_stage::Error),
 
     /// libtorch refused an operation (out of memory, no such device, …).
-    #[error("libtorch: {}", first_line(.0))]
+    #[error("libtorch: {}", of_libtorch(.0))]
     Torch(tch::TchError),
+
+    /// libtorch did not get the memory it asked for, on the device or the host.
+    #[error("libtorch: {what}{}", if what.contains("GPU") || what.contains("CUDA") { crate::cuda::Surroundings::current().to_string() } else { String::new() })]
+    OutOfMemory {
+        /// How much was asked for and where, as libtorch says it.
+        what: String,
+    },
+
+    /// More memory than there is, found before any is asked for.
+    #[error("{what}")]
+    NoRoom {
+        /// What needs how much, how much there is, and what can be done.
+        what: String,
+    },
 
     /// The GPU cannot be used: a library is missing, a kernel does not compile, a launch failed.
     #[error(transparent)]
@@ -230,8 +244,18 @@ impl Error {
 // By hand: as a source of this error it would be printed once more, with the stack of libtorch's functions.
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
-        Self::Torch(error)
+        match memory_refused(&error.to_string()) {
+            Some(what) => Self::OutOfMemory { what },
+            None => Self::Torch(error),
+        }
     }
+}
+
+/// What libtorch says, with the driver and the GPU where it speaks of them.
+fn of_libtorch(error: &tch::TchError) -> String {
+    let line = first_line(error);
+    let of_gpu = ["CUDA", "cuda", "cuBLAS", "CUBLAS"].iter().any(|sign| line.contains(sign));
+    if of_gpu { format!("{line}{}", crate::cuda::Surroundings::current()) } else { line }
 }
 
 /// What libtorch says, without the stack of its own functions.
@@ -250,9 +274,7 @@ impl Classified for Error {
             #[cfg(feature = "cli")]
             Self::Stage(error) => error.class(),
             Self::Io(error) => error.class(),
-            Self::Torch(error) if memory_refused(&error.to_string()).is_some() => {
-                Some(Class::Memory)
-            }
+            Self::OutOfMemory { .. } | Self::NoRoom { .. } => Some(Class::Memory),
             Self::Torch(_) | Self::NonFinite { .. } | Self::Cuda(_) => Some(Class::Other),
             Self::Hub { .. } => Some(Class::Unavailable),
             Self::Invalid { .. } | Self::Source { .. } => Some(Class::Setting),
@@ -266,5 +288,25 @@ pub fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<Class> {
     match cause.downcast_ref::<Error>() {
         Some(error) => error.class(),
         None => arete_records::class_of(cause),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_gpu_is_told_from_other_failures_of_libtorch() {
+        let text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB\nException raised from malloc";
+        let full = Error::from(tch::TchError::Torch(text.to_owned()));
+        assert!(
+            matches!(&full, Error::OutOfMemory { what } if what.contains("2.00 GiB")),
+            "{full:?}"
+        );
+        assert_eq!(full.class(), Some(Class::Memory));
+        let other =
+            Error::from(tch::TchError::Torch("CUDA error: an illegal memory access\nx".to_owned()));
+        assert_eq!(other.class(), Some(Class::Other));
+        assert!(other.to_string().starts_with("libtorch: CUDA error: an illegal memory access"));
     }
 }

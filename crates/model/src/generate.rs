@@ -9,20 +9,22 @@ use std::collections::{HashMap, VecDeque};
 
 use arete_records::FinishReason;
 use rand_chacha::ChaCha8Rng;
-use tch::Tensor;
 
 use crate::adapter::lora::{Adapter, PreparedLayer};
-use crate::batch::Tables;
 use crate::cache::{Cache, Run};
 use crate::decoder::Decoder;
-use crate::ops::SampleSettings;
 use crate::text::tokenizer::Tokenizer;
-use crate::{Error, ops, random};
+use crate::{Error, random};
 
+#[cfg(all(test, feature = "cuda"))]
+mod launch_budget;
 mod prefixes;
+mod rows;
 mod settings;
+mod step;
 use prefixes::Prefixes;
 pub use settings::{Completion, Options, Request, Sampling, Stream};
+use step::{Drawn, Rows};
 
 /// One sampled sequence.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,6 +106,8 @@ pub struct Generator<'a> {
     requests: &'a [Request],
     options: &'a Options,
     cache: Cache,
+    /// Most sequences in flight.
+    max_rows: usize,
     waiting: VecDeque<usize>,
     prefixes: Prefixes,
     active: Vec<Active>,
@@ -142,19 +146,24 @@ impl<'a> Generator<'a> {
         for request in requests {
             check_request(decoder, request)?;
         }
-        let prepared = adapter.map(|adapter| {
+        let prepare = |adapter: &Adapter| -> Result<Vec<_>, Error> {
             (0..decoder.n_layers())
                 .map(|layer| adapter.prepare(decoder.config(), layer, decoder.kind()))
                 .collect()
-        });
-        let capacity = capacity(requests, options.max_rows.max(1));
+        };
+        let prepared = adapter.map(prepare).transpose()?;
+        let wanted = rows::in_flight(decoder, requests, options.max_rows);
+        let (cache, max_rows) = rows::tried_smaller(wanted, |max_rows| {
+            Cache::new(decoder, rows::capacity(requests, max_rows))
+        })?;
         Ok(Self {
             decoder,
             tokenizer,
             prepared,
             requests,
             options,
-            cache: Cache::new(decoder, capacity)?,
+            cache,
+            max_rows,
             waiting: (0..requests.len()).collect(),
             prefixes: Prefixes::default(),
             active: Vec::new(),
@@ -222,17 +231,9 @@ impl<'a> Generator<'a> {
         if self.active.is_empty() {
             return Ok(false);
         }
-        let hidden = self.forward(&rows)?; // [N, D]
-        let logits = self.logits(&hidden, &last_rows)?; // [active, V]
         let uniform: Vec<f64> =
             self.active.iter_mut().map(|sequence| random::uniform(&mut sequence.rng)).collect();
-        let sampling = self.options.sampling;
-        let settings = SampleSettings {
-            temperature: sampling.temperature as f32,
-            top_k: sampling.top_k as i64,
-            top_p: sampling.top_p as f32,
-        };
-        let (tokens, logprobs) = ops::sample(&logits, &uniform, &vec![settings; uniform.len()])?;
+        let Drawn { tokens, logprobs, logits } = self.draw(&rows, &last_rows, &uniform)?;
         for (idx, (token, logprob)) in tokens.into_iter().zip(logprobs).enumerate() {
             let sequence = &mut self.active[idx];
             let request = sequence.request;
@@ -282,7 +283,7 @@ impl<'a> Generator<'a> {
         while let Some(&idx) = self.waiting.front() {
             let request = &self.requests[idx];
             let room = self.active.is_empty()
-                || self.active.len() + request.streams.len() <= self.options.max_rows;
+                || self.active.len() + request.streams.len() <= self.max_rows;
             if !room {
                 break;
             }
@@ -360,51 +361,6 @@ impl<'a> Generator<'a> {
         };
         let text = tokenizer.decode_with_special(sampled)?;
         Ok(self.options.stop_strings.iter().any(|stop| text.contains(stop.as_str())))
-    }
-
-    fn forward(&self, rows: &Rows) -> Result<Tensor, Error> {
-        let decoder = self.decoder;
-        let device = decoder.device();
-        let tables = Tables::new(&rows.segments, &rows.spans, &[0, rows.segments.len() as i64]);
-        let positions = Tensor::from_slice(&rows.positions).to_device(device);
-        let slots = Tensor::from_slice(&rows.slots).to_device(device);
-        let mut hidden = decoder.embed(&Tensor::from_slice(&rows.token_ids).to_device(device)); // [N, D]
-        let mut delta: Option<Tensor> = None;
-        for (idx, (keys, values)) in self.cache.layers.iter().enumerate() {
-            let adapter = self.prepared.as_ref().map(|layers| &layers[idx]);
-            let attend = |qkv: &Tensor| {
-                let (cos_sin, config) = (decoder.cos_sin(), decoder.config());
-                ops::cached_attention(
-                    qkv, &positions, cos_sin, &tables, &slots, keys, values, config,
-                )
-            };
-            let (stream, added) = decoder.block(idx, &hidden, delta.as_ref(), adapter, attend)?;
-            (hidden, delta) = (stream, Some(added));
-        }
-        let delta = delta.expect("a decoder has at least one block");
-        decoder.final_norm(&hidden, &delta)
-    }
-
-    /// Logits of the given rows; sequences that share a row (a prompt's last token) share its product.
-    fn logits(&self, hidden: &Tensor, last_rows: &[i64]) -> Result<Tensor, Error> {
-        let mut distinct = last_rows.to_vec();
-        distinct.dedup();
-        let rows = Tensor::from_slice(&distinct).to_device(hidden.device());
-        let logits = self.decoder.unchecked_logits(&hidden.index_select(0, &rows))?;
-        if distinct.len() == last_rows.len() {
-            return Ok(logits);
-        }
-        let mut at = 0;
-        let back: Vec<i64> = last_rows
-            .iter()
-            .map(|row| {
-                while distinct[at] != *row {
-                    at += 1;
-                }
-                at as i64
-            })
-            .collect();
-        Ok(logits.index_select(0, &Tensor::from_slice(&back).to_device(hidden.device())))
     }
 }
 
@@ -535,12 +491,6 @@ fn own_slots(request: &Request, stream: usize) -> usize {
     sampled.saturating_add(request.extra_tokens).saturating_add(tail(request, stream).len())
 }
 
-/// Slots of the prompt and of all streams.
-fn all_slots(request: &Request) -> usize {
-    let own = (0..request.streams.len()).map(|stream| own_slots(request, stream));
-    own.fold(request.prompt_ids.len(), usize::saturating_add)
-}
-
 fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
     let Request { prompt_ids, streams, max_new_tokens, turns, .. } = request;
     if prompt_ids.is_empty() || streams.is_empty() || *turns == 0 || *max_new_tokens == 0 {
@@ -571,18 +521,6 @@ fn check_request(decoder: &Decoder, request: &Request) -> Result<(), Error> {
     Ok(())
 }
 
-/// Slots for `max_rows` sequences of the largest requests, or for all of them if that is less.
-fn capacity(requests: &[Request], max_rows: usize) -> usize {
-    let all: usize = requests.iter().map(all_slots).sum();
-    let largest = requests.iter().map(all_slots).max().unwrap_or(0);
-    let per_row = requests
-        .iter()
-        .map(|request| all_slots(request).div_ceil(request.streams.len().max(1)))
-        .max()
-        .unwrap_or(0);
-    all.min(per_row.saturating_mul(max_rows).max(largest)).max(1)
-}
-
 /// A sequence in flight.
 struct Active {
     request: usize,
@@ -601,44 +539,6 @@ struct Active {
     /// False from the end of a turn until its reply.
     grows: bool,
     current: Completion,
-}
-
-/// The rows of one step, as the decoder takes them.
-#[derive(Default)]
-struct Rows {
-    token_ids: Vec<i64>,
-    positions: Vec<i64>,
-    slots: Vec<i64>,
-    segments: Vec<[i64; 5]>,
-    spans: Vec<[i64; 2]>,
-}
-
-impl Rows {
-    /// Adds tokens at `position`, stored from `slot` on, that see `seen` (the own tokens last).
-    fn push(
-        &mut self,
-        token_ids: &[i64],
-        position: usize,
-        slot: usize,
-        seen: impl Iterator<Item = Run>,
-    ) -> usize {
-        let row = self.token_ids.len();
-        let n = token_ids.len();
-        let first_span = self.spans.len();
-        self.spans.extend(seen.map(|run| [run.start as i64, run.length as i64]));
-        let n_spans = self.spans.len() - first_span;
-        self.segments.push([
-            row as i64,
-            n as i64,
-            position as i64,
-            first_span as i64,
-            n_spans as i64,
-        ]);
-        self.token_ids.extend_from_slice(token_ids);
-        self.positions.extend((position..position + n).map(|p| p as i64));
-        self.slots.extend((slot..slot + n).map(|s| s as i64));
-        row + n - 1
-    }
 }
 
 fn empty_completion() -> Completion {

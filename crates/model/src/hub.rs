@@ -22,6 +22,7 @@ use hf_hub::{HFClient, HFClientSync, HFError};
 use serde_json::Value;
 
 use self::cache::{cached_blob, cached_snapshot, is_sound, link, verify};
+pub use self::http::next_page;
 use self::http::{Failure, Http, encoded};
 use crate::Error;
 use crate::checkpoint::shards_of_index;
@@ -56,10 +57,11 @@ const DATA_ENDINGS: [&str; 10] = [
 const NO_DATA: [&str; 4] =
     ["config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"];
 /// Read by the loader where they exist.
-const OPTIONAL: [&str; 4] = [
+const OPTIONAL: [&str; 5] = [
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 ];
 
@@ -87,9 +89,11 @@ struct Snapshot {
 
 /// One file of a commit, as the repository describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct RemoteFile {
-    path: String,
-    size: u64,
+pub struct RemoteFile {
+    /// Its path in the repository, as it was sent: [`safe_rel_path`] says whether it is one.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: u64,
     /// Git's id of the file, or of the pointer that stands for it.
     oid: String,
     /// Stored outside git (LFS or Xet): `oid` is the id of a pointer naming the SHA-256.
@@ -126,6 +130,16 @@ impl Repository<'_> {
 }
 
 impl RemoteFile {
+    /// The files in a page of the hub's list of them.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the answer, in words for a message.
+    pub fn list(page: &Value) -> Result<Vec<Self>, String> {
+        let entries = page.as_array().ok_or("expected a list of files, found another answer")?;
+        entries.iter().filter(|entry| entry["type"] == "file").map(Self::of).collect()
+    }
+
     /// An entry of a list of files, or what is wrong with it.
     fn of(entry: &Value) -> Result<Self, String> {
         let path = entry["path"].as_str().ok_or("expected a path for every file, found none")?;
@@ -304,14 +318,9 @@ impl Hub {
         let mut page = format!("{}/tree/{commit}?recursive=true", repository.interface());
         for _ in 0..MAX_PAGES {
             let answer = self.http.answer(&page)?;
-            let Some(entries) = answer.body.as_array() else {
-                return Ok(Err("expected a list of files, found another answer".to_owned()));
-            };
-            for entry in entries.iter().filter(|entry| entry["type"] == "file") {
-                match RemoteFile::of(entry) {
-                    Ok(file) => files.push(file),
-                    Err(reason) => return Ok(Err(reason)),
-                }
+            match RemoteFile::list(&answer.body) {
+                Ok(page) => files.extend(page),
+                Err(reason) => return Ok(Err(reason)),
             }
             if files.len() > MAX_FILES {
                 return Ok(Err(format!("expected at most {MAX_FILES} files, found more")));
@@ -513,7 +522,7 @@ pub(crate) fn split_id(id: &str) -> Result<(&str, &str), Error> {
 /// # Errors
 ///
 /// What is wrong with it.
-pub(crate) fn safe_rel_path(name: &str) -> Result<PathBuf, String> {
+pub fn safe_rel_path(name: &str) -> Result<PathBuf, String> {
     let refuse = || Err(format!("expected a plain relative path, found {name:?}"));
     let plain = |part: &str| {
         (1..=255).contains(&part.len())

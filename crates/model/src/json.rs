@@ -27,8 +27,27 @@ pub fn read_object(path: &Path, max_bytes: u64) -> Result<Map<String, Value>, Er
     match parsed {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::field(path, "content", "a JSON object", "another JSON value")),
-        Err(error) => Err(Error::field(path, "content", "JSON", error.to_string())),
+        Err(error) => {
+            let found = stand_in(&bytes).map_or_else(|| error.to_string(), str::to_owned);
+            Err(Error::field(path, "content", "JSON", found))
+        }
     }
+}
+
+/// What lies in place of a file that was not downloaded, by its first bytes; none if it is no such.
+pub(crate) fn stand_in(bytes: &[u8]) -> Option<&'static str> {
+    let begin = bytes.trim_ascii_start();
+    let begins = |text: &str| {
+        begin.get(..text.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(text.as_bytes()))
+    };
+    if begins("version https://git-lfs") {
+        return Some(
+            "a pointer of git-lfs in place of the file: run `git lfs pull`, or download it anew",
+        );
+    }
+    let is_page = ["<!doctype", "<html", "<head", "<?xml", "<!--"].into_iter().any(begins);
+    is_page
+        .then_some("a web page in place of the file: download it anew, signed in if that is needed")
 }
 
 /// Whether a value stands for a number that is not finite.
@@ -71,6 +90,23 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs_err::write(file.path(), text).unwrap();
         read_object(file.path(), 1000)
+    }
+
+    #[test]
+    fn what_was_not_downloaded_is_named() {
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+        for (text, named) in [
+            (pointer, Some("git lfs pull")),
+            ("<!DOCTYPE html><html>", Some("web page")),
+            ("\n<html><head>", Some("web page")),
+            ("version", None),
+            ("<|im_end|>", None),
+            ("", None),
+        ] {
+            assert_eq!(stand_in(text.as_bytes()).is_some(), named.is_some(), "{text}");
+            let message = read(text).unwrap_err().to_string();
+            assert!(named.is_none_or(|named| message.contains(named)), "{message}");
+        }
     }
 
     #[test]

@@ -18,6 +18,8 @@ mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod json;
+#[cfg(all(test, feature = "cuda"))]
+mod launches;
 #[cfg(test)]
 mod levels;
 pub mod logprobs;

@@ -60,10 +60,10 @@ pub fn of_rows(
         from.push(predecessor as i64);
         targets.push(batch.token_ids()[row]);
     }
-    let from = Tensor::from_slice(&from).to_device(hidden.device());
-    let targets = Tensor::from_slice(&targets).to_device(hidden.device());
+    let from = ops::numbers_on(hidden.device(), &from)?;
+    let targets = ops::numbers_on(hidden.device(), &targets)?;
     let (logprob, entropy) = ops::token_logprobs(
-        &hidden.index_select(0, &from),
+        &hidden.f_index_select(0, &from)?,
         decoder.head()?,
         &targets,
         temperature,

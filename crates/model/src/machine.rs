@@ -12,9 +12,12 @@ use crate::self_test::{OnednnIsa, SelfTest, self_tests};
 use crate::{Error, cuda, default_dtype, kernels_name};
 
 mod cores;
+mod groups;
+mod memory;
 pub(crate) mod runtime;
 
 pub use cores::Cores;
+pub use memory::Memory;
 pub use runtime::{
     Dtype, device, device_name, dtype_name, keep_to_cores, load_options, set_threads,
 };

@@ -3,12 +3,11 @@
 use std::process::ExitCode;
 
 use arete_stage::cli;
-use clap::Parser;
 
 mod commands;
 
 fn main() -> ExitCode {
-    let arguments = commands::Arguments::parse();
+    let arguments: commands::Arguments = cli::parse();
     cli::init_tracing();
     arete_stage::exit::run(|| commands::run(arguments), arete_model::class_of)
 }

@@ -72,6 +72,7 @@ impl Model {
 
     fn around(checkpoint: &Checkpoint, decoder: Decoder) -> Result<Self, Error> {
         let tokenizer = checkpoint.tokenizer()?;
+        tokenizer.warn_of_tokens_without_row();
         let template = match tokenizer.template() {
             Ok(template) => Some(template),
             Err(Error::NoTemplate { .. }) => None,

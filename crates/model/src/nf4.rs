@@ -56,14 +56,14 @@ impl Default for Nf4Options {
 /// # Shapes
 ///
 /// - `codes`: `[ceil(outputs · inputs / 2)]` u8, first element of a pair in the high nibble.
-/// - `absmax`: `[ceil(outputs · inputs / block_size)]` f32; with double quantisation the values the eight bits stand for.
+/// - `absmax`: of `ceil(outputs · inputs / block_size)` blocks.
 /// - `codebook`: `[16]` f32.
 #[derive(Debug)]
 pub struct Nf4Tensor {
     /// Packed codes.
     pub codes: Tensor,
     /// One scale a block.
-    pub absmax: Tensor,
+    pub absmax: Scales,
     /// The numbers the codes stand for.
     pub codebook: Tensor,
     /// Rows of the matrix.
@@ -99,8 +99,10 @@ impl Nf4Tensor {
         let codebook = Tensor::from_slice(&CODEBOOK);
         let weight = weight.to_device(tch::Device::Cpu);
         ops::nf4_quantize(&weight, &codebook, block_size, &codes, &absmax)?;
-        let absmax =
-            if options.double_quantize { NestedAbsmax::quantize(&absmax).expand() } else { absmax };
+        let absmax = match options.double_quantize {
+            true => NestedAbsmax::quantize(&absmax).scales(),
+            false => Scales::Single(absmax),
+        };
         Ok(Self { codes, absmax, codebook, outputs, inputs, block_size })
     }
 
@@ -124,11 +126,11 @@ impl Nf4Tensor {
             let blocks = part.outputs * part.inputs / first.block_size;
             let alike = part.block_size == first.block_size
                 && part.inputs == first.inputs
-                && part.absmax.numel() as i64 == blocks
+                && part.absmax.n_blocks() as i64 == blocks
                 && part.codebook.equal(&first.codebook);
             if !alike {
                 let describe = |part: &Self| {
-                    let (n, size) = (part.absmax.numel(), part.block_size);
+                    let (n, size) = (part.absmax.n_blocks(), part.block_size);
                     format!("{} columns, {n} blocks of {size}", part.inputs)
                 };
                 return Err(Error::Invalid {
@@ -142,10 +144,10 @@ impl Nf4Tensor {
             }
         }
         let codes: Vec<&Tensor> = parts.iter().map(|part| &part.codes).collect();
-        let absmax: Vec<&Tensor> = parts.iter().map(|part| &part.absmax).collect();
+        let absmax: Vec<&Scales> = parts.iter().map(|part| &part.absmax).collect();
         Ok(Self {
             codes: Tensor::f_cat(&codes, 0)?,
-            absmax: Tensor::f_cat(&absmax, 0)?,
+            absmax: Scales::stack(&absmax)?,
             codebook: first.codebook.shallow_clone(),
             outputs: parts.iter().map(|part| part.outputs).sum(),
             inputs: first.inputs,
@@ -158,25 +160,146 @@ impl Nf4Tensor {
         let n = outputs * self.inputs;
         Self {
             codes: self.codes.narrow(0, 0, n / 2),
-            absmax: self.absmax.narrow(0, 0, n / self.block_size),
+            absmax: self.absmax.first(n / self.block_size),
             codebook: self.codebook.shallow_clone(),
             outputs,
             ..*self
         }
     }
 
-    pub(crate) fn to_device(&self, device: tch::Device) -> Self {
+    /// On a device whose kernels read scales of eight bits as they are, or with scales in f32 for the CPU's, which do not.
+    pub(crate) fn placed(self, device: tch::Device, reads_double: bool) -> Self {
+        let absmax = if reads_double { self.absmax } else { self.absmax.to_single() };
         Self {
             codes: self.codes.to_device(device),
-            absmax: self.absmax.to_device(device),
+            absmax: absmax.to_device(device),
             codebook: self.codebook.to_device(device),
-            ..*self
+            ..self
         }
     }
 
     /// Bytes held.
     pub fn n_bytes(&self) -> usize {
-        self.codes.numel() + 4 * self.absmax.numel()
+        self.codes.numel() + self.absmax.n_bytes()
+    }
+}
+
+/// The scales of a matrix's blocks.
+///
+/// # Shapes
+///
+/// - `codes`: `[blocks]` u8; `map`: `[256]` f32; `nested`: `[ceil(blocks / 256), 2]` f32, a factor and an addend.
+#[derive(Debug)]
+pub enum Scales {
+    /// `[blocks]` f32.
+    Single(Tensor),
+    /// Eight bits each: `map[code] · nested[block / 256][0] + nested[block / 256][1]`.
+    Double {
+        /// One code a block.
+        codes: Tensor,
+        /// What the codes stand for.
+        map: Tensor,
+        /// Factor and addend of every 256 blocks.
+        nested: Tensor,
+    },
+}
+
+impl Scales {
+    /// Scales of eight bits as bitsandbytes stores them: in f32 where their own blocks are not of [`NESTED_BLOCK`], which kernels
+    /// take.
+    pub(crate) fn of_parts(
+        codes: Tensor,
+        map: Tensor,
+        scales: &Tensor,
+        block: usize,
+        offset: f32,
+    ) -> Self {
+        if block != NESTED_BLOCK {
+            return Self::Single(expand_absmax(&codes, &map, scales, block, offset));
+        }
+        let addends = scales.full_like(f64::from(offset));
+        Self::Double { codes, map, nested: Tensor::stack(&[scales, &addends], 1) }
+    }
+
+    /// Blocks that have one.
+    pub fn n_blocks(&self) -> usize {
+        match self {
+            Self::Single(absmax) => absmax.numel(),
+            Self::Double { codes, .. } => codes.numel(),
+        }
+    }
+
+    fn n_bytes(&self) -> usize {
+        match self {
+            Self::Single(absmax) => 4 * absmax.numel(),
+            Self::Double { codes, map, nested } => {
+                codes.numel() + 4 * (map.numel() + nested.numel())
+            }
+        }
+    }
+
+    /// Each in f32: `[blocks]`.
+    pub fn expand(&self) -> Tensor {
+        match self {
+            Self::Single(absmax) => absmax.shallow_clone(),
+            Self::Double { codes, map, nested } => expand_nested(codes, map, nested),
+        }
+    }
+
+    fn to_single(&self) -> Self {
+        Self::Single(self.expand())
+    }
+
+    /// Those of matrices one below the other. Eight bits stay eight bits where every matrix but the last has whole groups of
+    /// [`NESTED_BLOCK`] blocks (any 7B model's do) and all have one map; else a group would have two factors.
+    fn stack(parts: &[&Self]) -> Result<Self, Error> {
+        let (last, others) = parts.split_last().expect("at least one matrix");
+        let whole = others.iter().all(|part| part.n_blocks().is_multiple_of(NESTED_BLOCK));
+        if let (Self::Double { map, .. }, true) = (last, whole) {
+            let doubled = |part: &&Self| match part {
+                Self::Double { codes, map: own, nested } if own.equal(map) => {
+                    Some((codes.shallow_clone(), nested.shallow_clone()))
+                }
+                _ => None,
+            };
+            if let Some(parts) = parts.iter().map(doubled).collect::<Option<Vec<_>>>() {
+                let (codes, nested): (Vec<Tensor>, Vec<Tensor>) = parts.into_iter().unzip();
+                return Ok(Self::Double {
+                    codes: Tensor::f_cat(&codes, 0)?,
+                    map: map.shallow_clone(),
+                    nested: Tensor::f_cat(&nested, 0)?,
+                });
+            }
+        }
+        let parts: Vec<Tensor> = parts.iter().map(|part| part.expand()).collect();
+        Ok(Self::Single(Tensor::f_cat(&parts, 0)?))
+    }
+
+    /// Those of the first `n` blocks.
+    fn first(&self, n: i64) -> Self {
+        match self {
+            Self::Single(absmax) => Self::Single(absmax.narrow(0, 0, n)),
+            Self::Double { codes, map, nested } => {
+                let groups = n.cast_unsigned().div_ceil(NESTED_BLOCK as u64).cast_signed();
+                Self::Double {
+                    codes: codes.narrow(0, 0, n),
+                    map: map.shallow_clone(),
+                    nested: nested.narrow(0, 0, groups),
+                }
+            }
+        }
+    }
+
+    /// On a device.
+    pub fn to_device(&self, device: tch::Device) -> Self {
+        match self {
+            Self::Single(absmax) => Self::Single(absmax.to_device(device)),
+            Self::Double { codes, map, nested } => Self::Double {
+                codes: codes.to_device(device),
+                map: map.to_device(device),
+                nested: nested.to_device(device),
+            },
+        }
     }
 }
 
@@ -216,10 +339,10 @@ impl NestedAbsmax {
         Self { codes, absmax: scales, offset }
     }
 
-    /// The scales the codes stand for, `[n]` f32.
-    pub fn expand(&self) -> Tensor {
+    /// As a packed matrix holds them.
+    pub fn scales(&self) -> Scales {
         let (codes, map) = (Tensor::from_slice(&self.codes), Tensor::from_slice(&dynamic_map()));
-        expand_absmax(&codes, &map, &Tensor::from_slice(&self.absmax), NESTED_BLOCK, self.offset)
+        Scales::of_parts(codes, map, &Tensor::from_slice(&self.absmax), NESTED_BLOCK, self.offset)
     }
 }
 
@@ -228,7 +351,7 @@ impl NestedAbsmax {
 /// # Shapes
 ///
 /// - `codes`: `[n]` u8; `map`: `[256]` f32; `scales`: `[ceil(n / block)]` f32.
-pub(crate) fn expand_absmax(
+fn expand_absmax(
     codes: &Tensor,
     map: &Tensor,
     scales: &Tensor,
@@ -238,6 +361,19 @@ pub(crate) fn expand_absmax(
     let n = codes.size()[0];
     let scales = scales.repeat_interleave_self_int(block as i64, 0, None).narrow(0, 0, n); // [n]
     map.index_select(0, &codes.to_kind(Kind::Int64)) * scales + f64::from(offset)
+}
+
+/// `map[code] · nested[i / 256][0] + nested[i / 256][1]` per code: `[n]` f32.
+///
+/// # Shapes
+///
+/// - `codes`: `[n]` u8; `map`: `[256]` f32; `nested`: `[ceil(n / 256), 2]` f32.
+fn expand_nested(codes: &Tensor, map: &Tensor, nested: &Tensor) -> Tensor {
+    let n = codes.numel() as i64;
+    let pairs = nested.view([-1, 2]).repeat_interleave_self_int(NESTED_BLOCK as i64, 0, None);
+    let pairs = pairs.narrow(0, 0, n); // [n, 2]
+    let entries = map.index_select(0, &codes.view([-1]).to_kind(Kind::Int64));
+    entries * pairs.select(1, 0) + pairs.select(1, 1)
 }
 
 /// Index of the entry of the rising `map` nearest to `x`; the lower one of two equally near.

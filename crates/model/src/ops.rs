@@ -13,7 +13,14 @@ use crate::Error;
 use crate::batch::Tables;
 use crate::checkpoint::config::ModelConfig;
 use crate::machine::Waiting;
-use crate::nf4::Nf4Tensor;
+use crate::nf4::{Nf4Tensor, Scales};
+
+mod there;
+
+use there::takes_flash;
+pub(crate) use there::{
+    gpu_shaped, join_factors, numbers_on, on_host, read_drawn, sample_there, upload,
+};
 
 type Raw = *const c_void;
 
@@ -24,6 +31,37 @@ pub(crate) struct SampleSettings {
     pub(crate) temperature: f32,
     pub(crate) top_k: i64,
     pub(crate) top_p: f32,
+}
+
+/// The tensors of a packed matrix, null where it has none; mirrors the C++ struct. `absmax` is f32, or u8 where there is a map.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawPacked {
+    codes: Raw,
+    absmax: Raw,
+    codebook: Raw,
+    map: Raw,
+    nested: Raw,
+}
+
+impl RawPacked {
+    const NONE: Self = Self {
+        codes: std::ptr::null(),
+        absmax: std::ptr::null(),
+        codebook: std::ptr::null(),
+        map: std::ptr::null(),
+        nested: std::ptr::null(),
+    };
+
+    fn of(weight: &Nf4Tensor) -> Self {
+        let (codes, codebook) = (raw(&weight.codes), raw(&weight.codebook));
+        match &weight.absmax {
+            Scales::Single(absmax) => Self { codes, absmax: raw(absmax), codebook, ..Self::NONE },
+            Scales::Double { codes: absmax, map, nested } => {
+                Self { codes, absmax: raw(absmax), codebook, map: raw(map), nested: raw(nested) }
+            }
+        }
+    }
 }
 
 unsafe extern "C" {
@@ -50,9 +88,7 @@ unsafe extern "C" {
     fn arete_linear(
         x: Raw,
         dense: Raw,
-        codes: Raw,
-        absmax: Raw,
-        codebook: Raw,
+        packed: RawPacked,
         outputs: i64,
         inputs: i64,
         block_size: i64,
@@ -73,6 +109,11 @@ unsafe extern "C" {
         head_size: i64,
         window: i64,
         force_composite: bool,
+        query_starts: Raw,
+        key_starts: Raw,
+        sources: Raw,
+        longest_query: i64,
+        longest_key: i64,
         out: *mut Raw,
     ) -> c_int;
     fn arete_cached_attention(
@@ -85,6 +126,21 @@ unsafe extern "C" {
         slots: Raw,
         keys: Raw,
         values: Raw,
+        heads: i64,
+        kv_heads: i64,
+        head_size: i64,
+        window: i64,
+        segments_there: Raw,
+        spans_there: Raw,
+        out: *mut Raw,
+    ) -> c_int;
+    #[cfg(feature = "cuda")]
+    fn arete_attend(
+        q: Raw,
+        keys: Raw,
+        values: Raw,
+        segments: Raw,
+        spans: Raw,
         heads: i64,
         kv_heads: i64,
         head_size: i64,
@@ -108,6 +164,31 @@ unsafe extern "C" {
         token: *mut i64,
         logprob: *mut f32,
     ) -> c_int;
+    fn arete_composite() -> bool;
+    fn arete_upload(values: *const i64, n: i64, device: i32, out: *mut Raw) -> c_int;
+    fn arete_read(values: Raw, to: *mut i64) -> c_int;
+    fn arete_join_factors(
+        a0: Raw,
+        a1: Raw,
+        a2: Raw,
+        b0: Raw,
+        b1: Raw,
+        b2: Raw,
+        sizes: *const i64,
+        scale: f64,
+        format: i32,
+        a: *mut Raw,
+        b: *mut Raw,
+    ) -> c_int;
+    fn arete_sample_there(
+        logits: Raw,
+        sources: Raw,
+        uniforms: Raw,
+        temperature: f32,
+        top_k: i64,
+        top_p: f32,
+        out: *mut Raw,
+    ) -> c_int;
     fn arete_nf4_quantize(
         input: Raw,
         codebook: Raw,
@@ -116,9 +197,7 @@ unsafe extern "C" {
         absmax: Raw,
     ) -> c_int;
     fn arete_nf4_dequantize(
-        codes: Raw,
-        absmax: Raw,
-        codebook: Raw,
+        packed: RawPacked,
         outputs: i64,
         inputs: i64,
         block_size: i64,
@@ -251,7 +330,7 @@ fn check(status: c_int) -> Result<(), Error> {
     }
     // SAFETY: the function returns a NUL-terminated string that lives until this thread's next failure.
     let message = unsafe { CStr::from_ptr(arete_last_error()) }.to_string_lossy().into_owned();
-    Err(Error::Torch(tch::TchError::Torch(message)))
+    Err(tch::TchError::Torch(message).into())
 }
 
 /// RMS norm of `x + delta` (or of `x`), both `[N, D]`: the normalised rows and the sum.
@@ -312,16 +391,13 @@ pub(crate) fn linear(
 ) -> Result<Tensor, Error> {
     let mut out = std::ptr::null();
     let (a, b) = (raw_or_null(adapter.map(|pair| pair.0)), raw_or_null(adapter.map(|pair| pair.1)));
-    let null = std::ptr::null();
     // SAFETY: all pointers are live tensors or null where the C++ side allows it.
     check(unsafe {
         match weight {
             WeightRef::Dense(w) => arete_linear(
                 raw(x),
                 raw(w),
-                null,
-                null,
-                null,
+                RawPacked::NONE,
                 w.size()[0],
                 w.size()[1],
                 0,
@@ -332,10 +408,8 @@ pub(crate) fn linear(
             ),
             WeightRef::Nf4(w) => arete_linear(
                 raw(x),
-                null,
-                raw(&w.codes),
-                raw(&w.absmax),
-                raw(&w.codebook),
+                std::ptr::null(),
+                RawPacked::of(w),
                 w.outputs,
                 w.inputs,
                 w.block_size,
@@ -367,7 +441,9 @@ pub(crate) fn attention(
     force_composite: bool,
 ) -> Result<Tensor, Error> {
     let mut out = std::ptr::null();
-    // SAFETY: all pointers are live tensors; the tables were built for this batch.
+    let wanted = !force_composite && takes_flash(qkv, config.head_size);
+    let sequences = if wanted { Some(tables.sequences(qkv.device())?) } else { None };
+    // SAFETY: all pointers are live tensors, or null where the C++ side allows it; the tables were built for this batch.
     check(unsafe {
         arete_attention(
             raw(qkv),
@@ -381,6 +457,11 @@ pub(crate) fn attention(
             config.head_size as i64,
             config.sliding_window.unwrap_or(0) as i64,
             force_composite,
+            raw_or_null(sequences.map(|sequences| &sequences.query_starts)),
+            raw_or_null(sequences.map(|sequences| &sequences.key_starts)),
+            raw_or_null(sequences.and_then(|sequences| sequences.sources.as_ref())),
+            sequences.map_or(0, |sequences| sequences.longest_query),
+            sequences.map_or(0, |sequences| sequences.longest_key),
             &raw mut out,
         )
     })?;
@@ -416,6 +497,37 @@ pub(crate) fn cached_attention(
             config.num_kv_heads as i64,
             config.head_size as i64,
             config.sliding_window.unwrap_or(0) as i64,
+            raw_or_null(tables.there.as_ref().map(|there| &there[0])),
+            raw_or_null(tables.there.as_ref().map(|there| &there[1])),
+            &raw mut out,
+        )
+    })?;
+    Ok(take(out))
+}
+
+/// Attention of rotated rows over a cache on the CPU, by the tables of [`crate::cuda::AttentionTables`]: `[N, H·E]`.
+#[cfg(feature = "cuda")]
+pub(crate) fn attend(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    segments: &Tensor,
+    spans: &Tensor,
+    shape: crate::cuda::plan::AttentionShape,
+) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null();
+    // SAFETY: all pointers are live tensors; the caller compared their sizes with the tables.
+    check(unsafe {
+        arete_attend(
+            raw(q),
+            raw(keys),
+            raw(values),
+            raw(segments),
+            raw(spans),
+            i64::from(shape.heads),
+            i64::from(shape.kv_heads),
+            i64::from(shape.head_size),
+            i64::from(shape.window),
             &raw mut out,
         )
     })?;
@@ -503,9 +615,7 @@ pub(crate) fn nf4_dequantize(weight: &Nf4Tensor, kind: Kind) -> Result<Tensor, E
     // SAFETY: all pointers are live tensors.
     check(unsafe {
         arete_nf4_dequantize(
-            raw(&weight.codes),
-            raw(&weight.absmax),
-            raw(&weight.codebook),
+            RawPacked::of(weight),
             weight.outputs,
             weight.inputs,
             weight.block_size,

@@ -6,4 +6,6 @@ pub(crate) mod tokenizer;
 
 pub use chat::{Chat, Rendered};
 pub use template::{ChatTemplate, DEFAULT_DATE, Date};
-pub use tokenizer::{GgufVocabulary, TextStream, Tokenizer};
+#[cfg(feature = "gguf")]
+pub use tokenizer::GgufVocabulary;
+pub use tokenizer::{TextStream, Tokenizer};

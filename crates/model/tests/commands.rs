@@ -162,6 +162,15 @@ fn chat_answers_line_by_line() {
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(text.matches("> ").count(), 3, "two questions and the empty line: {text:?}");
+    // What is said before the talk is what a system turn of the file form says.
+    let model = tiny_chat();
+    let flags = ["generate", "--model", model.to_str().unwrap(), "--max-new-tokens", "4"];
+    let told = [&flags[..], &["--prompt", "Hi", "--system", "Be terse."]].concat();
+    let turns = "{\"messages\": [{\"role\": \"system\", \"content\": \"Be terse.\"}, {\"role\": \"user\", \"content\": \"Hi\"}]}\n";
+    let lines = Lines::of(turns);
+    let rows = parsed(&prints(&[&flags[..], &["--jsonl", lines.path()]].concat()));
+    assert_eq!(prints(&told).trim_end(), rows[0]["text"].as_str().unwrap());
+    assert_ne!(prints(&told), prints(&[&flags[..], &["--prompt", "Hi"]].concat()));
 }
 
 #[test]
@@ -424,16 +433,13 @@ fn a_model_without_a_template_continues_text() {
 }
 
 #[test]
-fn adapters_of_a_single_quantised_base_can_be_named() {
+fn adapters_of_a_double_quantised_base_can_be_named() {
     let model = tiny_chat();
     let model = model.to_str().unwrap();
-    refuses(
-        &["generate", "--model", model, "--prompt", "Hi", "--single-quantization"],
-        2,
-        &["--nf4"],
-    );
     let flags = ["generate", "--model", model, "--prompt", "Hi", "--max-new-tokens", "2"];
-    let double = program(&[&flags[..], &["--nf4"]].concat());
-    let single = program(&[&flags[..], &["--nf4", "--single-quantization"]].concat());
+    let single = program(&[&flags[..], &["--nf4"]].concat());
+    let double = program(&[&flags[..], &["--nf4", "--double-quantize"]].concat());
+    let named = program(&[&flags[..], &["--nf4", "--double-quantize", "false"]].concat());
     assert!(double.status.success() && single.status.success());
+    assert_eq!(named.stdout, single.stdout);
 }

@@ -11,10 +11,17 @@ use std::sync::OnceLock;
 use arete_model::cuda::nvrtc::{self, Arch};
 use arete_model::cuda::plan::{Format, Program};
 use arete_model::cuda::{self, CudaError, Packed};
-use arete_model::{Error, LoadOptions, Model, Nf4Options, Source, nf4::Nf4Tensor};
+use arete_model::{
+    Error, LoadOptions, Model, Nf4Options, Source,
+    nf4::{Nf4Tensor, Scales},
+};
 use tch::{Device, Kind, Tensor};
 
-const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+/// Generations the kernels are compiled for: those that differ most, or with `ARETE_TORTURE=1` all from Turing to Blackwell.
+fn architectures() -> &'static [u32] {
+    let torture = std::env::var_os("ARETE_TORTURE").is_some_and(|value| value == "1");
+    if torture { &[75, 80, 86, 89, 90, 100, 120] } else { &[75, 80, 90] }
+}
 
 /// Fetches NVRTC once; `false` with a printed reason where that is impossible.
 fn nvrtc_is_here() -> bool {
@@ -36,22 +43,6 @@ fn nvrtc_is_here() -> bool {
         eprintln!("skipped: {}", messages.trim());
         false
     })
-}
-
-fn kernels(program: Program) -> Vec<String> {
-    let each = |stem: &str| Format::ALL.map(|format| format!("{stem}_{}", format.name())).to_vec();
-    match program {
-        Program::Dequantize => each("dequantize"),
-        Program::Quantize => each("quantize"),
-        Program::Multiply(format) => {
-            let most = if format == Format::F32 { 8 } else { 16 };
-            [1, 2, 4, 8, 16]
-                .iter()
-                .filter(|&&rows| rows <= most)
-                .map(|rows| format!("multiply_{}_{rows}", format.name()))
-                .collect()
-        }
-    }
 }
 
 // ---- what the machine code says about itself ----
@@ -131,6 +122,19 @@ fn reported(log: &str) -> BTreeMap<String, u32> {
     found
 }
 
+/// So that as many blocks have room on a multiprocessor as `__launch_bounds__` promises.
+fn most_registers(program: Program, kernel: &str) -> u32 {
+    let size = kernel.rsplit('_').next().expect("never empty");
+    match (program, size) {
+        // Blocks of 256 threads: two, and one for the most rows.
+        (Program::Multiply(_), "16") | (Program::Multiply(Format::F32), "8") => 255,
+        // Blocks of 128 threads: four, three, two.
+        (Program::Nf4Rows(_), "64") => 255,
+        (Program::Nf4Rows(_), "32") | (Program::Attention(_), "4" | "8") => 168,
+        _ => 128,
+    }
+}
+
 #[test]
 fn every_kernel_compiles_for_every_generation_without_spills() {
     if !nvrtc_is_here() {
@@ -140,14 +144,14 @@ fn every_kernel_compiles_for_every_generation_without_spills() {
         let compiled = nvrtc::compile(program, Arch(arch))
             .unwrap_or_else(|error| panic!("{program:?} for sm_{arch}: {error}"));
         let (usage, reported) = (usage(&compiled.image), reported(&compiled.log));
-        assert_eq!(usage.len(), kernels(program).len(), "{program:?}: {usage:?}");
-        kernels(program)
+        assert_eq!(usage.len(), program.kernels().len(), "{program:?}: {usage:?}");
+        program
+            .kernels()
             .into_iter()
             .map(|kernel| {
                 let Usage { registers, .. } = usage[&kernel];
                 assert_eq!(registers, reported[&kernel], "{kernel} for sm_{arch}");
-                // Two blocks of 256 threads per multiprocessor; one where 16 rows are summed at once.
-                let most = if kernel.ends_with("_16") { 255 } else { 128 };
+                let most = most_registers(program, &kernel);
                 assert!(
                     (8..=most).contains(&registers),
                     "{kernel} for sm_{arch}: {registers} registers"
@@ -157,21 +161,132 @@ fn every_kernel_compiles_for_every_generation_without_spills() {
             .collect()
     };
     let mut table: BTreeMap<String, Vec<u32>> = BTreeMap::new();
-    for arch in ARCHITECTURES {
+    for &arch in architectures() {
         let check = &check;
         let programs: Vec<_> = std::thread::scope(|scope| {
-            let running: Vec<_> =
-                Program::ALL.map(|program| scope.spawn(move || check(program, arch))).into();
+            let running: Vec<_> = Program::ALL
+                .into_iter()
+                .filter(|program| program.runs_on(arch))
+                .map(|program| scope.spawn(move || check(program, arch)))
+                .collect();
             running.into_iter().map(|thread| thread.join().expect("see above")).collect()
         });
         for (kernel, registers) in programs.into_iter().flatten() {
             table.entry(kernel).or_default().push(registers);
         }
     }
-    println!("registers for sm_{ARCHITECTURES:?}, no spills");
+    println!("registers for sm_{:?}, no spills", architectures());
     for (kernel, registers) in table {
         println!("{kernel:20} {registers:?}");
     }
+}
+
+// ---- instructions, counted in the machine code ----
+
+/// The instructions of every kernel, as nvdisasm writes them, predicates taken off.
+fn disassembled(program: Program, arch: u32) -> BTreeMap<String, Vec<String>> {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../.deps/nvdisasm/nvidia");
+    let nvdisasm = fs_err::read_dir(root)
+        .expect("setup-nvrtc.sh has fetched it")
+        .map(|folder| folder.expect("readable").path().join("bin/nvdisasm"))
+        .find(|path| path.exists())
+        .expect("the wheel has nvdisasm");
+    let image = nvrtc::compile(program, Arch(arch)).expect("compiles").image;
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs_err::write(file.path(), image).expect("writable");
+    let output = Command::new(nvdisasm).arg("-c").arg(file.path()).output().expect("nvdisasm runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut kernels: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut kernel = String::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        if let Some(name) = line.strip_prefix(".text.").and_then(|rest| rest.strip_suffix(':')) {
+            name.clone_into(&mut kernel);
+        }
+        // /*0170*/ @!P0 LDG.E.128 R36, [R36.64] ;
+        let code = line.trim().strip_prefix("/*").and_then(|rest| rest.split_once("*/"));
+        if let Some((_, code)) = code
+            && code.ends_with(';')
+        {
+            let code = code.trim();
+            let bare =
+                if code.starts_with('@') { code.split_once(' ').map(|pair| pair.1) } else { None };
+            kernels.entry(kernel.clone()).or_default().push(bare.unwrap_or(code).trim().to_owned());
+        }
+    }
+    kernels
+}
+
+/// docs/cuda.md derives the budgets: what the issue rate allows beside the memory's.
+#[test]
+fn instructions_a_weight_stay_within_the_budget() {
+    if !nvrtc_is_here() {
+        return;
+    }
+    // A lane's part of one turn: four outputs times 32 columns.
+    const WEIGHTS: f64 = 128.0;
+    for arch in [80, 90] {
+        for (kernel, code) in disassembled(Program::Nf4Rows(Format::BF16), arch) {
+            let rows: usize = kernel.rsplit('_').next().expect("a number").parse().expect("rows");
+            let products: Vec<usize> =
+                (0..code.len()).filter(|&at| code[at].starts_with("HMMA")).collect();
+            let (first, last) = (products[0], products[products.len() - 1]);
+            // The turn's arithmetic lies between the barrier before its first product and its last one.
+            let start =
+                (0..first).rfind(|&at| code[at].starts_with("BAR.SYNC")).expect("a barrier");
+            let turn = &code[start..=last];
+            let count = |name: &str| turn.iter().filter(|code| code.starts_with(name)).count();
+            assert_eq!(
+                products.len(),
+                2 * rows,
+                "{kernel} for sm_{arch}: one product a pair of codes"
+            );
+            let a_weight = turn.len() as f64 / WEIGHTS;
+            let budget = 4.6 + rows as f64 / 40.0;
+            println!(
+                "{kernel} for sm_{arch}: {a_weight:.2} instructions a weight, budget {budget}"
+            );
+            assert!(a_weight <= budget, "{kernel} for sm_{arch}: {a_weight} > {budget}");
+            // One look-up a weight; x comes 16 bytes at a time.
+            assert_eq!(count("LDS.128"), rows / 2, "{kernel} for sm_{arch}");
+            assert!(count("LDS") <= 128 + 4 + rows / 2, "{kernel} for sm_{arch}: {}", count("LDS"));
+            // The next turn's codes, 16 bytes at a time, are asked for before this turn's arithmetic.
+            let ahead = code[..start].iter().filter(|code| code.starts_with("LDG.E.128")).count();
+            assert!(
+                ahead >= 8,
+                "{kernel} for sm_{arch}: four at the start, four in the loop: {ahead}"
+            );
+            assert!(!code.iter().any(|code| code.starts_with("LDL") || code.starts_with("STL")));
+        }
+    }
+}
+
+#[test]
+fn attention_moves_sixteen_bytes_at_a_time() {
+    if !nvrtc_is_here() {
+        return;
+    }
+    for (kernel, code) in disassembled(Program::Attention(Format::BF16), 80) {
+        let count = |name: &str| code.iter().filter(|code| code.starts_with(name)).count();
+        // Keys past the L1 cache into shared memory, values into registers, eight of a thread's at a time.
+        assert!(count("LDGSTS.E.BYPASS.128") >= 4, "{kernel}: {}", count("LDGSTS"));
+        assert!(count("LDG.E.128") >= 16, "{kernel}: {}", count("LDG.E.128"));
+        // The first eight are under way before the scores begin with the first multiplication of a key.
+        let first = code.iter().position(|code| code.starts_with("FFMA")).expect("scores");
+        let ahead = code[..first].iter().filter(|code| code.starts_with("LDG.E.128")).count();
+        assert_eq!(ahead, 8, "{kernel}");
+        assert!(!code.iter().any(|code| code.starts_with("LDL") || code.starts_with("STL")));
+    }
+}
+
+#[test]
+fn bf16_on_tensor_cores_is_refused_for_turing() {
+    if !nvrtc_is_here() {
+        return;
+    }
+    let program = Program::Nf4Rows(Format::BF16);
+    assert!(!program.runs_on(75) && program.runs_on(80));
+    let error = nvrtc::compile(program, Arch(75)).expect_err("no such instruction");
+    assert!(error.to_string().contains("multiply.cu does"), "{error}");
 }
 
 #[test]
@@ -207,12 +322,26 @@ fn machine_code_is_cached_on_disk() {
     assert!(!cached && third == first);
 }
 
+// ---- the kit for a machine with a GPU and no Rust ----
+
+/// It checks that it knows every file of the folder; here, that it knows every kernel of every file.
+#[test]
+fn the_kit_knows_every_kernel() {
+    let kit = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/gpu/kernels.py");
+    let output = Command::new("python3").arg(kit).arg("--list").output().expect("python3 runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let listed = String::from_utf8(output.stdout).expect("names");
+    let mut ours: Vec<String> = Program::ALL.iter().flat_map(|program| program.kernels()).collect();
+    ours.sort();
+    assert_eq!(listed.lines().collect::<Vec<_>>(), ours);
+}
+
 // ---- without a GPU ----
 
 fn packed_on_the_cpu() -> Nf4Tensor {
     Nf4Tensor {
         codes: Tensor::zeros([2 * 64 / 2], (Kind::Uint8, Device::Cpu)),
-        absmax: Tensor::ones([2], (Kind::Float, Device::Cpu)),
+        absmax: Scales::Single(Tensor::ones([2], (Kind::Float, Device::Cpu))),
         codebook: Tensor::zeros([16], (Kind::Float, Device::Cpu)),
         outputs: 2,
         inputs: 64,

@@ -2,7 +2,7 @@
 //! read, places that do not exist, devices, servers, memory, disk.
 
 use std::net::{TcpStream, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,17 +11,18 @@ use arete_curation::conversations::{ConversationsConfig, PersonaChoice};
 use arete_curation::demonstrations::DemonstrationsConfig;
 use arete_curation::judge::Method;
 use arete_curation::preferences::PreferencesConfig;
+use arete_curation::prompts::{self, PromptsConfig};
 use arete_model::{Source, machine};
-use arete_stage::exit::{BadInput, Usage};
+use arete_records::files;
+use arete_stage::exit::{BadInput, OutOfRoom, Usage};
 use serde_json::Value;
 
-use crate::memory::Shape;
+use crate::memory::{self, Shape};
 use crate::setup::Setup;
 use crate::stages::{PIPELINE, Stage};
 use crate::steps::{self, Step};
 
-/// Tokens of a prompt where nobody counts them.
-pub const PROMPT_TOKENS: u64 = 128;
+pub use arete_chain::memory::PROMPT_TOKENS;
 /// The constitution of stages that are given none.
 const CONSTITUTION: &str = "data/constitution.toml";
 /// Seconds a server may take to accept a connection.
@@ -38,6 +39,7 @@ pub fn everything(setup: &Setup, steps: &[Step]) -> Result<()> {
     let stages: Vec<&Stage> = steps.iter().map(|step| step.stage).collect();
     reads(setup, &stages)?;
     places(setup, &stages)?;
+    splits(setup, &stages)?;
     for stage in stages {
         device(&(stage.settings)(setup)?)?;
     }
@@ -54,8 +56,8 @@ pub fn tables(setup: &Setup) -> Result<()> {
         (stage.settings)(setup)?;
         setup.has(stage.name)?;
     }
-    setup.checked::<CalibrateConfig>("calibrate")?;
-    setup.checked::<arete_reward::Config>("yardstick")?;
+    setup.checked("calibrate", CalibrateConfig::check)?;
+    setup.checked("yardstick", arete_reward::Config::check)?;
     Ok(())
 }
 
@@ -87,19 +89,41 @@ fn is_needed(setup: &Setup, stage: &Stage, read: &str) -> bool {
     }
 }
 
+/// Prompts that lie here give every stage its split: scoring answers those for testing alone, and comes last.
+fn splits(setup: &Setup, stages: &[&Stage]) -> Result<()> {
+    let has = |name: &str| stages.iter().any(|stage| stage.name == name);
+    let paths: Vec<PathBuf> = setup.prompts.iter().map(PathBuf::from).collect();
+    let lie_here = paths.iter().all(|path| path.is_file() || path.is_dir());
+    if !(has("prompts") && has("scoring") && lie_here) {
+        return Ok(());
+    }
+    let config: PromptsConfig = setup.settings("prompts")?;
+    let [train, validation, test] = prompts::splits(&config, &paths)?;
+    if test > 0 {
+        return Ok(());
+    }
+    let message = format!(
+        "{}: scoring needs a prompt for testing, of these {train} are for training and {validation} for validation: three \
+         at least give each split one",
+        setup.prompts.join(", ")
+    );
+    Err(BadInput(message).into())
+}
+
 /// Files, directories, models and servers that the stages name.
 fn places(setup: &Setup, stages: &[&Stage]) -> Result<()> {
     for stage in stages {
         match stage.name {
-            "prompts" => setup.prompts.iter().try_for_each(|input| prompts(input))?,
+            "prompts" => setup.prompts.iter().try_for_each(|input| prompts_of(input))?,
             "demonstrations" => {
                 let config: DemonstrationsConfig = setup.settings(stage.name)?;
                 if config.source.needs_model() {
                     asked(setup.model()?, config.engine_url.as_deref())?;
+                    servers(config.engines.urls())?;
                     constitution(config.constitution.as_deref())?;
                 }
                 if config.source.needs_exemplars() {
-                    exists(&config.exemplars, "the exemplars")?;
+                    file(&config.exemplars, "the exemplars")?;
                 }
             }
             "conversations" => {
@@ -108,23 +132,39 @@ fn places(setup: &Setup, stages: &[&Stage]) -> Result<()> {
                     constitution(config.constitution.as_deref())?;
                 }
                 asked(setup.model()?, config.engine_url.as_deref())?;
+                servers(config.engines.urls())?;
             }
             "preferences" => {
                 let config: PreferencesConfig = setup.settings(stage.name)?;
                 if config.method != Method::Contrast {
                     constitution(config.judge.constitution.as_deref())?;
                     if config.judge.few_shot > 0 {
-                        exists(&config.judge.exemplars, "the exemplars")?;
+                        file(&config.judge.exemplars, "the exemplars")?;
                     }
-                    if let Some(judge) = &setup.judge {
-                        asked(judge, config.judge.judge_url.as_deref())?;
-                    } else if let Some(url) = &config.judge.judge_url {
-                        server(url)?;
+                    if let Some(path) = &config.calibration {
+                        exists(path, "the judge's calibration")?;
+                    }
+                    if let Some(dir) = &config.judge.judge_adapter {
+                        exists(dir, "the judge's adapter")?;
+                    }
+                    match (config.judge.urls(), &setup.judge) {
+                        (None, Some(judge)) => model(judge)?,
+                        (urls, _) => servers(urls)?,
                     }
                 }
+                config.pairs.iter().try_for_each(|path| exists(path, "the labelled pairs"))?;
             }
             "report" => {}
             _ => model(setup.model()?)?,
+        }
+        if stage.name == "ppo" {
+            let config: arete_ppo::Config = setup.settings(stage.name)?;
+            servers(config.engines.urls())?;
+            servers(config.reward_urls())?;
+        }
+        if stage.name == "scoring" {
+            let config: arete_scoring::ScoreConfig = setup.settings(stage.name)?;
+            servers(config.engines.urls())?;
         }
         if ["ppo", "scoring"].contains(&stage.name) {
             setup.yardstick.iter().try_for_each(|dir| exists(dir, "the yardstick"))?;
@@ -137,22 +177,35 @@ fn places(setup: &Setup, stages: &[&Stage]) -> Result<()> {
 }
 
 fn constitution(given: Option<&Path>) -> Result<()> {
-    exists(given.unwrap_or(Path::new(CONSTITUTION)), "the constitution")
+    file(given.unwrap_or(Path::new(CONSTITUTION)), "the constitution")
+}
+
+/// A path that has to be a file.
+fn file(path: &Path, what: &str) -> Result<()> {
+    let path = &files::shipped(path);
+    exists(path, what)?;
+    if path.is_dir() {
+        let message = format!("{}: expected a file, found a directory", path.display());
+        return Err(BadInput(message)).with_context(|| format!("looking for {what}"));
+    }
+    Ok(())
 }
 
 fn exists(path: &Path, what: &str) -> Result<()> {
     fs_err::metadata(path)
-        .map_err(|_| BadInput(format!("{}: no such file or directory", path.display())))
+        .map_err(|_| {
+            let here = "; relative paths, a recipe's too, begin in the working directory";
+            let hint = if path.is_relative() { here } else { "" };
+            BadInput(format!("{}: no such file or directory{hint}", path.display()))
+        })
         .with_context(|| format!("looking for {what}"))?;
     Ok(())
 }
 
 /// A file, a directory, or `owner/name` on the hub; below a directory that exists, a name is a path.
-fn prompts(input: &str) -> Result<()> {
+fn prompts_of(input: &str) -> Result<()> {
     let path = Path::new(input);
-    let is_below = path.components().count() > 1
-        && path.components().next().is_some_and(|first| Path::new(first.as_os_str()).exists());
-    if path.exists() || (input.contains('/') && !path.is_absolute() && !is_below) {
+    if !path.exists() && prompts::is_hub_id(input) {
         return Ok(());
     }
     exists(path, "the prompts")
@@ -165,6 +218,10 @@ fn asked(name: &str, url: Option<&str>) -> Result<()> {
 
 fn model(name: &str) -> Result<()> {
     Source::parse(name).with_context(|| format!("looking for the model {name}")).map(drop)
+}
+
+fn servers(urls: Option<&[String]>) -> Result<()> {
+    urls.into_iter().flatten().try_for_each(|url| server(url))
 }
 
 fn server(url: &str) -> Result<()> {
@@ -190,6 +247,36 @@ fn server(url: &str) -> Result<()> {
     }
 }
 
+/// Brings models of the hub here before the first stage: one that is not there, or a hub that does not answer, would show
+/// when the stage that needs it begins.
+///
+/// # Errors
+///
+/// No such model, or a download that fails.
+pub fn fetch(setup: &Setup, steps: &[Step]) -> Result<()> {
+    let (mut names, mut is_judged) = (Vec::new(), false);
+    for Step { stage, setup } in steps {
+        let settings = (stage.settings)(setup)?;
+        let is_elsewhere = |key| settings.get(key).is_some_and(|url| !url.is_null());
+        match stage.name {
+            "prompts" | "report" => {}
+            "preferences" => is_judged |= !is_elsewhere("judge_url"),
+            // They load what earlier stages left.
+            "reward" | "dpo" | "ppo" if setup.base()? != setup.model()? => {}
+            _ if is_elsewhere("engine_url") => {}
+            "demonstrations" if settings["source"] == "own" => {}
+            _ => names.push(setup.model()?),
+        }
+    }
+    names.extend(setup.judge.as_deref().filter(|_| is_judged));
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        Source::fetch(name).with_context(|| format!("looking for the model {name}"))?;
+    }
+    Ok(())
+}
+
 /// A device that a stage names is there.
 fn device(settings: &Value) -> Result<()> {
     if let Some(name) = settings.get("device").and_then(Value::as_str) {
@@ -198,41 +285,30 @@ fn device(settings: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Room on the machine, in bytes.
+/// Room for a run, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
-    /// Memory that this process and its children may have in all.
-    pub memory: Option<u64>,
-    /// Memory that is free now.
-    pub free_memory: Option<u64>,
+    /// Memory of the device that the stages get.
+    pub memory: memory::Room,
     /// Free disk where the run goes.
     pub free_disk: Option<u64>,
 }
 
 impl Room {
-    /// Of this machine, for a run in `dir`.
-    pub fn here(dir: &Path) -> Self {
-        let info = fs_err::read_to_string("/proc/meminfo").unwrap_or_default();
-        let figure = |name: &str| -> Option<u64> {
-            let line = info.lines().find(|line| line.starts_with(name))?;
-            line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
-        };
-        let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-        let limit = limits
-            .iter()
-            .find_map(|file| fs_err::read_to_string(file).ok()?.trim().parse::<u64>().ok());
-        let capped = |bytes: Option<u64>| match (bytes, limit) {
-            (Some(bytes), Some(limit)) => Some(bytes.min(limit)),
-            (bytes, limit) => bytes.or(limit),
-        };
-        let existing = dir.ancestors().find(|dir| dir.exists());
+    /// Of this machine, for a run.
+    ///
+    /// # Errors
+    ///
+    /// A device that there is not.
+    pub fn here(setup: &Setup) -> Result<Self> {
+        let existing = setup.dir.ancestors().find(|dir| dir.exists());
         let existing = existing.filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let disk = rustix::fs::statvfs(existing).ok();
-        Self {
-            memory: capped(figure("MemTotal:")),
-            free_memory: capped(figure("MemAvailable:")),
+        let device = machine::device(setup.device()?.as_deref().unwrap_or("auto"))?;
+        Ok(Self {
+            memory: memory::Room::of(device),
             free_disk: disk.map(|disk| disk.f_bavail * disk.f_frsize),
-        }
+        })
     }
 }
 
@@ -248,7 +324,7 @@ pub fn shape(setup: &Setup) -> Result<Option<Shape>> {
     }
     let device = setup.device()?;
     let device = machine::device_name(machine::device(device.as_deref().unwrap_or("auto"))?);
-    Shape::of(name, Some(&device), PROMPT_TOKENS).map(Some)
+    Ok(Some(Shape::of(name, Some(&device), PROMPT_TOKENS)?))
 }
 
 /// Bytes of the models that the stages write: each merged one whole.
@@ -266,36 +342,30 @@ fn written(shape: &Shape, steps: &[Step]) -> Result<u64> {
     Ok(n_models * shape.dense_bytes())
 }
 
-/// Refuses what cannot fit: more memory than the machine has, more disk than is free.
+/// Refuses what cannot fit: more memory than the device has, more disk than is free. Of stages that start in another way than they are
+/// set, or in little memory, a sentence each.
 ///
 /// # Errors
 ///
 /// What is needed, what there is, and what to do.
-pub fn room(setup: &Setup, shape: &Shape, steps: &[Step], room: Room) -> Result<()> {
-    let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+pub fn room(setup: &Setup, shape: &Shape, steps: &[Step], room: Room) -> Result<Vec<String>> {
+    let refused = |what: String| OutOfRoom(format!("{what}; --ignore-room runs anyway"));
+    let mut remarks = Vec::new();
     for Step { stage, setup } in steps {
         let Some(demand) = stage.demand else { continue };
-        let (phase, bytes) = shape.need(&demand(setup)?).peak();
-        if let Some(memory) = room.memory.filter(|memory| shape.is_on_cpu() && bytes > *memory) {
-            let message = format!(
-                "{}: needs {} of memory ({phase}), this machine has {}: `arete plan` says what saves memory; \
-                 --ignore-room runs anyway",
-                stage.name,
-                gb(bytes),
-                gb(memory)
-            );
-            return Err(arete_stage::exit::OutOfRoom(message).into());
+        match room.memory.ask(stage.name, shape, &demand(setup)?) {
+            Ok(start) => remarks.extend(start.remark),
+            Err(arete_model::Error::NoRoom { what }) => return Err(refused(what).into()),
+            Err(error) => return Err(error.into()),
         }
     }
     let bytes = written(shape, steps)?;
     if let Some(free) = room.free_disk.filter(|free| bytes > *free) {
-        let message = format!(
-            "{}: the models to be written take {}, free are {}; --ignore-room runs anyway",
-            setup.dir.display(),
-            gb(bytes),
-            gb(free)
-        );
-        return Err(arete_stage::exit::OutOfRoom(message).into());
+        let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let dir = setup.dir.display();
+        let what =
+            format!("{dir}: the models to be written take {}, free are {}", gb(bytes), gb(free));
+        return Err(refused(what).into());
     }
-    Ok(())
+    Ok(remarks)
 }

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use arete_ppo::config::CriticKind;
+use arete_records::files;
 use arete_stage::exit::BadInput;
 use serde::{Deserialize, Serialize};
 
@@ -78,7 +79,7 @@ impl Cluster {
     /// A file that cannot be read, an unknown key, a rate that is none.
     pub fn load(path: &Path) -> Result<Self> {
         let wrong = |what: String| BadInput(format!("{}: {what}", path.display()));
-        let cluster: Self = toml::from_str(&fs_err::read_to_string(path)?)
+        let cluster: Self = toml::from_str(&files::read_text(path, files::MAX_SMALL_BYTES)?)
             .map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
         let Self { trainers, engines, links } = &cluster;
         let mut rates = vec![

@@ -99,7 +99,7 @@ fn scored(runs: &[String]) -> Result<Vec<ScoredRun>> {
         }
         _ => Err(Usage(format!("expected ARM=RUN (recommended=runs/mine, say), got {text}"))),
     };
-    runs.iter().map(|text| Ok(ScoredRun::read(arm(text)?)?)).collect()
+    runs.iter().map(|text| ScoredRun::read(arm(text)?)).collect()
 }
 
 /// Which policies stand on a front.

@@ -20,22 +20,4 @@ pub mod starter;
 pub mod status;
 pub mod steps;
 pub mod sweep;
-
-use std::error::Error as StdError;
-
-use arete_records::Class;
-
-/// What an error of any stage is, for the exit code.
-pub fn class_of(cause: &(dyn StdError + 'static)) -> Option<Class> {
-    [
-        arete_curation::class_of,
-        arete_sft::class_of,
-        arete_reward::class_of,
-        arete_dpo::class_of,
-        arete_ppo::class_of,
-        arete_scoring::class_of,
-        arete_model::class_of,
-    ]
-    .iter()
-    .find_map(|class_of| class_of(cause))
-}
+pub mod wandb;

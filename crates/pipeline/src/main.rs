@@ -14,7 +14,8 @@ use arete_pipeline::run::{self, RunArgs};
 use arete_pipeline::setup::{Setup, SetupArgs};
 use arete_pipeline::stages::PIPELINE;
 use arete_pipeline::sweep::{self, SweepArgs};
-use arete_pipeline::{check, class_of, diagnosis, shell, starter, status};
+use arete_pipeline::wandb::{self, WandbArgs};
+use arete_pipeline::{check, diagnosis, shell, starter, status};
 use arete_scoring::report;
 use arete_stage::cli;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -37,7 +38,7 @@ const EXAMPLES: &str = "Examples:
   arete run --recipe recipes/demo.toml --rounds 3                    three times answer, judge, learn, tune
 
 Exit codes: 0 done; 1 failed; 2 flags or settings; 65 bad data, an unknown key of the recipe among it; 69 a server does not
-answer; 71 out of memory or disk; 74 the system refused; 130, 143 stopped by a signal: the same command goes on.";
+answer; 70 a fault of the program; 71 too little memory or disk; 74 the system refused, a full disk too; 130, 143 stopped by a signal: the same command goes on.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -49,7 +50,7 @@ enum Command {
     Plan(Box<PlanArgs>),
     /// List the stages: what each reads and leaves
     Stages,
-    /// Run with several values of some keys: --set TABLE.KEY=VALUE,VALUE; one table at the end
+    /// Run with several values of some keys: --set TABLE.KEY=VALUE,VALUE; one table and one page at the end
     Sweep(Box<SweepArgs>),
     /// Run every stage on a tiny chat model that is part of this program, in seconds
     Hello(HelloArgs),
@@ -65,6 +66,8 @@ enum Command {
     Front(diagnosis::FrontArgs),
     /// Write the page of a run
     Report(ReportArgs),
+    /// Write the trainings of a run as Weights & Biases' client leaves them offline; `wandb sync` uploads them
+    Wandb(WandbArgs),
     /// Upload an adapter, a merged model or a data set to the hub, with a card
     Push(PushArgs),
     /// Print the completions of a shell
@@ -143,7 +146,7 @@ struct ReportArgs {
 }
 
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let command = cli::parse::<Cli>().command;
     // A stage's own log is shown by the run; of what only looks, just warnings.
     let is_work = matches!(command, Command::Stage { .. } | Command::Doctor(_) | Command::Push(_));
     cli::init_tracing_at(if is_work { "info" } else { "warn" });
@@ -152,7 +155,9 @@ fn main() -> ExitCode {
     });
     let mut answer = 0; // `status --exit-code` answers by it
     let work = || execute(command).map(|code| answer = code);
-    let ended = arete_stage::exit::run(work, class_of);
+    let ended = arete_stage::exit::run(work, |cause| {
+        arete_engine::class_of(cause).or_else(|| arete_training::class_of(cause))
+    });
     if ended == ExitCode::SUCCESS { ExitCode::from(answer) } else { ended }
 }
 
@@ -180,6 +185,7 @@ fn execute(command: Command) -> Result<u8> {
                 .with_context(|| format!("reporting on {}", inputs.run.display()))?;
             format!("{}\n", page.display())
         }
+        Command::Wandb(arguments) => wandb::run(&arguments)?,
         Command::Push(arguments) => return push::run(&arguments).map(|()| 0),
         Command::Completions { shell } => {
             return print(&shell::completions(Cli::command(), shell));

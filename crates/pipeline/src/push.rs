@@ -21,7 +21,7 @@ pub struct PushArgs {
     #[arg(long, value_name = "DIR")]
     directory: PathBuf,
     /// Repository to fill; it is made if it does not exist
-    #[arg(long, value_name = "OWNER/NAME")]
+    #[arg(long, value_name = "OWNER/NAME", value_parser = parse_repository)]
     repository: String,
     /// Hub id of the base model; needed where an adapter names a place on this machine
     #[arg(long, value_name = "OWNER/NAME")]
@@ -38,6 +38,15 @@ pub struct PushArgs {
     /// Show the card and the files instead of uploading
     #[arg(long)]
     dry_run: bool,
+}
+
+fn parse_repository(text: &str) -> Result<String, String> {
+    match text.split_once('/') {
+        Some((owner, name)) if !owner.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok(text.to_owned())
+        }
+        _ => Err("expected owner/name, as in me/policy".to_owned()),
+    }
 }
 
 fn parse_license(text: &str) -> Result<String, String> {

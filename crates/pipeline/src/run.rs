@@ -61,7 +61,9 @@ pub fn run(arguments: &RunArgs) -> Result<u8> {
     check::everything(&setup, &steps)?;
     let shape = check::shape(&setup)?;
     if let Some(shape) = shape.as_ref().filter(|_| !arguments.ignore_room) {
-        check::room(&setup, shape, &steps, Room::here(&setup.dir))?;
+        for remark in check::room(&setup, shape, &steps, Room::here(&setup)?)? {
+            writeln!(std::io::stderr(), "{remark}")?;
+        }
     }
     let plan = plan(&setup, &steps, shape.as_ref())?;
     if arguments.dry_run {
@@ -70,6 +72,7 @@ pub fn run(arguments: &RunArgs) -> Result<u8> {
     }
     interrupt::install()?;
     std::io::stderr().lock().write_all(plan.as_bytes())?;
+    check::fetch(&setup, &steps)?;
     let code = run_all(&setup, &steps, arguments)?;
     if code == 0 {
         std::io::stdout().lock().write_all(results(&setup, &steps)?.as_bytes())?;
@@ -236,11 +239,13 @@ fn run_step(step: &Step, arguments: &RunArgs, width: usize) -> Result<u8> {
     let show_all = arguments.verbose || !std::io::stderr().is_terminal();
     let log = setup.dir.join("logs").join(format!("{}.log", label.replace('/', "-")));
     let words = SetupArgs {
+        // By its name, whatever day it is when the stage begins.
+        run: Some(setup.dir.clone()),
         rounds: setup.round.map(|round| round.of),
         round: setup.round.map(|round| round.number),
         ..arguments.setup.clone()
     };
-    let ended = child::run(stage.name, &label, &words, &log, show_all)
+    let ended = child::run(stage.name, &label, &words, arguments.ignore_room, &log, show_all)
         .with_context(|| format!("running {label}"))?;
     let seconds = started.elapsed().as_secs_f64();
     if ended.code == 0 {

@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use arete_records::files;
+use arete_stage::clock;
 use arete_stage::exit::Usage;
 use arete_stage::recipe::{Recipe, Setting};
 use arete_stage::rounds;
@@ -38,7 +40,7 @@ pub struct SetupArgs {
     /// Recipe (TOML): one table a stage; a stage without one takes its defaults
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
-    /// Directory of the run, with one directory a stage [default: runs/ and the recipe's name]
+    /// Directory of the run, with one directory a stage; {date} in it is today's [default: runs/ and the recipe's name]
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
     /// A value over the recipe's: ppo.kl_coef=0.02; may be repeated
@@ -122,7 +124,7 @@ impl Setup {
     /// A recipe that cannot be read, or has a table that no stage reads.
     pub fn new(arguments: &SetupArgs) -> Result<Self> {
         let recipe = match &arguments.recipe {
-            Some(path) if !path.is_file() => {
+            Some(path) if !path.exists() => {
                 let message = format!("{}: no such file", path.display());
                 return Err(std::io::Error::new(std::io::ErrorKind::NotFound, message))
                     .context("reading the recipe");
@@ -140,11 +142,12 @@ impl Setup {
             Ok(named(&text, key)?.map(PathBuf::from))
         };
         let prompts = if arguments.prompts.is_empty() {
-            vec![named(&None, "prompts")?.unwrap_or_else(|| PROMPTS.to_owned())]
+            let shipped = || files::shipped(Path::new(PROMPTS)).to_string_lossy().into_owned();
+            vec![named(&None, "prompts")?.unwrap_or_else(shipped)]
         } else {
             arguments.prompts.clone()
         };
-        let dir = arguments.run.clone();
+        let dir = arguments.run.as_deref().map(dated);
         let dir = dir.unwrap_or_else(|| default_dir(arguments.recipe.as_deref()));
         let rounds = arguments.rounds.or_else(|| rounds::newest(&dir));
         let round = |of| Round { number: arguments.round.unwrap_or(of).min(of), of };
@@ -293,9 +296,15 @@ impl Setup {
     ///
     /// # Errors
     ///
-    /// As [`Setup::settings`].
-    pub fn checked<C: Args + Serialize + DeserializeOwned>(&self, table: &str) -> Result<Value> {
-        Ok(serde_json::to_value(self.settings::<C>(table)?)?)
+    /// As [`Setup::settings`]; what the stage's own `check` refuses.
+    pub fn checked<C: Args + Serialize + DeserializeOwned>(
+        &self,
+        table: &str,
+        check: impl FnOnce(&C) -> Result<()>,
+    ) -> Result<Value> {
+        let settings = self.settings::<C>(table)?;
+        check(&settings).with_context(|| format!("the settings of [{table}]"))?;
+        Ok(serde_json::to_value(settings)?)
     }
 
     /// The recipe for the page: the file, or a copy in the run that says what the command line set.
@@ -315,7 +324,7 @@ impl Setup {
             return Ok(());
         }
         let mut text = match &self.recipe_path {
-            Some(path) => fs_err::read_to_string(path)?,
+            Some(path) => files::read_text(path, files::MAX_SMALL_BYTES)?,
             None => String::new(),
         };
         text += "\n# Set on the command line:\n";
@@ -349,6 +358,14 @@ fn later_seed<C: Serialize + DeserializeOwned>(settings: &C, later: u64) -> Resu
         settings["seed"] = seed.wrapping_add(later).into();
     }
     Ok(serde_json::from_value(settings)?)
+}
+
+/// The name of a run, `{date}` in it made today's date (UTC).
+pub fn dated(run: &Path) -> PathBuf {
+    match run.to_str() {
+        Some(name) => PathBuf::from(name.replace("{date}", &clock::today())),
+        None => run.to_owned(), // no UTF-8, and no braces that we would know
+    }
 }
 
 /// `runs/NAME` for a recipe NAME.toml.

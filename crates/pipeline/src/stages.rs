@@ -41,7 +41,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &[],
         writes: "prompts, split into train, validation and test",
         by_default: true,
-        settings: |setup| setup.checked::<PromptsConfig>("prompts"),
+        settings: |setup| setup.checked("prompts", PromptsConfig::check),
         run: run_prompts,
         demand: None,
     },
@@ -50,7 +50,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["prompts"],
         writes: "answers criticised and revised under the constitution, exemplars",
         by_default: true,
-        settings: |setup| setup.checked::<DemonstrationsConfig>("demonstrations"),
+        settings: |setup| setup.checked("demonstrations", DemonstrationsConfig::check),
         run: run_demonstrations,
         demand: Some(memory::demonstrations),
     },
@@ -59,7 +59,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["demonstrations"],
         writes: "the fine-tuned model: adapter and merged",
         by_default: true,
-        settings: |setup| setup.checked::<arete_sft::Config>("sft"),
+        settings: |setup| setup.checked("sft", arete_sft::Config::check),
         run: run_sft,
         demand: Some(memory::sft),
     },
@@ -68,7 +68,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["prompts", "sft"],
         writes: "two samples of the chain for each prompt: answer, motivation, consequence",
         by_default: true,
-        settings: |setup| setup.checked::<ConversationsConfig>("conversations"),
+        settings: |setup| setup.checked("conversations", ConversationsConfig::check),
         run: run_conversations,
         demand: Some(memory::conversations),
     },
@@ -77,7 +77,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["conversations", "sft"],
         writes: "the judge's votes, and pairs of an aspect (or a virtue) each",
         by_default: true,
-        settings: |setup| setup.checked::<PreferencesConfig>("preferences"),
+        settings: |setup| setup.checked("preferences", PreferencesConfig::check),
         run: run_preferences,
         demand: Some(memory::preferences),
     },
@@ -86,7 +86,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["preferences", "conversations", "sft"],
         writes: "one reward model a set of preferences",
         by_default: true,
-        settings: |setup| setup.checked::<arete_reward::Config>("reward"),
+        settings: |setup| setup.checked("reward", arete_reward::Config::check),
         run: run_reward,
         demand: Some(memory::reward),
     },
@@ -95,7 +95,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["preferences", "sft"],
         writes: "a policy from the preferences themselves: adapter and merged",
         by_default: false,
-        settings: |setup| setup.checked::<arete_dpo::Config>("dpo"),
+        settings: |setup| setup.checked("dpo", arete_dpo::Config::check),
         run: run_dpo,
         demand: Some(memory::dpo),
     },
@@ -104,7 +104,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["prompts", "reward", "sft"],
         writes: "the policy: adapter, merged, its rollouts",
         by_default: true,
-        settings: ppo_settings,
+        settings: |setup| setup.checked("ppo", arete_ppo::Config::check),
         run: run_ppo,
         demand: Some(memory::ppo),
     },
@@ -113,7 +113,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["prompts", "reward", "sft", "dpo", "ppo"],
         writes: "Score of the original, the fine-tuned and the trained models",
         by_default: true,
-        settings: scoring_settings,
+        settings: |setup| setup.checked("scoring", ScoreConfig::check),
         run: run_scoring,
         demand: Some(memory::scoring),
     },
@@ -122,7 +122,7 @@ pub static PIPELINE: [Stage; 10] = [
         reads: &["scoring"],
         writes: "report.html",
         by_default: true,
-        settings: |setup| setup.checked::<ReportConfig>("report"),
+        settings: |setup| setup.checked("report", |_: &ReportConfig| Ok(())),
         run: run_report,
         demand: None,
     },
@@ -158,7 +158,7 @@ pub fn names() -> Vec<&'static str> {
 
 fn run_prompts(setup: &Setup) -> Result<()> {
     let config = setup.settings("prompts")?;
-    Ok(prompts::run(&config, &setup.prompts, &setup.at("prompts"))?)
+    prompts::run(&config, &setup.prompts, &setup.at("prompts"))
 }
 
 fn run_demonstrations(setup: &Setup) -> Result<()> {
@@ -167,13 +167,13 @@ fn run_demonstrations(setup: &Setup) -> Result<()> {
         prompts: Some(setup.at("prompts")),
         model: Some(setup.model()?.to_owned()),
     };
-    Ok(demonstrations::run(&config, &inputs, &setup.at("demonstrations"), &Work::Compute)?)
+    demonstrations::run(&config, &inputs, &setup.at("demonstrations"), &Work::Compute)
 }
 
 fn run_sft(setup: &Setup) -> Result<()> {
     let mut config: arete_sft::Config = setup.settings("sft")?;
     config.model = Some(setup.model()?.to_owned());
-    Ok(arete_sft::train(&config, &setup.at("demonstrations"), &setup.at("sft"))?)
+    arete_sft::train(&config, &setup.at("demonstrations"), &setup.at("sft"))
 }
 
 fn run_conversations(setup: &Setup) -> Result<()> {
@@ -187,7 +187,7 @@ fn run_conversations(setup: &Setup) -> Result<()> {
             Some(setup.model()?.to_owned())
         },
     };
-    Ok(conversations::run(&config, &inputs, &setup.at("conversations"), &Work::Compute)?)
+    conversations::run(&config, &inputs, &setup.at("conversations"), &Work::Compute)
 }
 
 fn run_preferences(setup: &Setup) -> Result<()> {
@@ -199,7 +199,7 @@ fn run_preferences(setup: &Setup) -> Result<()> {
     };
     let inputs =
         preferences::Inputs { conversations: setup.at("conversations"), judge: Some(judge) };
-    Ok(preferences::run(&config, &inputs, &setup.at("preferences"), &Work::Compute)?)
+    preferences::run(&config, &inputs, &setup.at("preferences"), &Work::Compute)
 }
 
 fn run_reward(setup: &Setup) -> Result<()> {
@@ -210,22 +210,18 @@ fn run_reward(setup: &Setup) -> Result<()> {
             dir: setup.at("preferences"),
             sets: Vec::new(), // all that the preferences hold
         },
+        mixed: None, // a recipe mixes them in where pairs are made: [preferences] pairs
         conversations: Some(setup.at("conversations")),
         output: setup.at("reward"),
     };
-    Ok(arete_reward::train(&config, &inputs)?)
+    arete_reward::train(&config, &inputs)
 }
 
 fn run_dpo(setup: &Setup) -> Result<()> {
     let mut config: arete_dpo::Config = setup.settings("dpo")?;
     config.model = Some(setup.base()?);
-    Ok(arete_dpo::train(&config, &setup.at("preferences"), &setup.at("dpo"))?)
-}
-
-fn ppo_settings(setup: &Setup) -> Result<Value> {
-    let config: arete_ppo::Config = setup.settings("ppo")?;
-    config.check()?;
-    setup.checked::<arete_ppo::Config>("ppo")
+    let pairs = arete_dpo::PairSource::Preferences(setup.at("preferences"));
+    arete_dpo::train(&config, &pairs, &setup.at("dpo"))
 }
 
 fn run_ppo(setup: &Setup) -> Result<()> {
@@ -239,13 +235,7 @@ fn run_ppo(setup: &Setup) -> Result<()> {
         constitution: None, // the one that the reward models carry
         output: setup.at("ppo"),
     };
-    Ok(arete_ppo::train(&config, &inputs)?)
-}
-
-fn scoring_settings(setup: &Setup) -> Result<Value> {
-    let config: ScoreConfig = setup.settings("scoring")?;
-    config.check()?;
-    setup.checked::<ScoreConfig>("scoring")
+    arete_ppo::train(&config, &inputs)
 }
 
 fn run_scoring(setup: &Setup) -> Result<()> {

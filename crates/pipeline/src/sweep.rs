@@ -1,7 +1,7 @@
 //! `arete sweep`: the same pipeline with several values of some keys, one run directory a combination.
 //!
 //! Stages that no value touches are run once, in `RUN/shared`, and every combination has a link to them: their settings and
-//! inputs are the same, hence their bytes. At the end stands one table of all combinations, and where `ppo.weights` were swept over the
+//! inputs are the same, hence their bytes. At the end stand one table of all combinations and one page, and where `ppo.weights` were swept over the
 //! front of the two virtues that they weigh.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use arete_records::Aspect;
-use arete_scoring::compare::{self, Arm, ScoredRun};
+use arete_scoring::compare::{self, Arm, Comparison, ScoredRun};
 use arete_scoring::front::{self, Front};
 use arete_scoring::summary::Scale;
 use arete_stage::exit::{BadInput, Usage};
@@ -20,13 +20,14 @@ use arete_stage::recipe::Setting;
 
 use crate::check;
 use crate::run::{self, RunArgs};
-use crate::setup::{Setup, SetupArgs};
+use crate::setup::{Setup, SetupArgs, dated};
 use crate::steps;
 
 /// The directory of stages that all combinations share.
 const SHARED: &str = "shared";
-/// The file of the table.
+/// The files of the table and of the page.
 const TABLE: &str = "sweep.md";
+const PAGE: &str = "sweep.html";
 
 /// What is swept over.
 #[derive(Debug, Clone, clap::Args)]
@@ -55,7 +56,7 @@ struct Combination {
 /// Fewer than two combinations, what `arete run` refuses of any of them, I/O.
 pub fn run(arguments: &SweepArgs) -> Result<u8> {
     let root = match &arguments.setup.run {
-        Some(root) => root.clone(),
+        Some(root) => dated(root),
         None => {
             let mut root = Setup::new(&SetupArgs { set: Vec::new(), ..arguments.setup.clone() })?
                 .dir
@@ -113,6 +114,11 @@ pub fn run(arguments: &SweepArgs) -> Result<u8> {
         }
     }
     arete_records::atomic::write(root.join(TABLE), text.as_bytes())?;
+    if let Some(comparison) = compared(&runs)? {
+        let page = root.join(PAGE);
+        arete_records::atomic::write(&page, compare::html(&runs, &comparison).as_bytes())?;
+        writeln!(text, "page: {}", page.display())?;
+    }
     std::io::stdout().lock().write_all(text.as_bytes())?;
     Ok(0)
 }
@@ -268,12 +274,21 @@ fn table(runs: &[ScoredRun]) -> Result<String> {
         };
         writeln!(text, "| {} | {name} | {gain} |", run.arm.name)?;
     }
-    let has_final =
-        runs.iter().all(|run| run.summary.models.iter().any(|model| model.name == "final"));
-    if has_final {
-        compare::check(runs, "original", "final")?;
-        let comparison = compare::compare(runs, "original", "final");
+    if let Some(comparison) = compared(runs)? {
         writeln!(text, "\n{}", compare::text(runs, &comparison))?;
     }
     Ok(text)
+}
+
+/// The combinations compared in what they are about; none where they have no two models in common.
+fn compared(runs: &[ScoredRun]) -> Result<Option<Comparison>> {
+    let Some(first) = runs.first() else { return Ok(None) };
+    let names = (first.summary.models.first(), first.summary.outcome());
+    let (Some(from), Some(to)) = names else { return Ok(None) };
+    let has = |run: &ScoredRun, name: &str| run.summary.models.iter().any(|own| own.name == name);
+    if from.name == to.name || !runs.iter().all(|run| has(run, &from.name) && has(run, &to.name)) {
+        return Ok(None);
+    }
+    compare::check(runs, &from.name, &to.name)?;
+    Ok(Some(compare::compare(runs, &from.name, &to.name)))
 }

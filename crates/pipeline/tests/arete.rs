@@ -15,7 +15,7 @@ use common::{
     HELLO, STAGES, arete, bytes, done, ended, folder, not_complete, ran, repository, results, run,
     send, states, text, until, with_recipe,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 #[test]
 fn hello_runs_every_stage_and_a_second_run_does_nothing() {
@@ -108,6 +108,42 @@ fn what_is_wrong_is_refused_before_the_first_stage() {
     refused(&hello, &["--set", "ppo.kl_coeff=0.1"], 65, &["--set", nearest]);
     refused(&hello, &["--set", "ppo.iterations=many"], 65, &["key `iterations` in `[ppo]`"]);
     refused(&hello, &["--set", "scoring.draws=0"], 2, &["draws", "at least 1"]);
+    // Values that no stage can use, of every table, those of stages that are left out among them.
+    for (setting, expected) in [
+        ("prompts.max_chars=0", "max_chars: expected at least 1"),
+        ("demonstrations.rounds=0", "rounds: expected at least 1"),
+        ("sft.rank=0", "rank: expected at least 1"),
+        ("sft.alpha=-1", "alpha: expected a number above 0"),
+        ("sft.learning_rate=-1", "learning_rate: expected a number of at least 0"),
+        ("sft.warmup_ratio=2", "warmup_ratio: expected a number within 0 to 1"),
+        ("sft.epochs=0", "epochs: expected at least 1"),
+        ("sft.max_length=1", "max_length: expected at least 2"),
+        ("conversations.temperature=-1", "temperature: expected a number of at least 0"),
+        ("conversations.top_p=2", "top_p: expected a number within 0 to 1"),
+        ("conversations.samples_per_prompt=9", "samples_per_prompt: expected 2 to 8"),
+        ("preferences.tie_margin=0.5", "tie_margin: expected a number below one half"),
+        ("preferences.judge_template=who", "judge_template: expected a text with {a}"),
+        ("reward.folds=1", "folds: expected two or more"),
+        ("reward.weight_decay=-1", "weight_decay: expected a number of at least 0"),
+        ("dpo.beta=0", "beta: expected a number above 0"),
+        ("ppo.rank=0", "rank: expected at least 1"),
+        ("scoring.top_p=-1", "top_p: expected a number within 0 to 1"),
+        ("yardstick.batch_size=0", "batch_size: expected at least 1"),
+    ] {
+        let table = setting.split('.').next().unwrap();
+        // The recipe's judge reads likelihoods and is shown no template.
+        let method = ["--set", "preferences.method=pairwise-logits", "--set", setting];
+        refused(&hello, &method, 2, &[&format!("[{table}]"), expected]);
+    }
+    let two = dir.join("two.jsonl");
+    fs_err::write(&two, "{\"prompt\": \"a?\"}\n{\"prompt\": \"b?\"}\n").unwrap();
+    let for_testing = "scoring needs a prompt for testing";
+    refused(&hello, &["--prompts", text(&two)], 65, &["two.jsonl", for_testing]);
+    let folder = format!("demonstrations.constitution={}", dir.display());
+    refused(&hello, &["--set", &folder], 65, &["expected a file, found a directory"]);
+    refused(&hello, &["--set", "preferences.pairs=['/no']"], 65, &["/no: no such file"]);
+    let calibration = "preferences.calibration=/no";
+    refused(&hello, &["--set", calibration], 65, &["/no: no such file"]);
     refused(&hello, &["--set", "calibrate.limits=3"], 65, &["did you mean `limit`?"]);
     refused(&hello, &["--set", "ppo"], 2, &["table.key=value"]);
     refused(&hello, &["--model", "no/where/at all"], 2, &["no/where/at all"]);
@@ -232,6 +268,41 @@ fn damage_is_seen() {
 }
 
 #[test]
+fn trainings_are_written_as_wandb_s_client_leaves_them_and_once() {
+    let output = folder("wandb");
+    let words = ["wandb", "--run", text(&HELLO.dir), "--output", text(&output)];
+    let first = done(&words).stdout;
+    let dirs: Vec<&Path> = first.lines().map(Path::new).collect();
+    // SFT, three reward models, PPO.
+    assert_eq!(dirs.len(), 5, "{first}");
+    for dir in dirs {
+        let name = dir.file_name().unwrap().to_str().unwrap();
+        let id = name.rsplit('-').next().unwrap();
+        assert!(name.starts_with("offline-run-20") && id.len() == 8, "{name}");
+        let bytes = fs_err::read(dir.join(format!("run-{id}.wandb"))).unwrap();
+        assert!(bytes.starts_with(b":W&B\xe1\xbe\x00") && dir.join("files").is_dir());
+    }
+    assert_eq!(done(&words).stdout, first, "again, in the same places");
+    let none = run(&["wandb", "--run", text(&HELLO.dir.join("prompts"))]);
+    assert_eq!(none.code, Some(65), "{}", none.stderr);
+}
+
+#[test]
+fn a_run_s_name_may_hold_the_date() {
+    let dir = folder("dated");
+    let named = dir.join("study-{date}");
+    done(&with_recipe("run", &HELLO.recipe(), &named, &["--only", "prompts"]));
+    let found: Vec<String> = fs_err::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let [found] = &found[..] else { panic!("{found:?}") };
+    let digits = found.strip_prefix("study-").unwrap();
+    assert!(digits.len() == 10 && digits.split('-').count() == 3, "{found}");
+    assert!(dir.join(found).join("prompts/run.json").is_file());
+}
+
+#[test]
 fn a_sweep_shares_what_its_values_do_not_touch() {
     let dir = folder("sweep").join("my sweep");
     let recipe = HELLO.recipe();
@@ -257,7 +328,16 @@ fn a_sweep_shares_what_its_values_do_not_touch() {
     let own = |dir: &Path| sha256_file(dir.join("ppo/adapter/adapter_model.safetensors")).unwrap();
     assert_eq!(own(&dir.join(names[0])), own(&HELLO.dir));
     assert_ne!(own(&dir.join(names[1])), own(&HELLO.dir));
-    assert_eq!(fs_err::read_to_string(dir.join("sweep.md")).unwrap(), ran.stdout);
+    let table = fs_err::read_to_string(dir.join("sweep.md")).unwrap();
+    let page = dir.join("sweep.html");
+    assert_eq!(format!("{table}page: {}\n", page.display()), ran.stdout);
+    // The combinations share their reward models, by which they are compared without a yardstick.
+    assert!(
+        table.contains("score, all turns") && table.contains("corrected for 3 looks"),
+        "{table}"
+    );
+    let html = fs_err::read_to_string(page).unwrap();
+    assert!(names.iter().all(|name| html.contains(name)) && html.contains("score, all turns"));
     let one = run(&with_recipe("sweep", &recipe, &dir, &["--set", "ppo.kl_coef=0.1"]));
     assert_eq!(one.code, Some(2), "{}", one.stderr);
 }
@@ -331,7 +411,9 @@ fn every_spelling_of_a_recipe_is_the_same_recipe() {
         ("a comment with an equals sign", plain.replace("\"\n", "\" # the best = ours\n")),
     ];
     let prompts = dir.join("prompts.jsonl");
-    fs_err::write(&prompts, "{\"prompt\": \"How do I apologise?\"}\n").unwrap();
+    let questions = ["How do I apologise?", "How do I listen?", "How do I wait?"];
+    let lines = questions.map(|question| json!({"prompt": question}).to_string());
+    fs_err::write(&prompts, lines.join("\n")).unwrap();
     let data = repository().join("data/constitution.toml");
     let constitution = format!("preferences.constitution={}", text(&data));
     for (name, spelling) in spellings {

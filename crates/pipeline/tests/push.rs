@@ -451,6 +451,34 @@ fn a_data_set_names_its_splits() {
     assert!(card.contains(configs), "{card}");
 }
 
+/// Of a run, rows go by split where they lie so, once, and nothing that was set aside.
+#[test]
+fn a_run_is_pushed_by_split() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let names =
+        ["conversations/conversations", "conversations/splits/test", "conversations/splits/train"];
+    for name in names.iter().chain(&["ppo.old-1/rollouts/iteration-000001"]) {
+        write(&run.join(format!("{name}.parquet")), noise(2000, name.len() as u8));
+    }
+    let hub = Loopback::start();
+    let pushed = line(&hub.push(&run, Some(TOKEN), &[]));
+    let expected =
+        ["README.md", "conversations/splits/test.parquet", "conversations/splits/train.parquet"];
+    assert_eq!(pushed["changed"], json!(expected));
+    let card = hub.text("README.md");
+    assert!(
+        card.contains("- config_name: conversations\n  data_files:\n  - split: test\n"),
+        "{card}"
+    );
+
+    let mut nameless = Command::new(env!("CARGO_BIN_EXE_arete"));
+    nameless.args(["push", "--dry-run", "--repository", "me", "--directory"]).arg(&run);
+    let nameless = nameless.output().unwrap();
+    assert!(message(&nameless).contains("owner/name"), "{}", message(&nameless));
+    assert_eq!(nameless.status.code(), Some(2));
+}
+
 #[test]
 fn without_a_good_token_nothing_is_written() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,9 +1,9 @@
 //! From rewards to what the steps learn from: advantages by a critic, or against the other samples of a prompt.
 
+use anyhow::Result;
 use arete_model::Tensor;
 use tch::{Device, Kind};
 
-use crate::Error;
 use crate::assess::{Assessment, Pay};
 use crate::config::{Aggregation, Algorithm, Config};
 use crate::gae::estimate_advantages;
@@ -27,7 +27,7 @@ pub(crate) fn targets(
     ref_logprob: &Tensor,
     kl_coef: f64,
     config: &Config,
-) -> Result<Targets, Error> {
+) -> Result<Targets> {
     let mut targets = match &first.old_value {
         Some(old_value) => of_critic(assessment, layout, old_value, config)?,
         None => {
@@ -57,7 +57,7 @@ fn of_critic(
     layout: &Layout,
     old_value: &Tensor,
     config: &Config,
-) -> Result<Targets, Error> {
+) -> Result<Targets> {
     let valid = layout.valid();
     let mut rewards = assessment.token_rewards.shallow_clone();
     if config.center_scores {
@@ -77,7 +77,7 @@ fn of_critic(
 /// A number that is the same for every conversation is a baseline, and changes no gradient in expectation. A critic that
 /// knows nothing yet leaves it in: at λ < 1 it presses towards short replies, and whitening makes a signal of what is
 /// left of it.
-fn mean_pay(pay: &Pay, layout: &Layout) -> Result<Tensor, Error> {
+fn mean_pay(pay: &Pay, layout: &Layout) -> Result<Tensor> {
     let mean = pay.amount.to_kind(Kind::Double).mean_dim(0, true, Kind::Double); // [1, U]
     let mean = mean.to_kind(Kind::Float).expand_as(&pay.amount).contiguous(); // [B, U]
     place(&mean, &pay.columns, layout.n_columns())
@@ -91,7 +91,7 @@ fn of_groups(
     kl: &Tensor,
     kl_coef: f64,
     config: &Config,
-) -> Result<Targets, Error> {
+) -> Result<Targets> {
     let scores = &assessment.scores;
     let amount = match config.aggregation {
         Aggregation::SumThenNormalize => assessment.pay.amount.shallow_clone(),
@@ -105,7 +105,7 @@ fn of_groups(
         .view(-1)
         .index_add(0, units, &kl.to_kind(Kind::Double))
         .view_as(&amount); // [B, U]
-    let columns = |tensor: &Tensor| -> Result<Vec<Vec<f64>>, Error> {
+    let columns = |tensor: &Tensor| -> Result<Vec<Vec<f64>>> {
         let columns = tensor.to_kind(Kind::Double).unbind(1);
         Ok(columns.iter().map(Vec::try_from).collect::<Result<_, _>>()?)
     };

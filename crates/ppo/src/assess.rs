@@ -1,11 +1,11 @@
 //! What a rollout is worth: scores, KL and token rewards, and its rows on disk.
 
+use anyhow::Result;
 use arete_chain::Turns;
 use arete_records::Aspect;
 use arete_records::rows::{RolloutRow, RolloutTurn};
 use tch::{Kind, Tensor};
 
-use crate::Error;
 use crate::config::{Algorithm, Config};
 use crate::prompts::Prompt;
 use crate::reward::{Ensemble, combine, missing_eos, place, shares_by_turn, token_rewards};
@@ -47,7 +47,7 @@ impl Pay {
         conversations: &[Conversation],
         layout: &Layout,
         config: &Config,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         let flat: Vec<f32> = z.iter().flatten().map(|&z| z as f32).collect();
         let mut z = Tensor::from_slice(&flat).view([z.len() as i64, -1]); // [B, K]
         if config.score_clip > 0.0 {
@@ -74,7 +74,7 @@ impl Pay {
     }
 
     /// `[B, T]` f32: the amounts at their tokens.
-    pub(crate) fn placed(&self, layout: &Layout) -> Result<Tensor, Error> {
+    pub(crate) fn placed(&self, layout: &Layout) -> Result<Tensor> {
         place(&self.amount, &self.columns, layout.n_columns())
     }
 }
@@ -91,14 +91,14 @@ pub(crate) fn assess(
     kl: &Tensor,
     kl_coef: f64,
     config: &Config,
-) -> Result<Assessment, Error> {
+) -> Result<Assessment> {
     let pay = Pay::of(&scores.z, &scores, conversations, layout, config)?;
     let placed = pay.placed(layout)?;
     let kl = layout.spread(kl); // [B, T]
     // GRPO's penalty is part of the loss.
     let in_reward = if config.algorithm == Algorithm::Grpo { 0.0 } else { kl_coef };
     let rewards = token_rewards(&kl, &placed, &layout.valid(), in_reward)?;
-    let sums = |tensor: &Tensor| -> Result<Vec<f64>, Error> {
+    let sums = |tensor: &Tensor| -> Result<Vec<f64>> {
         let sums = tensor.to_kind(Kind::Double).sum_dim_intlist(1, false, Kind::Double);
         Ok(Vec::try_from(sums)?)
     };
@@ -239,7 +239,7 @@ mod tests {
         conversations: &[Conversation],
         layout: &Layout,
         config: &Config,
-    ) -> Result<Tensor, Error> {
+    ) -> Result<Tensor> {
         Pay::of(&scores.z, scores, conversations, layout, config)?.placed(layout)
     }
 

@@ -4,6 +4,7 @@
 //! Three reward models with random adapters and heads cost what trained ones do. No token ends a reply, so that every run
 //! does the same work.
 
+use anyhow::Result;
 use arete_chain::{CutReply, Reading, Turns};
 use arete_model::bench::{Table, products_per_s};
 use arete_model::{Adapter, Chat, Model, ScalarHead, Source};
@@ -12,6 +13,7 @@ use arete_training::Ranks;
 use arete_training::runtime::{self, Dtype};
 use clap::{Args, FromArgMatches};
 
+use crate::Config;
 use crate::config::{Algorithm, CriticKind, RolloutKind};
 use crate::iteration::{Iteration, Outcome, Phase};
 use crate::models::Models;
@@ -19,7 +21,6 @@ use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Sampler};
 use crate::scorer::RewardModels;
 use crate::update::{Optimisers, Rates};
-use crate::{Config, Error};
 
 /// Which iteration is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -47,7 +48,12 @@ pub struct Arguments {
     #[arg(long)]
     pub model: String,
     /// Which iterations, separated by commas
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Case::Trunk, Case::Adapter, Case::Template, Case::Chain, Case::Rloo])]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "trunk,adapter,template,chain,rloo"
+    )]
     pub cases: Vec<Case>,
     /// Conversations of an iteration; of one prompt each, but in the case rloo
     #[arg(long, default_value_t = 32)]
@@ -77,7 +83,7 @@ pub struct Arguments {
 /// # Errors
 ///
 /// What loading the model or an iteration gives.
-pub fn run(arguments: &Arguments) -> Result<(), Error> {
+pub fn run(arguments: &Arguments) -> Result<()> {
     runtime::set_threads(arguments.threads);
     let device = runtime::device(&arguments.device)?;
     let options = runtime::load_options(device, arguments.dtype, false, false);
@@ -124,7 +130,7 @@ fn config(case: Case, arguments: &Arguments) -> Config {
     }
 }
 
-fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Result<Outcome, Error> {
+fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Result<Outcome> {
     let chat = model.chat()?;
     let own_system = matches!(case, Case::Trunk | Case::Adapter);
     let prompts: Vec<Prompt> = (0..config.n_prompts())
@@ -141,7 +147,7 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
         max_rows: config.max_rows,
         seed: 0,
     };
-    let reward = |seed| -> Result<_, Error> {
+    let reward = |seed| -> Result<_> {
         let (shape, device) = (&model.config, model.decoder.device());
         let adapter = Adapter::new("reward", shape, &config.lora.config(), seed, device)?;
         Ok((adapter, ScalarHead::normal(shape.hidden_size, seed, device)))
@@ -158,6 +164,7 @@ fn iterate(model: &Model, config: &Config, case: Case, n_tokens: usize) -> Resul
         chat: &chat,
         rewards: &rewards,
         sampler: &sampler,
+        serving: None,
         iteration: 1,
         kl_coef: config.kl_coef,
         rates: Rates { policy: config.learning_rate, critic: config.value_learning_rate },
@@ -174,7 +181,7 @@ const WORDS: [&str; 24] = [
 
 /// A prompt of `n_tokens` tokens, or as few as the template leaves room for; with a system message of its own
 /// it has no more than the template's markers in common with the others.
-fn prompt(chat: &Chat<'_>, idx: usize, n_tokens: usize, own_system: bool) -> Result<Prompt, Error> {
+fn prompt(chat: &Chat<'_>, idx: usize, n_tokens: usize, own_system: bool) -> Result<Prompt> {
     let word = |k: usize| WORDS[(idx * 7 + k * (1 + idx / WORDS.len())) % WORDS.len()];
     let system = own_system.then(|| Message::system(format!("{} {}", word(0), word(3))));
     let mut text = word(1).to_owned();

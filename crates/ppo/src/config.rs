@@ -3,6 +3,9 @@
 mod check;
 mod words;
 
+use arete_chain::memory::{self, Demand, Role};
+use arete_engine::{EngineArgs, ServerConfig};
+use arete_records::Refusal;
 use arete_training::{ComputeArgs, LoraArgs, ScheduleKind, Select, ShardArgs};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
@@ -191,6 +194,27 @@ pub struct Config {
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     #[serde(default)]
     pub allow_disagreement: bool,
+    /// Most that log-probabilities of servers' replies may differ from the trainer's, nats, on the mean of a rollout's tokens
+    #[arg(long, default_value_t = default_difference(), value_name = "NATS")]
+    #[serde(default = "default_difference")]
+    pub engine_difference: f64,
+    /// Servers that sample in this process's place.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub engines: EngineArgs,
+    /// How they are talked to.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub server: ServerConfig,
+    /// Servers (vLLM, the base served as a sequence classifier) that score with the reward models' adapters instead of this process,
+    /// separated by commas; compared with the reward models here at the start (docs/engines.md)
+    #[arg(long, value_delimiter = ',', value_name = "URL,…")]
+    #[serde(default)]
+    pub reward_urls: Option<Vec<String>>,
+    /// Most that servers' scores may differ from the reward models' here, in standard deviations, on the mean of a few conversations
+    #[arg(long, default_value_t = default_tolerance(), value_name = "STD")]
+    #[serde(default = "default_tolerance")]
+    pub reward_tolerance: f64,
     /// The cut of a minibatch.
     #[command(flatten)]
     #[serde(flatten)]
@@ -202,6 +226,16 @@ pub struct Config {
     /// Seed of the adapter's first values, of the order of prompts and of sampling
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+/// Rounding of two programs in bfloat16 stays below it.
+fn default_difference() -> f64 {
+    0.15
+}
+
+/// A tenth of what tells replies apart.
+fn default_tolerance() -> f64 {
+    0.1
 }
 
 impl Config {
@@ -230,9 +264,58 @@ impl Config {
         self.placement == Placement::PerTurn && self.rollout == RolloutKind::Chain
     }
 
+    /// Servers of reward models; none if this process scores.
+    pub fn reward_urls(&self) -> Option<&[String]> {
+        self.reward_urls.as_deref().filter(|urls| !urls.is_empty())
+    }
+
     /// Temperature of probes.
     pub fn probe_temperature(&self) -> f64 {
         self.probe_temperature.unwrap_or(self.temperature)
+    }
+}
+
+/// Names of the settings that count for memory.
+const KEYS: [&str; 15] = [
+    "rollout",
+    "max_new_tokens",
+    "rollout_size",
+    "n_minibatches",
+    "value",
+    "rank",
+    "targets",
+    "merge",
+    "micro_batch_tokens",
+    "keep_graph_tokens",
+    "max_rows",
+    "nf4",
+    "double_quantize",
+    "recompute",
+    "dtype",
+];
+
+impl Config {
+    /// What is counted of the memory that training takes, with so many turns in a chain.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::BadSetting`] for a size of 0.
+    pub fn demand(&self, n_turns: usize) -> Result<Demand, Refusal> {
+        let positive = |key, value| memory::positive("ppo", key, value);
+        let settings = memory::Settings {
+            micro_batch_tokens: positive("micro_batch_tokens", self.micro_batch_tokens)?,
+            max_new_tokens: positive("max_new_tokens", self.max_new_tokens)?,
+            turns: if self.rollout == RolloutKind::Chain { n_turns as u64 } else { 1 },
+            rollout_size: positive("rollout_size", self.rollout_size)?,
+            n_minibatches: positive("n_minibatches", self.n_minibatches)?,
+            own_critic: self.value == CriticKind::Adapter,
+            keep_graph_tokens: self.keep_graph_tokens as u64,
+            max_rows: positive("max_rows", self.max_rows)?,
+            merge: self.merge,
+            virtual_shards: positive("virtual_shards", self.shards.virtual_shards)?,
+            ..self.compute.counted(&self.lora)
+        };
+        Ok(Demand { role: Role::Ppo, settings, keys: &KEYS })
     }
 }
 

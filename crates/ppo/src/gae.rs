@@ -1,9 +1,9 @@
 //! Generalised advantage estimation.
 
+use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
-use crate::Error;
-use crate::error::check_shape;
+use crate::shape::{check_shape, refused};
 
 /// What [`estimate_advantages`] returns; both are 0 where `valid` is false.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Advantages {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the three shapes differ.
+/// Another shape if the three shapes differ.
 ///
 /// # Source
 ///
@@ -38,12 +38,12 @@ pub fn estimate_advantages(
     valid: &Tensor,
     gamma: f64,
     lambda: f64,
-) -> Result<Advantages, Error> {
+) -> Result<Advantages> {
     let shape = rewards.size();
     check_shape("values", values, &shape)?;
     check_shape("valid", valid, &shape)?;
     if shape.len() != 2 {
-        return Err(Error::Shape { name: "rewards", expected: vec![-1, -1], got: shape });
+        bail!(refused("rewards", &[-1, -1], &shape));
     }
     let _guard = tch::no_grad_guard();
     let (n, n_tokens) = (shape[0], shape[1]);

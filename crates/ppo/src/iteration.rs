@@ -2,15 +2,19 @@
 
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::reward_model::Base;
 use arete_model::{Chat, Model, Tensor};
 use arete_records::{FinishReason, stats};
+use arete_stage::exit::BadInput;
 use arete_training::Ranks;
 use tch::{Device, Kind};
 
+use crate::Config;
 use crate::advantage::{sampled_logprobs, targets};
 use crate::assess::{self, Assessment};
 use crate::config::Algorithm;
+use crate::engines::Serving;
 use crate::group;
 use crate::journal::Journal;
 use crate::loss::importance_weights;
@@ -19,9 +23,8 @@ use crate::packs::{FirstPass, PackedRollout};
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler};
 use crate::scorer::RewardModels;
-use crate::spread::{self, Policy};
+use crate::spread::{self, Policy, Sampled};
 use crate::update::{Optimisers, Rates, Targets, UpdateReport, update};
-use crate::{Config, Error};
 
 /// What an iteration works with.
 #[derive(Debug)]
@@ -38,6 +41,8 @@ pub(crate) struct Iteration<'a> {
     pub(crate) rewards: &'a RewardModels,
     /// How conversations are sampled.
     pub(crate) sampler: &'a Sampler,
+    /// Servers that sample in this process's place.
+    pub(crate) serving: Option<Serving<'a>>,
     /// Which iteration, from 1.
     pub(crate) iteration: u64,
     /// Weight of the KL penalty.
@@ -87,25 +92,20 @@ impl Iteration<'_> {
         optimisers: &mut Optimisers,
         prompts: &[&Prompt],
         journal: Option<&mut Journal>,
-    ) -> Result<Outcome, Error> {
+    ) -> Result<Outcome> {
         let (ranks, config, iteration) = (self.ranks, self.config, self.iteration);
         let warms_up = models.has_critic() && iteration <= config.value_warmup;
         let learning = if warms_up { Learning::Critic } else { Learning::Both };
         let budget = config.micro_batch_tokens;
         let mut phases = Vec::new();
 
-        let known: Vec<bool> = (0..config.rollout_size)
-            .map(|idx| journal.as_ref().is_some_and(|journal| journal.knows(idx)))
-            .collect();
         let conversations = timed(&mut phases, "sampling", || {
             let first = (iteration - 1) * config.rollout_size as u64;
             let (model, chat, adapter) = (self.model, self.chat, Some(&models.policy));
-            let policy = Policy { ranks, model, chat, adapter };
-            let out =
+            let policy = Policy { ranks, model, chat, adapter, serving: self.serving };
+            let Sampled { conversations, n_tokens } =
                 spread::sample(policy, self.sampler, prompts, Purpose::Rollout, first, journal)?;
-            let sampled = out.iter().zip(&known).filter(|(_, is_known)| !**is_known);
-            let n_sampled = sampled.map(|(conversation, _)| conversation.n_own()).sum();
-            Ok((out, n_sampled))
+            Ok((conversations, n_tokens))
         })?;
         let n_tokens: usize = conversations.iter().map(|c| c.token_ids.len()).sum();
         let scores = timed(&mut phases, "scoring", || {
@@ -144,12 +144,33 @@ impl Iteration<'_> {
         spread::check_interrupt(ranks)?;
         let mut metrics = summary(&conversations, &assessment, &first, &targets, kl_coef, config)?;
         let decoder = &self.model.decoder;
-        let difference = (sampled_logprobs(&conversations) - &first.old_logprob).abs(); // [n]
-        let (kind, device) = (decoder.kind(), decoder.device());
-        let told = agreement(&difference, device)?;
-        check_difference(told, kind, device, config.allow_disagreement)?;
+        let log_ratio = &first.old_logprob - sampled_logprobs(&conversations); // [n]
+        let difference = log_ratio.abs(); // [n]
         let largest = number(&difference.max())?;
         metrics.push(("sampler_trainer_difference".to_owned(), largest));
+        if self.serving.is_some() {
+            let mean = number(&difference.mean(Kind::Double))?;
+            metrics.push(("engine/difference_avg".to_owned(), mean));
+            metrics.push(("engine/ess".to_owned(), effective_share(&log_ratio)?));
+            check_engines(mean, largest, config.engine_difference, || {
+                let own = |temperature| {
+                    spread::logprobs(
+                        ranks,
+                        decoder,
+                        Some(&models.policy),
+                        &conversations,
+                        temperature,
+                        budget,
+                    )
+                };
+                let raw = (sampled_logprobs(&conversations) - own(1.0)?).abs();
+                number(&raw.mean(Kind::Double))
+            })?;
+        } else {
+            let (kind, device) = (decoder.kind(), decoder.device());
+            let told = agreement(&difference, device)?;
+            check_difference(told, kind, device, config.allow_disagreement)?;
+        }
         let report = timed(&mut phases, "update", || {
             let rates = self.rates;
             let report = update(
@@ -176,8 +197,8 @@ impl Iteration<'_> {
 fn timed<T>(
     phases: &mut Vec<Phase>,
     what: &'static str,
-    work: impl FnOnce() -> Result<(T, usize), Error>,
-) -> Result<T, Error> {
+    work: impl FnOnce() -> Result<(T, usize)>,
+) -> Result<T> {
     let started = Instant::now();
     let (out, n_tokens) = work()?;
     phases.push(Phase { what, seconds: started.elapsed().as_secs_f64(), n_tokens });
@@ -185,14 +206,13 @@ fn timed<T>(
 }
 
 /// Scores that are the same for every conversation teach nothing: a broken reward model if it is the first iteration.
-fn check_variance(what: &str, scores: &[f64], iteration: u64) -> Result<(), Error> {
+fn check_variance(what: &str, scores: &[f64], iteration: u64) -> Result<()> {
     let first = scores.first().copied().unwrap_or(0.0);
     if scores.len() < 2 || scores.iter().any(|&score| score != first) {
         return Ok(());
     }
     if iteration == 1 {
-        let what = format!("{what} in the first rollout");
-        return Err(Error::ZeroVariance { what, got: first, n: scores.len() });
+        bail!(all_alike(&format!("{what} in the first rollout"), first, scores.len()));
     }
     tracing::warn!(iteration, what, score = first, "every conversation scores the same");
     Ok(())
@@ -206,7 +226,7 @@ fn summary(
     targets: &Targets,
     kl_coef: f64,
     config: &Config,
-) -> Result<Vec<(String, f64)>, Error> {
+) -> Result<Vec<(String, f64)>> {
     let n = conversations.len() as f64;
     // GRPO's penalty is part of the loss.
     let in_reward = if config.algorithm == Algorithm::Grpo { 0.0 } else { kl_coef };
@@ -242,7 +262,7 @@ fn summary(
 }
 
 /// What the critic knew.
-fn of_values(value: &Tensor, returns: &Tensor) -> Result<[(&'static str, f64); 3], Error> {
+fn of_values(value: &Tensor, returns: &Tensor) -> Result<[(&'static str, f64); 3]> {
     let variance = |tensor: &Tensor| number(&tensor.to_kind(Kind::Double).var(false));
     let (residual, spread) = (variance(&(returns - value))?, variance(returns)?);
     Ok([
@@ -252,7 +272,7 @@ fn of_values(value: &Tensor, returns: &Tensor) -> Result<[(&'static str, f64); 3
     ])
 }
 
-fn number(tensor: &Tensor) -> Result<f64, Error> {
+fn number(tensor: &Tensor) -> Result<f64> {
     Ok(f64::try_from(tensor.to_kind(Kind::Double))?)
 }
 
@@ -261,30 +281,63 @@ const AGREEING: f64 = 0.999;
 
 /// The difference that counts, of every token's, in nats: the largest on the CPU; elsewhere the few worst tokens say little,
 /// and what nearly all keep to counts.
-fn agreement(difference: &Tensor, device: Device) -> Result<f64, Error> {
+fn agreement(difference: &Tensor, device: Device) -> Result<f64> {
     let quantile = if device == Device::Cpu { 1.0 } else { AGREEING };
     let mut sorted: Vec<f64> = Vec::try_from(difference.to_kind(Kind::Double))?;
     sorted.sort_by(f64::total_cmp);
     Ok(stats::quantile(&sorted, quantile))
 }
 
+/// Effective share of a rollout's tokens, were each weighed by P(trainer) / P(sampler): (Σw)² / (n Σw²), 1 where they agree.
+fn effective_share(log_ratio: &Tensor) -> Result<f64> {
+    let weights = log_ratio.to_kind(Kind::Double).exp(); // [n]
+    let (sum, squares) =
+        (number(&weights.sum(Kind::Double))?, number(&weights.square().sum(Kind::Double))?);
+    Ok(sum * sum / (log_ratio.numel() as f64 * squares))
+}
+
+/// Servers are other programs, in other number formats: what they differ by on the mean is bounded. `raw` is the mean difference from
+/// the trainer's values at temperature 1.
+fn check_engines(
+    difference: f64,
+    largest: f64,
+    limit: f64,
+    raw: impl FnOnce() -> Result<f64>,
+) -> Result<()> {
+    if difference <= limit {
+        return Ok(());
+    }
+    let hint = if raw()? <= limit {
+        ": the servers tell log-probabilities as they are before temperature; start vLLM with --logprobs-mode processed_logprobs"
+    } else {
+        ": are the servers' weights packed in another way than the trainer's, or do they filter tokens (--generation-config vllm)?"
+    };
+    bail!(arete_engine::Error::Disagreement { difference, largest, limit, hint })
+}
+
 /// Sampler and trainer are one decoder, whose rows on the CPU do not depend on each other: there a difference is a fault, while
 /// cuBLAS promises nothing (docs/numerics.md).
-fn check_difference(
-    difference: f64,
-    kind: Kind,
-    device: Device,
-    allowed: bool,
-) -> Result<(), Error> {
+fn check_difference(difference: f64, kind: Kind, device: Device, allowed: bool) -> Result<()> {
     let limit = if kind == Kind::Float { 1e-4 } else { 1e-3 };
     if difference <= limit {
         return Ok(());
     }
     if device == Device::Cpu && !allowed {
-        return Err(Error::Disagreement { difference, limit });
+        bail!(
+            "sampler_trainer_difference: expected at most {limit} nats between a token's log-probability when sampled and when trained \
+             on, got {difference}; rows of a batch depend on each other here (`arete-model machine` shows the self-tests): report it, \
+             use dtype f32, or set allow_disagreement"
+        );
     }
     tracing::warn!(difference, limit, "sampler and trainer disagree on log-probabilities");
     Ok(())
+}
+
+/// All conversations score the same: there is nothing to learn from.
+pub(crate) fn all_alike(what: &str, score: f64, n: usize) -> BadInput {
+    BadInput(format!(
+        "{what}: expected scores that differ between conversations, got {score} for all {n}; is the reward model trained?"
+    ))
 }
 
 /// The steps' numbers under TRL's names.

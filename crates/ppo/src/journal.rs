@@ -7,14 +7,14 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use arete_chain::sample;
 use arete_model::generate::{Completion, Sequence};
-use arete_records::{FinishReason, atomic, hex};
+use arete_records::{FinishReason, atomic, files, sealed};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::Error;
-
+/// Largest journal that is read: far more than the sequences of one rollout.
+const MAX_BYTES: u64 = 4 << 30;
 const SUFFIX: &str = ".partial.jsonl";
 
 /// The journal of one iteration's rollout.
@@ -27,7 +27,7 @@ pub struct Journal {
     known: Vec<Option<Sequence>>,
 }
 
-/// A sequence as a line of JSON, the hash of the line before it; log-probabilities as the bits of f32, which no parser
+/// A sequence as a line of JSON; log-probabilities as the bits of f32, which no parser
 /// rounds.
 #[derive(Debug, Serialize, Deserialize)]
 struct Line {
@@ -48,12 +48,16 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be read or written.
-    pub fn open(dir: &Path, iteration: u64, n: usize, n_samples: usize) -> Result<Self, Error> {
+    /// The system's failure if the file cannot be read or written.
+    pub fn open(dir: &Path, iteration: u64, n: usize, n_samples: usize) -> Result<Self> {
         fs_err::create_dir_all(dir)?;
         let path = path_of(dir, iteration);
-        let bytes = match fs_err::read(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        let bytes = match files::read_capped(&path, MAX_BYTES) {
+            Err(arete_records::Error::Io(error))
+                if error.kind() == std::io::ErrorKind::NotFound =>
+            {
+                Vec::new()
+            }
             other => other?,
         };
         let mut known = vec![None; n];
@@ -96,7 +100,7 @@ impl sample::Journal for Journal {
             appended: sequence.appended.clone(),
         };
         let json = serde_json::to_string(&line).expect("numbers and lists serialise");
-        self.file.write_all(format!("{} {json}\n", sum(json.as_bytes())).as_bytes())
+        self.file.write_all(sealed::line(&json).as_bytes())
     }
 }
 
@@ -104,8 +108,8 @@ impl sample::Journal for Journal {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if one cannot be removed.
-pub fn remove_through(dir: &Path, last: u64) -> Result<(), Error> {
+/// The system's failure if one cannot be removed.
+pub fn remove_through(dir: &Path, last: u64) -> Result<()> {
     if !dir.exists() {
         return Ok(());
     }
@@ -122,33 +126,22 @@ pub fn remove_through(dir: &Path, last: u64) -> Result<(), Error> {
     Ok(())
 }
 
-fn path_of(dir: &Path, iteration: u64) -> PathBuf {
+/// The journal of an iteration.
+pub(crate) fn path_of(dir: &Path, iteration: u64) -> PathBuf {
     dir.join(format!("iteration-{iteration:06}{SUFFIX}"))
 }
 
 /// Fills in the sequences of whole lines; the number of bytes they take.
 fn read_lines(bytes: &[u8], known: &mut [Option<Sequence>]) -> usize {
-    let mut n_good = 0;
-    for line in bytes.split_inclusive(|&byte| byte == b'\n') {
-        let Some(sequence) = line.ends_with(b"\n").then(|| parse(line)).flatten() else { break };
-        let Some(slot) = known.get_mut(sequence.request) else { break };
+    sealed::read(bytes, |json| {
+        let Some(sequence) = parse(json) else { return false };
+        let Some(slot) = known.get_mut(sequence.request) else { return false };
         *slot = Some(sequence);
-        n_good += line.len();
-    }
-    n_good
+        true
+    })
 }
 
-/// What a line begins with: hex digits of the SHA-256 of what follows. A line that does not fit it is sampled again.
-fn sum(json: &[u8]) -> String {
-    hex(&Sha256::digest(json)[..8])
-}
-
-fn parse(line: &[u8]) -> Option<Sequence> {
-    let at = line.iter().position(|&byte| byte == b' ')?;
-    let (found, json) = (&line[..at], line[at + 1..].strip_suffix(b"\n")?);
-    if found != sum(json).as_bytes() {
-        return None;
-    }
+fn parse(json: &[u8]) -> Option<Sequence> {
     let Line { request, turns, appended } = serde_json::from_slice(json).ok()?;
     let turns = turns
         .into_iter()

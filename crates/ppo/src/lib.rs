@@ -27,7 +27,7 @@ pub mod alarm;
 mod assess;
 pub mod bench;
 pub mod config;
-mod error;
+mod engines;
 pub mod gae;
 pub mod group;
 mod iteration;
@@ -42,6 +42,7 @@ pub mod prompts;
 pub mod reward;
 pub mod rollout;
 pub mod scorer;
+mod shape;
 mod spread;
 mod stage;
 pub mod standardisation;
@@ -49,9 +50,8 @@ pub mod update;
 pub mod whiten;
 
 pub use config::Config;
-pub use error::{Error, class_of};
 pub use scorer::NamedReward;
-pub use stage::{TrainInputs, train};
+pub use stage::{TrainInputs, dry_run, train};
 
 #[cfg(test)]
 mod test_tensors {

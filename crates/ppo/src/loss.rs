@@ -1,10 +1,10 @@
 //! The losses, over the policy's own tokens in a micro-batch and normalised by a count of its whole minibatch, so that where
 //! micro-batches are cut changes nothing but rounding. Other tokens never come here.
 
+use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use crate::Error;
-use crate::error::check_shape;
+use crate::shape::check_shape;
 
 /// Largest |log ratio| that is exponentiated, as in OpenRLHF and verl: beyond it the ratio is clipped anyway.
 const MAX_LOG_RATIO: f64 = 20.0;
@@ -32,7 +32,7 @@ pub struct PolicyLoss {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
@@ -44,7 +44,7 @@ pub fn policy_loss(
     weight: Option<&Tensor>,
     clip_range: f64,
     n_tokens: f64,
-) -> Result<PolicyLoss, Error> {
+) -> Result<PolicyLoss> {
     for (name, tensor) in [("old_logprob", old_logprob), ("advantage", advantage)] {
         check_shape(name, tensor, &logprob.size())?;
     }
@@ -111,7 +111,7 @@ impl Units {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
@@ -125,7 +125,7 @@ pub fn sequence_loss(
     log_importance: Option<(&Tensor, f64)>,
     clip_range: f64,
     n_sequences: f64,
-) -> Result<PolicyLoss, Error> {
+) -> Result<PolicyLoss> {
     let of_token = &units.of_token;
     for (name, tensor) in
         [("old_logprob", old_logprob), ("advantage", advantage), ("units", of_token)]
@@ -161,13 +161,13 @@ pub fn sequence_loss(
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
 /// k3, `r − log r − 1` with `r = π_ref / π` (Schulman, "Approximating KL divergence", 2020), as in Shao et al. 2024
 /// (arXiv:2402.03300), equation 4, and TRL's `GRPOTrainer`.
-pub fn kl_loss(logprob: &Tensor, ref_logprob: &Tensor, n_tokens: f64) -> Result<Tensor, Error> {
+pub fn kl_loss(logprob: &Tensor, ref_logprob: &Tensor, n_tokens: f64) -> Result<Tensor> {
     check_shape("ref_logprob", ref_logprob, &logprob.size())?;
     let log_ratio = (ref_logprob - logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
     Ok((log_ratio.exp() - log_ratio - 1.0).sum(Kind::Float) / n_tokens)
@@ -205,7 +205,7 @@ pub struct ValueLoss {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
@@ -217,7 +217,7 @@ pub fn value_loss(
     returns: &Tensor,
     clip_range: f64,
     n_tokens: f64,
-) -> Result<ValueLoss, Error> {
+) -> Result<ValueLoss> {
     for (name, tensor) in [("old_value", old_value), ("returns", returns)] {
         check_shape(name, tensor, &value.size())?;
     }

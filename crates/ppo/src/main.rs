@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use arete_ppo::{Config, NamedReward, TrainInputs};
+use arete_records::Refusal;
 use arete_stage::cli::{self, StageArgs};
 use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -81,11 +82,11 @@ fn sorted(
         }
     }
     if let [first, second, ..] = directories.as_slice() {
-        return Err(arete_ppo::Error::Setting {
-            name: "rewards",
-            expected: format!("one directory ({}), and others as NAME=DIR", first.display()),
-            got: second.display().to_string(),
-        }
+        return Err(Refusal::setting(
+            "rewards",
+            format!("one directory ({}), and others as NAME=DIR", first.display()),
+            second.display(),
+        )
         .into());
     }
     Ok((directories.pop(), named))
@@ -93,11 +94,13 @@ fn sorted(
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(run, arete_ppo::class_of)
+    arete_stage::exit::run(run, |cause| {
+        arete_engine::class_of(cause).or_else(|| arete_training::class_of(cause))
+    })
 }
 
 fn run() -> anyhow::Result<()> {
-    let matches = Cli::command().get_matches();
+    let matches = cli::matches(Cli::command());
     match Cli::from_arg_matches(&matches)?.command {
         Command::Train { stage, prompts, rewards, reward, yardstick, constitution, .. } => {
             let matches = matches.subcommand_matches("train").expect("the command parsed");
@@ -108,6 +111,9 @@ fn run() -> anyhow::Result<()> {
             let output = stage.output;
             let inputs =
                 TrainInputs { prompts, rewards, named_rewards, constitution, yardstick, output };
+            if stage.dry_run {
+                return Ok(arete_ppo::dry_run(&config, &inputs)?.print()?);
+            }
             arete_ppo::train(&config, &inputs).with_context(|| context)
         }
         Command::Bench(arguments) => {

@@ -1,9 +1,10 @@
 //! Policy and critic over one base, and their forward passes over a pack.
 
+use anyhow::Result;
 use arete_model::{Adapter, Decoder, LoraConfig, Pass, ScalarHead, Tensor, logprobs};
+use arete_training::Passes;
 use tch::Device;
 
-use crate::Error;
 use crate::config::{Config, CriticKind};
 use crate::packs::Pack;
 
@@ -35,8 +36,9 @@ pub struct Models<'a> {
     pub policy: Adapter,
     /// The critic; none where advantages come from groups.
     pub critic: Option<Critic>,
+    /// How much goes into a pass with gradients, and what is kept of it.
+    pub passes: Passes,
     temperature: f64,
-    recompute: bool,
 }
 
 /// Which of the two learn.
@@ -82,11 +84,11 @@ impl<'a> Models<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if the adapter's shape is impossible.
-    pub fn new(decoder: &'a Decoder, config: &Config) -> Result<Self, Error> {
+    /// The model's failure if the adapter's shape is impossible.
+    pub fn new(decoder: &'a Decoder, config: &Config) -> Result<Self> {
         let lora: LoraConfig = config.lora.config();
         let (model, device) = (decoder.config(), decoder.device());
-        let adapter = |name| -> Result<Adapter, Error> {
+        let adapter = |name| -> Result<Adapter> {
             let mut adapter = Adapter::new(name, model, &lora, config.seed, device)?;
             adapter.set_trainable(true);
             Ok(adapter)
@@ -106,8 +108,11 @@ impl<'a> Models<'a> {
             decoder,
             policy: adapter("policy")?,
             critic,
+            passes: config
+                .compute
+                .passes(config.micro_batch_tokens, false)
+                .keeping_graphs(config.n_minibatches == 1 && config.keep_graph_tokens > 0),
             temperature: config.temperature,
-            recompute: config.compute.recompute,
         })
     }
 
@@ -116,10 +121,10 @@ impl<'a> Models<'a> {
         pack: &'s Pack,
         learning: Learning,
         want_entropy: bool,
-    ) -> Result<PolicyPass<'s>, Error> {
+    ) -> Result<PolicyPass<'s>> {
         let batch = &pack.batch;
         let (hidden, pass) = if learning == Learning::Both {
-            let pass = self.decoder.pass(batch, &self.policy, self.recompute)?;
+            let pass = self.decoder.pass(batch, &self.policy, self.passes.recompute())?;
             (pass.hidden.shallow_clone(), Some(pass))
         } else {
             let _guard = tch::no_grad_guard();
@@ -156,14 +161,14 @@ impl<'a> Models<'a> {
         pack: &'s Pack,
         trunk: &Tensor,
         learns: bool,
-    ) -> Result<CriticPass<'s>, Error> {
+    ) -> Result<CriticPass<'s>> {
         let _guard = (!learns).then(tch::no_grad_guard);
         let critic = self.critic.as_ref().expect("there is a critic");
         let (hidden, head, pass) = match critic {
             Critic::Trunk { head, detached: false } => (trunk.shallow_clone(), head, None),
             Critic::Trunk { head, detached: true } => (trunk.detach(), head, None),
             Critic::Adapter { adapter, head } if learns => {
-                let pass = self.decoder.pass(&pack.batch, adapter, self.recompute)?;
+                let pass = self.decoder.pass(&pack.batch, adapter, self.passes.recompute())?;
                 (pass.hidden.shallow_clone(), head, Some(pass))
             }
             Critic::Adapter { adapter, head } => {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use anyhow::Result;
 use arete_chain::batches::{self, Packed};
 use arete_model::{Batch, Tensor};
 use arete_training::Ranks;
@@ -9,7 +10,6 @@ use arete_training::order::permutation;
 use arete_training::shards::cut;
 use tch::{Device, Kind};
 
-use crate::Error;
 use crate::config::Config;
 use crate::models::{Graph, Learning, Models};
 use crate::rollout::Conversation;
@@ -34,7 +34,7 @@ impl Pack {
         conversations: &[Conversation],
         order: &[usize],
         budget: usize,
-    ) -> Result<Vec<Self>, Error> {
+    ) -> Result<Vec<Self>> {
         let n_tokens: Vec<usize> =
             order.iter().map(|&idx| conversations[idx].token_ids.len()).collect();
         let runs = batches::micro_batches(&n_tokens, budget)?;
@@ -118,12 +118,8 @@ impl PackedRollout {
     ///
     /// # Errors
     ///
-    /// [`Error::Training`] if the token budget is 0.
-    pub fn new(
-        conversations: &[Conversation],
-        config: &Config,
-        iteration: u64,
-    ) -> Result<Self, Error> {
+    /// The trainer's failure if the token budget is 0.
+    pub fn new(conversations: &[Conversation], config: &Config, iteration: u64) -> Result<Self> {
         let n = conversations.len();
         let epochs = (0..config.epochs)
             .map(|epoch| {
@@ -132,7 +128,7 @@ impl PackedRollout {
                 } else {
                     permutation(config.seed, &format!("minibatches/{iteration}/{epoch}"), n)
                 };
-                let pack = |part: &[usize]| -> Result<Minibatch, Error> {
+                let pack = |part: &[usize]| -> Result<Minibatch> {
                     let shards = cut(part.len(), config.shards.virtual_shards);
                     let budget = config.micro_batch_tokens;
                     let shards = shards
@@ -140,13 +136,11 @@ impl PackedRollout {
                         .map(|shard| Pack::all(conversations, &part[shard], budget));
                     Ok(Minibatch { shards: shards.collect::<Result<_, _>>()? })
                 };
-                let minibatches = order
-                    .chunks(n / config.n_minibatches)
-                    .map(pack)
-                    .collect::<Result<_, Error>>()?;
+                let minibatches =
+                    order.chunks(n / config.n_minibatches).map(pack).collect::<Result<_>>()?;
                 Ok(Epoch { minibatches })
             })
-            .collect::<Result<_, Error>>()?;
+            .collect::<Result<_>>()?;
         let mut at = 0;
         let own = conversations
             .iter()
@@ -181,29 +175,40 @@ impl PackedRollout {
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if memory runs out.
+    /// The model's failure if memory runs out.
     pub fn first_pass<'s>(
         &'s self,
         ranks: &Ranks,
         models: &'s Models<'_>,
         learning: Learning,
-    ) -> Result<FirstPass<'s>, Error> {
-        let learning = if self.keep { learning } else { Learning::Neither };
+    ) -> Result<FirstPass<'s>> {
+        let keeps = || self.keep && models.passes.keeps_graphs();
         let empty = || Tensor::zeros([self.n_own() as i64], (Kind::Float, Device::Cpu));
         let (mut old_logprob, mut old_value, mut entropy) = (empty(), empty(), empty());
         let mut graphs = Vec::new();
         let in_turn = models.in_turn(learning);
+        // Where memory runs out, the graphs that were kept go first.
+        let saw = |pack: &'s Pack, graphs: &mut Vec<Graph<'s>>| -> Result<_> {
+            models.passes.within(|| {
+                if !keeps() {
+                    graphs.clear();
+                }
+                let learning = if keeps() { learning } else { Learning::Neither };
+                let policy = models.policy_pass(pack, learning, true)?;
+                let learns = learning != Learning::Neither && !in_turn;
+                let critic = match models.has_critic() {
+                    true => Some(models.critic_pass(pack, &policy.hidden, learns)?),
+                    false => None,
+                };
+                Ok((policy, critic))
+            })
+        };
         let own_packs = |rank: usize| {
             let minibatches = self.epochs[0].minibatches.iter();
             minibatches.flat_map(move |m| m.packs(ranks.part_of(m.shards.len(), rank)))
         };
         for pack in own_packs(ranks.rank()) {
-            let policy = models.policy_pass(pack, learning, true)?;
-            let learns = learning != Learning::Neither && !in_turn;
-            let critic = match models.has_critic() {
-                true => Some(models.critic_pass(pack, &policy.hidden, learns)?),
-                false => None,
-            };
+            let (policy, critic) = saw(pack, &mut graphs)?;
             let places = self.places(pack);
             let _guard = tch::no_grad_guard();
             let _ = old_logprob.index_copy_(0, &places, &policy.logprob);
@@ -211,7 +216,7 @@ impl PackedRollout {
                 let _ = old_value.index_copy_(0, &places, &critic.value);
             }
             let _ = entropy.index_copy_(0, &places, &policy.entropy);
-            if self.keep {
+            if keeps() {
                 graphs.push(Graph { policy, critic: critic.filter(|_| !in_turn) });
             }
         }
@@ -226,7 +231,7 @@ impl PackedRollout {
                 })?;
             }
         }
-        let graphs = self.keep.then_some(graphs);
+        let graphs = keeps().then_some(graphs);
         let old_value = models.has_critic().then_some(old_value);
         Ok(FirstPass { old_logprob, old_value, entropy, graphs })
     }
@@ -237,7 +242,7 @@ fn exchange(
     ranks: &Ranks,
     values: &mut Tensor,
     places_of: &dyn Fn(usize) -> Vec<Tensor>,
-) -> Result<(), Error> {
+) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let empty = || Tensor::zeros([0], (Kind::Int64, Device::Cpu));
     let places = |rank: usize| -> Tensor {

@@ -3,20 +3,21 @@
 //! The prompts and the random streams are the same at every probe, so probes can be compared pair by pair. With a
 //! yardstick the probe is the alarm for over-optimisation ([`crate::alarm`]): the ensemble rises, the yardstick falls.
 
+use anyhow::Result;
 use arete_chain::reward_model::Base;
 use arete_model::{Adapter, Chat, Model};
 use arete_records::rows::RolloutRow;
 use arete_records::stats;
 use arete_training::Ranks;
 
-use crate::Error;
 use crate::alarm::Baseline;
 use crate::assess::{assess, describe, rows};
 use crate::config::Config;
+use crate::engines::Serving;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Layout, Purpose, Sampler};
 use crate::scorer::{RewardModels, Scores, Yardstick};
-use crate::spread::{self, Policy};
+use crate::spread::{self, Policy, Sampled};
 
 /// What is probed, and with what.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ pub struct Probe<'a> {
     pub yardstick: Option<&'a Yardstick>,
     /// The prompts.
     pub prompts: Vec<&'a Prompt>,
+    /// Servers that answer in this process's place.
+    pub(crate) serving: Option<Serving<'a>>,
     /// How they are answered.
     pub sampler: Sampler,
 }
@@ -74,11 +77,12 @@ impl Probe<'_> {
         config: &Config,
         kl_coef: f64,
         iteration: u64,
-    ) -> Result<Report, Error> {
+    ) -> Result<Report> {
         let decoder = &self.model.decoder;
         let ranks = self.ranks;
-        let policy = Policy { ranks, model: self.model, chat: self.chat, adapter: Some(policy) };
-        let conversations =
+        let (model, chat, serving) = (self.model, self.chat, self.serving);
+        let policy = Policy { ranks, model, chat, adapter: Some(policy), serving };
+        let Sampled { conversations, .. } =
             spread::sample(policy, &self.sampler, &self.prompts, Purpose::Probe, 0, None)?;
         let budget = config.micro_batch_tokens;
         let base = Base { model: self.model, chat: self.chat, micro_batch_tokens: budget };

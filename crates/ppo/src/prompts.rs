@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use arete_model::Chat;
 use arete_records::left_out::LeftOut;
 use arete_records::rows::PromptRow;
-use arete_records::{Message, Split, parquet};
+use arete_records::{Message, Refusal, Split, parquet};
 use arete_training::order::permutation;
-
-use crate::Error;
 
 /// Name of the file in a prompts directory.
 const PROMPTS: &str = "prompts.parquet";
@@ -35,20 +34,27 @@ pub struct Prompts {
     pub left_out: Vec<LeftOut>,
 }
 
+/// Prompts of the splits train and validation in `DIR/prompts.parquet` (or a file).
+///
+/// # Errors
+///
+/// Those of [`parquet::read`].
+pub fn counts(path: &Path) -> Result<[usize; 2]> {
+    let path = if path.is_dir() { path.join(PROMPTS) } else { path.to_owned() };
+    let rows: Vec<PromptRow> = parquet::read(&path)?;
+    let n_in = |split| rows.iter().filter(|row| row.split == split).count();
+    Ok([Split::Train, Split::Validation].map(n_in))
+}
+
 impl Prompts {
     /// Reads `DIR/prompts.parquet` (or a file) and renders the prompts.
     ///
     /// # Errors
     ///
-    /// [`Error::Records`] if the file is unusable; [`Error::Prompts`] if there is no prompt to train on;
-    /// [`Error::PromptTooLong`] if that is because `reserved` further tokens fit behind none; [`Error::Model`] if the chat
+    /// A file's failure if the file is unusable; Refused prompts if there is no prompt to train on;
+    /// a prompt too long if that is because `reserved` further tokens fit behind none; The model's failure if the chat
     /// template refuses one.
-    pub fn read(
-        path: &Path,
-        chat: &Chat<'_>,
-        context: usize,
-        reserved: usize,
-    ) -> Result<Self, Error> {
+    pub fn read(path: &Path, chat: &Chat<'_>, context: usize, reserved: usize) -> Result<Self> {
         let path = if path.is_dir() { path.join(PROMPTS) } else { path.to_owned() };
         let rows: Vec<PromptRow> = parquet::read(&path)?;
         let (mut out, mut first_too_long) = (Self::default(), None);
@@ -76,15 +82,22 @@ impl Prompts {
         }
         if let Some((got, prompt_id)) = first_too_long.filter(|_| out.train.is_empty()) {
             let expected = context.saturating_sub(reserved);
-            return Err(Error::PromptTooLong { path, prompt_id, expected, context, reserved, got });
+            bail!(Refusal::file(
+                &path,
+                format!("prompt {prompt_id}"),
+                format!(
+                    "at most {expected} tokens ({context} of the model less {reserved} for the replies)"
+                ),
+                got
+            ));
         }
         if out.train.is_empty() {
-            return Err(Error::Prompts {
-                path,
-                field: "split".to_owned(),
-                expected: "at least one prompt of the train split".to_owned(),
-                got: format!("none, and {} of the validation split", out.validation.len()),
-            });
+            bail!(Refusal::file(
+                &path,
+                "split",
+                "at least one prompt of the train split",
+                format!("none, and {} of the validation split", out.validation.len())
+            ));
         }
         Ok(out)
     }

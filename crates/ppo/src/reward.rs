@@ -1,10 +1,10 @@
 //! From scores to the reward of each token: standardise, combine, place, and subtract the KL penalty.
 
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::Error;
-use crate::error::check_shape;
+use crate::shape::{check_shape, refused};
 
 /// How the standardised scores of several reward models become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -55,22 +55,17 @@ pub enum Placement {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] unless `z` has two dimensions, K ≥ 1, and there are K weights.
+/// Another shape unless `z` has two dimensions, K ≥ 1, and there are K weights.
 ///
 /// # Source
 ///
 /// Coste et al. 2023 (arXiv:2310.02743), section 3: mean, worst case and uncertainty-weighted; as its spread we take the
 /// population standard deviation instead of the variance, so that the weight has no unit. The smooth minimum is
 /// `−τ · log Σ w · exp(−z / τ)` with weights that add up to 1: it lies between minimum (τ → 0) and mean (τ → ∞).
-pub fn combine(
-    z: &Tensor,
-    ensemble: Ensemble,
-    weights: &[f64],
-    parameter: f64,
-) -> Result<Tensor, Error> {
+pub fn combine(z: &Tensor, ensemble: Ensemble, weights: &[f64], parameter: f64) -> Result<Tensor> {
     if z.dim() != 2 || z.size()[1] == 0 || z.size()[1] != weights.len() as i64 {
         let expected = vec![-1, weights.len() as i64];
-        return Err(Error::Shape { name: "z", expected, got: z.size() });
+        bail!(refused("z", &expected, &z.size()));
     }
     let total: f64 = weights.iter().sum();
     let weights: Vec<f32> = weights.iter().map(|&weight| weight as f32).collect();
@@ -102,13 +97,13 @@ pub fn combine(
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the numbers of models differ.
+/// Another shape if the numbers of models differ.
 pub fn shares_by_turn(
     z: &Tensor,
     turns: &[usize],
     weights: &[f64],
     penalty: &Tensor,
-) -> Result<Tensor, Error> {
+) -> Result<Tensor> {
     check_shape("z", z, &[penalty.size()[0], turns.len() as i64])?;
     let total: f64 = weights.iter().sum();
     let n_turns = penalty.size()[1] as f64;
@@ -127,13 +122,13 @@ pub fn shares_by_turn(
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
 /// The last real token, as OpenRLHF and verl; TRL pays out at the padding token after the end of turn if there is one,
 /// which discounts finished replies once more than cut ones.
-pub fn place(scores: &Tensor, last_token: &Tensor, n_tokens: i64) -> Result<Tensor, Error> {
+pub fn place(scores: &Tensor, last_token: &Tensor, n_tokens: i64) -> Result<Tensor> {
     check_shape("last_token", last_token, &scores.size())?;
     let rows = scores.size()[0];
     let empty = Tensor::zeros([rows, n_tokens], (Kind::Float, scores.device()));
@@ -149,18 +144,13 @@ pub fn place(scores: &Tensor, last_token: &Tensor, n_tokens: i64) -> Result<Tens
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
 /// Ziegler et al. 2019 (arXiv:1909.08593), equation 2. k1 as a reward is unbiased (Schulman, "Approximating KL
 /// divergence", 2020).
-pub fn token_rewards(
-    kl: &Tensor,
-    placed: &Tensor,
-    valid: &Tensor,
-    kl_coef: f64,
-) -> Result<Tensor, Error> {
+pub fn token_rewards(kl: &Tensor, placed: &Tensor, valid: &Tensor, kl_coef: f64) -> Result<Tensor> {
     check_shape("placed", placed, &kl.size())?;
     check_shape("valid", valid, &kl.size())?;
     Ok((placed - kl_coef * kl).where_self(valid, &kl.zeros_like()))

@@ -1,14 +1,16 @@
 //! Rollouts: conversations sampled by the policy, and their log-probabilities under any adapter.
 
+use anyhow::Result;
 use arete_chain::Turns;
 use arete_chain::sample::{self, Start};
+use arete_engine::chains::{Asked, Weights};
 use arete_model::generate::{self, Sampling, Stream};
 use arete_model::{Adapter, Chat, Decoder, Model, Tensor, logprobs};
 use arete_stage::interrupt;
 use tch::{Device, Kind};
 
-use crate::Error;
 use crate::config::RolloutKind;
+use crate::engines::Request;
 use crate::packs::Pack;
 use crate::prompts::Prompt;
 
@@ -64,7 +66,7 @@ impl Sampler {
     /// # Errors
     ///
     /// What the chat template refuses.
-    pub fn n_question_tokens(&self, chat: &Chat<'_>) -> Result<usize, Error> {
+    pub fn n_question_tokens(&self, chat: &Chat<'_>) -> Result<usize> {
         Ok(sample::Sampler::n_question_tokens(chat, &self.questions())?)
     }
 
@@ -79,8 +81,8 @@ impl Sampler {
     ///
     /// # Errors
     ///
-    /// [`Error::Interrupted`] after a signal; [`Error::Model`] if a prompt does not fit or memory runs out;
-    /// [`Error::Io`] if the journal cannot be written.
+    /// A signal after a signal; The model's failure if a prompt does not fit or memory runs out;
+    /// The system's failure if the journal cannot be written.
     #[expect(clippy::too_many_arguments, reason = "who samples, what, and from which streams")]
     pub fn sample<'a>(
         &'a self,
@@ -91,16 +93,9 @@ impl Sampler {
         purpose: Purpose,
         first: u64,
         journal: Option<&mut dyn sample::Journal>,
-    ) -> Result<Vec<Conversation>, Error> {
+    ) -> Result<Vec<Conversation>> {
         let n_samples = self.samples_per_prompt;
-        let stream = |conversation| purpose.stream(self.seed, first + conversation as u64);
-        let start = |(idx, prompt): (usize, &&'a Prompt)| Start {
-            messages: &prompt.messages,
-            prompt_ids: prompt.token_ids.clone(),
-            questions: self.questions(),
-            streams: (idx * n_samples..(idx + 1) * n_samples).map(stream).collect(),
-        };
-        let starts: Vec<Start<'_>> = prompts.iter().enumerate().map(start).collect();
+        let starts = self.starts(prompts, purpose, first);
         let sampler = sample::Sampler {
             model,
             chat,
@@ -110,13 +105,48 @@ impl Sampler {
             joins: false,
         };
         let mut conversations = vec![None; prompts.len() * n_samples];
-        sampler.each(&starts, journal, &mut |sample, conversation| -> Result<(), Error> {
+        sampler.each(&starts, journal, &mut |sample, conversation| -> Result<()> {
             let idx = conversation.prompt * n_samples + sample;
             conversations[idx] = Some(conversation);
             Ok(interrupt::check()?)
         })?;
         let whole = |conversation: Option<_>| conversation.expect("every start ends");
         Ok(conversations.into_iter().map(whole).collect())
+    }
+
+    /// What servers are asked for in place of [`Sampler::sample`].
+    pub(crate) fn request<'a>(
+        &'a self,
+        prompts: &[&'a Prompt],
+        purpose: Purpose,
+        first: u64,
+    ) -> Request<'a> {
+        let weights = if purpose == Purpose::Statistics { Weights::Base } else { Weights::Adapter };
+        let asked = Asked {
+            weights,
+            sampling: Sampling::at(self.temperature),
+            stop_ids: self.stop_ids.clone(),
+            max_new_tokens: self.max_new_tokens,
+        };
+        Request { starts: self.starts(prompts, purpose, first), asked, purpose }
+    }
+
+    /// A start for each prompt; conversation i draws from the stream `first + i`.
+    fn starts<'a>(
+        &'a self,
+        prompts: &[&'a Prompt],
+        purpose: Purpose,
+        first: u64,
+    ) -> Vec<Start<'a>> {
+        let n_samples = self.samples_per_prompt;
+        let stream = |conversation| purpose.stream(self.seed, first + conversation as u64);
+        let start = |(idx, prompt): (usize, &&'a Prompt)| Start {
+            messages: &prompt.messages,
+            prompt_ids: prompt.token_ids.clone(),
+            questions: self.questions(),
+            streams: (idx * n_samples..(idx + 1) * n_samples).map(stream).collect(),
+        };
+        prompts.iter().enumerate().map(start).collect()
     }
 
     fn options(&self) -> generate::Options {
@@ -137,14 +167,14 @@ impl Sampler {
 ///
 /// # Errors
 ///
-/// [`Error::Model`] if memory runs out.
+/// The model's failure if memory runs out.
 pub fn own_logprobs(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
     conversations: &[Conversation],
     temperature: f64,
     budget: usize,
-) -> Result<Tensor, Error> {
+) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
     let order: Vec<usize> = (0..conversations.len()).collect();
     let mut parts = Vec::new();

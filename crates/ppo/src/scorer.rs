@@ -1,18 +1,25 @@
 //! Scores of conversations: reward models over the policy's own base, the yardstick, and rewards by rule.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use arete_chain::reward_model::{Base, MIN_STD, read_stats, standardise};
+use anyhow::{Result, bail};
+use arete_chain::reward_model::{Base, MIN_STD, adapter_dir, read_stats, standardise};
 use arete_chain::yardstick::Place;
 use arete_chain::{Reading, RewardModel, Transcript, Turns};
+use arete_engine::ServerConfig;
+use arete_engine::journal::ScoreJournal;
+use arete_engine::scores::{self, Scorers};
 use arete_model::{Adapter, LoadOptions, Model, ScalarHead, Source};
-use arete_records::{Aspect, ScoreStats, stats};
+use arete_records::{Aspect, FinishReason, Refusal, ScoreStats, stats};
+use arete_stage::exit::BadInput;
 
-use crate::Error;
 use crate::config::{ProgrammedReward, RolloutKind, Weights};
+use crate::iteration::all_alike;
 use crate::length::LengthTrend;
+use crate::prompts::Prompt;
 use crate::rollout::Conversation;
 
 /// What gives a score.
@@ -70,7 +77,19 @@ fn turn_of(name: &str, turns: &Turns, kind: RolloutKind) -> usize {
 pub struct RewardModels {
     /// Its members, those of a directory first and in the order of turns.
     pub members: Vec<Member>,
+    /// Servers that score with the members in this process's place.
+    served: Option<Served>,
 }
+
+/// Servers of reward models, and what they answered.
+#[derive(Debug)]
+struct Served {
+    servers: Scorers,
+    journal: RefCell<ScoreJournal>,
+}
+
+/// Conversations that servers' scores are compared on.
+const COMPARED: usize = 8;
 
 /// Scores of a rollout.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -135,14 +154,14 @@ impl RewardModels {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAReward`] if a head is missing or statistics are unusable; [`Error::Model`] if a file is, or the model
+    /// A refused reward model if a head is missing or statistics are unusable; The model's failure if a file is, or the model
     /// was trained on another base.
     pub fn load(
         rewards: &[NamedReward],
         model: &Model,
         turns: &Turns,
         kind: RolloutKind,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         let members = rewards
             .iter()
             .map(|NamedReward { name, dir }| {
@@ -151,8 +170,8 @@ impl RewardModels {
                 let turn = turn_of(name, turns, kind);
                 Ok(Member { stats, ..Member::new(name, turn, Scorer::Model(reward)) })
             })
-            .collect::<Result<_, Error>>()?;
-        Ok(Self { members })
+            .collect::<Result<_>>()?;
+        Ok(Self { members, served: None })
     }
 
     /// Reward models of the first turns as they are given, their scores taken as standardised already.
@@ -171,7 +190,7 @@ impl RewardModels {
                 Member { stats: Some(stats), ..member }
             })
             .collect();
-        Self { members }
+        Self { members, served: None }
     }
 
     /// Members that score by rule: one for each reply.
@@ -179,29 +198,79 @@ impl RewardModels {
         let member = |(turn, aspect): (usize, Aspect)| {
             Member::new(aspect.name(), turn, Scorer::Rule(rule.clone()))
         };
-        Self { members: asked(turns, kind).map(member).collect() }
+        Self { members: asked(turns, kind).map(member).collect(), served: None }
+    }
+
+    /// Has servers score with the members, after their scores of a few conversations were found to be those of the members here.
+    ///
+    /// # Errors
+    ///
+    /// [`arete_engine::Error`] naming a server that cannot be used, or gives other scores.
+    pub(crate) fn serve(
+        &mut self,
+        (urls, config, tolerance): (&[String], &ServerConfig, f64),
+        named: &[NamedReward],
+        turns: &Turns,
+        base: Base<'_>,
+        prompts: &[Prompt],
+        journal: &Path,
+    ) -> Result<()> {
+        const REPLIES: [&str; 3] = [
+            "Tell the truth, and say it kindly.",
+            "I would rather be trusted than admired.",
+            "Whoever asks again will know what to expect, and so will I.",
+        ];
+        let wanted: Vec<scores::Served> = named
+            .iter()
+            .map(|NamedReward { name, dir }| scores::Served {
+                name: name.clone(),
+                adapter: adapter_dir(dir),
+            })
+            .collect();
+        let servers = Scorers::connect(urls, config, &wanted)?;
+        for Member { name, turn, scorer, stats, .. } in &self.members {
+            let Scorer::Model(reward) = scorer else { continue };
+            let replies: Vec<&str> = REPLIES.into_iter().cycle().take(turn + 1).collect();
+            let read = |prompt: &Prompt| {
+                let messages = turns.conversation(&prompt.messages, &replies);
+                let finish_reasons = vec![FinishReason::Stop; replies.len()];
+                reward.token_ids(base, &Transcript { messages: &messages, finish_reasons })
+            };
+            let sequences: Vec<Vec<i64>> =
+                prompts.iter().take(COMPARED).map(read).collect::<Result<_, _>>()?;
+            let own = reward.sequence_scores(base.model, &sequences, base.micro_batch_tokens)?;
+            let spread = stats.as_ref().map_or_else(|| stats::std(&own), |stats| stats.std);
+            let difference =
+                servers.check(name, &sequences, &own, spread.max(MIN_STD), tolerance)?;
+            tracing::info!(
+                reward = name,
+                servers = servers.n_servers(),
+                conversations = own.len(),
+                difference,
+                "servers score as the reward model here, in standard deviations"
+            );
+        }
+        let journal = RefCell::new(ScoreJournal::open(journal)?);
+        self.served = Some(Served { servers, journal });
+        Ok(())
     }
 
     /// Gives each member its weight.
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] if a name is no member's, or nothing is left that weighs.
-    pub fn weigh(&mut self, weights: &Weights) -> Result<(), Error> {
+    /// A refused setting if a name is no member's, or nothing is left that weighs.
+    pub fn weigh(&mut self, weights: &Weights) -> Result<()> {
         let known: Vec<&str> = self.members.iter().map(|member| member.name.as_str()).collect();
-        let unfit =
-            |expected: String, got: String| Error::Setting { name: "weights", expected, got };
+        let unfit = |expected: String, got: String| Refusal::setting("weights", expected, got);
         if let Some(name) = weights.0.keys().find(|name| !known.contains(&name.as_str())) {
-            return Err(unfit(
-                format!("names of reward models ({})", known.join(", ")),
-                name.clone(),
-            ));
+            bail!(unfit(format!("names of reward models ({})", known.join(", ")), name.clone(),));
         }
         for member in &mut self.members {
             member.weight = weights.0.get(&member.name).copied().unwrap_or(1.0);
         }
         if self.members.iter().all(|member| member.weight == 0.0) {
-            return Err(unfit("a weight above 0".to_owned(), "only 0".to_owned()));
+            bail!(unfit("a weight above 0".to_owned(), "only 0".to_owned()));
         }
         Ok(())
     }
@@ -211,20 +280,30 @@ impl RewardModels {
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if the template refuses a conversation or memory runs out.
+    /// The model's failure if the template refuses a conversation or memory runs out.
     pub fn raw_scores(
         &self,
         base: Base<'_>,
         conversations: &[Conversation],
-    ) -> Result<(Vec<Vec<f64>>, usize), Error> {
+    ) -> Result<(Vec<Vec<f64>>, usize)> {
         let mut out = vec![Vec::with_capacity(self.members.len()); conversations.len()];
         let mut n_tokens = 0;
         for member in &self.members {
             let turn = member.turn;
             let scores = match &member.scorer {
                 Scorer::Model(reward) => {
-                    let (scores, n_read) =
-                        reward.scores(base, &transcripts(conversations, turn))?;
+                    let transcripts = transcripts(conversations, turn);
+                    let (scores, n_read) = match &self.served {
+                        None => reward.scores(base, &transcripts)?,
+                        Some(Served { servers, journal }) => {
+                            let read = |transcript| reward.token_ids(base, transcript);
+                            let sequences: Vec<Vec<i64>> =
+                                transcripts.iter().map(read).collect::<Result<_, _>>()?;
+                            let journal = &mut journal.borrow_mut();
+                            let scores = servers.scores(&member.name, &sequences, journal)?;
+                            (scores, sequences.iter().map(Vec::len).sum())
+                        }
+                    };
                     n_tokens += n_read;
                     scores
                 }
@@ -239,7 +318,7 @@ impl RewardModels {
     ///
     /// # Errors
     ///
-    /// [`Error::NonFiniteScore`].
+    /// A score that is no number.
     ///
     /// # Panics
     ///
@@ -250,7 +329,7 @@ impl RewardModels {
         conversations: &[Conversation],
         iteration: u64,
         prompt_id: impl Fn(&Conversation) -> String,
-    ) -> Result<Scores, Error> {
+    ) -> Result<Scores> {
         for (idx, member) in self.members.iter().enumerate() {
             let scores = Scores::column(&raw, idx);
             let what = format!("score of the {} reward model", member.name);
@@ -310,24 +389,24 @@ impl RewardModels {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroVariance`] if a member scores all conversations alike, [`Error::NotANumber`] if it gives no number.
+    /// Scores all alike if a member scores all conversations alike, a score that is no number if it gives no number.
     pub fn calibrate(
         &mut self,
         raw: &[Vec<f64>],
         prompts: &[usize],
         split: &str,
         base_sha256: &str,
-    ) -> Result<(), Error> {
+    ) -> Result<()> {
         for (idx, member) in self.members.iter_mut().enumerate() {
             if member.stats.is_some() {
                 continue;
             }
+            let what = format!("scores of the {} reward model on the reference", member.name);
             let scores = Scores::column(raw, idx);
             if let Some(got) = scores.iter().find(|score| !score.is_finite()) {
-                return Err(Error::NotANumber {
-                    what: format!("scores of the {} reward model on the reference", member.name),
-                    got: *got,
-                });
+                bail!(BadInput(format!(
+                    "{what}: expected finite numbers, got {got}; are its weights damaged, or is f16 too narrow for it?"
+                )));
             }
             let source = "replies of the reference".to_owned();
             let stats = ScoreStats {
@@ -337,11 +416,7 @@ impl RewardModels {
                 ..ScoreStats::of(&scores, split, base_sha256)
             };
             if !(stats.std.is_finite() && stats.std >= MIN_STD) {
-                return Err(Error::ZeroVariance {
-                    what: format!("scores of the {} reward model on the reference", member.name),
-                    got: stats.mean,
-                    n: stats.n,
-                });
+                bail!(all_alike(&what, stats.mean, stats.n));
             }
             member.stats = Some(stats);
         }
@@ -416,12 +491,7 @@ impl Yardstick {
     /// # Errors
     ///
     /// As [`Place::resolve`] and [`arete_chain::Yardstick::over`].
-    pub fn load(
-        dir: &Path,
-        source: &Source,
-        model: &Model,
-        options: &LoadOptions,
-    ) -> Result<Self, Error> {
+    pub fn load(dir: &Path, source: &Source, model: &Model, options: &LoadOptions) -> Result<Self> {
         let (place, own) = match Place::on(dir, source, model)? {
             Some(place) => (place, None),
             None => {
@@ -453,7 +523,7 @@ impl Yardstick {
         conversations: &[Conversation],
         iteration: u64,
         prompt_id: impl Fn(&Conversation) -> String,
-    ) -> Result<Vec<f64>, Error> {
+    ) -> Result<Vec<f64>> {
         let transcripts = transcripts(conversations, 0);
         let scores = match &self.model {
             None => self.judge.scores(base, &transcripts)?,
@@ -474,15 +544,13 @@ fn check_finite(
     what: &str,
     iteration: u64,
     prompt_id: &impl Fn(&Conversation) -> String,
-) -> Result<(), Error> {
+) -> Result<()> {
     match scores.iter().zip(conversations).find(|(score, _)| !score.is_finite()) {
         None => Ok(()),
-        Some((&got, conversation)) => Err(Error::NonFiniteScore {
-            iteration,
-            what: what.to_owned(),
-            prompt_id: prompt_id(conversation),
-            got,
-        }),
+        Some((&got, conversation)) => bail!(BadInput(format!(
+            "iteration {iteration}: the {what} for prompt {} is {got}, not a finite number",
+            prompt_id(conversation)
+        ))),
     }
 }
 

@@ -5,16 +5,17 @@
 
 use std::ops::Range;
 
+use anyhow::Result;
 use arete_chain::reward_model::Base;
 use arete_chain::sample;
 use arete_model::generate::Sequence;
 use arete_model::{Adapter, Chat, Decoder, Model, Tensor};
-use arete_records::{FinishReason, Message};
+use arete_records::{Class, FinishReason, Message};
 use arete_stage::interrupt;
 use arete_training::{Ranks, shards};
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::engines::Serving;
 use crate::journal::Journal;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Purpose, Reply, Sampler, own_logprobs};
@@ -27,9 +28,19 @@ pub(crate) struct Policy<'a> {
     pub(crate) model: &'a Model,
     pub(crate) chat: &'a Chat<'a>,
     pub(crate) adapter: Option<&'a Adapter>,
+    /// Servers that sample in this process's place, and the version of the policy that they are asked for.
+    pub(crate) serving: Option<Serving<'a>>,
 }
 
-/// [`Sampler::sample`], each process a run of the prompts.
+/// What was sampled.
+#[derive(Debug)]
+pub(crate) struct Sampled {
+    pub(crate) conversations: Vec<Conversation>,
+    /// Tokens that were sampled now and not by an earlier attempt.
+    pub(crate) n_tokens: usize,
+}
+
+/// [`Sampler::sample`], each process a run of the prompts; by servers, if there are any.
 ///
 /// # Errors
 ///
@@ -41,23 +52,50 @@ pub(crate) fn sample<'a>(
     purpose: Purpose,
     first: u64,
     journal: Option<&mut Journal>,
-) -> Result<Vec<Conversation>, Error> {
-    let Policy { ranks, model, chat, adapter } = policy;
-    if ranks.n_ranks() == 1 {
-        let journal = journal.map(|journal| journal as &mut dyn sample::Journal);
-        return sampler.sample(model, chat, adapter, prompts, purpose, first, journal);
-    }
+) -> Result<Sampled> {
+    let ranks = policy.ranks;
+    let n_samples = sampler.samples_per_prompt;
+    let known: Vec<bool> = (0..prompts.len() * n_samples)
+        .map(|idx| journal.as_ref().is_some_and(|journal| journal.knows(idx)))
+        .collect();
     let own = ranks.own_part(prompts.len());
-    let first = first + (own.start * sampler.samples_per_prompt) as u64;
-    let mut journal = journal.map(|journal| Part { journal, requests: own.clone() });
-    let journal = journal.as_mut().map(|part| part as &mut dyn sample::Journal);
-    let sampled = match &prompts[own.clone()] {
-        [] => Ok(Vec::new()),
-        own => sampler.sample(model, chat, adapter, own, purpose, first, journal),
+    let first = first + (own.start * n_samples) as u64;
+    let mut counted = None;
+    let sampled = match (&prompts[own.clone()], policy.serving) {
+        ([], None) => Ok(Vec::new()),
+        (own, Some(serving)) => {
+            serving.sample(policy, &sampler.request(own, purpose, first)).map(|(out, counts)| {
+                counted = Some(counts.n_sampled);
+                out
+            })
+        }
+        (own_prompts, None) => {
+            let mut journal = journal.map(|journal| Part { journal, requests: own.clone() });
+            let journal = journal.as_mut().map(|part| part as &mut dyn sample::Journal);
+            let Policy { model, chat, adapter, .. } = policy;
+            sampler.sample(model, chat, adapter, own_prompts, purpose, first, journal)
+        }
     };
-    let mut sampled = ranks.agree(sampled, signal_of)?;
-    sampled.iter_mut().for_each(|conversation| conversation.prompt += own.start);
-    let sent: Vec<Sent> = sampled.into_iter().map(Sent::from).collect();
+    let conversations = if ranks.n_ranks() == 1 {
+        sampled?
+    } else {
+        let mut sampled = ranks.agree(sampled, signal_of)?;
+        sampled.iter_mut().for_each(|conversation| conversation.prompt += own.start);
+        gathered(ranks, sampled)?
+    };
+    let n_tokens = match counted {
+        Some(n) => ranks.gather_f64(&[n as f64])?.into_iter().flatten().sum::<f64>() as usize,
+        None => {
+            let new = conversations.iter().zip(&known).filter(|(_, is_known)| !**is_known);
+            new.map(|(conversation, _)| conversation.n_own()).sum()
+        }
+    };
+    Ok(Sampled { conversations, n_tokens })
+}
+
+/// The conversations of all processes, on each.
+fn gathered(ranks: &Ranks, own: Vec<Conversation>) -> Result<Vec<Conversation>> {
+    let sent: Vec<Sent> = own.into_iter().map(Sent::from).collect();
     let sent = serde_json::to_vec(&sent).expect("numbers and text serialise");
     let mut all = Vec::new();
     for part in ranks.gather(&sent)? {
@@ -74,14 +112,14 @@ pub(crate) fn sample<'a>(
 ///
 /// # Errors
 ///
-/// [`Error::Interrupted`] with the signal.
-pub(crate) fn check_interrupt(ranks: &Ranks) -> Result<(), Error> {
-    ranks.agree(interrupt::check().map_err(Error::from), signal_of)
+/// A signal with the signal.
+pub(crate) fn check_interrupt(ranks: &Ranks) -> Result<()> {
+    ranks.agree(interrupt::check().map_err(anyhow::Error::from), signal_of)
 }
 
-fn signal_of(error: &Error) -> Option<i32> {
-    match error {
-        Error::Interrupted(interrupted) => Some(interrupted.signal),
+pub(crate) fn signal_of(error: &anyhow::Error) -> Option<i32> {
+    match arete_training::class_within(error) {
+        Some(Class::Signal(signal)) => Some(signal),
         _ => None,
     }
 }
@@ -96,7 +134,7 @@ pub(crate) fn raw_scores(
     rewards: &RewardModels,
     base: Base<'_>,
     conversations: &[Conversation],
-) -> Result<(Vec<Vec<f64>>, usize), Error> {
+) -> Result<(Vec<Vec<f64>>, usize)> {
     if ranks.n_ranks() == 1 {
         return rewards.raw_scores(base, conversations);
     }
@@ -122,7 +160,7 @@ pub(crate) fn logprobs(
     conversations: &[Conversation],
     temperature: f64,
     budget: usize,
-) -> Result<Tensor, Error> {
+) -> Result<Tensor> {
     if ranks.n_ranks() == 1 {
         return own_logprobs(decoder, adapter, conversations, temperature, budget);
     }

@@ -1,6 +1,7 @@
 //! The stage: from files to files, an iteration at a time.
 
 mod calibrate;
+mod files;
 mod finish;
 mod probing;
 mod state;
@@ -9,22 +10,29 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::Result;
 use arete_chain::constitution::{self, Constitution};
+use arete_chain::memory::{self, PROMPT_TOKENS, Shape};
+use arete_chain::reward_model::Base;
 use arete_chain::{Member, Turns, members, reading, yardstick};
+use arete_engine::EngineArgs;
 use arete_model::machine::Machine;
 use arete_model::{Chat, LoadOptions, Model, Source};
 use arete_records::rows::RolloutRow;
-use arete_records::{Aspect, atomic, left_out, parquet, score_stats, stats};
+use arete_records::{Aspect, Refusal, left_out, score_stats, stats};
+use arete_stage::dry::DryRun;
 use arete_stage::metrics::MetricsWriter;
-use arete_stage::run::{Completion, StageRun, StageSpec, Start};
+use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::{seal, timings};
 use arete_training::{AdamW, CheckpointStore, Ranks, Select, runtime};
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use self::files::{write_rows, write_scores};
 use self::state::{Schedules, State};
+use crate::Config;
 use crate::assess;
 use crate::config::ProgrammedReward;
+use crate::engines::{Engines, Serving};
 use crate::iteration::{Iteration, Outcome, Phase};
 use crate::journal::{self, Journal};
 use crate::models::Models;
@@ -34,7 +42,6 @@ use crate::scorer::{NamedReward, RewardModels, Scores, Yardstick, asked};
 use crate::spread;
 use crate::standardisation::Standardisation;
 use crate::update::Optimisers;
-use crate::{Config, Error};
 
 /// The setting that says how long it is trained: with more of it, training goes on.
 const AMOUNTS: [&str; 1] = ["iterations"];
@@ -43,6 +50,8 @@ const POLICY: &str = "policy";
 const CRITIC: &str = "critic";
 /// Directory of the sampled conversations.
 const ROLLOUTS: &str = "rollouts";
+/// The journal of servers' scores there.
+const SCORES: &str = "scores.partial.jsonl";
 
 /// What to train on and where to write.
 #[derive(Clone, Debug)]
@@ -67,22 +76,42 @@ pub struct TrainInputs {
 ///
 /// # Errors
 ///
-/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
-pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
+/// Bad settings or data, an unusable model, an interrupt, a full disk.
+pub fn train(config: &Config, inputs: &TrainInputs) -> Result<()> {
     config.check()?;
     let ranks = Ranks::join(config.shards.virtual_shards)?;
     ranks.finish(train_on(&ranks, config, inputs))
 }
 
-fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
-    let name = config.model.as_deref().ok_or_else(|| setting("model", "a base model"))?;
+/// What [`train`] would do; nothing is written.
+///
+/// # Errors
+///
+/// As [`train`], as far as it shows before the model is loaded.
+pub fn dry_run(config: &Config, inputs: &TrainInputs) -> Result<DryRun> {
+    let found = run::asking(|| train(config, inputs))?;
+    let turns = constitution_of(inputs)?.map_or_else(Turns::default, |own| own.turns);
+    let n_turns = turns.len();
+    let device = Some(config.compute.device.as_str());
+    let shape = Shape::of(config.model.as_deref().unwrap_or_default(), device, PROMPT_TOKENS)?;
+    let [train, validation] = crate::prompts::counts(&inputs.prompts)?;
+    Ok(DryRun::new("ppo", config, found)
+        .counting("train", train)
+        .counting("validation", validation)
+        .counting("reward_models", reward_models(config, inputs, &turns)?.len())
+        .taking(Some(shape.need(&config.demand(n_turns)?).to_json())))
+}
+
+fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<()> {
+    let name =
+        config.model.as_deref().ok_or_else(|| Refusal::setting("model", "a base model", "none"))?;
     let constitution = constitution_of(inputs)?;
     let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
     let rewards = reward_models(config, inputs, &turns)?;
     let source = Source::fetch(name)?;
     let run = match open(ranks, config, inputs, &rewards, &source, constitution.as_ref())? {
         Start::UpToDate(_) => {
-            tracing::info!(output = %inputs.output.display(), "up to date");
+            run::say_up_to_date(&inputs.output);
             return Ok(());
         }
         Start::Run(run) => run,
@@ -91,9 +120,13 @@ fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<(), 
         own.leave(run.output())?;
     }
     let options = config.compute.start_on(ranks)?;
+    let saving = memory::admit("ppo", &source, options.device, &config.demand(turns.len())?)?;
     let model = Model::load(&source, &options)?;
     let over = (&source, &model);
-    let stage = Stage::new(ranks, config, inputs, &rewards, turns, over, &options, &run)?;
+    let stage = Stage::new(ranks, config, inputs, &rewards, turns, over, &options, &run, name)?;
+    if saving {
+        stage.models.passes.save();
+    }
     let counts = stage.train(name, &source)?;
     if !ranks.is_first() {
         return Ok(());
@@ -111,12 +144,8 @@ fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<(), 
     Ok(())
 }
 
-fn setting(name: &'static str, expected: &str) -> Error {
-    Error::Setting { name, expected: expected.to_owned(), got: "none".to_owned() }
-}
-
 /// The constitution given or carried by the reward models, if it is of other turns than the shipped ones.
-fn constitution_of(inputs: &TrainInputs) -> Result<Option<Constitution>, Error> {
+fn constitution_of(inputs: &TrainInputs) -> Result<Option<Constitution>> {
     let given = inputs.constitution.as_deref().map(Constitution::load).transpose()?;
     let own = match (&inputs.rewards, given) {
         (Some(dir), given) => {
@@ -133,14 +162,10 @@ fn constitution_of(inputs: &TrainInputs) -> Result<Option<Constitution>, Error> 
 }
 
 /// The reward models of the directory, as far as they read what is asked for, and those that are named.
-fn reward_models(
-    config: &Config,
-    inputs: &TrainInputs,
-    turns: &Turns,
-) -> Result<Vec<NamedReward>, Error> {
+fn reward_models(config: &Config, inputs: &TrainInputs, turns: &Turns) -> Result<Vec<NamedReward>> {
     let refuse = |expected: &str, got: &str| {
         let (expected, got) = (expected.to_owned(), got.to_owned());
-        Err(Error::Setting { name: "rewards", expected, got })
+        Err(Refusal::setting("rewards", expected, got).into())
     };
     let is_given = inputs.rewards.is_some() || !inputs.named_rewards.is_empty();
     if is_given && config.programmed_reward.as_ref().is_some_and(ProgrammedReward::is_control) {
@@ -184,7 +209,7 @@ fn open(
     rewards: &[NamedReward],
     source: &Source,
     constitution: Option<&Constitution>,
-) -> Result<Start, Error> {
+) -> Result<Start> {
     let mut files = vec![("prompts".to_owned(), inputs.prompts.clone())];
     let mut push = |name: String, path: PathBuf| {
         if path.exists() {
@@ -210,7 +235,14 @@ fn open(
         recorded.model = None; // its contents are an input; where they lie changes nothing
     }
     let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
-    arete_training::forget_harmless(&mut recorded, &["max_rows", "keep_graph_tokens"]);
+    arete_training::forget_harmless(
+        &mut recorded,
+        &["max_rows", "keep_graph_tokens", "engine_difference", "reward_tolerance", "reward_urls"],
+    );
+    if config.reward_urls().is_some() {
+        recorded["reward_servers"] = true.into(); // where they stand changes nothing
+    }
+    EngineArgs::record_in(&mut recorded);
     let spec = StageSpec {
         stage: "ppo",
         output: &inputs.output,
@@ -233,6 +265,8 @@ struct Stage<'a> {
     rewards: RewardModels,
     yardstick: Option<Yardstick>,
     sampler: Sampler,
+    /// Servers that sample in this process's place.
+    engines: Option<Engines>,
     models: Models<'a>,
     optimisers: Optimisers,
     schedules: Schedules,
@@ -249,12 +283,13 @@ impl<'a> Stage<'a> {
         ranks: &'a Ranks,
         config: &'a Config,
         inputs: &TrainInputs,
-        rewards: &[NamedReward],
+        named: &[NamedReward],
         turns: Turns,
         (source, model): (&Source, &'a Model),
         options: &LoadOptions,
         run: &StageRun,
-    ) -> Result<Self, Error> {
+        name: &str,
+    ) -> Result<Self> {
         let output = run.output().to_owned();
         let chat = model.chat()?;
         let sampler = Sampler {
@@ -277,10 +312,16 @@ impl<'a> Stage<'a> {
         left_out::write(&output, &prompts.left_out)?;
         let mut rewards = match &config.programmed_reward {
             Some(rule) => RewardModels::programmed(rule, turns, config.rollout),
-            None => RewardModels::load(rewards, model, turns, config.rollout)?,
+            None => RewardModels::load(named, model, turns, config.rollout)?,
         };
         if let Some(weights) = &config.weights {
             rewards.weigh(weights)?;
+        }
+        if let (Some(urls), None) = (config.reward_urls(), &config.programmed_reward) {
+            let base = Base { model, chat: &chat, micro_batch_tokens: config.micro_batch_tokens };
+            let servers = (urls, &config.server, config.reward_tolerance);
+            let journal = output.join(ROLLOUTS).join(SCORES);
+            rewards.serve(servers, named, turns, base, &prompts.train, &journal)?;
         }
         let yardstick = match &inputs.yardstick {
             Some(dir) => Some(Yardstick::load(dir, source, model, options)?),
@@ -338,6 +379,22 @@ impl<'a> Stage<'a> {
                 seal::check_all(&output.join(dir))?;
             }
         }
+        // After the journals that a checkpoint made needless are gone, and before anything is sampled.
+        let engines = match config.engines.urls() {
+            Some(_) => {
+                let place = fs_err::canonicalize(&output)?;
+                let own = format!("{} {}", place.display(), run.fingerprint());
+                Some(Engines::connect(
+                    ranks,
+                    (&config.engines, &config.server),
+                    (model, &chat),
+                    (name, &own),
+                    &output,
+                    &output.join(ROLLOUTS),
+                )?)
+            }
+            None => None,
+        };
         if yardstick.is_none() {
             tracing::info!("no yardstick: nothing watches for over-optimisation");
         }
@@ -358,6 +415,7 @@ impl<'a> Stage<'a> {
             rewards,
             yardstick,
             sampler,
+            engines,
             models,
             optimisers,
             store,
@@ -368,23 +426,30 @@ impl<'a> Stage<'a> {
     }
 
     /// Every iteration and probe that is left, and the results.
-    fn train(mut self, name: &str, source: &Source) -> Result<Map<String, Value>, Error> {
+    fn train(mut self, name: &str, source: &Source) -> Result<Map<String, Value>> {
         self.calibrate()?;
         match self.iterate_and_probe() {
             // Raised before an iteration's first step or within a probe: the weights are those after a whole iteration.
-            Err(Error::Interrupted(interrupted)) => {
+            Err(error) if spread::signal_of(&error).is_some() => {
                 self.checkpoint()?;
-                return Err(interrupted.into());
+                return Err(error);
             }
             other => other?,
         }
         if !self.ranks.is_first() {
             return Ok(Map::new());
         }
+        if let Some(engines) = self.engines.take() {
+            engines.close()?;
+        }
+        let scores = self.output.join(ROLLOUTS).join(SCORES);
+        if scores.exists() {
+            fs_err::remove_file(scores)?;
+        }
         self.finish(name, source)
     }
 
-    fn iterate_and_probe(&mut self) -> Result<(), Error> {
+    fn iterate_and_probe(&mut self) -> Result<()> {
         let total = self.config.iterations;
         // One process shows how far all are.
         let start = || arete_records::progress::start("ppo", "iterations", total);
@@ -413,6 +478,12 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// The servers, asked for the policy as it is now.
+    fn serving(&self) -> Option<Serving<'_>> {
+        let version = self.state.iteration;
+        self.engines.as_ref().map(|engines| Serving { engines, version })
+    }
+
     /// Whether what is done before the first iteration, after the last, and every so many, is due now.
     fn is_due(&self, every: u64) -> bool {
         let n_done = self.state.iteration;
@@ -422,7 +493,7 @@ impl<'a> Stage<'a> {
     }
 
     /// One rollout and its updates, and their files; a note for the progress bar.
-    fn iterate(&mut self) -> Result<String, Error> {
+    fn iterate(&mut self) -> Result<String> {
         let started = Instant::now();
         spread::check_interrupt(self.ranks)?;
         let config = self.config;
@@ -431,8 +502,18 @@ impl<'a> Stage<'a> {
         let drawn = draw(self.prompts.train.len(), config.n_prompts(), iteration, config.seed);
         let prompts: Vec<&Prompt> = drawn.iter().map(|&idx| &self.prompts.train[idx]).collect();
         let rollouts = self.output.join(ROLLOUTS);
-        let mut journal =
-            Journal::open(&rollouts, iteration, config.rollout_size, config.samples_per_prompt)?;
+        let version = self.state.iteration;
+        let serving = self.engines.as_ref().map(|engines| Serving { engines, version });
+        let mut journal = match serving {
+            // Their replies have a journal of their own.
+            Some(_) => None,
+            None => Some(Journal::open(
+                &rollouts,
+                iteration,
+                config.rollout_size,
+                config.samples_per_prompt,
+            )?),
+        };
         let work = Iteration {
             ranks: self.ranks,
             config,
@@ -440,11 +521,12 @@ impl<'a> Stage<'a> {
             chat: &self.chat,
             rewards: &self.rewards,
             sampler: &self.sampler,
+            serving,
             iteration,
             kl_coef: self.state.kl_coef,
             rates,
         };
-        let outcome = work.run(&self.models, &mut self.optimisers, &prompts, Some(&mut journal))?;
+        let outcome = work.run(&self.models, &mut self.optimisers, &prompts, journal.as_mut())?;
         let Outcome { conversations, assessment, report, mut metrics, phases } = outcome;
 
         let rows =
@@ -515,7 +597,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Wall times and throughput, a line a phase, and TRL's `eps` (conversations a second) for the whole.
-    fn log_phases(&self, phases: &[Phase], seconds: f64, n: usize) -> Result<(), Error> {
+    fn log_phases(&self, phases: &[Phase], seconds: f64, n: usize) -> Result<()> {
         let iteration = ("iteration", self.state.iteration.into());
         for phase in phases {
             let tokens_per_s = phase.tokens_per_s();
@@ -532,7 +614,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Writes the state after the last whole iteration, unless that was done.
-    fn checkpoint(&mut self) -> Result<(), Error> {
+    fn checkpoint(&mut self) -> Result<()> {
         let iteration = self.state.iteration;
         let state = Some((iteration, self.state.probed));
         if self.saved == state || !self.ranks.is_first() {
@@ -565,8 +647,8 @@ impl<'a> Stage<'a> {
         &mut self,
         what: &'static str,
         iteration: u64,
-        work: impl FnOnce(&mut Self) -> Result<T, Error>,
-    ) -> Result<T, Error> {
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
         let started = Instant::now();
         let out = work(self)?;
         let seconds = started.elapsed().as_secs_f64();
@@ -582,11 +664,7 @@ struct Clock<'a> {
 }
 
 impl Clock<'_> {
-    fn time<T>(
-        &self,
-        what: &str,
-        work: impl FnOnce(&mut usize) -> Result<T, Error>,
-    ) -> Result<T, Error> {
+    fn time<T>(&self, what: &str, work: impl FnOnce(&mut usize) -> Result<T>) -> Result<T> {
         let started = Instant::now();
         let mut n_tokens = 0;
         let out = work(&mut n_tokens)?;
@@ -597,67 +675,12 @@ impl Clock<'_> {
     }
 }
 
-fn completions_path(output: &Path, iteration: u64) -> PathBuf {
-    output.join(format!("completions/iteration-{iteration:06}.parquet"))
-}
-
-fn write_rows(path: &Path, rows: &[RolloutRow]) -> Result<(), Error> {
-    if let Some(dir) = path.parent() {
-        fs_err::create_dir_all(dir)?;
-    }
-    parquet::write(path, rows)?;
-    Ok(seal::write(path)?)
-}
-
-/// The scores of one conversation by reward model, where these are others than the turns, for which rollouts have columns.
-#[derive(Debug, Serialize, Deserialize)]
-struct NamedScores {
-    prompt_id: String,
-    score: BTreeMap<String, f64>,
-    z: BTreeMap<String, f64>,
-}
-
-/// `….scores.jsonl` beside a rollout or probe, a line a conversation, if a reward model has no column in it.
-fn write_scores(rows_path: &Path, rows: &[RolloutRow], scores: &Scores) -> Result<(), Error> {
-    let has_column = |name: &String| {
-        rows.iter().all(|row| row.turns.iter().any(|turn| turn.aspect.name() == name))
-    };
-    if scores.names.iter().all(has_column) {
-        return Ok(());
-    }
-    let by_name = |row: &[f64]| scores.names.iter().cloned().zip(row.iter().copied()).collect();
-    let mut text = Vec::new();
-    for ((row, raw), z) in rows.iter().zip(&scores.raw).zip(&scores.z) {
-        let prompt_id = row.prompt_id.clone();
-        let line = NamedScores { prompt_id, score: by_name(raw), z: by_name(z) };
-        serde_json::to_writer(&mut text, &line).expect("finite numbers serialise");
-        text.push(b'\n');
-    }
-    Ok(atomic::write(scores_path(rows_path), &text)?)
-}
-
-fn read_scores(path: &Path) -> Result<Vec<NamedScores>, Error> {
-    let lines = arete_records::jsonl::read(path)?;
-    let parse = |(line, value): (usize, Value)| {
-        serde_json::from_value(value).map_err(|error| Error::NotAReward {
-            path: path.to_owned(),
-            expected: "a line of scores by reward model",
-            got: format!("line {line}: {error}"),
-        })
-    };
-    lines.into_iter().map(parse).collect()
-}
-
-fn scores_path(rows_path: &Path) -> PathBuf {
-    rows_path.with_extension("scores.jsonl")
-}
-
 /// Mean standardised score of a conversation.
 fn z_mean(row: &RolloutRow) -> f64 {
     stats::mean(&row.z())
 }
 
-fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result<(), Error> {
+fn log(metrics: &mut MetricsWriter, step: u64, line: &[(String, f64)]) -> Result<()> {
     let line: Vec<(&str, f64)> = line.iter().map(|(name, value)| (name.as_str(), *value)).collect();
     Ok(metrics.log(step, &line)?)
 }

@@ -1,11 +1,11 @@
 //! The learning half of an iteration: the clipped steps.
 
+use anyhow::{Result, bail};
 use arete_model::Tensor;
 use arete_records::stats;
 use arete_training::{AdamW, AdamWConfig, LossScale, Ranks, shards};
 use tch::{Device, Kind};
 
-use crate::Error;
 use crate::config::Config;
 use crate::loss::{Units, importance_weights, kl_loss, policy_loss, sequence_loss, value_loss};
 use crate::models::{Graph, Learning, Models};
@@ -72,8 +72,8 @@ impl Optimisers {
     ///
     /// # Errors
     ///
-    /// [`Error::Training`] if memory runs out.
-    pub fn new(models: &Models<'_>, config: &Config) -> Result<Self, Error> {
+    /// The trainer's failure if memory runs out.
+    pub fn new(models: &Models<'_>, config: &Config) -> Result<Self> {
         let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
         let (policy, critic) = (models.policy_parameters(), models.critic_parameters());
         Ok(Self {
@@ -104,7 +104,7 @@ impl Optimisers {
         rates: Rates,
         max_norm: Option<f64>,
         iteration: u64,
-    ) -> Result<Option<[f64; 2]>, Error> {
+    ) -> Result<Option<[f64; 2]>> {
         if let Some(factor) = self.scale.factor {
             let mut overflow = false;
             for part in self.all() {
@@ -240,7 +240,7 @@ impl Sums {
 ///
 /// # Errors
 ///
-/// [`Error::Ratio`] if the first ratio is not 1 (on the CPU; elsewhere a warning);
+/// A first ratio other than 1 if the first ratio is not 1 (on the CPU; elsewhere a warning);
 /// [`arete_training::Error::NonFinite`] if a loss or gradient is not finite, before it reaches the weights.
 #[expect(clippy::too_many_arguments, reason = "each is a part of its own of the iteration")]
 pub fn update(
@@ -254,7 +254,7 @@ pub fn update(
     learning: Learning,
     rates: Rates,
     iteration: u64,
-) -> Result<UpdateReport, Error> {
+) -> Result<UpdateReport> {
     let FirstPass { old_logprob, old_value, mut graphs, .. } = first;
     let mut report = UpdateReport::default();
     let mut total = Sums::default();
@@ -267,7 +267,10 @@ pub fn update(
             let n_sequences = minibatch.n_conversations() as f64;
             let mut kept = graphs.take().map(Vec::into_iter);
             let scale = optimisers.scale.factor();
-            let learn = |shard: usize| -> Result<Vec<f64>, Error> {
+            let learn = |shard: usize| -> Result<Vec<f64>> {
+                if !models.passes.keeps_graphs() {
+                    kept = None; // memory ran out
+                }
                 let mut sums = Sums::default();
                 for pack in &minibatch.shards[shard] {
                     let graph = match kept.as_mut().and_then(Iterator::next) {
@@ -293,6 +296,7 @@ pub fn update(
             let sizes: Vec<usize> = minibatch.shards.iter().map(Vec::len).collect();
             let reduce = config.shards.reduce;
             let found = shards::accumulate(
+                &models.passes,
                 ranks,
                 reduce,
                 &sizes,
@@ -361,7 +365,7 @@ struct PackPass<'a> {
 
 impl PackPass<'_> {
     /// Adds the pack's gradients and sums.
-    fn learn(&self, graph: Graph<'_>, part: &Part, sums: &mut Sums) -> Result<(), Error> {
+    fn learn(&self, graph: Graph<'_>, part: &Part, sums: &mut Sums) -> Result<()> {
         let Graph { policy, critic } = graph;
         let policy_loss = self.policy_loss(&policy.logprob, part, sums)?;
         if !self.models.has_critic() {
@@ -390,7 +394,7 @@ impl PackPass<'_> {
     }
 
     /// The policy's loss, scaled for the backward pass.
-    fn policy_loss(&self, logprob: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
+    fn policy_loss(&self, logprob: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor> {
         let Part { old_logprob, targets, n_tokens, n_sequences, .. } = part;
         let (advantage, clip) = (&targets.advantage, self.config.clip_range);
         let cap = self.config.importance_cap;
@@ -421,7 +425,7 @@ impl PackPass<'_> {
     }
 
     /// The critic's loss, weighted and scaled for the backward pass.
-    fn value_loss(&self, value: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor, Error> {
+    fn value_loss(&self, value: &Tensor, part: &Part, sums: &mut Sums) -> Result<Tensor> {
         let old_value = part.old_value.as_ref().expect("a critic had a first pass");
         let returns = part.targets.returns.as_ref().expect("a critic has returns to learn");
         let clip = self.config.value_clip_range;
@@ -431,7 +435,7 @@ impl PackPass<'_> {
         Ok(critic.loss * (self.config.value_coef * self.scale))
     }
 
-    fn finite(&self, what: &str, loss: &Tensor) -> Result<f64, Error> {
+    fn finite(&self, what: &str, loss: &Tensor) -> Result<f64> {
         let loss = number(loss)?;
         if loss.is_finite() {
             return Ok(loss);
@@ -450,13 +454,16 @@ const AGREEING: f64 = 0.999;
 /// |log ratio| before the first step that is no news on a GPU: bf16 rounds log-probabilities of order 10 by less.
 const FIRST_LOG_RATIO: f64 = 1e-2;
 
-fn check_first_ratio(models: &Models<'_>, sums: &mut Sums, iteration: u64) -> Result<(), Error> {
+fn check_first_ratio(models: &Models<'_>, sums: &mut Sums, iteration: u64) -> Result<()> {
     let got = sums.max_log_ratio;
     if got == 0.0 {
         return Ok(());
     }
     if models.decoder.device() == Device::Cpu {
-        return Err(Error::Ratio { iteration, got });
+        bail!(
+            "iteration {iteration}: expected ratio 1 before the first update, got a log-ratio of {got:e}: the forward pass is not \
+             deterministic"
+        );
     }
     // cuBLAS promises equal bits for equal shapes on one stream, but not on every GPU and setting.
     if let Some(found) = disagreement(&mut sums.log_ratios) {

@@ -1,9 +1,9 @@
 //! Normalising numbers over the valid tokens of a whole rollout.
 
+use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use crate::Error;
-use crate::error::check_shape;
+use crate::shape::check_shape;
 
 /// Added to the variance before its root is taken, as in TRL.
 const EPS: f64 = 1e-8;
@@ -16,13 +16,13 @@ const EPS: f64 = 1e-8;
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if the shapes differ.
+/// Another shape if the shapes differ.
 ///
 /// # Source
 ///
 /// `masked_whiten` of TRL 1.12 and of Huang et al. 2024 (arXiv:2403.17031); variance with Bessel's correction as in TRL.
 /// Unlike theirs it is defined for a single token (variance 0), and sums are f64.
-pub fn whiten(x: &Tensor, valid: &Tensor) -> Result<Tensor, Error> {
+pub fn whiten(x: &Tensor, valid: &Tensor) -> Result<Tensor> {
     let (mean, inverse) = moments(x, valid)?;
     Ok(((x.to_kind(Kind::Double) - mean) * inverse)
         .to_kind(Kind::Float)
@@ -42,7 +42,7 @@ pub fn whiten(x: &Tensor, valid: &Tensor) -> Result<Tensor, Error> {
 /// # Source
 ///
 /// `masked_whiten(shift_mean=False)` of TRL 1.12, which keeps the mean as it was while the rest is scaled.
-pub fn rescale(x: &Tensor, valid: &Tensor) -> Result<Tensor, Error> {
+pub fn rescale(x: &Tensor, valid: &Tensor) -> Result<Tensor> {
     let (mean, inverse) = moments(x, valid)?;
     Ok(((x.to_kind(Kind::Double) - mean) * inverse + mean)
         .to_kind(Kind::Float)
@@ -50,7 +50,7 @@ pub fn rescale(x: &Tensor, valid: &Tensor) -> Result<Tensor, Error> {
 }
 
 /// Mean, and 1 / sqrt(variance + eps), over the valid entries.
-fn moments(x: &Tensor, valid: &Tensor) -> Result<(f64, f64), Error> {
+fn moments(x: &Tensor, valid: &Tensor) -> Result<(f64, f64)> {
     check_shape("valid", valid, &x.size())?;
     let own = x.masked_select(valid).to_kind(Kind::Double); // [n]
     let n = own.numel();

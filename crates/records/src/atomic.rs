@@ -273,12 +273,14 @@ fn have_equal_bytes(a: &Path, b: &Path) -> Result<bool, Error> {
     }
     let (mut left, mut right) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     loop {
-        let n = a.read(&mut left)?;
+        let n = crate::files::read_some(&mut a, &mut left)?;
         if n == 0 {
             return Ok(true);
         }
-        if b.read_exact(&mut right[..n]).is_err() || left[..n] != right[..n] {
-            return Ok(false);
+        match b.read_exact(&mut right[..n]) {
+            Ok(()) if left[..n] == right[..n] => {}
+            Err(error) if error.kind() != ErrorKind::UnexpectedEof => return Err(error.into()),
+            _ => return Ok(false),
         }
     }
 }
@@ -452,14 +454,21 @@ fn sync_tree(dir: &Path) -> Result<(), Error> {
 
 /// Makes names in a directory durable. Some file systems (CIFS, sshfs, some of FUSE) do that on their own and know no
 /// such call for a directory: their refusal is passed over, as databases and git do.
-pub(crate) fn sync_dir(dir: &Path) -> std::io::Result<()> {
+///
+/// # Errors
+///
+/// What else the system refuses, with the directory's path.
+pub fn sync_dir(dir: &Path) -> std::io::Result<()> {
     // The error as the system gave it: its number tells.
     match fs_err::File::open(dir)?.into_parts().0.sync_all() {
         Err(error) if is_unknown_call(&error) => {
             tracing::debug!(dir = %dir.display(), %error, "the file system does not flush directories");
             Ok(())
         }
-        other => other,
+        other => other.map_err(|error| {
+            let text = format!("flushing the directory {}: {error}", dir.display());
+            std::io::Error::new(error.kind(), text)
+        }),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Content hashes of files and directories, remembered by size and time of last change.
 
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::message::hex;
-use crate::{Error, atomic};
+use crate::{Error, atomic, files};
 
 /// Name of the file that marks a complete stage.
 pub const RUN_JSON: &str = "run.json";
@@ -40,7 +40,7 @@ pub fn sha256_file(path: impl AsRef<Path>) -> Result<String, Error> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0u8; 1 << 20];
     loop {
-        match file.read(&mut buffer)? {
+        match crate::files::read_some(&mut file, &mut buffer)? {
             0 => return Ok(hex(&hasher.finalize())),
             n_bytes => hasher.update(&buffer[..n_bytes]),
         }
@@ -174,7 +174,7 @@ impl HashCache {
     }
 
     fn read(path: &Path) -> BTreeMap<String, Entry> {
-        fs_err::read(path)
+        files::read_small(path)
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
             .unwrap_or_default()

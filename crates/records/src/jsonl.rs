@@ -72,7 +72,7 @@ fn n_values(text: &str) -> u64 {
     n
 }
 
-/// A file opened for reading, unpacked on the way if its name ends in `.gz`.
+/// A file opened for reading, unpacked on the way if it is gzipped.
 struct Opened {
     reader: Box<dyn Read>,
     /// Size of the file as it lies there.
@@ -81,18 +81,43 @@ struct Opened {
     unpacked_limit: Option<u64>,
 }
 
+/// How a gzip stream begins; no text does.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
+/// What other packed files begin with.
+const OTHER_PACKINGS: [(&[u8], &str); 4] = [
+    (b"\x28\xb5\x2f\xfd", "Zstandard"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"BZh", "bzip2"),
+    (b"PK\x03\x04", "zip"),
+];
+
+/// Opens a file, gzipped if its name or its first bytes say so: downloads and pipes have no names to go by.
 fn open(path: &Path) -> Result<Opened, Error> {
-    let file = fs_err::File::open(path)?;
+    let mut file = fs_err::File::open(path)?;
     let n_bytes = file.metadata()?.len();
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
+    let mut head = Vec::new();
+    (&mut file).take(8).read_to_end(&mut head)?;
+    if let Some((_, packing)) = OTHER_PACKINGS.iter().find(|(magic, _)| head.starts_with(magic)) {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            what: "text".to_owned(),
+            expected: "plain or gzipped".to_owned(),
+            got: format!("a file packed by {packing}: unpack it first"),
+        });
+    }
+    let is_named = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gz"));
+    let is_gzipped = is_named || head.starts_with(&GZIP);
+    let whole = std::io::Cursor::new(head).chain(file);
+    if is_gzipped {
         let limit = MIN_UNPACKED_BYTES.max(n_bytes.saturating_mul(MAX_RATIO));
-        let reader = Box::new(MultiGzDecoder::new(BufReader::new(file)));
+        let reader = Box::new(MultiGzDecoder::new(BufReader::new(whole)));
         return Ok(Opened { reader, n_bytes, unpacked_limit: Some(limit) });
     }
-    Ok(Opened { reader: Box::new(file), n_bytes, unpacked_limit: None })
+    Ok(Opened { reader: Box::new(whole), n_bytes, unpacked_limit: None })
 }
 
-/// Reads a whole text (gzipped if the name ends in `.gz`), without a byte order mark.
+/// Reads a whole text (gzipped or not), without a byte order mark.
 ///
 /// # Errors
 ///
@@ -126,12 +151,36 @@ pub(crate) fn read_text(path: &Path) -> Result<String, Error> {
     })
 }
 
+/// A value of a file, or why its line holds none, with the number of the line (or row) from 1.
+pub(crate) type Numbered = (usize, Result<Value, Unreadable>);
+
+/// Why a line holds no value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// What would have been read.
+    pub expected: String,
+    /// What is there.
+    pub got: String,
+}
+
+impl Unreadable {
+    /// As the fault of a file.
+    pub(crate) fn at(self, path: &Path, line: usize) -> Error {
+        Error::Json { path: path.to_owned(), line, expected: self.expected, got: self.got }
+    }
+}
+
 /// Reads JSON lines, or the elements of one JSON array: whichever the file holds.
 ///
 /// # Errors
 ///
 /// As [`read`]; [`Error::Json`] for an array that is none.
 pub fn read_any(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
+    all_good(path, numbered(path)?)
+}
+
+/// [`read_any`], a line that holds no value named in its place.
+pub(crate) fn numbered(path: &Path) -> Result<Vec<Numbered>, Error> {
     let first = {
         let Opened { reader, unpacked_limit, .. } = open(path)?;
         let bytes = BufReader::new(reader.take(MAX_LINE_BYTES)).bytes();
@@ -147,13 +196,13 @@ pub fn read_any(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
         first
     };
     if first != Some(b'[') {
-        return read(path);
+        return lines(path);
     }
     let n_bytes = fs_err::metadata(path)?.len();
     let text = read_text(path)?;
     Budget::of(n_bytes).take(path, 1, &text)?;
     match parse(&text) {
-        Ok(Value::Array(items)) => Ok((1..).zip(items).collect()),
+        Ok(Value::Array(items)) => Ok((1..).zip(items.into_iter().map(Ok)).collect()),
         Ok(_) => unreachable!("it begins with a bracket"),
         Err(error) => Err(Error::Json {
             path: path.to_owned(),
@@ -164,7 +213,7 @@ pub fn read_any(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
     }
 }
 
-/// Reads JSON lines (gzipped if the name ends in `.gz`): each value with its line number from 1.
+/// Reads JSON lines (gzipped or not): each value with its line number from 1.
 /// Blank lines are skipped.
 ///
 /// # Errors
@@ -174,6 +223,20 @@ pub fn read_any(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
 /// size makes plausible, [`Error::Json`] on a line that is not UTF-8 or not JSON.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<(usize, Value)>, Error> {
     let path = path.as_ref();
+    all_good(path, lines(path)?)
+}
+
+/// The values, if every line holds one.
+fn all_good(path: &Path, numbered: Vec<Numbered>) -> Result<Vec<(usize, Value)>, Error> {
+    let value = |(line, value): Numbered| match value {
+        Ok(value) => Ok((line, value)),
+        Err(unreadable) => Err(unreadable.at(path, line)),
+    };
+    numbered.into_iter().map(value).collect()
+}
+
+/// [`read`], lines that hold no value named in their place.
+fn lines(path: &Path) -> Result<Vec<Numbered>, Error> {
     let Opened { reader, n_bytes, unpacked_limit } = open(path)?;
     let gzipped = unpacked_limit.is_some();
     let mut budget = Budget::of(n_bytes);
@@ -210,33 +273,32 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<(usize, Value)>, Error> {
         if line_number == 1 && line.starts_with(b"\xef\xbb\xbf") {
             line.drain(..3); // byte order mark
         }
-        let text = std::str::from_utf8(&line).map_err(|error| Error::Json {
-            path: path.to_owned(),
-            line: line_number,
-            expected: "UTF-8".to_owned(),
-            got: format!("invalid byte at offset {} of the line", error.valid_up_to()),
-        })?;
-        if text.trim().is_empty() {
-            continue;
-        }
-        budget.take(path, line_number, text)?;
-        let value = parse(text).map_err(|error| {
-            let is_document = line_number == 1 && error.is_eof() && text.starts_with(['[', '{']);
-            let expected = if is_document {
-                "one JSON value a line, not one document over many lines"
-            } else {
-                "one JSON value"
-            };
-            Error::Json {
-                path: path.to_owned(),
-                line: line_number,
-                expected: expected.to_owned(),
-                got: error.to_string(),
+        match std::str::from_utf8(&line) {
+            Ok(text) if text.trim().is_empty() => {}
+            Ok(text) => {
+                budget.take(path, line_number, text)?;
+                values.push((line_number, value_of(text, line_number)));
             }
-        })?;
-        values.push((line_number, value));
+            Err(error) => {
+                let got = format!("invalid byte at offset {} of the line", error.valid_up_to());
+                values.push((line_number, Err(Unreadable { expected: "UTF-8".to_owned(), got })));
+            }
+        }
     }
     Ok(values)
+}
+
+/// The value of a line.
+fn value_of(text: &str, line_number: usize) -> Result<Value, Unreadable> {
+    parse(text).map_err(|error| {
+        let is_document = line_number == 1 && error.is_eof() && text.starts_with(['[', '{']);
+        let expected = if is_document {
+            "one JSON value a line, not one document over many lines"
+        } else {
+            "one JSON value"
+        };
+        Unreadable { expected: expected.to_owned(), got: error.to_string() }
+    })
 }
 
 /// Parses a line. What Python writes for numbers that JSON has no word for (`NaN`, `Infinity`) is null.
@@ -315,6 +377,32 @@ mod tests {
         assert_eq!(read(&path).unwrap(), expected);
         let (_dir, path) = file("packed.jsonl.gz", &gzip(text));
         assert_eq!(read(&path).unwrap(), expected);
+    }
+
+    /// `datasets` goes by the first bytes as well: a download, or what comes through a pipe, has any name.
+    #[test]
+    fn packed_files_are_told_by_their_first_bytes() {
+        let text = b"{\"a\": 1}\n";
+        for name in ["a.jsonl", "stdin", "a.JSONL.GZ"] {
+            let (_dir, path) = file(name, &gzip(text));
+            assert_eq!(read_any(&path).unwrap(), vec![(1, json!({"a": 1}))], "{name}");
+            assert_eq!(read_text(&path).unwrap().as_bytes(), text, "{name}");
+        }
+        let bomb = gzip(&vec![b' '; 80 << 20]);
+        let (_dir, path) = file("small.csv", &bomb);
+        assert!(read_text(&path).unwrap_err().to_string().contains("at most"));
+        for (head, packing) in [
+            (&b"\x28\xb5\x2f\xfd\x04\x58"[..], "Zstandard"),
+            (b"\xfd7zXZ\0\0\x04", "xz"),
+            (b"BZh91AY&SY", "bzip2"),
+            (b"PK\x03\x04\x14\0", "zip"),
+        ] {
+            let (_dir, path) = file("a.jsonl", head);
+            let error = read_any(&path).unwrap_err().to_string();
+            assert!(error.contains(packing) && error.contains("unpack it first"), "{error}");
+        }
+        let (_dir, path) = file("a.jsonl.gz", text);
+        assert!(read(&path).unwrap_err().to_string().contains("a complete gzip file"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, atomic, jsonl};
+use crate::{Error, atomic, jsonl, redact};
 
 /// Name of the file of items left out.
 pub const FILE: &str = "left_out.jsonl";
@@ -30,17 +30,24 @@ pub struct LeftOut {
 impl LeftOut {
     /// An item and the reason it is left out for.
     pub fn new(item: impl Into<String>, reason: impl std::fmt::Display) -> Self {
-        let reason = crate::redact::redacted(&reason.to_string()).into_owned();
-        Self { item: item.into(), reason }
+        let reason = reason.to_string();
+        let reason = redact::redacted(&reason);
+        Self { item: item.into(), reason: redact::cut(&reason).into_owned() }
     }
 }
 
 /// Whether so many of so many may be left out.
 #[must_use]
-#[expect(clippy::cast_precision_loss, reason = "counts of items")]
 pub fn is_share(n_left_out: usize, n_items: usize) -> bool {
-    let limit = (SHARE * n_items as f64).max(FEW as f64);
-    n_left_out == 0 || n_left_out < n_items && n_left_out as f64 <= limit
+    let is_few = n_left_out <= FEW || is_share_of_lines(n_left_out, n_items);
+    n_left_out == 0 || n_left_out < n_items && is_few
+}
+
+/// Whether so many of a file's lines may hold no record: of few lines none, for then it is another file than was meant.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "counts of lines")]
+pub fn is_share_of_lines(n_left_out: usize, n_lines: usize) -> bool {
+    n_left_out as f64 <= SHARE * n_lines as f64
 }
 
 /// Writes the file of items left out into a stage's output; no file where there are none.
@@ -93,6 +100,7 @@ mod tests {
     #[test]
     fn a_tenth_may_be_left_out() {
         assert!(is_share(0, 0) && is_share(2, 3) && is_share(100, 1000));
+        assert!(is_share_of_lines(0, 0) && is_share_of_lines(1, 10) && !is_share_of_lines(1, 9));
         assert!(!is_share(1, 1) && !is_share(2, 2) && !is_share(3, 29) && !is_share(101, 1000));
     }
 

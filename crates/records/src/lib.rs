@@ -23,6 +23,7 @@ pub mod redact;
 pub mod rows;
 #[cfg(feature = "statistics")]
 pub mod score_stats;
+pub mod sealed;
 #[cfg(feature = "statistics")]
 pub mod stats;
 #[cfg(feature = "parquet")]

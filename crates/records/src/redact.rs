@@ -58,6 +58,21 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
     out
 }
 
+/// A text of some lines: of a longer one its beginning and its end. Files and servers may say anything, and what is said of
+/// them may repeat it.
+#[must_use]
+pub fn cut(text: &str) -> Cow<'_, str> {
+    const FIRST: usize = 1400;
+    const LAST: usize = 400;
+    let n_chars = text.chars().count();
+    if n_chars <= FIRST + LAST + 100 {
+        return Cow::Borrowed(text);
+    }
+    let first: String = text.chars().take(FIRST).collect();
+    let last: String = text.chars().skip(n_chars - LAST).collect();
+    Cow::Owned(format!("{first} … ({} characters left out) … {last}", n_chars - FIRST - LAST))
+}
+
 /// Texts in a JSON value without secrets.
 pub fn redact_json(value: &mut serde_json::Value) {
     use serde_json::Value;
@@ -79,6 +94,22 @@ pub fn userinfo(address: &str) -> Option<&str> {
     let rest = &address[address.find("://")? + 3..];
     let authority = &rest[..rest.find(ends_authority).unwrap_or(rest.len())];
     authority.rfind('@').map(|at| &authority[..at])
+}
+
+/// What is said of an address, whether it is one or not: without [`userinfo`], and without what stands before an `@` where a
+/// scheme is missing or misspelt. What follows a `?` may be a key.
+#[must_use]
+pub fn shown_address(address: &str) -> String {
+    let (place, query) =
+        address.split_once('?').map_or((address, ""), |(place, _)| (place, "?***"));
+    let place = match redacted(place) {
+        Cow::Borrowed(same) if !same.contains("://") => match same.rsplit_once('@') {
+            Some((_, host)) => format!("{HIDDEN}@{host}"),
+            None => same.to_owned(),
+        },
+        place => place.into_owned(),
+    };
+    place + query
 }
 
 fn ends_authority(c: char) -> bool {
@@ -124,6 +155,29 @@ mod tests {
         ] {
             assert_eq!(redacted(text), expected);
         }
+    }
+
+    #[test]
+    fn what_is_no_address_hides_its_password_too() {
+        for (text, expected) in [
+            ("bob:hunter2@host:80", "***@host:80"),
+            ("http:/bob:hunter2@host", "***@host"),
+            ("http//bob:p@ss@host/v1", "***@host/v1"),
+            ("HTTP://bob:hunter2@host", "HTTP://***@host"),
+            ("http://host/v1?key=abc", "http://host/v1?***"),
+            ("localhost:8000", "localhost:8000"),
+        ] {
+            assert_eq!(shown_address(text), expected);
+        }
+    }
+
+    #[test]
+    fn long_texts_keep_their_beginning_and_their_end() {
+        assert!(matches!(cut("short"), Cow::Borrowed("short")));
+        let text = format!("first {} last", "é".repeat(10_000));
+        let short = cut(&text);
+        assert!(short.starts_with("first é") && short.ends_with("é last"), "{short}");
+        assert!(short.contains("… (8211 characters left out) …"), "{short}");
     }
 
     #[test]

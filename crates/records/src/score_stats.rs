@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, stats};
+use crate::{Error, files, stats};
 
 /// Name of the file beside a reward model's adapter.
 pub const FILE: &str = "score_stats.json";
@@ -55,8 +55,10 @@ impl ScoreStats {
     /// [`Error::Io`]; [`Error::Json`] if the file is damaged; [`Error::Damaged`] if a number in it cannot be.
     pub fn read(dir: impl AsRef<Path>) -> Result<Option<Self>, Error> {
         let path = dir.as_ref().join(FILE);
-        let bytes = match fs_err::read(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        let bytes = match files::read_small(&path) {
+            Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
             other => other?,
         };
         let stats: Self = serde_json::from_slice(&bytes).map_err(|error| Error::Json {

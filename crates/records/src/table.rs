@@ -8,8 +8,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use crate::jsonl::Unreadable;
 use crate::jsonl::{self, NumberedObject};
-use crate::{At, Error, Refusal, parquet};
+use crate::{At, Error, Refusal, left_out, parquet};
 
 /// How a file holds its records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -108,7 +109,25 @@ impl From<Column> for String {
     }
 }
 
-/// Reads the records of a file, in the format that its name says (JSON where it says none).
+/// The records of a file, and the lines that hold none.
+#[derive(Debug, Default)]
+pub struct Table {
+    /// Its records, with their rows or lines from 1.
+    pub records: Vec<NumberedObject>,
+    /// Lines that hold no record, and why; of a damaged file, or of one bad line among a thousand.
+    pub unreadable: Vec<(usize, Unreadable)>,
+}
+
+impl Table {
+    /// Records and lines that hold none.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.records.len() + self.unreadable.len()
+    }
+}
+
+/// Reads the records of a file, in the format that its name says. Where it says none, as that of a pipe's contents, it is Parquet
+/// if it begins like it, else JSON.
 ///
 /// # Errors
 ///
@@ -116,37 +135,60 @@ impl From<Column> for String {
 /// is not what its name says, or would take far more memory than its size makes plausible.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<NumberedObject>, Error> {
     let path = path.as_ref();
-    match Format::of(path) {
-        Some(Format::Parquet) => Ok((1..).zip(parquet::read_json(path)?).collect()),
+    let Table { records, unreadable } = read_usable(path)?;
+    match unreadable.into_iter().next() {
+        Some((line, unreadable)) => Err(unreadable.at(path, line)),
+        None => Ok(records),
+    }
+}
+
+/// [`read`], lines that hold no record beside those that do.
+fn read_usable(path: &Path) -> Result<Table, Error> {
+    if path.is_dir() {
+        return Err(Refusal::file(path, "", format!("a file: {READABLE}"), "a directory").into());
+    }
+    let format = match Format::of(path) {
+        None if parquet::begins_like_it(path)? => Some(Format::Parquet),
+        format => format,
+    };
+    match format {
+        Some(Format::Parquet) => Ok(Table {
+            records: (1..).zip(parquet::read_json(path)?).collect(),
+            unreadable: Vec::new(),
+        }),
         Some(Format::Csv) => separated(path, ','),
         Some(Format::Tsv) => separated(path, '\t'),
-        Some(Format::Text) => lines(path),
+        Some(Format::Text) => Ok(Table { records: lines(path)?, unreadable: Vec::new() }),
         Some(Format::Json) | None => {
-            let object = |(line, value)| match value {
-                Value::Object(object) => Ok((line, object)),
-                other => Err(Error::Json {
-                    path: path.to_owned(),
-                    line,
-                    expected: "an object".to_owned(),
-                    got: shortened(&other),
-                }),
-            };
-            jsonl::read_any(path)?.into_iter().map(object).collect()
+            let mut table = Table::default();
+            for (line, value) in jsonl::numbered(path)? {
+                match value {
+                    Ok(Value::Object(object)) => table.records.push((line, object)),
+                    Ok(other) => {
+                        let (expected, got) = ("an object".to_owned(), shortened(&other));
+                        table.unreadable.push((line, Unreadable { expected, got }));
+                    }
+                    Err(unreadable) => table.unreadable.push((line, unreadable)),
+                }
+            }
+            Ok(table)
         }
     }
 }
 
-/// [`read`], with columns renamed to ours.
+/// Reads a file of the user's, with columns renamed to ours; lines that hold no record are named beside those that do.
 ///
 /// # Errors
 ///
-/// As [`read`]; [`Error::Refused`] if no record has a column that was named.
-pub fn read_renamed(
-    path: impl AsRef<Path>,
-    columns: &[Column],
-) -> Result<Vec<NumberedObject>, Error> {
+/// As [`read`], but for a [share](left_out::is_share_of_lines) of such lines; [`Error::Refused`] if no record has a column that was named.
+pub fn read_renamed(path: impl AsRef<Path>, columns: &[Column]) -> Result<Table, Error> {
     let path = path.as_ref();
-    let mut records = read(path)?;
+    let mut table = read_usable(path)?;
+    if !left_out::is_share_of_lines(table.unreadable.len(), table.n_rows()) {
+        let (line, unreadable) = table.unreadable.swap_remove(0);
+        return Err(unreadable.at(path, line));
+    }
+    let records = &mut table.records;
     for Column { ours, theirs } in columns {
         if let Some((_, first)) = records.first()
             && records.iter().all(|(_, record)| !record.contains_key(theirs))
@@ -156,7 +198,7 @@ pub fn read_renamed(
             return Err(Refusal::file(path, "column", expected, names.join(", ")).into());
         }
     }
-    for (_, record) in &mut records {
+    for (_, record) in records {
         // All are taken out before any is put back, so that two columns can change places.
         let taken: Vec<(&String, Value)> = columns
             .iter()
@@ -166,7 +208,7 @@ pub fn read_renamed(
             record.insert(ours.clone(), value);
         }
     }
-    Ok(records)
+    Ok(table)
 }
 
 /// A text a line; blank lines are none.
@@ -181,36 +223,49 @@ fn lines(path: &Path) -> Result<Vec<NumberedObject>, Error> {
         .collect())
 }
 
-/// Cells between separators, quoted as RFC 4180 says. As pandas reads it, and with it `datasets`: an empty cell is null,
-/// and a column of which every other cell is a number holds numbers.
-fn separated(path: &Path, separator: char) -> Result<Vec<NumberedObject>, Error> {
+/// Cells that are null, as pandas reads them (`pandas.read_csv`, `na_values`).
+const NULLS: [&str; 19] = [
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+];
+
+/// Cells between separators, quoted as RFC 4180 says. As pandas reads it, and with it `datasets`: a word for what is missing is
+/// null, a column of which every other cell is a number holds numbers, one of True and False truth values, and a name that comes
+/// again has `.1` after it.
+fn separated(path: &Path, separator: char) -> Result<Table, Error> {
     let text = jsonl::read_text(path)?;
-    let wrong = |line, expected: String, got: String| Error::Json {
-        path: path.to_owned(),
-        line,
-        expected,
-        got,
-    };
     let mut records = cells(&text, separator)
         .map_err(|line| {
-            wrong(line, "a quote that closes".to_owned(), "none to the end".to_owned())
+            let (expected, got) = ("a quote that closes".to_owned(), "none to the end".to_owned());
+            Unreadable { expected, got }.at(path, line)
         })?
         .into_iter();
-    let Some((_, names)) = records.next() else { return Ok(Vec::new()) };
-    let mut rows: Vec<Vec<Value>> = Vec::new();
-    for (line, record) in records {
+    let Some((_, names)) = records.next() else { return Ok(Table::default()) };
+    let names = distinct(names);
+    let (mut numbers_of_rows, mut rows) = (Vec::new(), Vec::<Vec<Value>>::new());
+    let mut unreadable = Vec::new();
+    for (row, (line, record)) in (1..).zip(records) {
         if record.len() != names.len() {
             let expected = format!("{} cells, as the head has names", names.len());
-            return Err(wrong(line, expected, record.len().to_string()));
+            unreadable.push((
+                row,
+                Unreadable { expected, got: format!("{} on line {line}", record.len()) },
+            ));
+            continue;
         }
-        let cell = |cell: String| if cell.is_empty() { Value::Null } else { cell.into() };
+        let cell = |cell: String| if NULLS.contains(&&*cell) { Value::Null } else { cell.into() };
         rows.push(record.into_iter().map(cell).collect());
+        numbers_of_rows.push(row);
     }
     for column in 0..names.len() {
-        numbers(rows.iter_mut().filter_map(|row| row.get_mut(column)));
+        let mut cells: Vec<&mut Value> =
+            rows.iter_mut().filter_map(|row| row.get_mut(column)).collect();
+        typed(&mut cells, number);
+        typed(&mut cells, truth);
     }
     let record = |row: Vec<Value>| names.iter().cloned().zip(row).collect::<Map<_, _>>();
-    Ok((1..).zip(rows.into_iter().map(record)).collect())
+    let records = numbers_of_rows.into_iter().zip(rows.into_iter().map(record)).collect();
+    Ok(Table { records, unreadable })
 }
 
 /// The cells of every record, with the number of its first line; blank lines are none.
@@ -231,7 +286,7 @@ fn cells(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>, usize
     let (mut is_quoted, mut was_quoted) = (false, false);
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
-        line += usize::from(c == '\n');
+        line += usize::from(c == '\n' || (c == '\r' && chars.peek() != Some(&'\n')));
         match c {
             '"' if is_quoted && chars.peek() == Some(&'"') => cell.extend(chars.next()),
             '"' if is_quoted => is_quoted = false,
@@ -242,7 +297,7 @@ fn cells(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>, usize
                 was_quoted = false;
             }
             '\r' if chars.peek() == Some(&'\n') => {}
-            '\n' => {
+            '\n' | '\r' => {
                 if !record.is_empty() || !cell.is_empty() || was_quoted {
                     record.push(std::mem::take(&mut cell));
                     records.push((first_line, std::mem::take(&mut record)));
@@ -262,22 +317,45 @@ fn cells(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>, usize
     Ok(records)
 }
 
-/// Makes a column's cells numbers if all of them are.
-fn numbers<'a>(cells: impl Iterator<Item = &'a mut Value>) {
-    let number = |cell: &Value| match cell {
+/// Names of columns, those that come again numbered as pandas numbers them.
+fn distinct(names: Vec<String>) -> Vec<String> {
+    let mut seen: Vec<String> = Vec::with_capacity(names.len());
+    for name in names {
+        let again = (1..).map(|n| format!("{name}.{n}"));
+        let own = std::iter::once(name.clone()).chain(again).find(|name| !seen.contains(name));
+        seen.push(own.unwrap_or(name));
+    }
+    seen
+}
+
+/// Makes a column's cells values of another type if all of them are, nulls aside.
+fn typed(cells: &mut [&mut Value], of: fn(&str) -> Option<Value>) {
+    let value = |cell: &Value| match cell {
         Value::Null => Some(Value::Null),
-        Value::String(text) => {
-            let text = text.trim();
-            let whole = text.parse::<i64>().ok().map(Value::from);
-            whole.or_else(|| text.parse::<f64>().ok().filter(|x| x.is_finite()).map(Value::from))
-        }
+        Value::String(text) => of(text.trim()),
         _ => None,
     };
-    let cells: Vec<&mut Value> = cells.collect();
-    if let Some(found) = cells.iter().map(|cell| number(cell)).collect::<Option<Vec<Value>>>() {
-        for (cell, number) in cells.into_iter().zip(found) {
-            *cell = number;
+    if let Some(found) = cells.iter().map(|cell| value(cell)).collect::<Option<Vec<Value>>>() {
+        for (cell, value) in cells.iter_mut().zip(found) {
+            **cell = value;
         }
+    }
+}
+
+/// A number. What is infinite has no number in a record: it stays a text among numbers, which its row is refused for.
+fn number(text: &str) -> Option<Value> {
+    let whole = text.parse::<i64>().ok().map(Value::from);
+    whole.or_else(|| {
+        let number = text.parse::<f64>().ok()?;
+        Some(if number.is_finite() { Value::from(number) } else { Value::from(text) })
+    })
+}
+
+fn truth(text: &str) -> Option<Value> {
+    match text {
+        "True" | "TRUE" | "true" => Some(Value::Bool(true)),
+        "False" | "FALSE" | "false" => Some(Value::Bool(false)),
+        _ => None,
     }
 }
 
@@ -300,6 +378,8 @@ pub fn refuse(path: &Path, row: usize, field: &str, expected: &str, got: &str) -
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -336,11 +416,57 @@ mod tests {
         let path = dir.path().join("x.csv");
         fs_err::write(&path, "a,b\n1,x\n").unwrap();
         let columns: Vec<Column> = ["a=b", "b=a"].map(|text| text.parse().unwrap()).into();
-        let (_, record) = read_renamed(&path, &columns).unwrap().remove(0);
+        let (_, record) = read_renamed(&path, &columns).unwrap().records.remove(0);
         assert_eq!((&record["a"], &record["b"]), (&"x".into(), &1.into()));
         assert!("a".parse::<Column>().is_err() && "=b".parse::<Column>().is_err());
+        let error = read(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("expected a file") && error.contains("a directory"), "{error}");
         fs_err::write(&path, "a,b\n1\n").unwrap();
         let error = read(&path).unwrap_err().to_string();
-        assert!(error.contains("x.csv:2: expected 2 cells"), "{error}");
+        assert!(error.contains("x.csv:1: expected 2 cells"), "{error}");
+        assert!(error.contains("got 1 on line 2"), "{error}");
+    }
+
+    /// What pandas 3.0 reads of the same bytes, but for its `inf`, which has no number in a record.
+    #[test]
+    fn cells_have_the_types_that_pandas_gives_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.csv");
+        let text = "a,a,n,t,x,i\nNA,b,0.5,True,true story,1\n\"nan\",None,NaN,False,no,inf\n";
+        for text in [text.to_owned(), text.replace('\n', "\r")] {
+            fs_err::write(&path, text).unwrap();
+            let read: Vec<Value> =
+                read(&path).unwrap().into_iter().map(|(_, r)| r.into()).collect();
+            let first =
+                json!({"a": null, "a.1": "b", "n": 0.5, "t": true, "x": "true story", "i": 1});
+            let second =
+                json!({"a": null, "a.1": null, "n": null, "t": false, "x": "no", "i": "inf"});
+            assert_eq!(read, [first, second]);
+        }
+    }
+
+    #[test]
+    fn a_line_that_holds_no_record_is_named_beside_those_that_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines = [
+            (
+                "x.jsonl",
+                &b"{\"a\": 1}\n{broken\n[1, 2]\n\xff\n{\"a\": 2}\n"[..],
+                [1, 5],
+                ["one JSON value", "an object", "UTF-8"],
+            ),
+            ("x.csv", &b"a,b\n1,2\n3\n4,5,6\n,\n7,8,9\n"[..], [1, 4], ["2 cells"; 3]),
+        ];
+        for (name, text, rows, expected) in lines {
+            let path = dir.path().join(name);
+            fs_err::write(&path, text).unwrap();
+            let table = read_usable(&path).unwrap();
+            let found: Vec<usize> = table.records.iter().map(|(row, _)| *row).collect();
+            assert_eq!((found, table.n_rows()), (rows.into(), 5), "{name}");
+            for ((_, unreadable), expected) in table.unreadable.iter().zip(expected) {
+                assert!(unreadable.expected.contains(expected), "{unreadable:?}");
+            }
+            assert!(read(&path).is_err() && read_renamed(&path, &[]).is_err(), "{name}");
+        }
     }
 }

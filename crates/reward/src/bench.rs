@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
 use arete_model::bench::Table;
 use arete_model::{Model, ScalarHead};
 use arete_training::bench::{self, BenchArgs};
+use arete_training::too_few_pairs;
 
-use crate::Error;
 use crate::config::{Label, OverLength};
 use crate::data::{self, Pair, Rendering, Sequence};
 use crate::objective::BradleyTerry;
@@ -38,7 +39,7 @@ pub struct Bench {
 /// # Errors
 ///
 /// An unusable model, device or file.
-pub fn run(arguments: &Bench) -> Result<(), Error> {
+pub fn run(arguments: &Bench) -> Result<()> {
     let common = &arguments.common;
     let (model, adapter) = common.load()?;
     let mut head = ScalarHead::normal(model.config.hidden_size, 0, model.decoder.device());
@@ -55,8 +56,7 @@ pub fn run(arguments: &Bench) -> Result<(), Error> {
             train,
             validation: &[],
             center: 0.01,
-            micro_batch_tokens: common.micro_batch_tokens,
-            recompute: common.compute.recompute,
+            passes: common.compute.passes(common.micro_batch_tokens, false),
             evaluated: None,
         };
         let mut parameters = adapter.parameters();
@@ -77,7 +77,7 @@ pub fn run(arguments: &Bench) -> Result<(), Error> {
 }
 
 impl Bench {
-    fn pairs(&self, model: &Model) -> Result<Vec<Pair>, Error> {
+    fn pairs(&self, model: &Model) -> Result<Vec<Pair>> {
         let Some(path) = &self.pairs else {
             return Ok((0..self.batch_size).map(made_up).collect());
         };
@@ -92,12 +92,7 @@ impl Bench {
         let mut pairs = data::tokenize(path, &rows, &model.chat()?, &rendering)?.pairs;
         pairs.truncate(self.batch_size);
         if pairs.is_empty() {
-            return Err(Error::TooFewPairs {
-                path: path.clone(),
-                expected: self.batch_size,
-                got: 0,
-                reason: "none left after cutting".to_owned(),
-            });
+            bail!(too_few_pairs(path, self.batch_size, 0, "none left after cutting"));
         }
         Ok(pairs)
     }

@@ -1,35 +1,18 @@
 //! Settings of the stage: flags, and the `[reward]` (or `[yardstick]`) table of a recipe.
 
+use anyhow::{Result, bail};
+use arete_chain::memory::{Demand, Role};
+use arete_records::Refusal;
 use arete_records::table::Column;
-use arete_training::{ComputeArgs, LoopArgs, LoraArgs};
+use arete_stage::settings;
+use arete_training::{ComputeArgs, Counted, LoopArgs, LoraArgs, Pace, Select};
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
+pub use arete_training::pairs::{Label, OverLength};
+
 /// Score statistics that rest on fewer replies get a warning.
 pub(crate) const MIN_STATS: usize = 64;
-
-/// What happens to a conversation longer than `max_length`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum OverLength {
-    /// Its last `max_length` tokens are kept, and with them the answer and its end. Both sides of a pair lose the same
-    /// tokens where these are common to both.
-    TruncateLeft,
-    /// Its first `max_length` tokens are kept (the report's setting; no end of turn is seen).
-    TruncateRight,
-    /// The pair is left out (TRL's `RewardTrainer`).
-    Drop,
-}
-
-/// What the loss aims at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Label {
-    /// The chosen side wins with probability `chosen_prob`.
-    Soft,
-    /// The chosen side wins.
-    Hard,
-}
 
 /// Settings of reward modelling.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -92,6 +75,14 @@ pub struct Config {
     /// With --pairs: train on the held-out fifth as well
     #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub all_pairs: bool,
+    /// With --pairs beside --preferences: most human pairs that are mixed in, for each judged pair to train on
+    #[arg(long, default_value_t = 1.0, value_name = "W")]
+    #[serde(default = "one")]
+    pub pairs_weight: f64,
+    /// Aspect that these pairs speak of, where they do not say [default: the answer]
+    #[arg(long, value_name = "ASPECT")]
+    #[serde(default)]
+    pub pairs_aspect: Option<String>,
     /// A column under another name than ours, as prompt=question; may be given more than once
     #[arg(long = "column", value_name = "OURS=THEIRS")]
     #[serde(default)]
@@ -110,4 +101,53 @@ pub struct Config {
     /// Seed of the first values and of the order of the data
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Config {
+    /// Refuses what no training can use.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        let &Self { learning_rate, warmup_ratio, epochs, batch_size, .. } = self;
+        self.lora.check()?;
+        self.steps.check(Pace { learning_rate, warmup_ratio, epochs, batch_size })?;
+        settings::at_least("max_length", self.max_length, 2)?;
+        if self.folds == 1 {
+            bail!(Refusal::setting("folds", "two or more, or 0 for one reward model", "1"));
+        }
+        if self.folds > 0 && (self.all_pairs || self.steps.select == Select::Best) {
+            let expected = "neither all_pairs nor select = \"best\": no fold may see its own pairs";
+            bail!(Refusal::setting("folds", expected, self.folds));
+        }
+        for (name, value) in [
+            ("center_rewards_coefficient", self.center_rewards_coefficient),
+            ("pairs_weight", self.pairs_weight),
+            ("margin_per_vote", self.margin_per_vote),
+        ] {
+            settings::not_negative(name, value)?;
+        }
+        settings::at_least("stats_max_new_tokens", self.stats_max_new_tokens.unwrap_or(1), 1)?;
+        // Greedy replies are all the same: they have no spread to measure.
+        settings::positive("stats_temperature", self.stats_temperature.unwrap_or(1.0))?;
+        Ok(())
+    }
+
+    /// What is counted of the memory that training takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::BadSetting`] for a size of 0.
+    pub fn demand(&self) -> Result<Demand, Refusal> {
+        let &Self { batch_size, max_length, .. } = self;
+        let (lora, compute, steps) = (&self.lora, &self.compute, &self.steps);
+        let merge = Some(self.merge);
+        Counted { lora, compute, steps, batch_size, max_length, merge }
+            .demand("reward", Role::Reward)
+    }
 }

@@ -1,19 +1,20 @@
 //! Preference pairs: read, rendered, cut, and their common tokens found.
 
-use std::collections::HashSet;
 use std::path::Path;
 
+use anyhow::{Context, Result};
+use arete_chain::batches::n_common;
 use arete_chain::{Ruled, pairs};
 use arete_model::Chat;
-use arete_records::left_out::LeftOut;
-use arete_records::table::Column;
-use arete_records::{Role, Split, fill_splits, split_of};
+use arete_records::left_out::{self, LeftOut};
+use arete_training::not_rendered;
 use arete_training::order;
 
-use crate::Error;
 use crate::config::{Label, OverLength};
 
-pub use arete_chain::pairs::{Conversation, LabelledPair as Preference, read_preferences};
+pub use arete_chain::pairs::{
+    Conversation, LabelledPair as Preference, read_pairs, read_preferences, splits_of_pairs,
+};
 
 /// A tokenised conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,44 +71,8 @@ pub struct Pairs {
     pub n_identical: usize,
     /// Pairs with a side that was left open, without the end of its last turn.
     pub n_open: usize,
-}
-
-/// Reads labelled pairs as the hub has them ([`arete_chain::pairs`]). Repeated pairs are read once; pairs with a side that
-/// does not end with a reply, and rows that are no pairs, are left out and named.
-///
-/// # Errors
-///
-/// [`Error::Records`] if the file is unusable, or too many rows are no such pairs.
-pub fn read_pairs(
-    path: &Path,
-    columns: &[Column],
-) -> Result<(Vec<Preference>, Vec<LeftOut>), Error> {
-    let pairs::PairFile { mut pairs, mut left_out, .. } = pairs::read_file(path, columns)?;
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    pairs.retain(|pair| {
-        if !pair.is_whole() {
-            let item = format!("{name}:{}", pair.row);
-            left_out.push(LeftOut::new(item, "a side does not end with a reply"));
-        }
-        pair.is_whole()
-    });
-    let mut seen = HashSet::new();
-    pairs.retain(|pair| seen.insert((pair.chosen.clone(), pair.rejected.clone())));
-    Ok((pairs, left_out))
-}
-
-/// The splits of pairs that name none: each has that of its opening question, and each split has one where there are
-/// enough ([`fill_splits`]).
-pub fn splits_of_pairs(pairs: &[Preference]) -> Vec<Split> {
-    let keyed = |pair: &Preference| {
-        let messages = &pair.chosen.messages;
-        let asked = messages.iter().find(|message| message.role == Role::User);
-        let key = asked.map_or_else(String::new, |message| message.content.trim().to_owned());
-        (key, split_of(messages))
-    };
-    let mut items: Vec<(String, Split)> = pairs.iter().map(keyed).collect();
-    fill_splits(&mut items);
-    items.into_iter().map(|(_, split)| split).collect()
+    /// Pairs that the template refuses.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// Swaps the sides of every pair for which a seeded coin shows tails: the control that has nothing to learn.
@@ -174,32 +139,34 @@ fn cut_pair(
     cut(rejected, max_length, over_length);
 }
 
-/// Leading tokens that are the same.
-fn n_common(a: &[i64], b: &[i64]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
-/// Tokenises pairs.
+/// Tokenises pairs. Those that the template refuses are left out and named, unless they are too many.
 ///
 /// # Errors
 ///
-/// [`Error::Rendering`] if the template refuses a conversation.
+/// If the template refuses more than a [share](left_out::is_share) of them; fewer are left out and named.
 pub fn tokenize(
     path: &Path,
     preferences: &[Preference],
     chat: &Chat<'_>,
     rendering: &Rendering,
-) -> Result<Pairs, Error> {
+) -> Result<Pairs> {
     let Rendering { max_length, over_length, label, margin_per_vote } = *rendering;
     let mut out = Pairs::default();
     for preference in preferences {
         let side = |conversation| {
-            tokenize_whole(conversation, chat).map_err(|source| {
-                let source = Box::new(source);
-                Error::Rendering { path: path.to_owned(), row: preference.row, source }
-            })
+            tokenize_whole(conversation, chat).with_context(|| not_rendered(path, preference.row))
         };
-        let (mut chosen, mut rejected) = (side(&preference.chosen)?, side(&preference.rejected)?);
+        let (mut chosen, mut rejected) =
+            match side(&preference.chosen).and_then(|own| Ok((own, side(&preference.rejected)?))) {
+                Ok(sides) => sides,
+                Err(error) => {
+                    out.left_out.push(pairs::of_row(path, preference.row, format!("{error:#}")));
+                    if !left_out::is_share(out.left_out.len(), preferences.len()) {
+                        return Err(error);
+                    }
+                    continue;
+                }
+            };
         let is_long = chosen.token_ids.len().max(rejected.token_ids.len()) > max_length;
         if is_long && over_length == OverLength::Drop {
             out.n_dropped += 1;
@@ -276,45 +243,12 @@ mod tests {
             chosen_prob: 1.0,
             vote_lead: 0,
             about: None,
+            split: None,
         };
         let mut pairs: Vec<Preference> = (1..=200).map(pair).collect();
         shuffle_labels(&mut pairs, 3);
         let n_flipped = pairs.iter().filter(|pair| pair.chosen == side("bad")).count();
         assert!((70..=130).contains(&n_flipped), "{n_flipped}");
         assert!(pairs.iter().all(|pair| pair.chosen != pair.rejected));
-    }
-
-    #[test]
-    fn pairs_are_read_once_and_unfinished_ones_counted() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pairs.jsonl");
-        let good = r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#;
-        let empty = r#"{"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#;
-        let lists = r#"{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "x"}], "rejected": "y", "chosen_prob": 0.7}"#;
-        fs_err::write(&path, format!("{good}\n{good}\n{empty}\n{lists}\n")).unwrap();
-        let (pairs, left_out) = read_pairs(&path, &[]).unwrap();
-        assert_eq!((pairs.len(), left_out.len()), (2, 1));
-        assert_eq!(left_out[0].item, "pairs.jsonl:3");
-        assert_eq!(pairs[0].chosen.messages, [Message::user("a"), Message::assistant("b")]);
-        assert_eq!(pairs[1].rejected.messages, [Message::user("q"), Message::assistant("y")]);
-        assert_eq!(pairs[1].chosen_prob, 0.7);
-    }
-
-    #[test]
-    fn bad_rows_are_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("pairs.jsonl");
-        let read = |line: &str| {
-            fs_err::write(&path, line).unwrap();
-            let error = read_pairs(&path, &[]).unwrap_err().to_string();
-            error.split_once("pairs.jsonl").unwrap().1.to_owned()
-        };
-        assert_eq!(
-            read(r#"{"chosen": "x"}"#),
-            ": row 1: rejected: expected columns `chosen` and `rejected`, got chosen"
-        );
-        let range = r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c", "chosen_prob": 1.5}"#;
-        assert!(read(range).contains("chosen_prob: expected a number within 0 to 1, got 1.5"));
-        assert!(read("[1]").contains("expected an object"));
     }
 }

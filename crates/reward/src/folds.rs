@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use arete_chain::Ruled;
 use arete_chain::rulers::own_texts;
 use arete_chain::words::BagOfWords;
 use arete_chain::yardstick::{Card, FoldCard, JudgeCard, fold_dir};
 use arete_records::{atomic, fold_of, jsonl};
 use arete_stage::run::RunJson;
+use arete_training::too_few_pairs;
 use serde::{Deserialize, Serialize};
 
+use crate::Config;
 use crate::data::{self, Preference};
-use crate::{Config, Error};
 
 /// The file of scores of a fold's own pairs, which it did not train on.
 pub(crate) const HELD_OUT: &str = "held_out.jsonl";
@@ -38,7 +40,7 @@ pub(crate) fn write(
     train: &[Preference],
     held_out: &[Preference],
     scored: (&[usize], &[[f64; 2]]),
-) -> Result<(), Error> {
+) -> Result<()> {
     let texts = |pair: &Preference| own_texts(&pair.chosen.messages, &pair.rejected.messages);
     let own: Vec<[String; 2]> = held_out.iter().map(texts).collect();
     let words = BagOfWords::train(&train.iter().map(texts).collect::<Vec<_>>())
@@ -57,7 +59,7 @@ pub(crate) fn write(
 }
 
 /// Writes the card (`yardstick.json`, `yardstick.md`) from the folds in `output`, unless it is there already.
-pub(crate) fn write_card(config: &Config, pairs: &Path, output: &Path) -> Result<(), Error> {
+pub(crate) fn write_card(config: &Config, pairs: &Path, output: &Path) -> Result<()> {
     let mut folds = Vec::new();
     let (mut rows, mut by_reward, mut by_words) = (Vec::new(), Vec::new(), Vec::new());
     for fold in 0..config.folds {
@@ -99,12 +101,7 @@ pub(crate) fn write_card(config: &Config, pairs: &Path, output: &Path) -> Result
         (ruled.len() == scores.len()).then(|| JudgeCard::of(&ruled, scores)).flatten()
     };
     let (Some(reward_model), Some(bag_of_words)) = (judge(&by_reward), judge(&by_words)) else {
-        return Err(Error::TooFewPairs {
-            path: pairs.to_owned(),
-            expected: rows.len().max(1),
-            got: ruled.len(),
-            reason: "held out by the folds".to_owned(),
-        });
+        bail!(too_few_pairs(pairs, rows.len().max(1), ruled.len(), "held out by the folds"));
     };
     let card = Card {
         folds,

@@ -13,7 +13,7 @@
 pub mod bench;
 pub mod config;
 pub mod data;
-mod error;
+mod dry;
 mod folds;
 pub mod loss;
 pub mod model;
@@ -24,5 +24,5 @@ mod stage;
 mod statistics;
 
 pub use config::Config;
-pub use error::{Error, class_of};
+pub use dry::dry_run;
 pub use stage::{PreferenceSource, TrainInputs, train};

@@ -10,6 +10,7 @@ use arete_reward::bench::Bench;
 use arete_reward::score::ScoreConfig;
 use arete_reward::{Config, PreferenceSource, TrainInputs};
 use arete_stage::cli::{self, StageArgs};
+use arete_stage::inputs::Piped;
 use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -39,6 +40,8 @@ enum Command {
     #[command(
         after_help = "Examples:\n  arete-reward train --aspect all --preferences runs/demo/preferences \
         --conversations runs/demo/conversations --model runs/demo/sft/merged --output runs/demo/reward\n  \
+        arete-reward train --preferences runs/demo/preferences --pairs mine.csv --pairs-weight 0.5 --model runs/demo/sft/merged \
+        --output runs/mixed\n  \
         arete-reward train --pairs hh-rlhf.jsonl.gz --model models/SmolLM2-135M-Instruct --output runs/yardstick"
     )]
     Train {
@@ -49,14 +52,10 @@ enum Command {
         #[arg(long, default_value = "all", value_name = "NAME")]
         aspect: Wanted,
         /// Directory with <name>/{train,validation}.parquet, a set of a turn or a virtue each
-        #[arg(
-            long,
-            value_name = "DIR",
-            required_unless_present = "pairs",
-            conflicts_with = "pairs"
-        )]
+        #[arg(long, value_name = "DIR", required_unless_present = "pairs")]
         preferences: Option<PathBuf>,
-        /// Human pairs (hh-rlhf's form, JSON lines, .gz too, or Parquet) instead: one reward model, into --output itself
+        /// Human pairs (hh-rlhf's form, JSON lines, .gz too, or Parquet): without --preferences one reward model, into --output
+        /// itself; with them mixed in (--pairs-weight, --pairs-aspect)
         #[arg(long, value_name = "FILE")]
         pairs: Option<PathBuf>,
         /// Directory with conversations.parquet, to standardise scores with (default: both sides of the validation pairs)
@@ -82,26 +81,32 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(run, arete_reward::class_of)
+    arete_stage::exit::run(run, arete_training::class_of)
 }
 
 fn run() -> anyhow::Result<()> {
-    let matches = Cli::command().get_matches();
+    let matches = cli::matches(Cli::command());
     match Cli::from_arg_matches(&matches)?.command {
         Command::Train { stage, aspect, preferences, pairs, conversations, .. } => {
             let matches = matches.subcommand_matches("train").expect("the command parsed");
-            let table = if pairs.is_some() { "yardstick" } else { "reward" };
+            let table = if preferences.is_none() { "yardstick" } else { "reward" };
             let config: Config = recipe::resolve(matches, table, stage.recipe.as_deref())?;
+            let mut piped = Piped::default();
+            let pairs = pairs.map(|file| piped.local(&file)).transpose()?;
+            let mixed = preferences.as_ref().and(pairs.clone());
             let (preferences, from) = match (preferences, pairs) {
-                (_, Some(file)) => (PreferenceSource::Pairs(file.clone()), file),
-                (Some(dir), None) => {
+                (Some(dir), _) => {
                     let sets = aspect.0.into_iter().collect();
                     (PreferenceSource::Stage { dir: dir.clone(), sets }, dir)
                 }
+                (None, Some(file)) => (PreferenceSource::Pairs(file.clone()), file),
                 (None, None) => unreachable!("clap demands one of them"),
             };
             interrupt::install()?;
-            let inputs = TrainInputs { preferences, conversations, output: stage.output };
+            let inputs = TrainInputs { preferences, mixed, conversations, output: stage.output };
+            if stage.dry_run {
+                return Ok(arete_reward::dry_run(&config, &inputs)?.print()?);
+            }
             arete_reward::train(&config, &inputs)
                 .with_context(|| format!("training on {}", from.display()))
         }

@@ -1,7 +1,8 @@
 //! Both sides of pairs through a reward model, what they share computed once.
 
 use arete_chain::batches::micro_batches;
-use arete_model::{Adapter, Batch, BatchBuilder, Decoder, ScalarHead, SegmentIdx};
+use arete_model::{Adapter, Batch, Decoder, ScalarHead};
+use arete_training::pairs::{PairTokens, trees};
 use tch::Tensor;
 
 use crate::data::Pair;
@@ -42,16 +43,11 @@ pub(crate) struct PackedPairs {
 
 impl PackedPairs {
     pub(crate) fn new(pairs: &[&Pair]) -> Self {
-        let mut builder = Batch::tree();
-        let mut segments = [Vec::new(), Vec::new()];
-        for pair in pairs {
-            let shared = &pair.chosen.token_ids[..pair.n_shared];
-            let root = (!shared.is_empty()).then(|| builder.root(shared));
-            for (side, out) in [&pair.chosen, &pair.rejected].into_iter().zip(&mut segments) {
-                out.push(add(&mut builder, root, &side.token_ids[pair.n_shared..]));
-            }
-        }
-        let batch = builder.build();
+        let (batch, segments) = trees(pairs.iter().map(|pair| PairTokens {
+            chosen: &pair.chosen.token_ids,
+            rejected: &pair.rejected.token_ids,
+            n_shared: pair.n_shared,
+        }));
         let rows = segments.concat().into_iter().map(|segment| batch.last_row(segment)).collect();
         Self { batch, rows }
     }
@@ -59,13 +55,6 @@ impl PackedPairs {
     /// `[2n]` f32: the chosen sides' scores, then the rejected ones'.
     pub(crate) fn scores(&self, hidden: &Tensor, head: &ScalarHead) -> Tensor {
         head.forward(&select_rows(hidden, self.rows.iter().copied()))
-    }
-}
-
-fn add(builder: &mut BatchBuilder, root: Option<SegmentIdx>, own: &[i64]) -> SegmentIdx {
-    match root {
-        Some(root) => builder.child(root, own),
-        None => builder.root(own),
     }
 }
 

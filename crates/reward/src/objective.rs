@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use arete_chain::batches;
 use arete_model::{Adapter, Decoder, ScalarHead};
-use arete_training::{Error, Evaluation, Objective, StepReport};
+use arete_training::{Error, Evaluation, Objective, Passes, StepReport};
 use tch::{Kind, Tensor};
 
 use crate::data::Pair;
@@ -26,10 +26,8 @@ pub struct BradleyTerry<'a> {
     pub validation: &'a [Pair],
     /// Weight of the penalty on the sum of a pair's scores.
     pub center: f64,
-    /// Most tokens in one forward pass.
-    pub micro_batch_tokens: usize,
-    /// Whether blocks run again in the backward pass.
-    pub recompute: bool,
+    /// How much goes into a pass, and what is kept of it.
+    pub passes: Passes,
     /// Scores of the validation pairs, chosen and rejected, as the last evaluation found them.
     pub evaluated: Option<Vec<[f64; 2]>>,
 }
@@ -45,10 +43,10 @@ impl Objective for BradleyTerry<'_> {
         let pairs: Vec<&Pair> = shard.iter().map(|&idx| &self.train[idx]).collect();
         let lengths: Vec<usize> = pairs.iter().map(|pair| pair.n_tokens()).collect();
         let mut numbers = Vec::new();
-        for range in batches::micro_batches(&lengths, self.micro_batch_tokens)? {
+        for range in batches::micro_batches(&lengths, self.passes.micro_batch_tokens)? {
             let part = &pairs[range];
             let packed = PackedPairs::new(part);
-            let pass = self.decoder.pass(&packed.batch, self.adapter, self.recompute)?;
+            let pass = self.decoder.pass(&packed.batch, self.adapter, self.passes.recompute())?;
             let both = packed.scores(&pass.hidden, self.head); // [2n]
             let loss = losses_of(&both, part, self.center); // [n]
             let found = Tensor::cat(&[both.detach().view([2, -1]), loss.detach().unsqueeze(0)], 0); // [3, n]
@@ -60,6 +58,10 @@ impl Objective for BradleyTerry<'_> {
         // One read from the device.
         let numbers = Tensor::cat(&numbers, 0).to_kind(Kind::Double);
         Ok(Vec::<f64>::try_from(numbers.contiguous().view([-1]))?)
+    }
+
+    fn passes(&self) -> Passes {
+        self.passes.clone()
     }
 
     fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
@@ -79,7 +81,7 @@ impl Objective for BradleyTerry<'_> {
 
     fn measure(&mut self, examples: Range<usize>) -> Result<Vec<f64>, Error> {
         let pairs: Vec<&Pair> = self.validation[examples].iter().collect();
-        let budget = self.micro_batch_tokens;
+        let budget = self.passes.micro_batch_tokens;
         let scores = pair_scores(self.decoder, Some(self.adapter), self.head, &pairs, budget)?;
         let (chosen, rejected): (Vec<f64>, Vec<f64>) =
             scores.iter().map(|&[chosen, rejected]| (chosen, rejected)).unzip();

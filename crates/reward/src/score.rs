@@ -3,23 +3,26 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result};
 use arete_chain::pairs::{self, FieldError};
 use arete_chain::reward_model::{Base, RewardModel};
 use arete_model::Source;
-use arete_records::{At, Role, atomic};
+use arete_records::{Role, atomic, left_out, table};
+use arete_stage::inputs::Piped;
+use arete_training::not_rendered;
 use arete_training::runtime::{self, Dtype};
+use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::Error;
 use crate::data::Conversation;
 
 /// Settings of scoring.
 #[derive(Clone, Debug, clap::Args, Serialize, Deserialize)]
 pub struct ScoreConfig {
-    /// Merged reward model (…ForSequenceClassification), or with --adapter the base
-    #[arg(long)]
-    pub model: String,
+    /// Merged reward model (…ForSequenceClassification), or with --adapter the base [default: the one that the adapter names]
+    #[arg(long, required_unless_present = "adapter")]
+    pub model: Option<String>,
     /// Directory with the reward model's adapter and head
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
@@ -37,10 +40,10 @@ pub struct ScoreConfig {
     #[arg(long, default_value_t = 4096)]
     pub micro_batch_tokens: usize,
     /// Pack the model's blocks to NF4
-    #[arg(long)]
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub nf4: bool,
-    /// With --nf4: the scales in eight bits, as `double_quantize` in a recipe
-    #[arg(long, requires = "nf4")]
+    /// Quantise the NF4 scales as well
+    #[arg(long, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub double_quantize: bool,
     /// Number format of the model and of activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
@@ -54,17 +57,19 @@ pub struct ScoreConfig {
 }
 
 /// Scores every row of `config.input`: `{"row", "score", "n_tokens"}`, or for pairs `{"row", "score_chosen",
-/// "score_rejected", "n_tokens_chosen", "n_tokens_rejected"}`; with `prompt_id` where the input has it.
+/// "score_rejected", "n_tokens_chosen", "n_tokens_rejected"}`; with `id` and `prompt_id` where the input has them. A row that
+/// cannot be scored has `error` instead, unless such rows are more than a [share](left_out::is_share).
 ///
 /// # Errors
 ///
-/// Bad rows, an unusable model, a full disk: see [`Error`].
-pub fn run(config: &ScoreConfig) -> Result<(), Error> {
-    let rows = read(&config.input, &config.copy)?;
+/// Too many bad rows, an unusable model, a full disk.
+pub fn run(config: &ScoreConfig) -> Result<()> {
+    let mut piped = Piped::default();
+    let mut rows = read(&piped.local(&config.input)?, &config.copy)?;
     runtime::set_threads(config.threads);
     let device = runtime::device(&config.device)?;
     let options = runtime::load_options(device, config.dtype, config.nf4, config.double_quantize);
-    let source = Source::parse(&config.model)?;
+    let source = Source::parse(&base_of(config)?)?;
     for path in source.local_path().into_iter().chain(config.adapter.as_deref()) {
         arete_stage::inputs::check(path)?;
     }
@@ -72,15 +77,21 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     let chat = model.chat()?;
     let base = Base { model: &model, chat: &chat, micro_batch_tokens: config.micro_batch_tokens };
 
-    let mut sequences = Vec::new();
-    for row in &rows {
-        for conversation in &row.conversations {
-            let token_ids =
-                reward.token_ids(base, &conversation.transcript()).map_err(|source| {
-                    let (path, row, source) = (config.input.clone(), row.row, Box::new(source));
-                    Error::Rendering { path, row, source }
-                })?;
-            sequences.push(token_ids);
+    let (mut sequences, n_rows) = (Vec::new(), rows.len());
+    let mut n_bad = rows.iter().filter(|row| row.error.is_some()).count();
+    for row in &mut rows {
+        let own = row.conversations.iter().map(|own| reward.token_ids(base, &own.transcript()));
+        match own.collect::<Result<Vec<_>, _>>() {
+            Ok(own) => sequences.extend(own),
+            Err(error) => {
+                n_bad += 1;
+                if !left_out::is_share(n_bad, n_rows) {
+                    return Err(error).with_context(|| not_rendered(&config.input, row.row));
+                }
+                tracing::warn!(row = row.row, %error, "row not scored");
+                row.error = Some(format!("cannot be rendered: {error}"));
+                row.conversations.clear();
+            }
         }
     }
     let scores = reward.sequence_scores(&model, &sequences, config.micro_batch_tokens)?;
@@ -88,13 +99,15 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     let mut read = sequences.iter().map(Vec::len).zip(scores);
     for row in &rows {
         let own: Vec<(usize, f64)> = read.by_ref().take(row.conversations.len()).collect();
-        let names: &[&str] = if own.len() == 1 { &[""] } else { &["_chosen", "_rejected"] };
+        let names: &[&str] = match own.len() {
+            0 => &[],
+            1 => &[""],
+            _ => &["_chosen", "_rejected"],
+        };
         let mut line = Map::new();
         line.insert("row".to_owned(), row.row.into());
-        if let Some(id) = &row.prompt_id {
-            line.insert("prompt_id".to_owned(), id.as_str().into());
-        }
         line.extend(row.copied.iter().map(|(field, value)| (field.clone(), value.clone())));
+        line.extend(row.error.iter().map(|error| ("error".to_owned(), error.as_str().into())));
         if let Some((_, score)) = own.iter().find(|(_, score)| !score.is_finite()) {
             let (row, path) = (row.row, config.input.display());
             let what = format!("score of row {row} of {path} ({score})");
@@ -108,7 +121,7 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
         }
         writeln!(out, "{}", Value::Object(line)).expect("writing to memory cannot fail");
     }
-    tracing::info!(rows = rows.len(), "scored");
+    tracing::info!(rows = n_rows - n_bad, bad = n_bad, "scored");
     if config.output == Path::new("-") {
         std::io::stdout().lock().write_all(&out)?;
         return Ok(());
@@ -116,47 +129,92 @@ pub fn run(config: &ScoreConfig) -> Result<(), Error> {
     Ok(atomic::write(&config.output, &out)?)
 }
 
+/// The base: the one that is named, else the one that the adapter was trained over.
+fn base_of(config: &ScoreConfig) -> Result<String> {
+    if let Some(model) = &config.model {
+        return Ok(model.clone());
+    }
+    let dir = config.adapter.as_deref().expect("clap demands one of them");
+    Ok(arete_chain::yardstick::base_of_adapter(dir)?)
+}
+
+/// Fields by which people know their rows.
+const IDS: [&str; 2] = ["id", "prompt_id"];
+
 /// A row to score: one conversation, or the two of a pair.
 struct Row {
     row: usize,
-    prompt_id: Option<String>,
     conversations: Vec<Conversation>,
-    /// Fields that are passed on.
+    /// Fields that are passed on, those first by which a row is known.
     copied: Vec<(String, Value)>,
+    /// Why it has no score.
+    error: Option<String>,
 }
 
-fn read(path: &Path, copy: &[String]) -> Result<Vec<Row>, Error> {
-    let mut rows = Vec::new();
-    for (row, object) in pairs::records(path)? {
-        let refused = |error: FieldError| error.at(path, At::Row(row));
-        let conversations = match object.get("messages") {
-            Some(value) => {
-                let truncated = object.get("truncated").and_then(Value::as_bool).unwrap_or(false);
-                let messages =
-                    pairs::messages("messages", value, Role::Assistant).map_err(refused)?;
-                vec![Conversation { messages, truncated }]
-            }
-            None => {
-                let pair = pairs::of_record(row, &object).map_err(refused)?;
-                pair.map(|pair| vec![pair.chosen, pair.rejected]).unwrap_or_default()
-            }
-        };
-        if conversations.is_empty()
-            || conversations.iter().any(|conversation| conversation.messages.is_empty())
-        {
-            let got = Value::Array(Vec::new());
-            return Err(refused(FieldError::new("messages", "at least one message", &got)).into());
-        }
-        let prompt_id = object.get("prompt_id").and_then(Value::as_str).map(str::to_owned);
-        let field = |name: &String| match object.get(name) {
-            Some(value) => Ok((name.clone(), value.clone())),
-            None => {
-                let expected = format!("a column `{name}`");
-                Err(refused(FieldError::columns("copy", expected, &object)))
-            }
-        };
-        let copied = copy.iter().map(field).collect::<Result<_, arete_records::Refusal>>()?;
-        rows.push(Row { row, prompt_id, conversations, copied });
+fn read(path: &Path, copy: &[String]) -> Result<Vec<Row>> {
+    let table = table::read_renamed(path, &[])?;
+    let (mut rows, mut wrong) = (Vec::new(), Vec::new());
+    for (row, error) in pairs::unreadable(table.unreadable) {
+        let error_text = Some(error.to_string());
+        wrong.push((row, error));
+        rows.push(Row { row, conversations: Vec::new(), copied: Vec::new(), error: error_text });
     }
+    for (row, object) in table.records {
+        let known = IDS.into_iter().filter(|name| !copy.iter().any(|asked| asked == name));
+        let known = known.filter_map(|name| Some((name.to_owned(), object.get(name)?.clone())));
+        let mut copied: Vec<(String, Value)> = known.collect();
+        let asked = copied_of(&object, copy);
+        let found = conversations_of(row, &object).and_then(|own| Ok((own, asked?)));
+        let (conversations, error) = match found {
+            Ok((conversations, asked)) => {
+                copied.extend(asked);
+                (conversations, None)
+            }
+            Err(error) => {
+                let text = error.to_string();
+                wrong.push((row, error));
+                (Vec::new(), Some(text))
+            }
+        };
+        rows.push(Row { row, conversations, copied, error });
+    }
+    rows.sort_by_key(|row| row.row);
+    pairs::leave_out(path, wrong, rows.len())?;
     Ok(rows)
+}
+
+/// What there is to score in a record.
+fn conversations_of(
+    row: usize,
+    object: &Map<String, Value>,
+) -> Result<Vec<Conversation>, FieldError> {
+    let conversations = match pairs::present(object, "messages") {
+        Some(value) => {
+            let truncated = object.get("truncated").and_then(Value::as_bool).unwrap_or(false);
+            let messages = pairs::messages("messages", value, Role::Assistant)?;
+            vec![Conversation { messages, truncated }]
+        }
+        None => {
+            let pair = pairs::of_record(row, object)?;
+            pair.map(|pair| vec![pair.chosen, pair.rejected]).unwrap_or_default()
+        }
+    };
+    let is_empty = |conversation: &Conversation| conversation.messages.is_empty();
+    if conversations.is_empty() || conversations.iter().any(is_empty) {
+        let got = Value::Array(Vec::new());
+        return Err(FieldError::new("messages", "at least one message", &got));
+    }
+    Ok(conversations)
+}
+
+/// The fields that are asked for.
+fn copied_of(
+    object: &Map<String, Value>,
+    copy: &[String],
+) -> Result<Vec<(String, Value)>, FieldError> {
+    let field = |name: &String| match object.get(name) {
+        Some(value) => Ok((name.clone(), value.clone())),
+        None => Err(FieldError::columns("copy", format!("a column `{name}`"), object)),
+    };
+    copy.iter().map(field).collect()
 }

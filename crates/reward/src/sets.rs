@@ -2,17 +2,15 @@
 
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::listed;
 use arete_chain::sample::key_of;
 use arete_chain::{Member, Turns, members};
-use arete_records::Aspect;
 use arete_records::hashes::{RUN_JSON, STAGE_JSON};
-
-use crate::Error;
-use crate::stage::setting;
+use arete_records::{Aspect, Refusal};
 
 /// The sets that reward models are wanted for: all that there are, or those named.
-pub(crate) fn wanted(dir: &Path, turns: &Turns, named: &[Aspect]) -> Result<Vec<Member>, Error> {
+pub(crate) fn wanted(dir: &Path, turns: &Turns, named: &[Aspect]) -> Result<Vec<Member>> {
     let found = members::preference_sets(dir, turns)?;
     if named.is_empty() && !found.is_empty() {
         return complete(dir, turns, found);
@@ -33,16 +31,16 @@ pub(crate) fn wanted(dir: &Path, turns: &Turns, named: &[Aspect]) -> Result<Vec<
             [] => expected,
             _ => format!("{expected}; or a set that is there: {}", listed(virtues)),
         };
-        Err(setting("aspect", &expected, name.name()))
+        Err(Refusal::setting("aspect", &expected, name.name()).into())
     };
     named.iter().map(of).collect()
 }
 
 /// These sets, unless the stage that writes them was stopped half-way. Of a turn there need be none.
-fn complete(dir: &Path, turns: &Turns, found: Vec<Member>) -> Result<Vec<Member>, Error> {
+fn complete(dir: &Path, turns: &Turns, found: Vec<Member>) -> Result<Vec<Member>> {
     if dir.join(STAGE_JSON).is_file() && !dir.join(RUN_JSON).is_file() {
         let expected = format!("{}: preferences that are complete", dir.display());
-        return Err(setting(
+        bail!(Refusal::setting(
             "preferences",
             &expected,
             "a stage that was stopped: let it end first",

@@ -1,8 +1,12 @@
 //! The stage: from files to files.
 
+mod read;
+
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::Constitution;
+use arete_chain::memory;
 use arete_chain::reading::{self, Side};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::yardstick::fold_dir;
@@ -10,20 +14,21 @@ use arete_chain::{CutReply, Member, Reading, Turns};
 use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Chat, LoadOptions, Model, ScalarHead, Source, adapter::merge};
-use arete_records::{Aspect, ScoreStats, Split, left_out, score_stats};
-use arete_stage::run::{Completion, StageRun, StageSpec, Start};
+use arete_records::{Aspect, Refusal, ScoreStats, Split, score_stats};
+use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, write_json};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, Ranks, Select, runtime, train as train_loop};
+use arete_training::{AdamW, Outcome, Ranks, Select, runtime, too_few_pairs, train as train_loop};
 use serde_json::{Map, Value};
 
+use self::read::Data;
 use crate::config::OverLength;
-use crate::data::{self, Pair, Pairs, Preference, Rendering};
+use crate::data::{Pair, Pairs};
 use crate::model::pair_scores;
 use crate::objective::BradleyTerry;
 use crate::statistics::{Asked, BaseReplies, Scored, StatsSampling};
-use crate::{Config, Error, folds, sets};
+use crate::{Config, folds, sets};
 
 /// Settings that say how long it is trained: with more of them, training goes on.
 const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
@@ -56,6 +61,8 @@ pub enum PreferenceSource {
 pub struct TrainInputs {
     /// The pairs.
     pub preferences: PreferenceSource,
+    /// Human pairs that are mixed in with those of a set, as the settings say how many and about what.
+    pub mixed: Option<PathBuf>,
     /// Directory with `conversations.parquet`, from which the score statistics are taken; without it, from both sides
     /// of the validation pairs.
     pub conversations: Option<PathBuf>,
@@ -77,6 +84,8 @@ struct Job {
     validation: PathBuf,
     /// Pairs that nothing is selected by.
     test: Option<PathBuf>,
+    /// Human pairs beside those of the set.
+    mixed: Option<PathBuf>,
     conversations: Option<PathBuf>,
     run: StageRun,
 }
@@ -85,23 +94,23 @@ struct Job {
 ///
 /// # Errors
 ///
-/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
-pub fn train(config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
-    check(config)?;
+/// Bad settings or data, an unusable model, an interrupt, a full disk.
+pub fn train(config: &Config, inputs: &TrainInputs) -> Result<()> {
+    config.check()?;
     if config.folds > 0 && matches!(inputs.preferences, PreferenceSource::Stage { .. }) {
-        return Err(setting(
+        bail!(Refusal::setting(
             "folds",
             "0 for judged preferences: folds are of human pairs (--pairs)",
-            &config.folds.to_string(),
+            config.folds,
         ));
     }
     let ranks = Ranks::join(config.steps.shards.virtual_shards)?;
     ranks.finish(train_on(&ranks, config, inputs))
 }
 
-fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<(), Error> {
+fn train_on(ranks: &Ranks, config: &Config, inputs: &TrainInputs) -> Result<()> {
     let model_name =
-        config.model.as_deref().ok_or_else(|| setting("model", "a base model", "none"))?;
+        config.model.as_deref().ok_or_else(|| Refusal::setting("model", "a base model", "none"))?;
     let source = Source::fetch(model_name)?;
     let conversations = inputs
         .conversations
@@ -130,42 +139,26 @@ fn train_jobs(
     source: Source,
     sampling: StatsSampling,
     jobs: Vec<Job>,
-) -> Result<(), Error> {
+) -> Result<()> {
     let options = config.compute.start_on(ranks)?;
+    let saving = memory::admit("reward", &source, options.device, &config.demand()?)?;
     let model = Model::load(&source, &options)?;
-    let replies = BaseReplies::default();
-    let base = Base { ranks, config, name: model_name, source, options, model, sampling, replies };
+    let base = Base {
+        ranks,
+        config,
+        name: model_name,
+        source,
+        options,
+        saving,
+        model,
+        sampling,
+        replies: BaseReplies::default(),
+    };
     for job in jobs {
         let name = job.name.clone();
         base.train(job)?;
         if ranks.is_first() {
             tracing::info!(name, "reward model written");
-        }
-    }
-    Ok(())
-}
-
-pub(crate) fn setting(name: &'static str, expected: &str, got: &str) -> Error {
-    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
-}
-
-fn check(config: &Config) -> Result<(), Error> {
-    if config.max_length < 2 {
-        return Err(setting("max_length", "at least 2", &config.max_length.to_string()));
-    }
-    if config.folds == 1 {
-        return Err(setting("folds", "two or more, or 0 for one reward model", "1"));
-    }
-    if config.folds > 0 && (config.all_pairs || config.steps.select == Select::Best) {
-        let expected = "neither all_pairs nor select = \"best\": no fold may see its own pairs";
-        return Err(setting("folds", expected, &config.folds.to_string()));
-    }
-    for (name, value) in [
-        ("center_rewards_coefficient", config.center_rewards_coefficient),
-        ("margin_per_vote", config.margin_per_vote),
-    ] {
-        if !(value.is_finite() && value >= 0.0) {
-            return Err(setting(name, "a number of at least 0", &value.to_string()));
         }
     }
     Ok(())
@@ -179,7 +172,7 @@ fn open_jobs(
     conversations: Option<&PathBuf>,
     sampling: StatsSampling,
     source: &Source,
-) -> Result<Vec<Job>, Error> {
+) -> Result<Vec<Job>> {
     let mut jobs = Vec::new();
     type Wanted = (Option<Member>, Option<usize>, PathBuf, PathBuf);
     let (carried, wanted): (_, Vec<Wanted>) = match &inputs.preferences {
@@ -214,6 +207,7 @@ fn open_jobs(
                 files.push(("validation".to_owned(), validation.clone()));
             }
             files.extend(test.iter().map(|file| ("test".to_owned(), file.clone())));
+            files.extend(inputs.mixed.iter().map(|file| ("pairs".to_owned(), file.clone())));
             files.extend(
                 conversations.iter().map(|&file| ("conversations".to_owned(), file.clone())),
             );
@@ -232,7 +226,11 @@ fn open_jobs(
             (None, None) => "yardstick".to_owned(),
         };
         let mut recorded = serde_json::to_value(&recorded).expect("settings are numbers and words");
-        arete_training::forget_harmless(&mut recorded, &[]);
+        let unused: &[&str] = match inputs.mixed {
+            Some(_) => &[],
+            None => &["pairs_weight", "pairs_aspect"],
+        };
+        arete_training::forget_harmless(&mut recorded, unused);
         // Not a setting: reward models of versions that recorded no reading rule are trained again.
         recorded["reading"] = "as trained".into();
         if set.is_some() && conversations.is_some() {
@@ -251,7 +249,7 @@ fn open_jobs(
             inputs: files,
         };
         match ranks.begin(spec, &AMOUNTS)? {
-            Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
+            Start::UpToDate(_) => run::say_up_to_date(&output),
             Start::Run(run) => {
                 if let Some(own) = &carried {
                     own.leave(run.output())?;
@@ -266,6 +264,7 @@ fn open_jobs(
                     train,
                     validation,
                     test,
+                    mixed: inputs.mixed.clone(),
                     conversations,
                     run,
                 });
@@ -275,17 +274,6 @@ fn open_jobs(
     Ok(jobs)
 }
 
-/// Pairs of both splits as tokens.
-struct Data {
-    train: Pairs,
-    validation: Pairs,
-    /// What the validation pairs are called in reports.
-    validation_name: &'static str,
-    test: Pairs,
-    /// Both splits as they were read, of a fold.
-    read: [Vec<Preference>; 2],
-}
-
 /// What every reward model shares.
 struct Base<'a> {
     ranks: &'a Ranks,
@@ -293,13 +281,15 @@ struct Base<'a> {
     name: &'a str,
     source: Source,
     options: LoadOptions,
+    /// Keeps as little as can be for the backward pass.
+    saving: bool,
     model: Model,
     sampling: StatsSampling,
     replies: BaseReplies,
 }
 
 impl Base<'_> {
-    fn train(&self, job: Job) -> Result<(), Error> {
+    fn train(&self, job: Job) -> Result<()> {
         let (config, model) = (self.config, &self.model);
         let output = job.run.output().to_owned();
         let chat = model.chat()?;
@@ -307,14 +297,15 @@ impl Base<'_> {
         report_losses(&data, &job.name);
         if data.train.pairs.len() < config.min_pairs.max(1) {
             let Pairs { n_dropped, n_identical, .. } = data.train;
-            return Err(Error::TooFewPairs {
-                path: job.train,
-                expected: config.min_pairs.max(1),
-                got: data.train.pairs.len(),
-                reason: format!(
-                    "{n_dropped} dropped for their length, {n_identical} identical after cutting"
-                ),
-            });
+            let reason = format!(
+                "{n_dropped} dropped for their length, {n_identical} identical after cutting"
+            );
+            bail!(too_few_pairs(
+                &job.train,
+                config.min_pairs.max(1),
+                data.train.pairs.len(),
+                &reason
+            ));
         }
 
         let device = self.options.device;
@@ -387,7 +378,7 @@ impl Base<'_> {
         adapter: &Adapter,
         head: &ScalarHead,
         output: &Path,
-    ) -> Result<(), Error> {
+    ) -> Result<()> {
         let test_pairs: Vec<&Pair> = data.test.pairs.iter().collect();
         let budget = self.config.steps.micro_batch_tokens;
         let test = pair_scores(&self.model.decoder, Some(adapter), head, &test_pairs, budget)?;
@@ -431,66 +422,6 @@ impl Base<'_> {
         Ok(())
     }
 
-    fn read(&self, job: &Job, chat: &Chat<'_>) -> Result<Data, Error> {
-        let config = self.config;
-        let rendering = Rendering {
-            max_length: config.max_length,
-            over_length: config.over_length,
-            label: config.label,
-            margin_per_vote: config.margin_per_vote,
-        };
-        let (mut train, validation, validation_name) = if job.set.is_some() {
-            let train = data::read_preferences(&job.train)?;
-            // Of few prompts none may be left of this split: the stage before writes no file of it then.
-            let validation = if job.validation.is_file() {
-                data::read_preferences(&job.validation)?
-            } else {
-                tracing::warn!(
-                    file = %job.validation.display(),
-                    "no pairs of the validation split: the reward model is not evaluated"
-                );
-                Vec::new()
-            };
-            (train, validation, Split::Validation.name())
-        } else {
-            let columns = config.column.as_deref().unwrap_or_default();
-            let (pairs, left_out) = data::read_pairs(&job.train, columns)?;
-            left_out::write(job.run.output(), &left_out)?;
-            // Of a yardstick the folds are what is held out; else the splits are.
-            let splits = data::splits_of_pairs(&pairs);
-            let (mut train, mut held_out) = (Vec::new(), Vec::new());
-            for (pair, split) in pairs.into_iter().zip(splits) {
-                let is_train = match job.fold {
-                    Some(fold) => !folds::is_in(&pair, fold, config.folds),
-                    None => split == Split::Train,
-                };
-                if is_train { train.push(pair) } else { held_out.push(pair) }
-            }
-            if config.all_pairs {
-                ([train, held_out.clone()].concat(), held_out, "held-out (trained on as well)")
-            } else {
-                (train, held_out, "held-out")
-            }
-        };
-        if config.shuffle_labels {
-            data::shuffle_labels(&mut train, config.seed);
-        }
-        let tokenize = |path: &Path, preferences: &[Preference]| {
-            data::tokenize(path, preferences, chat, &rendering)
-        };
-        let test = match &job.test {
-            Some(path) => tokenize(path, &data::read_preferences(path)?)?,
-            None => Pairs::default(),
-        };
-        Ok(Data {
-            train: tokenize(&job.train, &train)?,
-            validation: tokenize(&job.validation, &validation)?,
-            validation_name,
-            test,
-            read: if job.fold.is_some() { [train, validation] } else { Default::default() },
-        })
-    }
-
     /// Trains; also the scores of the validation pairs with the weights it ends with, if it has just computed them.
     fn optimise(
         &self,
@@ -498,7 +429,7 @@ impl Base<'_> {
         data: &Data,
         adapter: &Adapter,
         head: &ScalarHead,
-    ) -> Result<(Outcome, Option<PairScores>), Error> {
+    ) -> Result<(Outcome, Option<PairScores>)> {
         let config = self.config;
         let mut parameters = adapter.parameters();
         parameters.push((HEAD.to_owned(), head.weight.shallow_clone()));
@@ -531,8 +462,7 @@ impl Base<'_> {
             train: &data.train.pairs,
             validation: &data.validation.pairs,
             center: config.center_rewards_coefficient,
-            micro_batch_tokens: config.steps.micro_batch_tokens,
-            recompute: config.compute.recompute,
+            passes: config.compute.passes(config.steps.micro_batch_tokens, self.saving),
             evaluated: None,
         };
         let fingerprint = job.run.fingerprint().to_owned();
@@ -571,7 +501,7 @@ impl Base<'_> {
         data: &Data,
         adapter: &Adapter,
         head: &ScalarHead,
-    ) -> Result<PairScores, Error> {
+    ) -> Result<PairScores> {
         let pairs: Vec<&Pair> = data.validation.pairs.iter().collect();
         let budget = self.config.steps.micro_batch_tokens;
         Ok(pair_scores(&self.model.decoder, Some(adapter), head, &pairs, budget)?)
@@ -586,7 +516,7 @@ impl Base<'_> {
         pair_scores: &[[f64; 2]],
         chat: &Chat<'_>,
         reward: (&Adapter, &ScalarHead, &Reading),
-    ) -> Result<ScoreStats, Error> {
+    ) -> Result<ScoreStats> {
         let (adapter, head, reading) = reward;
         let micro_batch_tokens = self.config.steps.micro_batch_tokens;
         let scored =
@@ -628,7 +558,7 @@ impl Base<'_> {
         stats: &ScoreStats,
         reading: &Reading,
         output: &Path,
-    ) -> Result<f64, Error> {
+    ) -> Result<f64> {
         let mut extra = Map::new();
         extra.insert("score_mean".to_owned(), stats.mean.into());
         extra.insert("score_std".to_owned(), stats.std.into());

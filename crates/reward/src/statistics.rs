@@ -7,17 +7,19 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anyhow::{Context, Result};
 use arete_chain::reward_model::sequence_scores;
 use arete_chain::sample::{SampledChain, Sampler, Start, key_of};
 use arete_chain::{Reading, Transcript, Turns, prompt_of, through_aspect};
 use arete_model::generate::{Options, Sampling, Stream};
 use arete_model::{Adapter, Chat, Model, ScalarHead};
 use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, Message, ScoreStats, Split, parquet, stats};
+use arete_records::{Aspect, Message, Refusal, ScoreStats, Split, parquet, stats};
 use arete_stage::run::RunJson;
+use arete_training::not_rendered;
 use serde::Serialize;
 
-use crate::{Config, Error};
+use crate::Config;
 
 /// The persona of the tuned model among conversations that are another model's as well.
 const TUNED: &str = "tuned";
@@ -43,8 +45,8 @@ impl StatsSampling {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for a temperature or a length that no sampler can use; a damaged `run.json`.
-    pub(crate) fn new(config: &Config, conversations: Option<&Path>) -> Result<Self, Error> {
+    /// A refused setting for a temperature or a length that no sampler can use; a damaged `run.json`.
+    pub(crate) fn new(config: &Config, conversations: Option<&Path>) -> Result<Self> {
         let run_dir = conversations.and_then(Path::parent);
         let run = match run_dir {
             Some(dir) if dir.join("run.json").is_file() => Some(RunJson::read(dir)?.config),
@@ -61,7 +63,7 @@ impl StatsSampling {
             .or_else(|| recorded("temperature")?.as_f64())
             .unwrap_or(TEMPERATURE);
         let refuse = |name, expected: &str, got: String| {
-            Err(Error::Setting { name, expected: expected.to_owned(), got })
+            Err(Refusal::setting(name, expected.to_owned(), got).into())
         };
         if max_new_tokens == 0 {
             return refuse("stats_max_new_tokens", "at least 1", "0".to_owned());
@@ -117,7 +119,7 @@ pub(crate) struct Scored<'a> {
 
 impl Scored<'_> {
     /// Scores of token sequences.
-    pub(crate) fn scores(&self, sequences: &[Vec<i64>]) -> Result<Vec<f64>, Error> {
+    pub(crate) fn scores(&self, sequences: &[Vec<i64>]) -> Result<Vec<f64>> {
         let (decoder, adapter) = (&self.model.decoder, Some(self.adapter));
         let budget = self.micro_batch_tokens;
         Ok(sequence_scores(decoder, adapter, self.head, sequences, budget)?)
@@ -136,7 +138,7 @@ impl BaseReplies {
         asked: Asked<'_>,
         aspect: Aspect,
         scored: &Scored<'_>,
-    ) -> Result<Option<ScoreStats>, Error> {
+    ) -> Result<Option<ScoreStats>> {
         let Asked { path, turns, sampling, .. } = asked;
         let rows: Vec<ConversationRow> = parquet::read(path)?;
         let prompts = validation_prompts(&rows)?;
@@ -199,7 +201,7 @@ fn source(replies: &Replies, sampling: StatsSampling) -> String {
 }
 
 /// Every validation prompt once, in the order of the rows.
-fn validation_prompts(rows: &[ConversationRow]) -> Result<Vec<Prompt>, Error> {
+fn validation_prompts(rows: &[ConversationRow]) -> Result<Vec<Prompt>> {
     let mut out: Vec<Prompt> = Vec::new();
     let mut seen = std::collections::BTreeSet::new();
     for row in rows.iter().filter(|row| row.split == Split::Validation) {
@@ -219,7 +221,7 @@ fn own_replies(
     path: &Path,
     aspect: Aspect,
     scored: &Scored<'_>,
-) -> Result<Replies, Error> {
+) -> Result<Replies> {
     let numbers: BTreeMap<&str, usize> =
         prompts.iter().enumerate().map(|(idx, prompt)| (prompt.id.as_str(), idx)).collect();
     let mut out = Replies { sequences: Vec::new(), prompts: Vec::new(), n_sampled: 0 };
@@ -230,11 +232,7 @@ fn own_replies(
         }
         let (messages, finish_reasons) = through_aspect(row, aspect)?;
         let transcript = Transcript { messages, finish_reasons };
-        let read = scored.read(&transcript).map_err(|source| Error::Rendering {
-            path: path.to_owned(),
-            row: idx + 1,
-            source: Box::new(source),
-        })?;
+        let read = scored.read(&transcript).with_context(|| not_rendered(path, idx + 1))?;
         out.sequences.push(read);
         out.prompts.push(numbers[row.prompt_id.as_str()]);
     }
@@ -247,7 +245,7 @@ fn sample_more(
     n: usize,
     scored: &Scored<'_>,
     asked: Asked<'_>,
-) -> Result<Vec<SampledChain>, Error> {
+) -> Result<Vec<SampledChain>> {
     let Asked { turns, sampling, seed, .. } = asked;
     let Scored { model, chat, .. } = scored;
     let sampler = Sampler {

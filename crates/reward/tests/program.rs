@@ -216,6 +216,19 @@ fn preferences_become_a_reward_model_that_scores() {
     assert_eq!((&reading["cut_reply"], &reading["max_length"]), (&"open".into(), &512.into()));
     assert_eq!((&reading["head"], &reading["cut_side"]), (&"last_token".into(), &"left".into()));
 
+    // The adapter knows its base, and a row keeps the id it is known by.
+    let known = dir.path().join("known.jsonl");
+    let row = fs_err::read_to_string(&input).unwrap();
+    let mut row: Value = serde_json::from_str(row.lines().next().unwrap()).unwrap();
+    row["id"] = 7.into();
+    fs_err::write(&known, format!("{row}\n")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+    command.args(["score", "--dtype", "f32", "--adapter", &text(&adapter), "--output", "-"]);
+    command.args(["--input", &text(&known)]);
+    let printed: Value = serde_json::from_slice(&succeed(command).stdout).unwrap();
+    assert_eq!((&printed["id"], &printed["row"]), (&7.into(), &1.into()));
+    assert!((number(&printed, "score") - scores[0]).abs() < 1e-5, "{printed}");
+
     // Rows of pairs are scored side by side.
     let file = preferences.join("action/validation.parquet");
     let lines = score(&merged_dir, None, &file, &[]);
@@ -468,6 +481,23 @@ fn pairs_in_text_form_train_a_yardstick() {
     assert_eq!(number(&evaluation["accuracy"], "estimate"), 1.0);
     let (run, _) = train("all", &["--all-pairs", "--max-steps", "1"]);
     assert_eq!(number(&run["counts"], "train"), 60.0);
+    // Steps far too large make one score of all: that is said by the stage that knows it.
+    let output = dir.path().join("collapsed");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-reward"));
+    command.args([
+        "train",
+        "--model",
+        &text(&model()),
+        "--pairs",
+        &text(&file),
+        "--max-steps",
+        "3",
+    ]);
+    command.args(["--output", &text(&output), "--rank", "2", "--learning-rate", "1e6"]);
+    command.args(["--dtype", "f32", "--threads", "1"]).stderr(Stdio::piped());
+    let said = message(&succeed(command));
+    assert!(said.contains("every reply has the same score"), "{said}");
+    assert_eq!(number(&json(&output.join("score_stats.json")), "std"), 0.0);
     // With labels by the toss of a coin there is nothing to learn.
     let (_, control) = train("control", &["--shuffle-labels"]);
     assert!(number(&control, "mean_margin") < 0.5 * number(&evaluation, "mean_margin"));

@@ -11,7 +11,7 @@ use arete_model::{
 use arete_reward::config::{Label, OverLength};
 use arete_reward::data::{self, Rendering};
 use arete_reward::objective::BradleyTerry;
-use arete_training::{AdamW, AdamWConfig, Objective};
+use arete_training::{AdamW, AdamWConfig, Objective, Passes};
 
 const N_STEPS: u64 = 50;
 
@@ -48,8 +48,7 @@ fn losses(source: PathBuf, nf4: Option<Nf4Options>) -> Vec<f64> {
         train: &pairs,
         validation: &[],
         center: 0.01,
-        micro_batch_tokens: 4096,
-        recompute: false,
+        passes: Passes::new(4096, false),
         evaluated: None,
     };
     let step = |step: u64| {

@@ -11,7 +11,7 @@ use arete_reward::config::{Label, OverLength};
 use arete_reward::data::{self, Pair, Rendering};
 use arete_reward::model::pair_scores;
 use arete_reward::objective::BradleyTerry;
-use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
+use arete_training::{AdamW, AdamWConfig, Objective, Passes, Schedule, ScheduleKind};
 use serde_json::Value;
 use support::{golden, here, relative_difference, tiny_chat};
 
@@ -87,8 +87,7 @@ fn losses_gradients_and_weights_are_those_of_trl() {
             train: pairs,
             validation: pairs,
             center: 0.01,
-            micro_batch_tokens,
-            recompute,
+            passes: Passes::new(micro_batch_tokens, recompute),
             evaluated: None,
         };
         let schedule = Schedule::new(ScheduleKind::Linear, 5e-3, 0.0, N_STEPS as u64).unwrap();

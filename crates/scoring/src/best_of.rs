@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_chain::yardstick::{self, Place};
@@ -14,14 +15,13 @@ use arete_model::machine;
 use arete_model::machine::Machine;
 use arete_records::rows::{ConversationRow, PromptRow, RolloutRow};
 use arete_records::stats::{self, Interval, Resampling};
-use arete_records::{Aspect, Split, atomic, parquet, score_stats};
+use arete_records::{Aspect, Refusal, Split, atomic, files, parquet, score_stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
-use crate::Error;
-use crate::config::{ScoreConfig, setting};
+use crate::config::ScoreConfig;
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{answers, aspect_scores};
@@ -193,11 +193,11 @@ pub struct BestOfInputs {
 ///
 /// # Errors
 ///
-/// Bad settings or data, a model that cannot be used, an interrupt, a full disk: see [`Error`].
-pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<BestOf, Error> {
+/// Bad settings or data, a model that cannot be used, an interrupt, a full disk.
+pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<BestOf> {
     config.check()?;
     if n < 2 {
-        return Err(setting("best_of", "at least 2 samples", &n.to_string()));
+        bail!(Refusal::setting("best_of", "at least 2 samples", n));
     }
     let base = Policy::resolve("base", &inputs.base, None)?.source;
     let file = if inputs.prompts.is_dir() {
@@ -251,12 +251,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
         prompts.truncate(config.n_prompts);
     }
     if prompts.is_empty() {
-        return Err(Error::File {
-            path: file,
-            field: "split".to_owned(),
-            expected: "at least one validation prompt".to_owned(),
-            found: "none".to_owned(),
-        });
+        bail!(Refusal::file(&file, "split", "at least one validation prompt", "none"));
     }
     let options = config.load_options()?;
     let mut shelf = Shelf::new(options);
@@ -266,11 +261,13 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let reader = Base { model, chat: &chat, micro_batch_tokens };
     let mut reward_models = Vec::new();
     for Member { name, turn, dir } in &members {
-        let stats = read_stats(dir, Some(model))?.ok_or_else(|| Error::File {
-            path: dir.join(score_stats::FILE),
-            field: "std".to_owned(),
-            expected: "statistics to standardise with".to_owned(),
-            found: "none".to_owned(),
+        let stats = read_stats(dir, Some(model))?.ok_or_else(|| {
+            Refusal::file(
+                dir.join(score_stats::FILE),
+                "std",
+                "statistics to standardise with",
+                "none",
+            )
         })?;
         let read = turns.names()[*turn];
         reward_models.push((read, RewardModel::over(dir, name.name(), model)?, stats));
@@ -304,10 +301,10 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let mut best =
         BestOf::of(&samples, &aspects, "validation prompts, sampled from the base", resampling)
             .ok_or_else(|| {
-                setting(
+                Refusal::setting(
                     "max_new_tokens",
                     "so few that the replies fit the model",
-                    &config.max_new_tokens.to_string(),
+                    config.max_new_tokens,
                 )
             })?;
     if let Some(place) = &yardstick {
@@ -334,7 +331,7 @@ fn yardstick_scores(
     shelf: &mut Shelf,
     rows: &[ConversationRow],
     budget: usize,
-) -> Result<Vec<f64>, Error> {
+) -> Result<Vec<f64>> {
     let model = shelf.get_packed(&place.source, place.nf4)?;
     let chat = model.chat()?;
     let judge = Yardstick::over(place, model)?;
@@ -342,13 +339,9 @@ fn yardstick_scores(
     Ok(judge.scores(base, &answers(rows)?)?)
 }
 
-fn read(path: &Path) -> Result<BestOf, Error> {
-    serde_json::from_slice(&fs_err::read(path)?).map_err(|error| Error::File {
-        path: path.to_owned(),
-        field: "JSON".to_owned(),
-        expected: "what `doctor --best-of` writes".to_owned(),
-        found: error.to_string(),
-    })
+fn read(path: &Path) -> Result<BestOf> {
+    Ok(serde_json::from_slice(&files::read_small(path)?)
+        .map_err(|error| Refusal::file(path, "JSON", "what `doctor --best-of` writes", error))?)
 }
 
 #[cfg(test)]

@@ -4,29 +4,31 @@
 //! an arm with several runs has several seeds. Out: tables, as text, JSON or HTML.
 //!
 //! Each recipe trains reward models of its own, so its Score means something within its runs alone; between arms only
-//! the yardstick's scores of answers to the same test prompts are compared. Seeds and prompts are both luck: where the runs
+//! the yardstick's scores of answers to the same test prompts are compared, or, where no run has any and all share their reward
+//! models, theirs. Seeds and prompts are both luck: where the runs
 //! share ten prompts or more they are crossed random effects ([`arete_records::stats::crossed_mean`]), else every run is one number and
 //! Student's t covers both. Arms of one seed say so. Several looks at one question are corrected by Bonferroni, and named.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arete_records::parquet;
+use anyhow::{Result, bail};
 use arete_records::rows::ScoreRow;
 use arete_records::stats::Interval;
+use arete_records::{Refusal, files, parquet, redact};
 use arete_stage::run::RunJson;
+use serde_json::{Value, json};
 
 use arete_chain::Turns;
 
-use crate::Error;
 use crate::score;
-use crate::summary::{Difference, Scale, Summary};
+use crate::summary::{Difference, Scale, Scope, Summary};
 use crate::table::{Text, bounds, dash, effect, interval, number, row};
 
 mod figures;
 mod page;
 
-pub use figures::{ArmFigure, Comparison, Figure, compare};
+pub use figures::{ArmFigure, Comparison, Figure, Measure, compare};
 pub use page::html;
 
 /// A run under the name of its arm.
@@ -60,25 +62,21 @@ impl ScoredRun {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if scoring has not been run there, [`Error::Records`] if its files are damaged.
-    pub fn read(arm: Arm) -> Result<Self, Error> {
+    /// A refused file if scoring has not been run there, A file's failure if its files are damaged.
+    pub fn read(arm: Arm) -> Result<Self> {
         let dir = arm.run.join("scoring");
         let path = dir.join(score::SUMMARY);
         if !path.is_file() {
-            return Err(Error::File {
-                path,
-                field: "scoring".to_owned(),
-                expected: "the results of `arete-scoring score`".to_owned(),
-                found: "no file".to_owned(),
-            });
+            bail!(Refusal::file(
+                &path,
+                "scoring",
+                "the results of `arete-scoring score`",
+                "no file"
+            ));
         }
-        let summary =
-            serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
-                path,
-                field: "summary".to_owned(),
-                expected: "what `arete-scoring score` writes".to_owned(),
-                found: error.to_string(),
-            })?;
+        let summary = serde_json::from_slice(&files::read_small(&path)?).map_err(|error| {
+            Refusal::file(&path, "summary", "what `arete-scoring score` writes", error)
+        })?;
         let scores = parquet::read(dir.join(score::SCORES))?;
         let mut yardstick = RunJson::read(&dir)?.inputs;
         let mut rewards = yardstick.clone();
@@ -97,18 +95,19 @@ impl ScoredRun {
     }
 
     /// Refuses a model that the run did not score.
-    fn check_model(&self, name: &str) -> Result<(), Error> {
+    fn check_model(&self, name: &str) -> Result<()> {
         let names: Vec<&str> =
             self.summary.models.iter().map(|model| model.name.as_str()).collect();
         if names.contains(&name) {
             return Ok(());
         }
-        Err(Error::File {
-            path: self.arm.run.join("scoring").join(score::SUMMARY),
-            field: "models".to_owned(),
-            expected: name.to_owned(),
-            found: names.join(", "),
-        })
+        Err(Refusal::file(
+            self.arm.run.join("scoring").join(score::SUMMARY),
+            "models",
+            name.to_owned(),
+            names.join(", "),
+        )
+        .into())
     }
 }
 
@@ -116,8 +115,8 @@ impl ScoredRun {
 ///
 /// # Errors
 ///
-/// [`Error::File`] if a run did not score one of the two models, or was scored with another yardstick than those before it.
-pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<(), Error> {
+/// A refused file if a run did not score one of the two models, or was scored with another yardstick than those before it.
+pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<()> {
     for run in runs {
         run.check_model(first)?;
         run.check_model(last)?;
@@ -128,16 +127,16 @@ pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<(), Error> {
         let differs = |name: &&String| pair[0].yardstick.get(*name) != pair[1].yardstick.get(*name);
         if let Some(name) = pair[0].yardstick.keys().chain(pair[1].yardstick.keys()).find(differs) {
             let shown = |run: &ScoredRun| run.yardstick.get(name).cloned().unwrap_or_default();
-            return Err(Error::File {
-                path: pair[1].arm.run.join("scoring/run.json"),
-                field: format!("inputs.{name}"),
-                expected: format!(
+            bail!(Refusal::file(
+                pair[1].arm.run.join("scoring/run.json"),
+                format!("inputs.{name}"),
+                format!(
                     "the yardstick of {} ({}): scores of different yardsticks cannot be compared, score again with one",
                     pair[0].arm.run.display(),
                     shown(pair[0])
                 ),
-                found: shown(pair[1]),
-            });
+                shown(pair[1])
+            ));
         }
     }
     Ok(())
@@ -159,15 +158,33 @@ pub fn shown(runs: &[ScoredRun], comparison: &Comparison, format: Format) -> Str
     match format {
         Format::Text => text(runs, comparison),
         Format::Json => {
-            serde_json::to_string_pretty(comparison).expect("numbers and words serialise") + "\n"
+            let mut value = serde_json::to_value(comparison).expect("numbers and words serialise");
+            let (first, last) = (&comparison.first, &comparison.last);
+            value["runs"] = runs.iter().map(|run| run_json(run, first, last)).collect();
+            redact::redact_json(&mut value);
+            serde_json::to_string_pretty(&value).expect("it is a value already") + "\n"
         }
         Format::Html => html(runs, comparison),
     }
 }
 
+/// What a run gained, by all of its reward models: the first table's row, every figure of it.
+fn run_json(run: &ScoredRun, first: &str, last: &str) -> Value {
+    let is_gain = |own: &&Difference| (&*own.first, &*own.last) == (first, last);
+    let is_whole = |own: &&Difference| matches!(own.scope, Scope::All);
+    let gains: Vec<&Difference> =
+        run.summary.differences.iter().filter(is_gain).filter(is_whole).collect();
+    json!({
+        "arm": run.arm.name,
+        "run": run.arm.run,
+        "n_prompts": run.summary.n_prompts,
+        "differences": gains,
+    })
+}
+
 /// The tables as aligned text.
 pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
-    let Comparison { first, last, within, between, n_looks } = comparison;
+    let Comparison { first, last, measure, within, between, n_looks } = comparison;
     let mut text = Text::default();
     text.line(format!("{last} − {first} within each run; [95 % interval], of that run only"));
     text.line("");
@@ -187,7 +204,7 @@ pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
     if runs.iter().any(|run| run.is_circular(first, last)) {
         text.line(crate::table::CIRCULAR);
     }
-    let header = ["seeds", "prompts", "yardstick, answers", "at equal length"];
+    let header = ["seeds", "prompts", measure.name(), "at equal length"];
     let looks = format!("corrected for {n_looks} looks (Bonferroni)");
     let header = |name: &str| {
         let mut out = vec![name.to_owned()];
@@ -198,7 +215,8 @@ pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
     text.line("");
     if within.is_empty() {
         text.line(format!(
-            "No arm has a yardstick's scores of {first} and {last}: score them with the same --yardstick."
+            "No arm has a yardstick's scores of {first} and {last}, and the runs share no reward models: score them with the same \
+             --yardstick, or by the same --rewards."
         ));
         return text.finish();
     }
@@ -211,9 +229,9 @@ pub fn text(runs: &[ScoredRun], comparison: &Comparison) -> String {
     text.table(1, &rows);
     text.line("");
     if between.is_empty() {
-        text.line(format!("No two arms share a yardstick's scores of {last}."));
+        text.line(format!("No two arms share scores of {last}."));
     } else {
-        text.line(format!("The yardstick's score of {last} between arms; [95 % interval]"));
+        text.line(format!("{} of {last} between arms; [95 % interval]", measure.phrase()));
         text.line("");
         let mut rows = vec![header("arms")];
         rows.extend(between.iter().map(|own| figure_row(own.name.clone(), own)));
@@ -240,7 +258,7 @@ fn figure_row(name: String, own: &ArmFigure) -> Vec<String> {
         name,
         own.n_seeds.clone(),
         own.n_prompts.to_string(),
-        shown(&own.yardstick),
+        shown(&own.mean),
         shown(&own.equal_length),
         dash(own.corrected.as_ref().map(bounds)),
     ]
@@ -338,7 +356,7 @@ mod tests {
         confucian.scores.extend(others.map(|row| ScoreRow { aspect: why, ..row }));
         let runs = [run("report", &[(1, 0.0), (2, 1.0)]), confucian];
         let found = compare(&runs, "original", "final");
-        assert_eq!((found.between[0].n_prompts, found.between[0].yardstick.value), (2, Some(1.0)));
+        assert_eq!((found.between[0].n_prompts, found.between[0].mean.value), (2, Some(1.0)));
         let text = text(&runs, &found);
         assert!(text.contains("compared in the answer alone"), "{text}");
     }

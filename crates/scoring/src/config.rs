@@ -1,18 +1,22 @@
 //! Settings of `score`: flags, and the `[scoring]` table of a recipe.
 
-use arete_model::LoadOptions;
+use anyhow::Result;
+use arete_chain::memory::{self, Demand, Role};
+use arete_engine::{EngineArgs, ServerConfig};
+use arete_model::Target;
 use arete_model::generate::Sampling;
 use arete_model::machine::{self, Dtype};
+use arete_model::{LoadOptions, LoraConfig, Source};
+use arete_records::Refusal;
 use arete_records::table::Column;
+use arete_stage::settings;
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
 use crate::endpoint::{self, Endpoint};
 
 /// Settings of scoring.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ScoreConfig {
     /// Most test prompts to answer, the first of the file; 0 = all of them
     #[arg(long, default_value_t = 0, value_name = "N")]
@@ -55,6 +59,14 @@ pub struct ScoreConfig {
     /// Number format of weights and activations
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// Servers that answer the prompts for the base and adapters over it.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub engines: EngineArgs,
+    /// How they are talked to.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub server: ServerConfig,
     /// Where to compute: cpu, cuda, cuda:N, or auto
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -71,17 +83,19 @@ impl ScoreConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`].
-    pub fn check(&self) -> Result<(), Error> {
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
         for (name, value) in [
             ("max_new_tokens", self.max_new_tokens),
             ("draws", self.draws),
             ("micro_batch_tokens", self.micro_batch_tokens),
         ] {
-            if value == 0 {
-                return Err(setting(name, "at least 1", "0"));
-            }
+            settings::at_least(name, value, 1)?;
         }
+        settings::not_negative("temperature", self.temperature)?;
+        settings::fraction("top_p", self.top_p)?;
+        self.engines.check()?;
+        self.server.check()?;
         self.endpoint().map(|_| ())
     }
 
@@ -89,11 +103,10 @@ impl ScoreConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] if it is none.
-    pub fn endpoint(&self) -> Result<Endpoint, Error> {
-        self.primary
-            .parse()
-            .map_err(|expected: String| setting("primary", &expected, &self.primary))
+    /// A refused setting if it is none.
+    pub fn endpoint(&self) -> Result<Endpoint> {
+        let refused = |expected: String| Refusal::setting("primary", expected, &self.primary);
+        Ok(self.primary.parse().map_err(refused)?)
     }
 
     /// How replies are drawn.
@@ -105,14 +118,59 @@ impl ScoreConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if there is no such device.
-    pub fn load_options(&self) -> Result<LoadOptions, Error> {
+    /// The model's failure if there is no such device.
+    pub fn load_options(&self) -> Result<LoadOptions> {
         machine::set_threads(self.threads);
         let device = machine::device(&self.device)?;
         Ok(machine::load_options(device, self.dtype, self.nf4, self.double_quantize))
     }
 }
 
-pub(crate) fn setting(name: &'static str, expected: &str, got: &str) -> Error {
-    Error::Setting { name, expected: expected.to_owned(), got: got.to_owned() }
+impl ScoreConfig {
+    /// [`ScoreConfig::demand`] with policies and reward models taken for adapters of the usual shape.
+    ///
+    /// # Errors
+    ///
+    /// As [`ScoreConfig::demand`].
+    pub fn usual_demand(&self, n_turns: usize) -> Result<Demand, Refusal> {
+        let LoraConfig { rank, targets, .. } = LoraConfig::default();
+        self.demand(n_turns, rank, &targets)
+    }
+
+    /// Asks whether there is room before a model is loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`arete_model::Error::NoRoom`] if there is none, a model or device that there is not.
+    pub(crate) fn admit(&self, base: &Source, n_turns: usize) -> Result<()> {
+        let device = machine::device(&self.device)?;
+        memory::admit("scoring", base, device, &self.usual_demand(n_turns)?)?;
+        Ok(())
+    }
+
+    /// What is counted of the memory that scoring takes, with so many turns in a chain; policies and reward models are adapters of
+    /// this rank on these layers.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::BadSetting`] for a size of 0.
+    pub fn demand(
+        &self,
+        n_turns: usize,
+        rank: usize,
+        targets: &[Target],
+    ) -> Result<Demand, Refusal> {
+        let positive = |key, value| memory::positive("scoring", key, value);
+        let settings = memory::Settings {
+            rank: rank as u64,
+            targets: targets.to_vec(),
+            micro_batch_tokens: positive("micro_batch_tokens", self.micro_batch_tokens)?,
+            turns: n_turns as u64,
+            max_new_tokens: positive("max_new_tokens", self.max_new_tokens)?,
+            double_quantize: self.double_quantize,
+            ..memory::Settings::new(self.dtype, self.nf4)
+        };
+        let keys = &["max_new_tokens", "micro_batch_tokens", "nf4", "double_quantize", "dtype"];
+        Ok(Demand { role: Role::Scoring, settings, keys })
+    }
 }

@@ -6,19 +6,21 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
 use arete_chain::{Member, members, reading};
 use arete_model::{Model, machine};
 use arete_records::rows::{ConversationRow, DemonstrationRow, PromptRow};
-use arete_records::{Aspect, FinishReason, ScoreStats, Split, parquet, score_stats, stats};
+use arete_records::{
+    Aspect, FinishReason, Refusal, ScoreStats, Split, parquet, score_stats, stats,
+};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_stage::units::Units;
 use serde_json::{Map, json};
 
-use crate::Error;
-use crate::config::{ScoreConfig, setting};
+use crate::config::ScoreConfig;
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::aspect_scores;
@@ -46,11 +48,11 @@ pub struct DistilInputs {
 ///
 /// # Errors
 ///
-/// Bad settings or data, a model that cannot be used, an interrupt, a full disk: see [`Error`].
-pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), Error> {
+/// Bad settings or data, a model that cannot be used, an interrupt, a full disk.
+pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<()> {
     config.check()?;
     if n < 2 {
-        return Err(setting("n", "at least 2 samples", &n.to_string()));
+        bail!(Refusal::setting("n", "at least 2 samples", n));
     }
     let base = Policy::resolve("base", &inputs.base, None)?.source;
     let file = match inputs.prompts.is_dir() {
@@ -76,20 +78,21 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), 
     let spec = StageSpec { stage: "distil", output, config: settings, seed, inputs: files };
     let run = match run::begin(spec)? {
         Start::UpToDate(_) => {
-            tracing::info!(output = %output.display(), "up to date");
+            run::say_up_to_date(output);
             return Ok(());
         }
         Start::Run(run) => run,
     };
     let prompts = prompts(&file, config.n_prompts)?;
     let options = config.load_options()?;
+    config.admit(&base, turns.len())?;
     let mut shelf = Shelf::new(options);
     let teacher = Teacher::open(shelf.get(&base)?, &members, turns, config, n)?;
     let units =
         Units { output, name: DEMONSTRATIONS.to_owned(), n_items: prompts.len(), shard: None };
     let progress = arete_records::progress::start("distilling", "prompts", prompts.len() as u64);
-    progress.skip((prompts.len() - units.missing().1) as u64);
-    units.run::<_, Error>(|items| {
+    progress.skip((prompts.len() - units.missing()?.1) as u64);
+    units.run::<_, anyhow::Error>(|items| {
         let mut rows = Vec::new();
         for together in prompts[items].chunks(PROMPTS_TOGETHER) {
             interrupt::check()?;
@@ -103,7 +106,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), 
     let n_left_out = prompts.len() - rows.len();
     if rows.is_empty() {
         let expected = "so many that some chain ends by itself";
-        return Err(setting("max_new_tokens", expected, &config.max_new_tokens.to_string()));
+        bail!(Refusal::setting("max_new_tokens", expected, config.max_new_tokens));
     }
     tracing::info!(demonstrations = rows.len(), left_out = n_left_out, n, "best of n");
     let counts = Map::from_iter([
@@ -119,19 +122,19 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &DistilInputs) -> Result<(), 
 }
 
 /// The prompts that may teach, at most `most` unless that is 0.
-fn prompts(file: &Path, most: usize) -> Result<Vec<PromptRow>, Error> {
+fn prompts(file: &Path, most: usize) -> Result<Vec<PromptRow>> {
     let mut prompts: Vec<PromptRow> = parquet::read(file)?;
     prompts.retain(|prompt| prompt.split != Split::Test);
     if most > 0 {
         prompts.truncate(most);
     }
     if prompts.is_empty() {
-        return Err(Error::File {
-            path: file.to_owned(),
-            field: "split".to_owned(),
-            expected: "at least one prompt of split train or validation".to_owned(),
-            found: "none".to_owned(),
-        });
+        bail!(Refusal::file(
+            file,
+            "split",
+            "at least one prompt of split train or validation",
+            "none"
+        ));
     }
     Ok(prompts)
 }
@@ -153,14 +156,16 @@ impl<'a> Teacher<'a> {
         turns: Turns,
         config: &ScoreConfig,
         n_samples: usize,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         let mut reward_models = Vec::new();
         for Member { name, turn, dir } in members {
-            let stats = read_stats(dir, Some(model))?.ok_or_else(|| Error::File {
-                path: dir.join(score_stats::FILE),
-                field: "std".to_owned(),
-                expected: "statistics to standardise with".to_owned(),
-                found: "none".to_owned(),
+            let stats = read_stats(dir, Some(model))?.ok_or_else(|| {
+                Refusal::file(
+                    dir.join(score_stats::FILE),
+                    "std",
+                    "statistics to standardise with",
+                    "none",
+                )
             })?;
             let read = turns.names()[*turn];
             reward_models.push((read, RewardModel::over(dir, name.name(), model)?, stats));
@@ -172,7 +177,7 @@ impl<'a> Teacher<'a> {
     }
 
     /// The best chain of each prompt that has one.
-    fn best(&self, prompts: &[PromptRow]) -> Result<Vec<DemonstrationRow>, Error> {
+    fn best(&self, prompts: &[PromptRow]) -> Result<Vec<DemonstrationRow>> {
         let Self { model, turns, .. } = self;
         let chains = sample_chains(model, None, prompts, turns, &self.drawing)?;
         let mut rows: Vec<ConversationRow> = chains.into_iter().map(|(row, _)| row).collect();

@@ -164,13 +164,22 @@ fn truncation(run: &RunFiles) -> Finding {
 
 fn swap_consistency(run: &RunFiles) -> Finding {
     let step = "judge, both orders";
+    if run.by_construction {
+        let found = "no judge was asked: the pairs are labelled by construction";
+        return unknown(
+            step,
+            found,
+            "whether such labels are right shows in what a yardstick says of the models",
+        );
+    }
     let Some(rows) = run.judgements.as_ref().filter(|rows| !rows.is_empty()) else {
         return unknown(step, "no judgements", "run the stage `preferences`");
     };
     let verdicts = Verdicts::of(rows.iter());
     let Some(first) = verdicts.first_rate() else {
         let found = format!("judged by {}, which has no orders", rows[0].method);
-        return finding(step, Grade::Ok, found, "");
+        let advice = "`arete-curation calibrate` says how often it agrees with labelled pairs";
+        return unknown(step, &found, advice);
     };
     let Some(consistency) = verdicts.consistency() else {
         // Whether it would say the same with places changed cannot be known, but how often it names the first place can.

@@ -5,11 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_records::stats::Interval;
-use arete_records::{Aspect, atomic};
+use arete_records::{Aspect, Refusal, atomic, files};
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
 use crate::compare::ScoredRun;
 use crate::score;
 use crate::summary::{Scale, Scope};
@@ -51,15 +51,15 @@ impl Front {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if a run has no scores on an axis, did not score `first`, or was scored by other reward models than the run before it.
-    pub fn of(runs: &[ScoredRun], axes: [Aspect; 2], first: &str) -> Result<Self, Error> {
+    /// A refused file if a run has no scores on an axis, did not score `first`, or was scored by other reward models than the run before it.
+    pub fn of(runs: &[ScoredRun], axes: [Aspect; 2], first: &str) -> Result<Self> {
         let mut points = Vec::new();
         for run in runs {
             check(run, &runs[0], axes)?;
             let summary = &run.summary;
             let models: Vec<&str> = summary.models.iter().map(|own| own.name.as_str()).collect();
             let Some(at) = models.iter().position(|name| *name == first) else {
-                return Err(refused(run, "models", first.to_owned(), models.join(", ")));
+                bail!(refused(run, "models", first.to_owned(), models.join(", ")));
             };
             for model in &models[at + 1..] {
                 let gain = |axis: Aspect| {
@@ -97,8 +97,8 @@ impl Front {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if it is damaged, [`Error::Io`].
-    pub fn find(run: &Path) -> Result<Option<(PathBuf, Self)>, Error> {
+    /// A refused file if it is damaged, The system's failure.
+    pub fn find(run: &Path) -> Result<Option<(PathBuf, Self)>> {
         let own = run.join(DIR).join(FILE);
         if own.is_file() {
             return Ok(Some((own.clone(), read(&own)?)));
@@ -119,8 +119,8 @@ impl Front {
     ///
     /// # Errors
     ///
-    /// [`Error::Records`] if that fails.
-    pub fn write(&self, dir: &Path) -> Result<(), Error> {
+    /// A file's failure if that fails.
+    pub fn write(&self, dir: &Path) -> Result<()> {
         fs_err::create_dir_all(dir)?;
         let mut bytes = serde_json::to_vec_pretty(self).expect("numbers and words serialise");
         bytes.push(b'\n');
@@ -146,13 +146,9 @@ impl Front {
     }
 }
 
-fn read(path: &Path) -> Result<Front, Error> {
-    serde_json::from_slice(&fs_err::read(path)?).map_err(|error| Error::File {
-        path: path.to_owned(),
-        field: "JSON".to_owned(),
-        expected: "what `arete front` writes".to_owned(),
-        found: error.to_string(),
-    })
+fn read(path: &Path) -> Result<Front> {
+    Ok(serde_json::from_slice(&files::read_small(path)?)
+        .map_err(|error| Refusal::file(path, "JSON", "what `arete front` writes", error))?)
 }
 
 /// The last part of a path.
@@ -160,24 +156,24 @@ fn directory(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-fn refused(run: &ScoredRun, field: &str, expected: String, found: String) -> Error {
+fn refused(run: &ScoredRun, field: &str, expected: String, found: String) -> Refusal {
     let path = run.arm.run.join("scoring").join(score::SUMMARY);
-    Error::File { path, field: field.to_owned(), expected, found }
+    Refusal::file(&path, field.to_owned(), expected, found)
 }
 
 /// Points of several runs stand on the same axes only where the same reward models measured them.
-fn check(run: &ScoredRun, first: &ScoredRun, axes: [Aspect; 2]) -> Result<(), Error> {
+fn check(run: &ScoredRun, first: &ScoredRun, axes: [Aspect; 2]) -> Result<()> {
     let known = run.summary.aspects();
     for axis in axes {
         if !known.contains(&axis) {
             let found = known.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(refused(run, "scores", format!("scores of {axis}"), found));
+            bail!(refused(run, "scores", format!("scores of {axis}"), found));
         }
         for input in [format!("reward {axis}"), format!("score_stats {axis}")] {
             let sum = |run: &ScoredRun| run.rewards.get(&input).cloned().unwrap_or_default();
             if sum(run) != sum(first) {
                 let expected = format!("that of {} ({})", first.arm.run.display(), sum(first));
-                return Err(refused(run, &input, expected, sum(run)));
+                bail!(refused(run, &input, expected, sum(run)));
             }
         }
     }

@@ -2,20 +2,20 @@
 
 use std::path::Path;
 
+use anyhow::Result;
 use arete_stage::run::RunJson;
 use serde_json::Value;
 
-use crate::Error;
 use crate::summary::Labels;
 
 /// From what the stages beside the reward models recorded; none if they are not there.
 ///
 /// # Errors
 ///
-/// [`Error::Stage`] if a record is there but damaged.
-pub(crate) fn of(rewards: &Path) -> Result<Option<Labels>, Error> {
+/// The stage's refusal if a record is there but damaged.
+pub(crate) fn of(rewards: &Path) -> Result<Option<Labels>> {
     let Some(run) = rewards.parent() else { return Ok(None) };
-    let setting = |stage: &str, name: &str| -> Result<Option<String>, Error> {
+    let setting = |stage: &str, name: &str| -> Result<Option<String>> {
         let dir = run.join(stage);
         if !dir.join("run.json").is_file() {
             return Ok(None);

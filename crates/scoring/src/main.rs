@@ -9,11 +9,10 @@ use arete_chain::{Turns, members};
 use arete_scoring::best_of::{self, BestOfInputs};
 use arete_scoring::compare::{self, Arm, Format, ScoredRun};
 use arete_scoring::distil::{self, DistilInputs};
-use arete_scoring::{
-    Error, ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report,
-};
+use arete_scoring::{ReportInputs, RunFiles, ScoreConfig, ScoreInputs, doctor, policies, report};
 use arete_stage::cli;
 use arete_stage::exit::Usage;
+use arete_stage::inputs::Piped;
 use arete_stage::{interrupt, recipe};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -30,7 +29,7 @@ enum Command {
     /// Have models answer the test prompts and the reward models score them; print how they compare
     #[command(after_help = "Examples:\n  arete-scoring score --run runs/demo\n  \
         arete-scoring score --prompts runs/demo/prompts --original models/SmolLM2-135M-Instruct --sft runs/demo/sft/merged \
-        --final runs/demo/ppo --reward runs/demo/reward --output runs/demo/scoring")]
+        --final runs/demo/ppo --rewards runs/demo/reward --output runs/demo/scoring")]
     Score {
         #[command(flatten)]
         places: Box<Places>,
@@ -54,6 +53,9 @@ enum Command {
         /// Directory that receives report.html and the charts [default: RUN/report]
         #[arg(long, value_name = "DIR")]
         output: Option<PathBuf>,
+        /// Say what would be done, as JSON; write nothing
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Compare runs: what each gained, and the yardstick's scores between arms (recipes, say; several runs of one are its seeds)
     #[command(
@@ -95,6 +97,9 @@ enum Command {
         /// Recipe (TOML) whose table [scoring] gives the settings; flags override it
         #[arg(long, value_name = "FILE")]
         recipe: Option<PathBuf>,
+        /// Say what would be done, as JSON: settings, rows, memory; write nothing
+        #[arg(long)]
+        dry_run: bool,
         #[command(flatten)]
         config: ScoreConfig,
     },
@@ -153,8 +158,8 @@ struct Places {
     #[arg(long, value_name = "MODEL")]
     base: Option<String>,
     /// Directory of reward models, one a directory: of turns, or of virtues [default: RUN/reward]
-    #[arg(long, visible_alias = "rewards", value_name = "DIR")]
-    reward: Option<PathBuf>,
+    #[arg(long, alias = "reward", value_name = "DIR")]
+    rewards: Option<PathBuf>,
     /// The yardstick (`make yardstick`), or a single reward model, which is marked as not cross-fitted [default: RUN/yardstick]
     #[arg(long, value_name = "DIR")]
     yardstick: Option<PathBuf>,
@@ -167,6 +172,9 @@ struct Places {
     /// Directory that receives the results [default: RUN/scoring]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Say what would be done, as JSON: settings, rows, memory; write nothing
+    #[arg(long)]
+    dry_run: bool,
 }
 
 impl Places {
@@ -200,7 +208,7 @@ impl Places {
             prompts: need(self.prompts.clone().or_else(|| in_run("prompts")), "prompts")?,
             models,
             base,
-            rewards: need(self.reward.clone().or_else(|| in_run("reward")), "reward")?,
+            rewards: need(self.rewards.clone().or_else(|| in_run("reward")), "rewards")?,
             yardstick: self.yardstick.clone().or_else(|| existing("yardstick")),
             yardstick_base: self.yardstick_base,
             pairs: self.pairs,
@@ -210,7 +218,7 @@ impl Places {
 }
 
 /// What a run started from, as its first adapter says.
-fn original_of(run: &Path) -> Result<Option<String>, Error> {
+fn original_of(run: &Path) -> anyhow::Result<Option<String>> {
     let rewards = run.join("reward");
     let turns = Turns::of_reward_models(&rewards)?;
     let rewards = members::reward_models(&rewards, &turns)?;
@@ -262,9 +270,9 @@ fn arm(text: &str) -> anyhow::Result<Arm> {
 }
 
 fn main() -> ExitCode {
-    let matches = Cli::command().get_matches();
+    let matches = cli::matches(Cli::command());
     cli::init_tracing();
-    arete_stage::exit::run(|| run(&matches), arete_scoring::class_of)
+    arete_stage::exit::run(|| run(&matches), arete_engine::class_of)
 }
 
 fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
@@ -275,13 +283,22 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
         Command::Score { places, .. } => {
             let config: ScoreConfig =
                 recipe::resolve(matches, "scoring", places.recipe.as_deref())?;
-            let inputs = places.inputs()?;
+            let dry_run = places.dry_run;
+            let mut inputs = places.inputs()?;
+            let mut piped = Piped::default();
+            inputs.pairs = inputs.pairs.map(|pairs| piped.local(&pairs)).transpose()?;
+            if dry_run {
+                return Ok(arete_scoring::dry::of_score(&config, &inputs)?.print()?);
+            }
             arete_scoring::score(&config, &inputs)
                 .with_context(|| format!("scoring into {}", inputs.output.display()))?
         }
-        Command::Report { run, recipe, max_samples, output } => {
+        Command::Report { run, recipe, max_samples, output, dry_run } => {
             let output = output.unwrap_or_else(|| report::default_output(&run));
             let inputs = ReportInputs { run, recipe, max_samples, output };
+            if dry_run {
+                return Ok(arete_scoring::dry::of_report(&inputs)?.print()?);
+            }
             let page = report::report(&inputs)
                 .with_context(|| format!("reporting on {}", inputs.run.display()))?;
             format!("{}\n", page.display())
@@ -289,17 +306,21 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
         Command::Compare { runs, first, last, format } => {
             let runs = runs
                 .iter()
-                .map(|text| Ok(ScoredRun::read(arm(text)?)?))
+                .map(|text| ScoredRun::read(arm(text)?))
                 .collect::<anyhow::Result<Vec<_>>>()?;
             compare::check(&runs, &first, &last)?;
             let comparison = compare::compare(&runs, &first, &last);
             compare::shown(&runs, &comparison, format)
         }
-        Command::Distil { n, run, base, output, recipe, .. } => {
+        Command::Distil { n, run, base, output, recipe, dry_run, .. } => {
             let config: ScoreConfig = recipe::resolve(matches, "scoring", recipe.as_deref())?;
             let (prompts, rewards) = (run.join("prompts"), run.join("reward"));
             let base = base_of(&run, base)?;
-            distil::run(&config, n, &DistilInputs { prompts, base, rewards, output })
+            let inputs = DistilInputs { prompts, base, rewards, output };
+            if dry_run {
+                return Ok(arete_scoring::dry::of_distil(&config, n, &inputs)?.print()?);
+            }
+            distil::run(&config, n, &inputs)
                 .with_context(|| format!("distilling from {}", run.display()))?;
             String::new()
         }

@@ -2,28 +2,23 @@
 
 use std::path::Path;
 
+use anyhow::{Result, bail};
 pub use arete_chain::pairs::LabelledPair;
+use arete_records::Refusal;
 use arete_records::table::Column;
-
-use crate::Error;
 
 /// Reads pairs ([`arete_chain::pairs`]). Those of which a side does not end with a reply are left out, with a warning.
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file cannot be read or a row is no such pair, [`Error::File`] if none is left.
-pub fn read(path: &Path, columns: &[Column]) -> Result<Vec<LabelledPair>, Error> {
+/// A file's failure if the file cannot be read or a row is no such pair, A refused file if none is left.
+pub fn read(path: &Path, columns: &[Column]) -> Result<Vec<LabelledPair>> {
     let mut pairs = arete_chain::pairs::read_file(path, columns)?.pairs;
     let n_rows = pairs.len();
     pairs.retain(LabelledPair::is_whole);
     if pairs.is_empty() {
         let found = format!("{n_rows} rows, none of them such a pair");
-        return Err(Error::File {
-            path: path.to_owned(),
-            field: "rows".to_owned(),
-            expected: "pairs of conversations that end with a reply".to_owned(),
-            found,
-        });
+        bail!(Refusal::file(path, "rows", "pairs of conversations that end with a reply", found));
     }
     if pairs.len() < n_rows {
         let n_left_out = n_rows - pairs.len();

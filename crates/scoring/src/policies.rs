@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use arete_model::adapter::{self, LoadedAdapter};
 use arete_model::{LoadOptions, Model, Nf4Options, Source, Tokenizer};
+use arete_records::Refusal;
 use sha2::{Digest, Sha256};
-
-use crate::Error;
-use crate::config::setting;
 
 /// What marks a directory as a peft adapter.
 const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -34,8 +33,8 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// [`Error::Model`] if it is none of these; [`Error::Setting`] if an adapter has no base.
-    pub fn resolve(name: &str, given: &str, base: Option<&Source>) -> Result<Self, Error> {
+    /// The model's failure if it is none of these; A refused setting if an adapter has no base.
+    pub fn resolve(name: &str, given: &str, base: Option<&Source>) -> Result<Self> {
         let path = Path::new(given);
         let policy = |source: Source, adapter: Option<PathBuf>| Self {
             name: name.to_owned(),
@@ -45,7 +44,10 @@ impl Policy {
         };
         let over_base = |adapter: PathBuf| match base {
             Some(base) => Ok(policy(base.clone(), Some(adapter))),
-            None => Err(setting("base", "the model that the adapters belong to", "none")),
+            None => {
+                Err(Refusal::setting("base", "the model that the adapters belong to", "none")
+                    .into())
+            }
         };
         if path.join(ADAPTER_CONFIG).is_file() {
             return over_base(path.to_owned());
@@ -88,8 +90,8 @@ pub(crate) fn same_source(a: &Source, b: &Source) -> bool {
 ///
 /// # Errors
 ///
-/// [`Error::Io`], [`Error::File`] if the adapter's configuration is missing or says nothing.
-pub fn base_of_adapter(adapter: &Path) -> Result<String, Error> {
+/// The system's failure, A refused file if the adapter's configuration is missing or says nothing.
+pub fn base_of_adapter(adapter: &Path) -> Result<String> {
     Ok(arete_chain::yardstick::base_of_adapter(adapter)?)
 }
 
@@ -106,7 +108,7 @@ impl Shelf {
     }
 
     /// The model, loaded unless it is the one held; the one held before goes first.
-    pub(crate) fn get(&mut self, source: &Source) -> Result<&Model, Error> {
+    pub(crate) fn get(&mut self, source: &Source) -> Result<&Model> {
         self.get_packed(source, self.options.nf4)
     }
 
@@ -115,7 +117,7 @@ impl Shelf {
         &mut self,
         source: &Source,
         nf4: Option<Nf4Options>,
-    ) -> Result<&Model, Error> {
+    ) -> Result<&Model> {
         let held =
             self.held.take_if(|(held, packing, _)| *packing == nf4 && same_source(held, source));
         let entry = match held {
@@ -143,7 +145,7 @@ pub(crate) fn vocabulary_sha256(tokenizer: &Tokenizer) -> String {
 }
 
 /// Reads an adapter and checks that it belongs to `model`.
-pub(crate) fn load_adapter(dir: &Path, name: &str, model: &Model) -> Result<LoadedAdapter, Error> {
+pub(crate) fn load_adapter(dir: &Path, name: &str, model: &Model) -> Result<LoadedAdapter> {
     let loaded = adapter::load(dir, name, &model.config, model.decoder.device())?;
     loaded.meta.check_base(model)?;
     Ok(loaded)
@@ -186,7 +188,9 @@ mod tests {
             (Source::Directory(at("other/merged")), None)
         );
         assert_eq!(resolve("ppo", None).unwrap(), (Source::Directory(at("ppo/merged")), None));
-        assert!(matches!(resolve("ppo/adapter", None), Err(Error::Setting { name: "base", .. })));
+        assert!(
+            resolve("ppo/adapter", None).unwrap_err().to_string().starts_with("base: expected")
+        );
         assert!(resolve("nowhere", Some(&base)).is_err());
     }
 

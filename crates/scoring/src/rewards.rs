@@ -1,5 +1,6 @@
 //! Reward models at work, and what the base finds probable.
 
+use anyhow::Result;
 use arete_chain::batches::micro_batches;
 use arete_chain::reward_model::Base;
 use arete_chain::{RewardModel, Transcript, prompt_of, through_aspect};
@@ -8,20 +9,19 @@ use arete_records::rows::ConversationRow;
 use arete_records::{Aspect, FinishReason, Message};
 use tch::{Device, Kind, Tensor};
 
-use crate::Error;
 use crate::rows::TokensRow;
 
 /// The scores of conversations through the reply of each aspect, an entry a conversation.
 ///
 /// # Errors
 ///
-/// [`Error::Refused`] if a row is no chain; [`Error::Model`] if a conversation cannot be read.
+/// A refusal if a row is no chain; The model's failure if a conversation cannot be read.
 pub fn aspect_scores(
     reward: &RewardModel,
     base: Base<'_>,
     rows: &[ConversationRow],
     aspects: &[Aspect],
-) -> Result<Vec<Vec<f64>>, Error> {
+) -> Result<Vec<Vec<f64>>> {
     let mut transcripts = Vec::with_capacity(rows.len() * aspects.len());
     for row in rows {
         for &aspect in aspects {
@@ -37,8 +37,8 @@ pub fn aspect_scores(
 ///
 /// # Errors
 ///
-/// [`Error::Refused`] if a row is no chain.
-pub(crate) fn answers(rows: &[ConversationRow]) -> Result<Vec<Transcript<'_>>, Error> {
+/// A refusal if a row is no chain.
+pub(crate) fn answers(rows: &[ConversationRow]) -> Result<Vec<Transcript<'_>>> {
     rows.iter()
         .map(|row| {
             let answer = row.aspects().next().ok_or_else(|| {
@@ -51,7 +51,7 @@ pub(crate) fn answers(rows: &[ConversationRow]) -> Result<Vec<Transcript<'_>>, E
 }
 
 /// Numbers of a tensor `[n]`, in f64.
-fn numbers(values: &Tensor) -> Result<Vec<f64>, Error> {
+fn numbers(values: &Tensor) -> Result<Vec<f64>> {
     let values = values.to_kind(Kind::Double).to_device(Device::Cpu);
     Ok(Vec::<f64>::try_from(values).map_err(arete_model::Error::from)?)
 }
@@ -60,7 +60,7 @@ fn render(
     chat: &Chat<'_>,
     messages: &[Message],
     finish_reason: FinishReason,
-) -> Result<arete_model::Rendered, Error> {
+) -> Result<arete_model::Rendered> {
     Ok(match finish_reason {
         FinishReason::Stop => chat.render(messages)?,
         FinishReason::Length => chat.render_truncated(messages)?,
@@ -105,11 +105,7 @@ pub(crate) fn sampled_chain(row: &TokensRow, limit: usize) -> Marked {
 }
 
 /// The replies of a chain, their text tokenised anew.
-pub(crate) fn marked_chain(
-    chat: &Chat<'_>,
-    row: &ConversationRow,
-    limit: usize,
-) -> Result<Marked, Error> {
+pub(crate) fn marked_chain(chat: &Chat<'_>, row: &ConversationRow, limit: usize) -> Result<Marked> {
     let n_prompt = prompt_of(&row.messages, row.turns.len())?.len();
     // A reply, a question, a reply, …
     let starts: Vec<usize> = (n_prompt..row.messages.len()).step_by(2).collect();
@@ -118,11 +114,7 @@ pub(crate) fn marked_chain(
 }
 
 /// The last reply of a conversation.
-pub(crate) fn marked_last(
-    chat: &Chat<'_>,
-    messages: &[Message],
-    limit: usize,
-) -> Result<Marked, Error> {
+pub(crate) fn marked_last(chat: &Chat<'_>, messages: &[Message], limit: usize) -> Result<Marked> {
     mark(chat, messages, &[messages.len() - 1], FinishReason::Stop, limit)
 }
 
@@ -133,7 +125,7 @@ fn mark(
     places: &[usize],
     finish_reason: FinishReason,
     limit: usize,
-) -> Result<Marked, Error> {
+) -> Result<Marked> {
     let mut rendered = render(chat, messages, finish_reason)?;
     rendered.token_ids.truncate(limit);
     rendered.own.truncate(limit);
@@ -155,14 +147,14 @@ fn mark(
 ///
 /// # Errors
 ///
-/// [`Error::Model`] if a sequence is longer than the model's positions.
+/// The model's failure if a sequence is longer than the model's positions.
 pub(crate) fn reply_logprobs(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
     sequences: &[Marked],
     temperature: f64,
     micro_batch_tokens: usize,
-) -> Result<Vec<Vec<ReplyLogprob>>, Error> {
+) -> Result<Vec<Vec<ReplyLogprob>>> {
     let _guard = tch::no_grad_guard();
     let lengths: Vec<usize> = sequences.iter().map(|marked| marked.token_ids.len()).collect();
     let mut out = Vec::with_capacity(sequences.len());

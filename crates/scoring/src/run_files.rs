@@ -5,20 +5,20 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::{Constitution, NullRulers, Reading, Turns, members};
 use arete_records::parquet::{self, Row};
 use arete_records::rows::{
     ConversationRow, DemonstrationRow, JudgementRow, PreferenceRow, PromptRow, RolloutRow, ScoreRow,
 };
 use arete_records::stats::{CalibrationBin, Interval};
-use arete_records::{Aspect, FinishReason, ScoreStats, Split};
+use arete_records::{Aspect, FinishReason, Refusal, ScoreStats, Split, Virtue, files};
 use arete_stage::rounds;
 use arete_stage::run::RunJson;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::Error;
 use crate::best_of::BestOf;
 use crate::front::Front;
 use crate::gold::Gold;
@@ -27,6 +27,8 @@ use crate::summary::Summary;
 
 /// What the gold protocol leaves in a run.
 pub(crate) const GOLD: &str = "gold/gold.json";
+/// The method of preferences that asks nobody.
+const CONSTRUCTION: &str = "contrast";
 /// Largest text file that is read, in bytes.
 const MAX_TEXT_BYTES: u64 = 256 << 20;
 
@@ -120,6 +122,9 @@ pub struct Reward {
 pub struct JudgeCalibration {
     /// One row a set of labelled pairs and method.
     pub table: Vec<JudgeMethod>,
+    /// One row a method and virtue, where the pairs differ in one virtue.
+    #[serde(default)]
+    pub virtues: Vec<JudgeOfVirtue>,
     /// Which method to take.
     pub recommendation: Recommendation,
 }
@@ -144,6 +149,27 @@ pub struct JudgeMethod {
     pub first_position_percent: Option<f64>,
     /// How often both orders gave the same answer.
     pub swap_consistency_percent: Option<f64>,
+}
+
+/// How far a judging method tells one virtue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JudgeOfVirtue {
+    /// The virtue.
+    pub virtue: Virtue,
+    /// The method.
+    pub method: String,
+    /// Judged examples shown before the question.
+    pub few_shot: usize,
+    /// Pairs on which its verdict by this virtue agrees with the label; the interval is 95 % for all virtues together.
+    pub agreement: Agreement,
+    /// What choosing the shorter side would give.
+    pub shorter: Agreement,
+    /// What choosing the side shown first would give.
+    pub first_shown: Agreement,
+    /// What it says by the other virtues about these pairs.
+    pub other_virtues: Option<f64>,
+    /// Whether it may vote: the interval lies above one half.
+    pub may_vote: bool,
 }
 
 /// A share of pairs, with Wilson's interval.
@@ -193,8 +219,10 @@ pub struct RunFiles {
     pub sft: Option<Metrics>,
     /// `conversations.parquet`.
     pub conversations: Option<Vec<ConversationRow>>,
-    /// `judgements.parquet`.
+    /// `judgements.parquet`; none where nobody was asked.
     pub judgements: Option<Vec<JudgementRow>>,
+    /// Whether the pairs were labelled by construction: no judge was asked, and there are no votes.
+    pub by_construction: bool,
     /// `calibration/calibration.json`.
     pub calibration: Option<JudgeCalibration>,
     /// What its preferences and reward models are of, in order: turns, virtues, or both.
@@ -233,7 +261,7 @@ fn stage_dirs(sets: &[Aspect]) -> Vec<String> {
 }
 
 /// The turns of the constitution that a run's stages carry, the earliest stage first.
-fn turns_of(run: &Path) -> Result<Turns, Error> {
+fn turns_of(run: &Path) -> Result<Turns> {
     for stage in ["conversations", "preferences", "ppo", "scoring"] {
         if let Some(own) = Constitution::carried(&rounds::newest_place(run, stage))? {
             return Ok(own.turns);
@@ -243,7 +271,7 @@ fn turns_of(run: &Path) -> Result<Turns, Error> {
 }
 
 /// What a run's preferences and reward models are of: the turns, unless there are some of virtues alone, and the virtues.
-fn sets_of(run: &Path, turns: &Turns) -> Result<Vec<Aspect>, Error> {
+fn sets_of(run: &Path, turns: &Turns) -> Result<Vec<Aspect>> {
     let at = |name: &str| rounds::newest_place(run, name);
     let mut found = members::preference_sets(&at("preferences"), turns)?;
     found.extend(members::reward_models(&at("reward"), turns)?);
@@ -262,9 +290,9 @@ impl RunFiles {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if the directory is none or holds no stage; [`Error::Records`], [`Error::File`] if a file that is
-    /// there is damaged; [`Error::Io`].
-    pub fn read(run: &Path) -> Result<Self, Error> {
+    /// A refused file if the directory is none or holds no stage; A file's failure, A refused file if a file that is
+    /// there is damaged; The system's failure.
+    pub fn read(run: &Path) -> Result<Self> {
         let at = |name: &str| rounds::newest_place(run, name);
         let turns = turns_of(run)?;
         let sets = sets_of(run, &turns)?;
@@ -272,12 +300,12 @@ impl RunFiles {
         let stages: Vec<StageRecord> =
             dirs.iter().map(|dir| stage(run, dir)).collect::<Result<_, _>>()?;
         if !stages.iter().any(|stage| stage.begun) {
-            return Err(Error::File {
-                path: run.to_owned(),
-                field: "stages".to_owned(),
-                expected: format!("the directory of a run, with any of {}", dirs.join(", ")),
-                found: if run.is_dir() { "none of them" } else { "no directory" }.to_owned(),
-            });
+            bail!(Refusal::file(
+                run,
+                "stages",
+                format!("the directory of a run, with any of {}", dirs.join(", ")),
+                if run.is_dir() { "none of them" } else { "no directory" }
+            ));
         }
         let mut preferences = BTreeMap::new();
         for &aspect in &sets {
@@ -302,6 +330,13 @@ impl RunFiles {
             }
         }
         let name = fs_err::canonicalize(run)?;
+        // Versions before wrote a vote of every virtue for pairs that no judge had seen.
+        let judgements: Option<Vec<JudgementRow>> = rows(&at("preferences/judgements.parquet"))?;
+        let is_asked = |row: &JudgementRow| row.method != CONSTRUCTION;
+        let judgements = judgements.filter(|rows| rows.is_empty() || rows.iter().any(is_asked));
+        let preferences_of = stages.iter().find(|stage| stage.dir == "preferences");
+        let method = preferences_of.and_then(|stage| stage.run.as_ref()?.config.get("method"));
+        let by_construction = method.is_some_and(|method| method == CONSTRUCTION);
         Ok(Self {
             name: name
                 .file_name()
@@ -313,7 +348,8 @@ impl RunFiles {
             demonstrations: rows(&at("demonstrations/demonstrations.parquet"))?,
             sft: metrics(&at("sft"))?,
             conversations: rows(&at("conversations/conversations.parquet"))?,
-            judgements: rows(&at("preferences/judgements.parquet"))?,
+            judgements,
+            by_construction,
             calibration: json(&at("calibration/calibration.json"))?,
             sets,
             preferences,
@@ -417,7 +453,7 @@ pub fn rollout_reply(row: &RolloutRow, aspect: Aspect) -> RolloutReply {
     }
 }
 
-fn stage(run: &Path, dir: &str) -> Result<StageRecord, Error> {
+fn stage(run: &Path, dir: &str) -> Result<StageRecord> {
     let path = rounds::newest_place(run, dir);
     let finished = path.join("run.json").is_file();
     Ok(StageRecord {
@@ -427,37 +463,25 @@ fn stage(run: &Path, dir: &str) -> Result<StageRecord, Error> {
     })
 }
 
-fn rows<T: Row>(path: &Path) -> Result<Option<Vec<T>>, Error> {
+fn rows<T: Row>(path: &Path) -> Result<Option<Vec<T>>> {
     Ok(if path.is_file() { Some(parquet::read(path)?) } else { None })
 }
 
-fn text(path: &Path) -> Result<Option<String>, Error> {
+fn text(path: &Path) -> Result<Option<String>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let size = fs_err::metadata(path)?.len();
-    if size > MAX_TEXT_BYTES {
-        return Err(Error::File {
-            path: path.to_owned(),
-            field: "size".to_owned(),
-            expected: format!("at most {MAX_TEXT_BYTES} bytes"),
-            found: size.to_string(),
-        });
-    }
-    Ok(Some(fs_err::read_to_string(path)?))
+    Ok(Some(files::read_text(path, MAX_TEXT_BYTES)?))
 }
 
-fn json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+fn json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let Some(text) = text(path)? else { return Ok(None) };
-    serde_json::from_str(&text).map(Some).map_err(|error| Error::File {
-        path: path.to_owned(),
-        field: "JSON".to_owned(),
-        expected: "what the stage writes".to_owned(),
-        found: error.to_string(),
-    })
+    Ok(serde_json::from_str(&text)
+        .map(Some)
+        .map_err(|error| Refusal::file(path, "JSON", "what the stage writes", error))?)
 }
 
-fn metrics(dir: &Path) -> Result<Option<Metrics>, Error> {
+fn metrics(dir: &Path) -> Result<Option<Metrics>> {
     let path = dir.join("metrics.jsonl");
     let Some(text) = text(&path)? else { return Ok(None) };
     let mut lines = Vec::new();
@@ -477,19 +501,19 @@ fn metrics(dir: &Path) -> Result<Option<Metrics>, Error> {
             // A run that is still going on, or was killed, may leave half a line at the end.
             None if idx + 1 == n_lines => {}
             None => {
-                return Err(Error::File {
-                    path,
-                    field: format!("line {}", idx + 1),
-                    expected: "an object with a number `step`".to_owned(),
-                    found: line.chars().take(100).collect(),
-                });
+                bail!(Refusal::file(
+                    &path,
+                    format!("line {}", idx + 1),
+                    "an object with a number `step`",
+                    line.chars().take(100).collect::<String>()
+                ));
             }
         }
     }
     Ok(Some(Metrics { lines }))
 }
 
-fn rollouts(dir: &Path) -> Result<Vec<RolloutRow>, Error> {
+fn rollouts(dir: &Path) -> Result<Vec<RolloutRow>> {
     if !dir.is_dir() {
         return Ok(Vec::new());
     }
@@ -512,7 +536,7 @@ fn rollouts(dir: &Path) -> Result<Vec<RolloutRow>, Error> {
 
 /// Why a summary is of no use: versions that named no primary endpoint read cut replies otherwise than reward models were
 /// trained to, and gave no figures at equal length.
-fn outdated_scoring(dir: &Path) -> Result<Option<String>, Error> {
+fn outdated_scoring(dir: &Path) -> Result<Option<String>> {
     let summary = json::<Value>(&dir.join(score::SUMMARY))?;
     let is_old = summary.is_some_and(|summary| summary.get("primary").is_none());
     Ok(is_old.then(|| {
@@ -523,7 +547,7 @@ fn outdated_scoring(dir: &Path) -> Result<Option<String>, Error> {
     }))
 }
 
-fn scoring(dir: &Path) -> Result<Option<Scoring>, Error> {
+fn scoring(dir: &Path) -> Result<Option<Scoring>> {
     if outdated_scoring(dir)?.is_some() {
         return Ok(None);
     }

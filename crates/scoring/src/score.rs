@@ -8,28 +8,30 @@ mod results;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::{Constitution, Turns, carried_by_reward_models};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_chain::yardstick::{self, Place};
 use arete_chain::{Member, Yardstick, members, reading};
+use arete_engine::EngineArgs;
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Source, machine};
-use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow};
-use arete_records::{Aspect, Split, score_stats};
+use arete_records::{Aspect, Refusal, Split, files, parquet, score_stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::units::{SHARDS, Units};
 use serde_json::{Map, Value};
 
-use crate::config::{ScoreConfig, setting};
+use crate::config::ScoreConfig;
 use crate::pairs::{self, LabelledPair};
-use crate::policies::{Policy, Shelf, load_adapter, vocabulary_sha256};
+use crate::policies::{self, Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{self, ReplyLogprob, answers, aspect_scores};
 use crate::rows::{MeasureRow, PolicyPreferenceRow, TokensRow, YardstickRow};
+use crate::servers::Servers;
 use crate::summary::{Labels, Summary};
-use crate::{Error, labels, table};
+use crate::{labels, table};
 
 /// Units sampled together: completions do not depend on their neighbours, full batches are faster.
 const UNITS_TOGETHER: usize = 2;
@@ -70,13 +72,13 @@ pub struct ScoreInputs {
 ///
 /// # Errors
 ///
-/// Bad settings or data, a model that cannot be used, an interrupt, a full disk: see [`Error`].
-pub fn score(config: &ScoreConfig, inputs: &ScoreInputs) -> Result<String, Error> {
+/// Bad settings or data, a model that cannot be used, an interrupt, a full disk.
+pub fn score(config: &ScoreConfig, inputs: &ScoreInputs) -> Result<String> {
     config.check()?;
     let plan = Plan::new(config, inputs)?;
     let output = &inputs.output;
     match run::begin(plan.spec(output)?)? {
-        Start::UpToDate(_) => tracing::info!(output = %output.display(), "up to date"),
+        Start::UpToDate(_) => run::say_up_to_date(output),
         Start::Run(run) => plan.run(run)?,
     }
     Ok(table::of(&read_summary(output)?))
@@ -86,15 +88,12 @@ pub fn score(config: &ScoreConfig, inputs: &ScoreInputs) -> Result<String, Error
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if there is none, [`Error::File`] if it is damaged.
-pub fn read_summary(dir: &Path) -> Result<Summary, Error> {
+/// The system's failure if there is none, A refused file if it is damaged.
+pub fn read_summary(dir: &Path) -> Result<Summary> {
     let path = dir.join(SUMMARY);
-    serde_json::from_slice(&fs_err::read(&path)?).map_err(|error| Error::File {
-        path,
-        field: "JSON".to_owned(),
-        expected: "what `arete-scoring score` writes".to_owned(),
-        found: error.to_string(),
-    })
+    Ok(serde_json::from_slice(&files::read_small(&path)?).map_err(|error| {
+        Refusal::file(&path, "JSON", "what `arete-scoring score` writes", error)
+    })?)
 }
 
 /// Everything resolved, nothing loaded.
@@ -113,22 +112,22 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(config: &'a ScoreConfig, inputs: &'a ScoreInputs) -> Result<Self, Error> {
+    fn new(config: &'a ScoreConfig, inputs: &'a ScoreInputs) -> Result<Self> {
         let base = Policy::resolve("base", &inputs.base, None)?.source;
         let mut names = BTreeSet::new();
         let mut policies = Vec::new();
         for (name, given) in &inputs.models {
             let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
             if name.is_empty() || name.starts_with('.') || !name.chars().all(is_name) {
-                return Err(setting("model", "a name of letters, digits, - _ and dots", name));
+                bail!(Refusal::setting("model", "a name of letters, digits, - _ and dots", name));
             }
             if !names.insert(name.as_str()) {
-                return Err(setting("model", "every name once", name));
+                bail!(Refusal::setting("model", "every name once", name));
             }
             policies.push(Policy::resolve(name, given, Some(&base))?);
         }
         if policies.is_empty() {
-            return Err(setting("model", "at least one model to score", "none"));
+            bail!(Refusal::setting("model", "at least one model to score", "none"));
         }
         let base_of_yardstick = inputs.yardstick_base.as_deref();
         let yardstick = inputs
@@ -164,11 +163,12 @@ impl<'a> Plan<'a> {
         })
     }
 
-    fn spec(&self, output: &'a Path) -> Result<StageSpec<'a>, Error> {
+    fn spec(&self, output: &'a Path) -> Result<StageSpec<'a>> {
         let mut config = serde_json::to_value(self.config).expect("settings are numbers and words");
         // These change no result.
         let settings = config.as_object_mut().expect("settings are a table");
         settings.remove("threads");
+        EngineArgs::record_in(&mut config);
         let mut files = vec![("prompts".to_owned(), self.prompts_file.clone())];
         let mut record = |name: String, path: Option<&Path>| {
             files.extend(path.map(|path| (name, path.to_owned())));
@@ -217,17 +217,18 @@ impl<'a> Plan<'a> {
         self.members.iter().find(|member| member.turn == 0).map(|member| member.name)
     }
 
-    fn run(&self, run: StageRun) -> Result<(), Error> {
+    fn run(&self, run: StageRun) -> Result<()> {
         let output = run.output().to_owned();
         if let Some(own) = &self.constitution {
             own.leave(&output)?;
         }
         let options = self.config.load_options()?;
+        self.config.admit(&self.base, self.turns.len())?;
         let prompts = self.prompts()?;
         // The summary is written last: if it is there, a kill came between it and run.json.
         if !(run.is_resumed() && output.join(SUMMARY).is_file()) {
-            let mut work =
-                Work { plan: self, prompts: &prompts, output: &output, shelf: Shelf::new(options) };
+            let (output, shelf, servers) = (&*output, Shelf::new(options), None);
+            let mut work = Work { plan: self, prompts: &prompts, output, shelf, servers };
             work.all()?;
         }
         let shards = output.join(SHARDS);
@@ -272,7 +273,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The test prompts.
-    fn prompts(&self) -> Result<Vec<PromptRow>, Error> {
+    fn prompts(&self) -> Result<Vec<PromptRow>> {
         let mut prompts: Vec<PromptRow> = parquet::read(&self.prompts_file)?;
         let n_rows = prompts.len();
         prompts.retain(|prompt| prompt.split == Split::Test);
@@ -282,12 +283,12 @@ impl<'a> Plan<'a> {
             prompts.truncate(self.config.n_prompts);
         }
         if prompts.is_empty() {
-            return Err(Error::File {
-                path: self.prompts_file.clone(),
-                field: "split".to_owned(),
-                expected: "at least one test prompt".to_owned(),
-                found: format!("none among {n_rows} rows"),
-            });
+            bail!(Refusal::file(
+                &self.prompts_file,
+                "split",
+                "at least one test prompt",
+                format!("none among {n_rows} rows")
+            ));
         }
         Ok(prompts)
     }
@@ -309,12 +310,16 @@ struct Work<'a> {
     prompts: &'a [PromptRow],
     output: &'a Path,
     shelf: Shelf,
+    servers: Option<Servers>,
 }
 
 impl<'a> Work<'a> {
-    fn all(&mut self) -> Result<(), Error> {
+    fn all(&mut self) -> Result<()> {
         for policy in self.plan.in_loading_order() {
             self.reply(policy)?;
+        }
+        if let Some(servers) = self.servers.take() {
+            servers.close()?;
         }
         // The base was loaded last: the reward models read with it.
         for policy in &self.plan.policies {
@@ -340,9 +345,9 @@ impl<'a> Work<'a> {
         self.join(&labelled)
     }
 
-    fn reply(&mut self, policy: &Policy) -> Result<(), Error> {
+    fn reply(&mut self, policy: &Policy) -> Result<()> {
         let (units, tokens) = (self.units("replies", policy), self.units("tokens", policy));
-        let missing = units.missing().0;
+        let missing = units.missing()?.0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -355,9 +360,28 @@ impl<'a> Work<'a> {
         };
         let model = self.shelf.get(&policy.source)?;
         let adapter = match &policy.adapter {
-            Some(dir) => Some(load_adapter(dir, &policy.name, model)?.adapter),
+            Some(dir) => Some(load_adapter(dir, &policy.name, model)?),
             None => None,
         };
+        let has_servers = config.engines.urls().is_some();
+        let is_served = has_servers && policies::same_source(&policy.source, &self.plan.base);
+        if has_servers && !is_served {
+            tracing::info!(
+                model = policy.name,
+                "another model than the base, which the servers hold: it answers here"
+            );
+        }
+        if is_served && self.servers.is_none() {
+            self.servers = Some(Servers::connect(config, model, self.output)?);
+        }
+        let mut served = match &mut self.servers {
+            Some(servers) if is_served => {
+                Some((servers, Servers::journal(self.output, &policy.name)?, model.chat()?))
+            }
+            _ => None,
+        };
+        let loaded = adapter.as_ref();
+        let adapter = loaded.map(|loaded| &loaded.adapter);
         let vocabulary = vocabulary_sha256(&model.tokenizer);
         let limit = model.config.max_position_embeddings;
         let progress =
@@ -371,8 +395,14 @@ impl<'a> Work<'a> {
                 .iter()
                 .flat_map(|&unit| self.prompts[units.items(unit)].iter().cloned())
                 .collect();
-            let chains =
-                sample_chains(model, adapter.as_ref(), &items, &self.plan.turns, &drawing)?;
+            let turns = &self.plan.turns;
+            let chains = match &mut served {
+                Some((servers, journal, chat)) => {
+                    let (over, own) = ((model, &*chat), (policy.name.as_str(), loaded));
+                    servers.chains(over, own, &items, turns, &drawing, journal)?
+                }
+                None => sample_chains(model, adapter, &items, turns, &drawing)?,
+            };
             for &unit in together {
                 let ids: BTreeSet<&str> =
                     self.prompts[units.items(unit)].iter().map(|p| p.prompt_id.as_str()).collect();
@@ -387,7 +417,7 @@ impl<'a> Work<'a> {
                         sampled.iter().map(|row| rewards::sampled_chain(row, limit)).collect();
                     let logprobs = rewards::reply_logprobs(
                         &model.decoder,
-                        adapter.as_ref(),
+                        adapter,
                         &marked,
                         config.temperature,
                         config.micro_batch_tokens,
@@ -412,18 +442,14 @@ impl<'a> Work<'a> {
     }
 
     /// The replies of a policy to the prompts of some units.
-    fn replies(
-        &self,
-        policy: &Policy,
-        units: &[usize],
-    ) -> Result<Vec<Vec<ConversationRow>>, Error> {
+    fn replies(&self, policy: &Policy, units: &[usize]) -> Result<Vec<Vec<ConversationRow>>> {
         units.iter().map(|&unit| Ok(self.units("replies", policy).read(unit)?)).collect()
     }
 
     /// Scores by the reward models, and log-probabilities under the base.
-    fn measure(&mut self, policy: &Policy) -> Result<(), Error> {
+    fn measure(&mut self, policy: &Policy) -> Result<()> {
         let (units, tokens) = (self.units("scores", policy), self.units("tokens", policy));
-        let missing = units.missing().0;
+        let missing = units.missing()?.0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -498,10 +524,10 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<(), Error> {
+    fn measure_by_yardstick(&mut self, policy: &Policy) -> Result<()> {
         let Some(yardstick) = &self.plan.yardstick else { return Ok(()) };
         let units = self.units("yardstick", policy);
-        let missing = units.missing().0;
+        let missing = units.missing()?.0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -530,9 +556,9 @@ impl<'a> Work<'a> {
     }
 
     /// How probable a policy finds either side of the labelled pairs.
-    fn judge_pairs(&mut self, policy: &Policy, labelled: &[LabelledPair]) -> Result<(), Error> {
+    fn judge_pairs(&mut self, policy: &Policy, labelled: &[LabelledPair]) -> Result<()> {
         let units = Units { n_items: labelled.len(), ..self.units("pairs", policy) };
-        let missing = units.missing().0;
+        let missing = units.missing()?.0;
         if missing.is_empty() {
             return Ok(());
         }
@@ -589,14 +615,10 @@ fn kl_of(tokens: &[TokensRow], base: &[Vec<ReplyLogprob>]) -> Vec<Option<f32>> {
     tokens.iter().zip(base).flat_map(of).collect()
 }
 
-fn finite(score: f64, aspect: &str, policy: &Policy, row: &ConversationRow) -> Result<f32, Error> {
+fn finite(score: f64, aspect: &str, policy: &Policy, row: &ConversationRow) -> Result<f32> {
     if score.is_finite() {
         return Ok(score as f32);
     }
-    Err(Error::NonFinite {
-        aspect: aspect.to_owned(),
-        model: policy.name.clone(),
-        prompt_id: row.prompt_id.clone(),
-        score,
-    })
+    let (model, prompt_id) = (&policy.name, &row.prompt_id);
+    bail!("the {aspect} reward model's score of {model}'s reply to prompt {prompt_id} is {score}")
 }

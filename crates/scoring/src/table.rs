@@ -194,7 +194,7 @@ pub(crate) fn perplexity(model: &ModelSummary) -> Option<String> {
     model.coherence.perplexity.map(|value| format!("{value:.1}{star}"))
 }
 
-/// What the run changed: the primary endpoint, then a sentence on the Score.
+/// What the run changed: a sentence on the Score, what fell behind it, and what the last stage added.
 pub(crate) fn verdict(summary: &Summary) -> Option<String> {
     let difference = summary.headline(Scale::Standardised)?;
     let Difference { first, last, score, mean, .. } = difference;
@@ -206,13 +206,14 @@ pub(crate) fn verdict(summary: &Summary) -> Option<String> {
             number(estimate.abs(), false),
             bounds(&score.interval)
         )
+    } else if effect == 0.0 && estimate == 0.0 {
+        format!("{last} and {first} have the same Score on {}.", prompts(summary.n_prompts))
     } else {
         format!(
-            "The Scores of {last} and {first} cannot be told apart: {} {} standardised, while {} prompts reliably show \
+            "The Scores of {last} and {first} cannot be told apart: {} standardised, while {} reliably show \
              differences from {effect:.3} on.",
-            number(estimate, true),
-            bounds(&score.interval),
-            summary.n_prompts
+            interval(&score.interval, true),
+            prompts(summary.n_prompts)
         )
     };
     if score.is_clear() && !mean.is_clear() {
@@ -222,13 +223,68 @@ pub(crate) fn verdict(summary: &Summary) -> Option<String> {
             interval(&mean.interval, true)
         );
     }
+    if let Some(fell) = fell(summary, first, last) {
+        match score.is_clear() && estimate > 0.0 {
+            true => write!(sentence, " But {fell} fell."),
+            false => write!(sentence, " Of what is in it, {fell} fell."),
+        }
+        .expect("a String takes every text");
+    }
+    if let Some(step) = summary.last_step(Scale::Standardised).filter(|own| own.first != *first) {
+        let _ = write!(sentence, " {}", added(summary, step));
+    }
     if difference.circular {
         let _ = write!(sentence, " This comparison is circular: the labels were made from it.");
     }
     if summary.n_prompts < FEW_PROMPTS {
-        let _ = write!(sentence, " With {} prompts intervals are too narrow.", summary.n_prompts);
+        let n = prompts(summary.n_prompts);
+        let _ = write!(sentence, " With {n} intervals are too narrow.");
     }
     Some(sentence)
+}
+
+fn prompts(n: usize) -> String {
+    format!("{n} prompt{}", if n == 1 { "" } else { "s" })
+}
+
+/// The scores whose mean is lower in `last` than in `first`, their intervals excluding zero: of each turn or virtue, and the
+/// yardstick's.
+fn fell(summary: &Summary, first: &str, last: &str) -> Option<String> {
+    let aspects = summary.aspects();
+    // One reward model's score is the Score itself.
+    let several = aspects.iter().filter(|_| aspects.len() > 1);
+    let own = several.map(|&aspect| {
+        (Scale::Standardised, Scope::Of(aspect), format!("the standardised score of {aspect}"))
+    });
+    let by =
+        [(Scale::Yardstick, summary.answer(), "the yardstick's score of the answers".to_owned())];
+    let parts: Vec<String> = own
+        .chain(by)
+        .filter_map(|(scale, scope, name)| {
+            let mean = summary.difference(first, last, scale, scope)?.mean;
+            let is_lower = mean.is_clear() && mean.interval.estimate < 0.0;
+            is_lower.then(|| format!("{name} ({})", interval(&mean.interval, true)))
+        })
+        .collect();
+    (!parts.is_empty()).then(|| parts.join(" and "))
+}
+
+/// What the last stage changed beyond the one before it.
+fn added(summary: &Summary, step: &Difference) -> String {
+    let Difference { first, last, score, .. } = step;
+    let found = interval(&score.interval, true);
+    let mut sentence = match (score.is_clear(), score.interval.estimate > 0.0) {
+        (false, _) => format!("What {last} adds to {first} cannot be told from nothing: {found}"),
+        (true, true) => format!("Over {first}, {last} added {found}"),
+        (true, false) => {
+            let lost = number(score.interval.estimate.abs(), false);
+            format!("Against {first}, {last} lost {lost} ({})", bounds(&score.interval))
+        }
+    };
+    if let Some(fell) = fell(summary, first, last) {
+        let _ = write!(sentence, ", and {fell} fell");
+    }
+    sentence + "."
 }
 
 /// `0.370 [0.311, 0.424]`.
@@ -325,7 +381,11 @@ impl Text {
 
 #[cfg(test)]
 mod tests {
+    use arete_records::Aspect;
+
     use super::*;
+    use crate::coherence::Coherence;
+    use crate::summary::ScoreOf;
 
     #[test]
     fn columns_are_aligned_by_characters() {
@@ -333,6 +393,96 @@ mod tests {
         text.table(1, &[row(["a", "µ", "x"]), row(["long", "10", "−1"])]);
         text.table(2, &[row(["a", "b", "c"]), row(["", "long", "10"])]);
         assert_eq!(text.finish(), "a      µ   x\nlong  10  −1\na  b      c\n   long  10\n");
+    }
+
+    /// Original, SFT and final model, with the changes of the Score and of each turn's mean given.
+    fn summary(all: [f64; 3], action: [f64; 3], step: [f64; 3]) -> Summary {
+        let change = |[estimate, low, high]: [f64; 3]| Change {
+            interval: Interval { estimate, low, high },
+            standard_error: 0.1,
+            minimum_detectable_effect: 0.28,
+        };
+        let model = |name: &str| ModelSummary {
+            name: name.to_owned(),
+            source: String::new(),
+            scores: [Aspect::ACTION, Aspect::MOTIVATION]
+                .map(|aspect| ScoreOf {
+                    scale: Scale::Standardised,
+                    scope: Scope::Of(aspect),
+                    n: 50,
+                    mean: 0.0,
+                    std: 1.0,
+                    score: Interval { estimate: 0.0, low: 0.0, high: 0.0 },
+                })
+                .into(),
+            coherence: Coherence::default(),
+            coherence_by_aspect: std::collections::BTreeMap::new(),
+            retokenised: false,
+            kl: None,
+            preference_accuracy: None,
+        };
+        let of = |first: &str, scope, score, mean| Difference {
+            first: first.to_owned(),
+            last: "final".to_owned(),
+            scale: Scale::Standardised,
+            scope,
+            score: change(score),
+            mean: change(mean),
+            equal_length: AtEqualLength::default(),
+            win_rate: AtEqualLength::default(),
+            circular: false,
+            wins: 30,
+            ties: 5,
+            losses: 15,
+            sign_test: 0.04,
+        };
+        Summary {
+            n_prompts: 50,
+            models: ["original", "sft", "final"].map(model).into(),
+            differences: vec![
+                of("original", Scope::All, all, all),
+                of("original", Scope::Of(Aspect::ACTION), action, action),
+                of("original", Scope::Of(Aspect::MOTIVATION), all, all),
+                of("sft", Scope::All, step, step),
+                of("sft", Scope::Of(Aspect::ACTION), action, action),
+            ],
+            ..Summary::default()
+        }
+    }
+
+    #[test]
+    fn the_verdict_names_what_fell_and_what_the_last_stage_added() {
+        // A demo's figures: the headline was "higher", the answers got worse.
+        let (up, answers, open) = ([0.4, 0.1, 0.7], [-0.83, -1.55, -0.13], [0.02, -0.1, 0.14]);
+        let said = verdict(&summary(up, answers, open)).unwrap();
+        assert_eq!(
+            said,
+            "The Score of final is higher than that of original by 0.400 ([0.100, 0.700] standardised); the interval excludes \
+             zero. But the standardised score of action (−0.830 [−1.550, −0.130]) fell. What final adds to sft cannot be told from \
+             nothing: +0.020 [−0.100, +0.140], and the standardised score of action (−0.830 [−1.550, −0.130]) fell."
+        );
+        // Nothing is said to have fallen whose interval holds zero.
+        let said = verdict(&summary(up, [-0.83, -1.55, 0.13], up)).unwrap();
+        assert!(
+            !said.contains("fell")
+                && said.ends_with("Over sft, final added +0.400 [+0.100, +0.700].")
+        );
+        let down = [-0.4, -0.7, -0.1];
+        let said = verdict(&summary(down, up, down)).unwrap();
+        assert!(
+            said.contains("is lower than") && said.contains("score of motivation (−0.400"),
+            "{said}"
+        );
+        assert!(said.ends_with("Against sft, final lost 0.400 ([−0.700, −0.100])."), "{said}");
+        assert!(said.contains("Of what is in it, the standardised score of motivation"), "{said}");
+        // Open, and alike on every prompt.
+        let said = verdict(&summary(open, down, up)).unwrap();
+        assert!(
+            said.starts_with(
+                "The Scores of final and original cannot be told apart: +0.020 [−0.100, +0.140]"
+            ) && said.contains("Of what is in it, the standardised score of action (−0.400"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -34,6 +34,24 @@ fn page_of_a_run() -> (tempfile::TempDir, PathBuf) {
     (dir, page)
 }
 
+/// A recipe may name servers by addresses with a password; the page travels.
+#[test]
+fn no_secret_of_an_address_reaches_the_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("demo");
+    SyntheticRun::write(&run);
+    let recipe = dir.path().join("demo.toml");
+    let text =
+        "[run]\nengine_url = \"http://bob:hunter2&x@10.0.0.1:80/v1\" # and https://key-0815@host\n";
+    fs_err::write(&recipe, text).unwrap();
+    let page = report(&ReportInputs { recipe: Some(recipe), ..inputs(&run) }).unwrap();
+    let html = fs_err::read_to_string(&page).unwrap();
+    for secret in ["hunter2", "bob", "key-0815"] {
+        assert!(!html.contains(secret), "{secret}");
+    }
+    assert!(html.contains("***@10.0.0.1:80"));
+}
+
 #[test]
 fn the_page_holds_every_section_and_no_hostile_markup() {
     let (_dir, page) = page_of_a_run();
@@ -77,6 +95,7 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
         "ppo-truncation",
         "ppo-probe",
         "ppo-reward-models",
+        "ppo-kl-score",
         "reward-accuracy",
         "reward-calibration",
         "judge-votes",
@@ -88,19 +107,53 @@ fn the_page_holds_every_section_and_no_hostile_markup() {
     }
 }
 
+/// The page but for the element that says when and where it was made.
+fn without_made(html: &str) -> String {
+    let (before, rest) = html.split_once("<aside id=\"made\"").unwrap();
+    let (_, after) = rest.split_once("</aside>").unwrap();
+    assert!(!after.contains("<aside"));
+    before.to_owned() + after
+}
+
+#[test]
+fn the_page_says_when_and_where_it_was_made_in_one_place() {
+    let (_dir, page) = page_of_a_run();
+    let html = fs_err::read_to_string(&page).unwrap();
+    let (_, made) = html.split_once("<aside id=\"made\"").unwrap();
+    let (made, _) = made.split_once("</aside>").unwrap();
+    assert!(made.contains(" UTC</span>"), "{made}");
+    assert!(made.contains("EPYC of a test · 2 cores") && made.contains("took 63 s"), "{made}");
+    assert!(!without_made(&html).contains("EPYC of a test"));
+}
+
+#[test]
+fn pairs_labelled_by_construction_have_no_votes() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("half");
+    SyntheticRun { dir: &run }.data();
+    // As an older version left them: a vote of every virtue for pairs that nobody judged.
+    SyntheticRun { dir: &run }.label_by_construction();
+    let html = fs_err::read_to_string(report(&inputs(&run)).unwrap()).unwrap();
+    assert!(html.contains("No judge was asked, and nobody voted"), "no word of it");
+    assert!(!html.contains("Votes by virtue") && !html.contains("chart-judge-votes"));
+    let findings = doctor::diagnose(&RunFiles::read(&run).unwrap());
+    assert_eq!(findings[1].grade, doctor::Grade::Unknown, "{:?}", findings[1]);
+}
+
 #[test]
 fn the_page_is_the_same_again_and_only_made_when_something_changed() {
     let (dir, page) = page_of_a_run();
     let run = dir.path().join("demo");
     let recipe = Some(dir.path().join("demo.toml"));
-    let first = fs_err::read(&page).unwrap();
+    let first = without_made(&fs_err::read_to_string(&page).unwrap());
     let again = ReportInputs { recipe: recipe.clone(), ..inputs(&run) };
     let before = fs_err::metadata(&page).unwrap().modified().unwrap();
     report(&again).unwrap();
     assert_eq!(fs_err::metadata(&page).unwrap().modified().unwrap(), before);
     let elsewhere = ReportInputs { output: dir.path().join("other"), ..again };
     report(&elsewhere).unwrap();
-    assert_eq!(fs_err::read(dir.path().join("other/report.html")).unwrap(), first);
+    let other = fs_err::read_to_string(dir.path().join("other/report.html")).unwrap();
+    assert_eq!(without_made(&other), first);
     let fewer = ReportInputs { max_samples: 3, recipe, ..inputs(&run) };
     report(&fewer).unwrap();
     let html = fs_err::read_to_string(&page).unwrap();
@@ -268,10 +321,8 @@ fn no_name_in_a_chart_is_clipped() {
     ] {
         let colour = Colour(1);
         let interval = Interval { estimate: 0.5, low: 0.4, high: 0.6 };
-        let series: Vec<Series> = names
-            .iter()
-            .map(|name| Series { name: (*name).to_owned(), colour, points: vec![(1.0, 2.0)] })
-            .collect();
+        let series: Vec<Series> =
+            names.iter().map(|name| Series::new(*name, colour, vec![(1.0, 2.0)])).collect();
         let estimates: Vec<Estimate> = names
             .iter()
             .map(|name| Estimate { name: (*name).to_owned(), colour, interval, reference: None })
@@ -355,6 +406,10 @@ fn the_page_fits_a_phone_and_follows_the_reader_s_colours() {
     browser.open(&page);
     let overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth";
     assert!(browser.number(overflow) <= 0.0, "the page scrolls sideways on a phone");
+    // The heading of a table that goes on beyond the edge is read without scrolling.
+    let cut = "[...document.querySelectorAll('caption')].filter(c => { const range = document.createRange(); \
+               range.selectNodeContents(c); return range.getBoundingClientRect().right > innerWidth; }).length";
+    assert!(browser.number(cut) == 0.0, "a heading is cut");
     let smallest = "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => \
                     t.getBoundingClientRect().height))";
     assert!(browser.number(smallest) >= 8.0, "labels are too small to read");

@@ -1,9 +1,9 @@
 //! `arete-sft bench`: tokens a second of fine-tuning, beside this machine's matrix products.
 
+use anyhow::Result;
 use arete_model::bench::Table;
 use arete_training::bench::{self, BenchArgs};
 
-use crate::Error;
 use crate::data::Example;
 use crate::objective::CrossEntropy;
 
@@ -25,7 +25,7 @@ pub struct Bench {
 /// # Errors
 ///
 /// An unusable model or device.
-pub fn run(arguments: &Bench) -> Result<(), Error> {
+pub fn run(arguments: &Bench) -> Result<()> {
     let Bench { common, batch_size, length } = arguments;
     let (model, adapter) = common.load()?;
     let train: Vec<Example> = (0..*batch_size).map(|i| example(i, *length)).collect();
@@ -34,8 +34,7 @@ pub fn run(arguments: &Bench) -> Result<(), Error> {
         adapter: &adapter,
         train: &train,
         validation: &[],
-        micro_batch_tokens: common.micro_batch_tokens,
-        recompute: common.compute.recompute,
+        passes: common.compute.passes(common.micro_batch_tokens, false),
     };
     let ceiling = bench::ceiling_tokens_per_s(&model, true)?;
     let seconds = bench::step_s(&mut objective, adapter.parameters(), train.len())?;

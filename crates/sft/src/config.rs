@@ -1,7 +1,11 @@
 //! Settings of the stage: flags, and the `[sft]` table of a recipe.
 
+use anyhow::Result;
+use arete_chain::memory::{Demand, Role};
+use arete_records::Refusal;
 use arete_records::table::Column;
-use arete_training::{ComputeArgs, LoopArgs, LoraArgs};
+use arete_stage::settings;
+use arete_training::{ComputeArgs, Counted, LoopArgs, LoraArgs, Pace};
 use serde::{Deserialize, Serialize};
 
 /// What happens to a conversation longer than `max_length`.
@@ -57,4 +61,31 @@ pub struct Config {
     /// Seed of the adapter's first values and of the order of the data
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+impl Config {
+    /// Refuses what no training can use.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        let &Self { learning_rate, warmup_ratio, epochs, batch_size, .. } = self;
+        self.lora.check()?;
+        self.steps.check(Pace { learning_rate, warmup_ratio, epochs, batch_size })?;
+        settings::at_least("max_length", self.max_length, 2)?;
+        Ok(())
+    }
+
+    /// What is counted of the memory that training takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::BadSetting`] for a size of 0.
+    pub fn demand(&self) -> Result<Demand, Refusal> {
+        let &Self { batch_size, max_length, .. } = self;
+        let (lora, compute, steps) = (&self.lora, &self.compute, &self.steps);
+        let merge = None;
+        Counted { lora, compute, steps, batch_size, max_length, merge }.demand("sft", Role::Sft)
+    }
 }

@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result};
 use arete_chain::pairs::{self, FieldError};
 use arete_model::Chat;
-use arete_records::left_out::LeftOut;
+use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::DemonstrationRow;
 use arete_records::table::{self, Column};
 use arete_records::{At, Message, Role, Split, fill_splits, parquet, split_of};
+use arete_training::not_rendered;
 use serde_json::{Map, Value};
 
-use crate::Error;
 use crate::config::OverLength;
 
 /// Name of the file looked for in a directory.
@@ -56,6 +57,8 @@ pub struct Examples {
     pub n_dropped: usize,
     /// Conversations left out because cutting left nothing to imitate.
     pub n_empty: usize,
+    /// Conversations that the template refuses.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// The file that `path` (a file, or a stage's directory) stands for.
@@ -71,8 +74,8 @@ pub fn file_of(path: &Path) -> PathBuf {
 ///
 /// # Errors
 ///
-/// [`Error::Records`] if the file cannot be read, or too many rows are no such conversation.
-pub fn read(path: &Path, columns: &[Column]) -> Result<(Vec<Demonstration>, Vec<LeftOut>), Error> {
+/// A file's failure if the file cannot be read, or too many rows are no such conversation.
+pub fn read(path: &Path, columns: &[Column]) -> Result<(Vec<Demonstration>, Vec<LeftOut>)> {
     let path = &file_of(path);
     if path.file_name().is_some_and(|name| name == FILE) {
         let rows: Vec<DemonstrationRow> = parquet::read(path)?;
@@ -84,9 +87,11 @@ pub fn read(path: &Path, columns: &[Column]) -> Result<(Vec<Demonstration>, Vec<
         }
         return Ok((out, Vec::new()));
     }
-    let records = table::read_renamed(path, columns)?;
-    let (mut out, mut drawn, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
-    for (row, object) in &records {
+    let table = table::read_renamed(path, columns)?;
+    let n_records = table.n_rows();
+    let (mut out, mut drawn) = (Vec::new(), Vec::new());
+    let mut wrong: Vec<(usize, FieldError)> = pairs::unreadable(table.unreadable).collect();
+    for (row, object) in &table.records {
         match parse(*row, object) {
             Ok((demonstration, names_split)) => {
                 drawn.push(!names_split);
@@ -96,7 +101,7 @@ pub fn read(path: &Path, columns: &[Column]) -> Result<(Vec<Demonstration>, Vec<
         }
     }
     fill(&mut out, &drawn);
-    let left_out = pairs::leave_out(path, wrong, records.len())?;
+    let left_out = pairs::leave_out(path, wrong, n_records)?;
     Ok((out, left_out))
 }
 
@@ -119,23 +124,27 @@ fn fill(rows: &mut [Demonstration], drawn: &[bool]) {
 
 /// A row's conversation, and whether it names its split.
 fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool), FieldError> {
-    let present = |field: &str| object.get(field).filter(|value| !value.is_null());
+    let present = |field: &str| pairs::present(object, field);
     let reply =
         ["completion", "output", "response"].into_iter().find(|field| present(field).is_some());
-    let (messages, n_context) = if let Some(value) = present("messages") {
-        (pairs::messages("messages", value, Role::User)?, 0)
-    } else if let (Some(value), None) = (present("conversations"), reply) {
-        (pairs::messages("conversations", value, Role::User)?, 0)
+    let whole = match (present("messages"), present("conversations")) {
+        (Some(value), _) => Some(("messages", value)),
+        (None, Some(value)) if reply.is_none() => Some(("conversations", value)),
+        _ => None,
+    };
+    let (messages, n_context) = if let Some((field, value)) = whole {
+        let mut messages = pairs::messages(field, value, Role::User)?;
+        pairs::lead(object, &mut messages);
+        (messages, 0)
     } else {
         let missing = |field| {
             let expected = "a column `messages`, or `prompt` and `completion`";
             FieldError::columns(field, expected, object)
         };
-        let mut all = pairs::question(object)?.ok_or_else(|| missing("prompt"))?;
-        let n_context = all.len();
+        let prompt = pairs::question(object)?.ok_or_else(|| missing("prompt"))?;
         let reply = reply.ok_or_else(|| missing("completion"))?;
-        all.extend(pairs::messages(reply, &object[reply], Role::Assistant)?);
-        (all, n_context)
+        let own = pairs::messages(reply, &object[reply], Role::Assistant)?;
+        (pairs::after(&prompt, own), prompt.len())
     };
     let (split, names_split) = match present("split") {
         None => (split_of(&messages), false),
@@ -162,11 +171,12 @@ fn check(row: &Demonstration) -> Result<(), FieldError> {
     Err(FieldError { field: "messages", expected, got: roles.join(", ") })
 }
 
-/// Renders and tokenises the demonstrations of one split.
+/// Renders and tokenises the demonstrations of one split. Those that the template refuses are left out and named, unless they are
+/// too many.
 ///
 /// # Errors
 ///
-/// [`Error::Rendering`] if the template refuses a conversation.
+/// If the template refuses more than a [share](left_out::is_share) of them; fewer are left out and named.
 pub fn tokenize(
     path: &Path,
     demonstrations: &[Demonstration],
@@ -174,14 +184,23 @@ pub fn tokenize(
     chat: &Chat<'_>,
     max_length: usize,
     over_length: OverLength,
-) -> Result<Examples, Error> {
+) -> Result<Examples> {
     let mut out = Examples::default();
-    for row in demonstrations.iter().filter(|row| row.split == split) {
-        let mut example = render(row, chat).map_err(|source| Error::Rendering {
-            path: file_of(path),
-            row: row.row,
-            source: Box::new(source),
-        })?;
+    let own = || demonstrations.iter().filter(|row| row.split == split);
+    let n_rows = own().count();
+    for row in own() {
+        let mut example = match render(row, chat) {
+            Ok(example) => example,
+            Err(error) => {
+                let path = file_of(path);
+                let reason = format!("cannot be rendered: {error}");
+                out.left_out.push(pairs::of_row(&path, row.row, reason));
+                if !left_out::is_share(out.left_out.len(), n_rows) {
+                    return Err(error).with_context(|| not_rendered(&path, row.row));
+                }
+                continue;
+            }
+        };
         if example.token_ids.len() > max_length {
             if over_length == OverLength::Drop {
                 out.n_dropped += 1;

@@ -13,11 +13,9 @@
 pub mod bench;
 pub mod config;
 pub mod data;
-mod error;
 pub mod objective;
 mod stage;
 
 pub use config::Config;
-pub use error::{Error, class_of};
 pub use objective::ACCURACY_ROWS;
-pub use stage::train;
+pub use stage::{dry_run, train};

@@ -7,6 +7,7 @@ use anyhow::Context;
 use arete_sft::Config;
 use arete_sft::bench::Bench;
 use arete_stage::cli::{self, StageArgs};
+use arete_stage::inputs::Piped;
 use arete_stage::{interrupt, recipe};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -42,18 +43,23 @@ enum Command {
 
 fn main() -> ExitCode {
     cli::init_tracing();
-    arete_stage::exit::run(run, arete_sft::class_of)
+    arete_stage::exit::run(run, arete_training::class_of)
 }
 
 fn run() -> anyhow::Result<()> {
-    let matches = Cli::command().get_matches();
+    let matches = cli::matches(Cli::command());
     let (stage, demonstrations) = match Cli::from_arg_matches(&matches)?.command {
         Command::Train { stage, demonstrations, .. } => (stage, demonstrations),
         Command::Bench { bench } => return arete_sft::bench::run(&bench).context("measuring"),
     };
     let matches = matches.subcommand_matches("train").expect("the command parsed");
     let config: Config = recipe::resolve(matches, "sft", stage.recipe.as_deref())?;
+    let mut piped = Piped::default();
+    let local = piped.local(&demonstrations)?;
+    if stage.dry_run {
+        return Ok(arete_sft::dry_run(&config, &local, &stage.output)?.print()?);
+    }
     interrupt::install()?;
-    arete_sft::train(&config, &demonstrations, &stage.output)
+    arete_sft::train(&config, &local, &stage.output)
         .with_context(|| format!("training on {}", demonstrations.display()))
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use arete_chain::batches;
 use arete_model::{Adapter, Batch, Decoder, logprobs};
-use arete_training::{Error, Evaluation, Objective, StepReport};
+use arete_training::{Error, Evaluation, Objective, Passes, StepReport};
 use tch::{Kind, Tensor};
 
 use crate::data::Example;
@@ -26,10 +26,8 @@ pub struct CrossEntropy<'a> {
     pub train: &'a [Example],
     /// Validation examples.
     pub validation: &'a [Example],
-    /// Most tokens in one forward pass.
-    pub micro_batch_tokens: usize,
-    /// Whether blocks run again in the backward pass.
-    pub recompute: bool,
+    /// How much goes into a pass, and what is kept of it.
+    pub passes: Passes,
 }
 
 /// Sums over target tokens, on the model's device.
@@ -99,8 +97,9 @@ impl Objective for CrossEntropy<'_> {
         let examples: Vec<&Example> = shard.iter().map(|&idx| &self.train[idx]).collect();
         let n_targets = n_targets(step.iter().map(|&idx| &self.train[idx]));
         let mut sums = Sums::zero(self.decoder);
-        for MicroBatch { batch, rows } in micro_batches(&examples, self.micro_batch_tokens)? {
-            let pass = self.decoder.pass(&batch, self.adapter, self.recompute)?;
+        for MicroBatch { batch, rows } in micro_batches(&examples, self.passes.micro_batch_tokens)?
+        {
+            let pass = self.decoder.pass(&batch, self.adapter, self.passes.recompute())?;
             let found = logprobs::of_rows(self.decoder, &pass.hidden, &batch, &rows, 1.0, true)?;
             let loss = -found.logprob.sum(Kind::Float);
             sums.loss += loss.detach();
@@ -112,6 +111,10 @@ impl Objective for CrossEntropy<'_> {
             pass.backward(&(loss * (loss_scale / n_targets as f64)))?;
         }
         sums.numbers()
+    }
+
+    fn passes(&self) -> Passes {
+        self.passes.clone()
     }
 
     fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {
@@ -130,7 +133,8 @@ impl Objective for CrossEntropy<'_> {
         let _guard = tch::no_grad_guard();
         let examples: Vec<&Example> = self.validation[examples].iter().collect();
         let mut sums = Sums::zero(self.decoder);
-        for MicroBatch { batch, rows } in micro_batches(&examples, self.micro_batch_tokens)? {
+        for MicroBatch { batch, rows } in micro_batches(&examples, self.passes.micro_batch_tokens)?
+        {
             let hidden = self.decoder.forward(&batch, Some(self.adapter))?;
             let found = logprobs::of_rows(self.decoder, &hidden, &batch, &rows, 1.0, true)?;
             sums.loss -= found.logprob.sum(Kind::Double);

@@ -2,19 +2,22 @@
 
 use std::path::Path;
 
+use anyhow::{Result, bail};
+use arete_chain::memory::{self, PROMPT_TOKENS, Shape};
 use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Batch, LoadOptions, Model, Source, adapter::merge};
-use arete_records::{Split, left_out};
-use arete_stage::run::{Completion, StageSpec, Start};
+use arete_records::{Refusal, Split, left_out};
+use arete_stage::dry::DryRun;
+use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
 use arete_training::{AdamW, Ranks, runtime, train as train_loop};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
+use crate::Config;
 use crate::data::{self, Example, Examples};
 use crate::objective::CrossEntropy;
-use crate::{Config, Error};
 
 /// Settings that say how long it is trained: with more of them, training goes on.
 const AMOUNTS: [&str; 2] = ["epochs", "max_steps"];
@@ -26,23 +29,37 @@ const COMPARED_ROWS: usize = 128;
 ///
 /// # Errors
 ///
-/// Bad settings or data, an unusable model, an interrupt, a full disk: see [`Error`].
-pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<(), Error> {
+/// Bad settings or data, an unusable model, an interrupt, a full disk.
+pub fn train(config: &Config, demonstrations: &Path, output: &Path) -> Result<()> {
+    config.check()?;
     let ranks = Ranks::join(config.steps.shards.virtual_shards)?;
     ranks.finish(train_on(&ranks, config, demonstrations, output))
 }
 
-fn train_on(
-    ranks: &Ranks,
-    config: &Config,
-    demonstrations: &Path,
-    output: &Path,
-) -> Result<(), Error> {
-    let model_name = config.model.as_deref().ok_or_else(|| Error::Setting {
-        name: "model",
-        expected: "a model to start from".to_owned(),
-        got: "none".to_owned(),
-    })?;
+/// What [`train`] would do; nothing is written.
+///
+/// # Errors
+///
+/// As [`train`], as far as it shows before the model is loaded.
+pub fn dry_run(config: &Config, demonstrations: &Path, output: &Path) -> Result<DryRun> {
+    let found = run::asking(|| train(config, demonstrations, output))?;
+    let columns = config.column.as_deref().unwrap_or_default();
+    let (rows, left_out) = data::read(demonstrations, columns)?;
+    let n_in = |split| rows.iter().filter(|row| row.split == split).count();
+    let device = Some(config.compute.device.as_str());
+    let shape = Shape::of(config.model.as_deref().unwrap_or_default(), device, PROMPT_TOKENS)?;
+    Ok(DryRun::new("sft", config, found)
+        .counting("train", n_in(Split::Train))
+        .counting("validation", n_in(Split::Validation))
+        .counting("left_out", left_out.len())
+        .taking(Some(shape.need(&config.demand()?).to_json())))
+}
+
+fn train_on(ranks: &Ranks, config: &Config, demonstrations: &Path, output: &Path) -> Result<()> {
+    let model_name = config
+        .model
+        .as_deref()
+        .ok_or_else(|| Refusal::setting("model", "a model to start from", "none"))?;
     let source = Source::fetch(model_name)?;
     let file = data::file_of(demonstrations);
     let mut inputs = vec![("demonstrations".to_owned(), file.clone())];
@@ -56,7 +73,7 @@ fn train_on(
     let spec = StageSpec { stage: "sft", output, config: recorded, seed: config.seed, inputs };
     let run = match ranks.begin(spec, &AMOUNTS)? {
         Start::UpToDate(_) => {
-            tracing::info!(output = %output.display(), "up to date");
+            run::say_up_to_date(output);
             return Ok(());
         }
         Start::Run(run) => run,
@@ -64,17 +81,20 @@ fn train_on(
 
     let options = config.compute.start_on(ranks)?;
     let device = options.device;
-    let (rows, left_out) = data::read(&file, config.column.as_deref().unwrap_or_default())?;
-    left_out::write(run.output(), &left_out)?;
+    let saving = memory::admit("sft", &source, device, &config.demand()?)?;
+    let (rows, mut left_out) = data::read(&file, config.column.as_deref().unwrap_or_default())?;
     let model = Model::load(&source, &options)?;
     let chat = model.chat()?;
     let tokenize = |split: Split| {
         data::tokenize(&file, &rows, split, &chat, config.max_length, config.over_length)
     };
-    let (train, validation) = (tokenize(Split::Train)?, tokenize(Split::Validation)?);
+    let (mut train, mut validation) = (tokenize(Split::Train)?, tokenize(Split::Validation)?);
+    left_out.append(&mut train.left_out);
+    left_out.append(&mut validation.left_out);
+    left_out::write(run.output(), &left_out)?;
     report(&train, &validation);
     if train.examples.is_empty() {
-        return Err(nothing_left(&file, rows.len(), &train));
+        bail!(nothing_left(&file, rows.len(), &train));
     }
 
     let mut adapter =
@@ -106,8 +126,7 @@ fn train_on(
         adapter: &adapter,
         train: &train.examples,
         validation: &validation.examples,
-        micro_batch_tokens: config.steps.micro_batch_tokens,
-        recompute: config.compute.recompute,
+        passes: config.compute.passes(config.steps.micro_batch_tokens, saving),
     };
     let outcome = train_loop(
         ranks,
@@ -180,12 +199,12 @@ fn report(train: &Examples, validation: &Examples) {
     }
 }
 
-fn nothing_left(path: &Path, n_rows: usize, train: &Examples) -> Error {
+fn nothing_left(path: &Path, n_rows: usize, train: &Examples) -> Refusal {
     let Examples { n_dropped, n_empty, .. } = train;
     let reason = format!(
         "{n_rows} rows; of split train {n_dropped} dropped for their length, {n_empty} with nothing left to imitate"
     );
-    Error::Empty { path: path.to_owned(), reason }
+    Refusal::file(path, "", "demonstrations to train on", format!("none ({reason})"))
 }
 
 /// The first examples with [`COMPARED_ROWS`] target tokens between them, cut there.
@@ -210,7 +229,7 @@ fn probe(examples: &[Example]) -> Vec<Example> {
 }
 
 /// Logits of the examples' target tokens, `[n, V]` f32.
-fn logits(model: &Model, adapter: Option<&Adapter>, examples: &[Example]) -> Result<Tensor, Error> {
+fn logits(model: &Model, adapter: Option<&Adapter>, examples: &[Example]) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
     // One pass: a streamed model reads its weights again for each.
     let sequences: Vec<&[i64]> = examples.iter().map(|example| &example.token_ids[..]).collect();
@@ -224,7 +243,7 @@ fn logits(model: &Model, adapter: Option<&Adapter>, examples: &[Example]) -> Res
     Ok(logits.to_kind(Kind::Float))
 }
 
-fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64, Error> {
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     let difference = f64::try_from((a - b).abs().max()).map_err(arete_model::Error::from)?;
     Ok(difference)
 }

@@ -142,6 +142,24 @@ fn every_form_of_demonstration_is_read() {
 
 /// The layout of Dahoas/full-hh-rlhf, as prompt and completion.
 #[test]
+fn a_completion_that_repeats_its_prompt_is_the_whole_conversation() {
+    let asked = r#"[{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]"#;
+    let completions = [r#""\n\nHuman: c\n\nAssistant: d""#, asked, r#"" d""#];
+    for prompt in
+        [r#""c""#, r#""\n\nHuman: c\n\nAssistant:""#, r#"[{"role": "user", "content": "c"}]"#]
+    {
+        for completion in completions {
+            let line = format!(r#"{{"prompt": {prompt}, "completion": {completion}}}"#);
+            let row = &read_text(&line).unwrap()[0];
+            let read: Vec<(&str, &str)> =
+                row.messages.iter().map(|m| (m.role.name(), m.content.as_str())).collect();
+            assert_eq!(read, [("user", "c"), ("assistant", "d")], "{line}");
+            assert_eq!(row.n_context, 1, "{line}");
+        }
+    }
+}
+
+#[test]
 fn a_prompt_in_the_form_of_hh_rlhf_is_a_conversation() {
     let line = r#"{"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "completion": " d"}"#;
     let row = &read_text(line).unwrap()[0];
@@ -195,4 +213,42 @@ fn bad_rows_are_named() {
     let split = r#"{"prompt": "a", "completion": "b", "split": "dev"}"#;
     assert!(refused(split).contains("split: expected train, validation or test"));
     assert!(refused("[1]").contains("expected an object"));
+}
+
+#[test]
+fn a_conversation_that_the_template_refuses_is_left_out_and_named() {
+    // The tiny model with a template that refuses a word.
+    let dir = tempfile::tempdir().unwrap();
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-chat");
+    for entry in fs_err::read_dir(&own).unwrap() {
+        let entry = entry.unwrap();
+        fs_err::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let path = dir.path().join("chat_template.jinja");
+    let template = fs_err::read_to_string(&path).unwrap();
+    let refusal = "{% for message in messages %}{% if 'unheard' in message['content'] %}\
+                   {{ raise_exception('unheard of') }}{% endif %}{% endfor %}";
+    fs_err::write(&path, format!("{refusal}{template}")).unwrap();
+    let options = LoadOptions { device: Device::Cpu, dtype: Kind::Float, nf4: None };
+    let model = Model::load(&Source::Directory(dir.path().to_owned()), &options).unwrap();
+    let chat = model.chat().unwrap();
+    let rows = |n_bad: usize| -> Vec<Demonstration> {
+        let row = |row| {
+            let word = if row <= n_bad { "unheard" } else { "heard" };
+            let messages = vec![Message::user(word), Message::assistant("Yes.")];
+            Demonstration { row, split: Split::Train, messages, n_context: 0 }
+        };
+        (1..=40).map(row).collect()
+    };
+    let tokenize = |rows: &[Demonstration]| {
+        let file = Path::new("mine.jsonl");
+        data::tokenize(file, rows, Split::Train, &chat, 500, OverLength::Drop)
+    };
+    let found = tokenize(&rows(1)).unwrap();
+    assert_eq!((found.examples.len(), found.left_out.len()), (39, 1));
+    assert_eq!(found.left_out[0].item, "mine.jsonl:1");
+    assert!(found.left_out[0].reason.contains("unheard of"), "{:?}", found.left_out);
+    // A tenth of forty is four.
+    assert_eq!(tokenize(&rows(4)).unwrap().examples.len(), 36);
+    assert!(tokenize(&rows(5)).unwrap_err().to_string().contains("mine.jsonl"));
 }

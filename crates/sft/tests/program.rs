@@ -218,11 +218,15 @@ fn bad_input_is_named() {
         assert!(message(&done).contains(expected), "{}", message(&done));
         assert!(!output.join("run.json").exists());
     };
-    refuse("", 65, "no demonstrations to train on: 0 rows");
+    refuse("", 65, "expected demonstrations to train on, got none (0 rows");
     let validation_only = r#"{"prompt": "a", "completion": "b", "split": "validation"}"#;
-    refuse(validation_only, 65, "no demonstrations to train on: 1 rows");
+    refuse(validation_only, 65, "expected demonstrations to train on, got none (1 rows");
     refuse(r#"{"prompt": "a"}"#, 65, "row 1: completion: expected");
-    refuse("{", 65, "rows.jsonl:1: expected one JSON value");
+    refuse(
+        "{",
+        65,
+        "rows.jsonl:1: expected one JSON value a line, not one document over many lines",
+    );
 
     let data = demonstrations(dir.path());
     let missing = Command::new(env!("CARGO_BIN_EXE_arete-sft"))

@@ -12,7 +12,7 @@ use arete_records::Split;
 use arete_sft::config::OverLength;
 use arete_sft::data;
 use arete_sft::objective::CrossEntropy;
-use arete_training::{AdamW, AdamWConfig, Objective};
+use arete_training::{AdamW, AdamWConfig, Objective, Passes};
 
 const N_STEPS: u64 = 50;
 
@@ -39,8 +39,7 @@ fn losses(source: PathBuf, nf4: Option<Nf4Options>, recompute: bool) -> Vec<f64>
         adapter: &adapter,
         train: &examples,
         validation: &[],
-        micro_batch_tokens: 4096,
-        recompute,
+        passes: Passes::new(4096, recompute),
     };
     let all: Vec<usize> = (0..examples.len()).collect();
     let step = |step: u64| {

@@ -10,7 +10,7 @@ use arete_records::Split;
 use arete_sft::config::OverLength;
 use arete_sft::data::{self, Example};
 use arete_sft::objective::CrossEntropy;
-use arete_training::{AdamW, AdamWConfig, Objective, Schedule, ScheduleKind};
+use arete_training::{AdamW, AdamWConfig, Objective, Passes, Schedule, ScheduleKind};
 use support::{golden, here, relative_difference, tiny_chat};
 
 const N_STEPS: usize = 5;
@@ -62,8 +62,7 @@ fn losses_gradients_and_weights_are_those_of_trl() {
             adapter: &adapter,
             train: &examples,
             validation: &[],
-            micro_batch_tokens,
-            recompute,
+            passes: Passes::new(micro_batch_tokens, recompute),
         };
         let schedule = Schedule::new(ScheduleKind::Linear, 5e-3, 0.0, N_STEPS as u64).unwrap();
         let mut num_tokens = 0.0;
@@ -106,8 +105,7 @@ fn training_and_evaluation_report_the_same_numbers() {
         adapter: &adapter,
         train: &examples,
         validation: &examples,
-        micro_batch_tokens: 50,
-        recompute: false,
+        passes: Passes::new(50, false),
     };
     let train = objective.accumulate_all(&[0, 1, 2, 3], 1.0).unwrap();
     let evaluated = objective.evaluate().unwrap().unwrap();

@@ -14,6 +14,10 @@ pub enum Error {
     #[error(transparent)]
     Records(#[from] arete_records::Error),
 
+    /// A signal came in while an input was awaited.
+    #[error(transparent)]
+    Interrupted(#[from] crate::interrupt::Interrupted),
+
     /// Files of units do not add up to a whole.
     #[error("{}: {reason}", path.display())]
     Shards {

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use arete_records::{Class, Classified};
+use arete_records::{Class, Classified, redact};
 use signal_hook::consts::SIGXFSZ;
 
 use crate::cli::printable;
@@ -56,7 +56,7 @@ pub const INTERNAL: u8 = 70;
 /// Runs a program to its exit code: [`exit_code`] of what `work` returns. A panic is reported in one line like any other failure,
 /// with exit code 71 if it was for want of memory, else [`INTERNAL`]; a file that reaches the limit of its size is an error of
 /// writing and not a signal.
-pub fn run(work: impl FnOnce() -> anyhow::Result<()>, class_of: ClassOf) -> ExitCode {
+pub fn run(work: impl FnOnce() -> anyhow::Result<()> + Send, class_of: ClassOf) -> ExitCode {
     static PANIC: Mutex<Option<String>> = Mutex::new(None);
     // Libraries are run under `catch_unwind`, too: what they say is told by whoever caught it.
     let loud = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
@@ -70,9 +70,14 @@ pub fn run(work: impl FnOnce() -> anyhow::Result<()>, class_of: ClassOf) -> Exit
     if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {
         tracing::debug!(%error, "SIGXFSZ not caught");
     }
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => exit_code(result, class_of),
-        Err(_) => {
+    match on_own_stack(|| catch_unwind(AssertUnwindSafe(work))) {
+        Err(error) => {
+            let what =
+                format!("no memory for a thread with {STACK_BYTES} bytes of stack ({error})");
+            exit_code(Err(OutOfRoom(what).into()), class_of)
+        }
+        Ok(Ok(result)) => exit_code(result, class_of),
+        Ok(Err(_)) => {
             let panic = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
             let panic = panic.unwrap_or_else(|| "a panic without a message".to_owned());
             let (text, code) = match arete_records::memory_refused(&panic) {
@@ -88,9 +93,20 @@ pub fn run(work: impl FnOnce() -> anyhow::Result<()>, class_of: ClassOf) -> Exit
     }
 }
 
+/// Stack of a program's work, whatever the limit of the system's is (`ulimit -s`): libtorch takes some hundred KiB of it.
+const STACK_BYTES: usize = 16 << 20;
+
+fn on_own_stack<T: Send>(work: impl FnOnce() -> T + Send) -> std::io::Result<T> {
+    std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().name("main".to_owned()).stack_size(STACK_BYTES);
+        Ok(builder.spawn_scoped(scope, work)?.join().expect("work catches its panics"))
+    })
+}
+
 /// What can be done where memory runs out.
-pub(crate) const MEMORY_ADVICE: &str = "out of memory: compute less at a time (micro_batch_tokens, batch, max_new_tokens), hold the model \
-                                        in 16 bits (--dtype bf16) or in four (--nf4), take a smaller model, or free memory";
+pub(crate) const MEMORY_ADVICE: &str = "out of memory: compute less at a time (micro_batch_tokens, batch, max_new_tokens, max_rows), keep less for the \
+                                        backward pass (recompute), hold the model in 16 bits (--dtype bf16) or in four (--nf4), take a \
+                                        smaller model, or free memory";
 
 /// Turns a program's result into its exit code, printing `error: …` and its causes on stderr.
 ///
@@ -104,16 +120,25 @@ pub fn exit_code(result: anyhow::Result<()>, class_of: ClassOf) -> ExitCode {
         return ExitCode::from(code(Class::ClosedPipe));
     }
     let class = error.chain().find_map(|cause| known(cause, class_of)).unwrap_or(Class::Other);
-    let mut text = format!("error: {error}");
-    for cause in error.chain().skip(1) {
-        write!(text, "\n  caused by: {cause}").expect("writing to a String cannot fail");
-    }
+    let mut text = text_of(&error);
     if class == Class::Memory {
         write!(text, "\n  {MEMORY_ADVICE}").expect("writing to a String cannot fail");
     }
     // If stderr is closed there is nobody left to tell.
     let _ = writeln!(std::io::stderr(), "{}", printable(&text));
     ExitCode::from(code(class))
+}
+
+/// What is said of an error: itself and its causes, a line each. Files may hold anything, and so may what is said of them:
+/// of a long cause beginning and end are told.
+#[must_use]
+pub fn text_of(error: &anyhow::Error) -> String {
+    let mut text = format!("error: {}", redact::cut(&error.to_string()));
+    for cause in error.chain().skip(1) {
+        write!(text, "\n  caused by: {}", redact::cut(&cause.to_string()))
+            .expect("writing to a String cannot fail");
+    }
+    text
 }
 
 fn known(cause: &(dyn StdError + 'static), class_of: ClassOf) -> Option<Class> {
@@ -154,6 +179,7 @@ impl Classified for crate::Error {
         match self {
             Self::Io(error) => error.class(),
             Self::Records(error) => error.class(),
+            Self::Interrupted(signal) => signal.class(),
             // A directory that is taken is the system's state, not bad data.
             Self::Locked { .. } => Some(Class::Other),
             Self::Config { .. } | Self::ForeignOutput { .. } => Some(Class::Setting),
@@ -185,6 +211,7 @@ mod tests {
         gives(io::Error::new(io::ErrorKind::InvalidData, "not UTF-8"), 65);
         gives(Interrupted { signal: 2 }, 130);
         gives(Interrupted { signal: 15 }, 143);
+        gives(crate::Error::from(Interrupted { signal: 15 }), 143);
         gives(arete_records::Refusal::setting("a", "b", "c"), 2);
         let parquet = || arete_records::Error::Parquet { path: "x".into(), reason: "y".to_owned() };
         gives(parquet(), 65);
@@ -198,6 +225,17 @@ mod tests {
         let result: Result<(), _> = Err(crate::Error::Io(io::Error::other("disk")));
         let error = result.context("reading prompts").context("in the demo").unwrap_err();
         gives(error, 74);
+    }
+
+    #[test]
+    fn long_messages_are_cut_in_their_middle() {
+        let what = "é".repeat(100_000);
+        let error = anyhow::anyhow!("x.json: expected a number, got {what}; name another")
+            .context("reading x.json");
+        let text = text_of(&error);
+        assert!(text.starts_with("error: reading x.json\n  caused by: x.json: expected a number"));
+        assert!(text.ends_with("é; name another") && text.contains("98245 characters left out"));
+        assert!(text.chars().count() < 2000, "{}", text.chars().count());
     }
 
     #[test]
@@ -217,6 +255,16 @@ mod tests {
             code(|| panic!("DefaultCPUAllocator: can't allocate memory: you tried")),
             is(71)
         );
+        // As much stack as a limit of some KiB would not leave.
+        fn deep(n: usize) -> usize {
+            let room = std::hint::black_box([n; 1024]);
+            if n == 0 { 0 } else { deep(n - 1) + room[n % 1024] }
+        }
+        let use_it = || {
+            assert!(deep(1000) > 0);
+            Ok(())
+        };
+        assert_eq!(code(use_it), is(0));
         // Caught by a library's caller, a panic is none of the program's.
         let caught = || {
             assert!(catch_unwind(|| panic!("a parser's")).is_err());

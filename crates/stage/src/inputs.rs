@@ -4,18 +4,102 @@
 //! [`run::begin`](crate::run::begin) checks every input of a stage; programs that are no stage call [`check`] where they
 //! open a file.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
+use arete_records::Refusal;
 use arete_records::hashes::{HashCache, RUN_JSON};
 
-use crate::Error;
 use crate::run::RunJson;
+use crate::{Error, interrupt};
 
 /// Directories above an input that are looked into for the mark of the stage that made it.
 const MAX_UP: usize = 6;
 
 /// Directories inside an input that may hold stages of their own: `reward/action`, `ppo/final`.
 const MAX_DOWN: usize = 3;
+
+/// Most bytes that are taken from a pipe.
+const MAX_PIPED_BYTES: u64 = 1 << 30;
+
+/// How often a signal is looked for while a pipe is silent.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Data inputs as files: what can be read once only, standard input (`-`) and pipes, is copied, for inputs are hashed first
+/// and read afterwards. The copies are gone with this.
+#[derive(Debug, Default)]
+pub struct Piped {
+    copies: Option<tempfile::TempDir>,
+    n_copies: usize,
+}
+
+impl Piped {
+    /// The path to read an input from: its own, or that of its copy.
+    ///
+    /// # Errors
+    ///
+    /// A pipe that gives more than a GiB, a full disk.
+    pub fn local(&mut self, input: &Path) -> Result<PathBuf, Error> {
+        if input == Path::new("-") {
+            return self.copied(Path::new("stdin"), || Ok(std::io::stdin()));
+        }
+        let is_piped = |found: std::fs::Metadata| !found.is_file() && !found.is_dir();
+        if input.metadata().is_ok_and(is_piped) {
+            let path = input.to_owned();
+            return self.copied(input, move || fs_err::File::open(path));
+        }
+        Ok(input.to_owned())
+    }
+
+    /// [`Piped::local`] of several.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn all_local(&mut self, inputs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
+        inputs.iter().map(|input| self.local(input)).collect()
+    }
+
+    fn copied<R: Read>(
+        &mut self,
+        path: &Path,
+        open: impl FnOnce() -> std::io::Result<R> + Send + 'static,
+    ) -> Result<PathBuf, Error> {
+        let dir = match &mut self.copies {
+            Some(dir) => dir,
+            None => self.copies.insert(tempfile::tempdir()?),
+        };
+        let own = dir.path().join(self.n_copies.to_string());
+        self.n_copies += 1;
+        fs_err::create_dir(&own)?;
+        let target = own.join(path.file_name().unwrap_or("input".as_ref()));
+        let mut file = fs_err::File::create(&target)?;
+        // In a thread of its own: a signal is answered while nobody writes.
+        let (sender, copied) = channel();
+        std::thread::spawn(move || {
+            let copy = |reader: R| std::io::copy(&mut reader.take(MAX_PIPED_BYTES + 1), &mut file);
+            let _ = sender.send(open().and_then(copy)); // nobody waits for it after a signal
+        });
+        let n_bytes = loop {
+            match copied.recv_timeout(LOOK) {
+                Err(RecvTimeoutError::Timeout) => interrupt::check()?,
+                Ok(n_bytes) => break n_bytes?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    unreachable!("the thread sends before it ends")
+                }
+            }
+        };
+        if n_bytes > MAX_PIPED_BYTES {
+            let expected = format!("at most {MAX_PIPED_BYTES} bytes from a pipe");
+            return Err(
+                arete_records::Error::from(Refusal::file(path, "size", expected, "more")).into()
+            );
+        }
+        Ok(target)
+    }
+}
 
 /// Checks a file, or every file of a directory, against the `run.json` of the stages that made them. What no stage of ours
 /// made passes, and so does what is not there: its reader says what is missing.
@@ -189,6 +273,36 @@ mod tests {
                 let error = outcome.unwrap_err().to_string();
                 assert!(error.contains("run.json"), "{at}: {error}");
             }
+        }
+    }
+
+    #[test]
+    fn what_a_pipe_gives_is_told_by_its_first_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        std::io::Write::write_all(&mut encoder, b"{\"prompt\": \"May I?\"}\n").unwrap();
+        let packed = encoder.finish().unwrap();
+        let table = dir.path().join("table.parquet");
+        let id = arete_records::prompt_id(&[arete_records::Message::user("May I?")]);
+        let row = arete_records::rows::PromptRow {
+            prompt_id: id,
+            split: arete_records::Split::Train,
+            source: "x".to_owned(),
+            prompt: vec![arete_records::Message::user("May I?")],
+        };
+        arete_records::parquet::write(&table, &[row]).unwrap();
+        let plain = b"[{\"prompt\": \"May I?\"}]".to_vec();
+        for bytes in [packed, fs_err::read(&table).unwrap(), plain] {
+            let writer = pipe.clone();
+            let writing = std::thread::spawn(move || fs_err::write(writer, bytes).unwrap());
+            let mut piped = Piped::default();
+            let path = piped.local(&pipe).unwrap();
+            writing.join().unwrap();
+            let records = arete_records::table::read(path).unwrap();
+            assert_eq!(records.len(), 1);
+            assert!(records[0].1["prompt"].to_string().contains("May I?"), "{records:?}");
         }
     }
 

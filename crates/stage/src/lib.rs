@@ -4,6 +4,8 @@
 //! whether there is [work](run), and [one exit code](exit) for every way to fail.
 
 pub mod cli;
+pub mod clock;
+pub mod dry;
 mod error;
 pub mod exit;
 pub mod inputs;
@@ -11,13 +13,16 @@ pub mod interrupt;
 mod memory;
 pub mod metrics;
 mod progress;
+mod protobuf;
 mod ranges;
 pub mod recipe;
 pub mod rounds;
 pub mod run;
 pub mod seal;
+pub mod settings;
 mod tfevents;
 pub mod timings;
 pub mod units;
+pub mod wandb;
 
 pub use error::Error;

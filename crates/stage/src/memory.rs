@@ -38,6 +38,30 @@ unsafe impl GlobalAlloc for OrExit {
     }
 }
 
+/// Room that libtorch's own initialisers take; where there is less they end the process by SIGABRT.
+const LIBTORCH_BYTES: usize = 96 << 20;
+
+/// Looks for that room before any library is initialised.
+extern "C" fn look_for_room() {
+    let layout = Layout::new::<[u8; LIBTORCH_BYTES]>();
+    #[expect(unsafe_code, reason = "an allocator's functions are")]
+    // SAFETY: the layout is not empty, and what was given for it is given back.
+    unsafe {
+        // The compiler leaves out what is given back unused.
+        let pointer = or_exit(std::hint::black_box(System.alloc(layout)), layout.size());
+        System.dealloc(pointer, layout);
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "only the loader calls anything before the libraries' own initialisers"
+)]
+// SAFETY: the section is a list of functions without arguments that matter; this one needs nothing that main prepares.
+#[unsafe(link_section = ".preinit_array")]
+#[used]
+static BEFORE_LIBRARIES: extern "C" fn() = look_for_room;
+
 fn or_exit(pointer: *mut u8, size: usize) -> *mut u8 {
     if pointer.is_null() {
         end(size);

@@ -9,7 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
-use arete_records::{atomic, hex};
+use arete_records::hashes::STAGE_JSON;
+use arete_records::{atomic, files, hex, redact};
 use sha2::{Digest, Sha256};
 
 use crate::{Error, tfevents};
@@ -20,6 +21,9 @@ pub const FILE: &str = "metrics.jsonl";
 /// Name of the TensorBoard event file. Its time stamp is fixed, so that a resumed run goes on in
 /// the same file.
 pub const EVENTS_FILE: &str = "events.out.tfevents.0000000000.arete";
+
+/// Largest file of lines that is read: far more than a run of millions of steps writes.
+const MAX_BYTES: u64 = 4 << 30;
 
 /// Appends to `metrics.jsonl` and the event file of a directory.
 #[derive(Debug)]
@@ -75,7 +79,7 @@ impl MetricsWriter {
             None => (Vec::new(), Vec::new()),
         };
         atomic::write(&lines_path, &lines)?;
-        let events = if events.is_empty() { tfevents::header(now_s()) } else { events };
+        let events = if events.is_empty() { begun(&dir)? } else { events };
         atomic::write(&events_path, &events)?;
         let append = |path: &Path| {
             fs_err::OpenOptions::new().append(true).open(path).map(|file| file.into_parts().0)
@@ -142,7 +146,7 @@ fn remove_seal(dir: &Path) -> Result<(), Error> {
 
 /// Refuses lines that are not those that were logged before the last checkpoint: they cannot be made anew.
 fn check_seal(dir: &Path) -> Result<(), Error> {
-    let Ok(seal) = fs_err::read(dir.join(SEAL)) else { return Ok(()) };
+    let Ok(seal) = files::read_small(&dir.join(SEAL)) else { return Ok(()) };
     let path = dir.join(FILE);
     let lines = read_or_empty(&path)?;
     let found = serde_json::from_slice::<Seal>(&seal).ok();
@@ -161,13 +165,59 @@ fn check_seal(dir: &Path) -> Result<(), Error> {
     Err(arete_records::Error::Damaged { path, what, expected, got }.into())
 }
 
+/// What an event file begins with: its header, and the settings of the stage that works in the directory, if one does.
+fn begun(dir: &Path) -> Result<Vec<u8>, Error> {
+    let mut events = tfevents::header(now_s());
+    let mark = read_or_empty(&dir.join(STAGE_JSON))?;
+    let mark: Option<Value> = serde_json::from_slice(&mark).ok();
+    if let Some(config) = mark.and_then(|mut mark| mark.get_mut("config").map(Value::take)) {
+        let values = flat(&config);
+        let mut table = "| setting | value |\n|---|---|\n".to_owned();
+        for (name, value) in &values {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            table += &format!("| {name} | {} |\n", redact::redacted(&text).replace('|', "\\|"));
+        }
+        events.extend(tfevents::settings(now_s(), &table, &values));
+    }
+    Ok(events)
+}
+
+/// Nested settings as dotted names, in their order; what is not set is left out.
+#[must_use]
+pub fn flat(config: &Value) -> Vec<(String, Value)> {
+    fn walk(prefix: &str, value: &Value, out: &mut Vec<(String, Value)>) {
+        match value {
+            Value::Object(map) => map.iter().for_each(|(key, value)| {
+                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                walk(&name, value, out);
+            }),
+            Value::Null => {}
+            Value::Array(items) => {
+                let word =
+                    |item: &Value| item.as_str().map_or_else(|| item.to_string(), str::to_owned);
+                let words: Vec<String> = items.iter().map(word).collect();
+                out.push((prefix.to_owned(), words.join(", ").into()));
+            }
+            other => out.push((prefix.to_owned(), other.clone())),
+        }
+    }
+    let mut out = Vec::new();
+    let mut config = config.clone();
+    redact::redact_json(&mut config);
+    walk("", &config, &mut out);
+    out
+}
+
 fn now_s() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |elapsed| elapsed.as_secs_f64())
 }
 
 fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
-    match fs_err::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+    match files::read_capped(path, MAX_BYTES) {
+        Err(arete_records::Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(Vec::new())
+        }
+        Err(arete_records::Error::Io(error)) => Err(error.into()),
         other => Ok(other?),
     }
 }
@@ -290,6 +340,30 @@ mod tests {
         MetricsWriter::open_at(dir.path(), Some(1)).unwrap();
         assert_eq!(lines(dir.path()), "{\"step\":1,\"loss\":0.5}\n");
         MetricsWriter::open_at(dir.path(), Some(1)).unwrap();
+    }
+
+    #[test]
+    fn the_event_file_begins_with_the_settings_of_the_stage() {
+        let dir = tempfile::tempdir().unwrap();
+        let nested = serde_json::json!({"rank": 4, "lora": {"targets": ["q", "v"]}, "url": "http://u:pw@h", "none": null});
+        let expected = [
+            ("rank", Value::from(4)),
+            ("lora.targets", "q, v".into()),
+            ("url", "http://***@h".into()),
+        ];
+        assert_eq!(flat(&nested), expected.map(|(name, value)| (name.to_owned(), value)));
+        let mark = serde_json::json!({ "stage": "sft", "config": nested });
+        fs_err::write(dir.path().join(STAGE_JSON), mark.to_string()).unwrap();
+        let mut writer = MetricsWriter::create(dir.path()).unwrap();
+        writer.log(1, &[("loss", 1.0)]).unwrap();
+        let bytes = fs_err::read(dir.path().join(EVENTS_FILE)).unwrap();
+        let has = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+        assert!(has("_hparams_/session_start_info") && has("settings/text_summary"));
+        assert!(has("| lora.targets | q, v |") && !has("pw@"));
+        // A resumed run goes on behind them.
+        MetricsWriter::open_at(dir.path(), Some(0)).unwrap();
+        let resumed = fs_err::read(dir.path().join(EVENTS_FILE)).unwrap();
+        assert!(bytes.starts_with(&resumed) && resumed.len() > 100);
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl Reporter for Stderr {
             skipped: AtomicU64::new(0),
             span,
             started: now,
-            plain: Mutex::new(Plain { last: now, message: String::new(), shown: false }),
+            plain: Mutex::new(Plain { last: now, message: String::new(), shown: None }),
         })
     }
 }
@@ -78,7 +78,8 @@ struct Shown {
 struct Plain {
     last: Instant,
     message: String,
-    shown: bool,
+    /// The position that was shown last.
+    shown: Option<u64>,
 }
 
 impl Tracker for Shown {
@@ -107,16 +108,19 @@ impl Shown {
             return;
         }
         let mut plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
+        let position = self.position.load(Ordering::Relaxed);
         let due = plain.last.elapsed() >= PLAIN_INTERVAL;
-        if !(due || last && (plain.shown || self.started.elapsed() >= Duration::from_secs(1))) {
+        let is_long = plain.shown.is_some() || self.started.elapsed() >= Duration::from_secs(1);
+        // What stands there already is not said again.
+        if !(due && !last || last && is_long) || plain.shown == Some(position) {
             return;
         }
         plain.last = Instant::now();
-        plain.shown = true;
+        plain.shown = Some(position);
         let mut line = plain_line(&Count {
             name: self.name,
             unit: self.unit,
-            position: self.position.load(Ordering::Relaxed),
+            position,
             skipped: self.skipped.load(Ordering::Relaxed),
             total: self.total,
             elapsed_s: self.started.elapsed().as_secs_f64(),
@@ -154,8 +158,11 @@ fn plain_line(count: &Count) -> String {
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
         let (n_done, n_left) = (n_done as f64, total.saturating_sub(*position) as f64);
         let rate = n_done / elapsed_s;
-        let rate =
-            if rate >= 0.1 { format!("{rate:.1}/s") } else { format!("{:.1} s each", 1.0 / rate) };
+        let rate = match 1.0 / rate {
+            each if each <= 1.0 => format!("{rate:.1}/s"),
+            each if each < 10.0 => format!("{each:.1} s each"),
+            each => format!("{each:.0} s each"),
+        };
         let (what, seconds) =
             if n_left > 0.0 { ("eta ", n_left * elapsed_s / n_done) } else { ("", *elapsed_s) };
         write!(line, ", {rate}, {what}{}", duration(seconds))
@@ -187,11 +194,12 @@ mod tests {
     fn plain_lines_say_how_far_and_how_long() {
         let line = |position, skipped, elapsed_s| plain_line(&count(position, skipped, elapsed_s));
         assert_eq!(line(12, 0, 4.0), "conversations 12/48 prompts, 3.0/s, eta 12 s");
-        assert_eq!(line(48, 0, 200.0), "conversations 48/48 prompts, 0.2/s, 3 min 20 s");
+        assert_eq!(line(48, 0, 200.0), "conversations 48/48 prompts, 4.2 s each, 3 min 20 s");
         assert_eq!(line(0, 0, 4.0), "conversations 0/48 prompts");
         // Work of an earlier run does not count towards the rate.
         assert_eq!(line(40, 36, 2.0), "conversations 40/48 prompts, 2.0/s, eta 4 s");
-        assert_eq!(line(1, 0, 60.0), "conversations 1/48 prompts, 60.0 s each, eta 47 min 0 s");
+        assert_eq!(line(1, 0, 60.0), "conversations 1/48 prompts, 60 s each, eta 47 min 0 s");
+        assert_eq!(line(6, 0, 60.0), "conversations 6/48 prompts, 10 s each, eta 7 min 0 s");
         assert_eq!(duration(7500.0), "2 h 5 min");
     }
 

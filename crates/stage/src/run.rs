@@ -19,14 +19,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use arete_records::{atomic, hex};
+use arete_records::{atomic, files, hex};
 use sha2::{Digest, Sha256};
 
 pub use arete_records::hashes::RUN_JSON;
 use arete_records::hashes::{HashCache, STAGE_JSON, is_bookkeeping, walk};
 
 use self::aside::{copy_aside, set_aside};
-pub use self::look::{Standing, asking, is_asking};
+pub use self::look::{Standing, asking, is_asking, say_up_to_date};
 use self::origin::Origin;
 pub use self::origin::{Change, resolve_devices_with};
 use crate::units::SHARDS;
@@ -283,8 +283,11 @@ pub fn begin_growing(spec: StageSpec<'_>, amounts: &[&str]) -> Result<Start, Err
             if partial.aside.is_none() {
                 refuse_stale_checkpoints(output, &changes)?;
             }
-            log_changes(&changes);
             foreign = partial.foreign;
+            // An attempt that failed before it made anything was no run.
+            if files_in(output)?.iter().any(|file| !foreign.contains(file)) {
+                log_changes(&changes);
+            }
             set_aside(output, &origin, &foreign, partial.aside)?;
         }
     }
@@ -505,14 +508,12 @@ fn lock(output: &Path) -> Result<File, Error> {
         .truncate(false)
         .read(true)
         .write(true)
-        .open(&path)?
-        .into_parts()
-        .0;
-    match file.try_lock() {
+        .open(&path)?;
+    match file.file().try_lock() {
         Ok(()) => {
             file.set_len(0)?;
             file.write_all(std::process::id().to_string().as_bytes())?;
-            Ok(file)
+            Ok(file.into_parts().0)
         }
         Err(TryLockError::WouldBlock) => {
             let mut pid = String::new();
@@ -530,7 +531,7 @@ fn lock(output: &Path) -> Result<File, Error> {
                 file = %path.display(), %error,
                 "the file system has no locks: take care that no second process works in this directory"
             );
-            Ok(file)
+            Ok(file.into_parts().0)
         }
         Err(TryLockError::Error(error)) => {
             let message = format!("{}: cannot be locked: {error}", path.display());
@@ -625,16 +626,24 @@ fn read_own<T: DeserializeOwned>(
 /// Whether a file that cannot be read as a mark was one: no JSON any more, or JSON with some of its keys.
 pub(crate) fn was_ours(path: &Path) -> Result<bool, Error> {
     const KEYS: [&str; 4] = ["stage", "fingerprint", "inputs", "versions"];
-    let found = serde_json::from_slice::<Value>(&fs_err::read(path)?);
+    let found = serde_json::from_slice::<Value>(&read_small(path)?);
     Ok(found.map_or(true, |value| KEYS.iter().filter(|key| value.get(*key).is_some()).count() >= 2))
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
-    let bytes = fs_err::read(path)?;
+    let bytes = read_small(path)?;
     serde_json::from_slice(&bytes).map_err(|error| {
         let (path, line) = (path.to_owned(), error.line());
         let expected = "what an Arete stage writes".to_owned();
         arete_records::Error::Json { path, line, expected, got: error.to_string() }.into()
+    })
+}
+
+/// [`files::read_small`], with what the system refuses as this crate's own.
+fn read_small(path: &Path) -> Result<Vec<u8>, Error> {
+    files::read_small(path).map_err(|error| match error {
+        arete_records::Error::Io(error) => error.into(),
+        other => other.into(),
     })
 }
 

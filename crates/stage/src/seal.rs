@@ -1,11 +1,12 @@
 //! Seals of work in progress: the hash of a finished file in a hidden file beside it, until `run.json` holds it. What does
 //! not fit its seal is made anew, or refused by name where it cannot be.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use arete_records::atomic;
 use arete_records::hashes::sha256_file;
 use arete_records::left_out::LeftOut;
+use arete_records::{atomic, files};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -35,19 +36,32 @@ impl Seal {
         Ok(atomic::write(Self::path(file), &json)?)
     }
 
-    /// The seal of a file that is there and whole.
-    pub(crate) fn of(file: &Path) -> Option<Self> {
-        let seal: Self = serde_json::from_slice(&fs_err::read(Self::path(file)).ok()?).ok()?;
-        (sha256_file(file).ok()? == seal.sha256).then_some(seal)
+    /// The seal of a file that is there and whole. What the system refuses to read is not damaged: an error.
+    pub(crate) fn of(file: &Path) -> Result<Option<Self>, Error> {
+        let Some(bytes) = if_any(files::read_small(&Self::path(file)))? else { return Ok(None) };
+        let Ok(seal) = serde_json::from_slice::<Self>(&bytes) else { return Ok(None) };
+        let Some(sha256) = if_any(sha256_file(file))? else { return Ok(None) };
+        Ok((sha256 == seal.sha256).then_some(seal))
     }
 
     /// [`Seal::of`], with a warning where the file is there and not whole.
-    pub(crate) fn of_own(file: &Path) -> Option<Self> {
-        let seal = Self::of(file);
+    pub(crate) fn of_own(file: &Path) -> Result<Option<Self>, Error> {
+        let seal = Self::of(file)?;
         if seal.is_none() && file.exists() {
             tracing::warn!(file = %file.display(), "damaged, or its hash was not written: it is made anew");
         }
-        seal
+        Ok(seal)
+    }
+}
+
+/// None for what is not there, or is no file.
+fn if_any<T>(read: Result<T, arete_records::Error>) -> Result<Option<T>, Error> {
+    match read {
+        Ok(found) => Ok(Some(found)),
+        Err(arete_records::Error::Io(error)) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::Io(error))
+        }
+        Err(_) => Ok(None),
     }
 }
 
@@ -71,7 +85,7 @@ pub fn check_all(dir: &Path) -> Result<(), Error> {
     }
     for entry in fs_err::read_dir(dir)? {
         let path = entry?.path();
-        if path.is_file() && Seal::path(&path).is_file() && Seal::of(&path).is_none() {
+        if path.is_file() && Seal::path(&path).is_file() && Seal::of(&path)?.is_none() {
             let what = "SHA-256 of a file of an unfinished run".to_owned();
             let expected = "the one it was written with".to_owned();
             let got = "another: damaged; remove the directory of the run to start anew".to_owned();
@@ -115,6 +129,13 @@ mod tests {
             let error = check_all(dir.path()).unwrap_err().to_string();
             assert!(error.contains("rows.parquet") && error.contains("damaged"), "{error}");
         }
+        // What cannot be read is not called damaged: a folder in the place of the file stands for a disk that fails.
+        fs_err::remove_file(&file).unwrap();
+        assert!(Seal::of(&file).unwrap().is_none(), "gone");
+        fs_err::create_dir(&file).unwrap();
+        assert!(matches!(Seal::of(&file), Err(Error::Io(_))));
+        fs_err::remove_dir(&file).unwrap();
+        fs_err::write(&file, "rows").unwrap();
         remove_all(dir.path(), &|_| false).unwrap();
         check_all(dir.path()).unwrap();
         assert!(!Seal::path(&file).exists());

@@ -5,7 +5,20 @@
 //! Framing: tensorflow/core/lib/io/record_writer.h (length u64, masked CRC-32C of the length, data,
 //! masked CRC-32C of the data, little endian). Messages: tensorflow/core/util/event.proto (1
 //! `wall_time`, 2 `step`, 3 `file_version`, 5 `summary`), tensorflow/core/framework/summary.proto
-//! (1 `value` of 1 `tag`, 2 `simple_value`).
+//! (1 `value` of 1 `tag`, 2 `simple_value`, 8 `tensor`, 9 `metadata`). Settings: the plugins `text`
+//! (tensorboard/plugins/text/metadata.py) and `hparams` (tensorboard/plugins/hparams/plugin_data.proto: 3
+//! `session_start_info` of 1 `hparams`, a map to google.protobuf.Value).
+
+use serde_json::Value;
+
+use crate::protobuf::{
+    FIXED32, VARINT, put_bool, put_bytes, put_double, put_key, put_text, put_varint,
+};
+
+/// Key of an event's step.
+const STEP_KEY: u8 = 2 << 3;
+/// `DT_STRING` of tensorflow/core/framework/types.proto.
+const DT_STRING: u64 = 7;
 
 /// The record every event file begins with.
 pub(crate) fn header(wall_time_s: f64) -> Vec<u8> {
@@ -34,18 +47,73 @@ pub(crate) fn scalars(wall_time_s: f64, step: u64, metrics: &[(&str, f64)]) -> V
     record(&event)
 }
 
-/// The leading records that are whole and of steps up to `last_step`, at most `n_of_it` of the last; the header is none
-/// of them.
+/// What was set: a table that TensorBoard shows under Text, and the values by which its HParams tab compares runs. An event without
+/// a step, as the header is.
+pub(crate) fn settings(wall_time_s: f64, table: &str, values: &[(String, Value)]) -> Vec<u8> {
+    let mut tensor = Vec::new();
+    put_key(&mut tensor, 1, VARINT);
+    put_varint(&mut tensor, DT_STRING);
+    let shape = [0x12, 2, 0x08, 1]; // one dimension, of size 1
+    put_bytes(&mut tensor, 2, &shape);
+    put_text(&mut tensor, 8, table);
+    let mut text = metadata("settings/text_summary", "text", &[]);
+    put_bytes(&mut text, 8, &tensor);
+
+    let mut session = Vec::new();
+    for (name, value) in values {
+        let mut entry = Vec::new();
+        put_text(&mut entry, 1, name);
+        let mut held = Vec::new();
+        match value {
+            Value::Bool(value) => put_bool(&mut held, 4, *value),
+            Value::Number(number) => put_double(&mut held, 2, number.as_f64().unwrap_or(f64::NAN)),
+            Value::String(text) => put_text(&mut held, 3, text),
+            other => put_text(&mut held, 3, &other.to_string()),
+        }
+        put_bytes(&mut entry, 2, &held);
+        put_bytes(&mut session, 1, &entry);
+    }
+    put_double(&mut session, 5, wall_time_s);
+    let mut data = Vec::new();
+    put_bytes(&mut data, 3, &session);
+    let hparams = metadata("_hparams_/session_start_info", "hparams", &data);
+
+    let mut summary = Vec::new();
+    put_bytes(&mut summary, 1, &text);
+    put_bytes(&mut summary, 1, &hparams);
+    let mut event = Vec::new();
+    put_double(&mut event, 1, wall_time_s);
+    put_bytes(&mut event, 5, &summary);
+    record(&event)
+}
+
+/// The tag and the plugin of a summary's value.
+fn metadata(tag: &str, plugin: &str, content: &[u8]) -> Vec<u8> {
+    let mut data = Vec::new();
+    put_text(&mut data, 1, plugin);
+    put_bytes(&mut data, 2, content);
+    let mut metadata = Vec::new();
+    put_bytes(&mut metadata, 1, &data);
+    let mut value = Vec::new();
+    put_text(&mut value, 1, tag);
+    put_bytes(&mut value, 9, &metadata);
+    value
+}
+
+/// The leading records that are whole and of steps up to `last_step`, at most `n_of_it` of the last; the header and
+/// the settings are none of them.
 pub(crate) fn kept(file: &[u8], last_step: u64, n_of_it: usize) -> Vec<u8> {
     let mut end = 0;
     let mut left = n_of_it;
     while let Some((event, record_bytes)) = next_record(&file[end..]) {
         let Some(step) = step_of(event) else { break };
-        let is_last = step == last_step && end > 0;
-        if step > last_step || (is_last && left == 0) {
-            break;
+        if let Some(step) = step {
+            let is_last = step == last_step;
+            if step > last_step || (is_last && left == 0) {
+                break;
+            }
+            left -= usize::from(is_last);
         }
-        left -= usize::from(is_last);
         end += record_bytes;
     }
     file[..end].to_vec()
@@ -74,51 +142,22 @@ fn next_record(file: &[u8]) -> Option<(&[u8], usize)> {
     (u32::from_le_bytes(*data_crc) == masked_crc32c(data)).then_some((data, n_bytes + 16))
 }
 
-/// The step of an event as this module writes them (0 for the header).
-fn step_of(event: &[u8]) -> Option<u64> {
+/// The step of an event as this module writes them; none inside for the header and the settings. None of what is no such event.
+fn step_of(event: &[u8]) -> Option<Option<u64>> {
     let rest = event.get(9..)?; // wall_time: one byte of key, eight of double
     let Some((&STEP_KEY, mut rest)) = rest.split_first() else {
-        return Some(0);
+        return Some(None);
     };
     let mut step = 0u64;
     for shift in (0..64).step_by(7) {
         let (&byte, after) = rest.split_first()?;
         step |= u64::from(byte & 127) << shift;
         if byte < 128 {
-            return Some(step);
+            return Some(Some(step));
         }
         rest = after;
     }
     None
-}
-
-const VARINT: u64 = 0;
-const FIXED64: u64 = 1;
-const LENGTH_DELIMITED: u64 = 2;
-const FIXED32: u64 = 5;
-const STEP_KEY: u8 = 2 << 3;
-
-fn put_key(out: &mut Vec<u8>, field: u64, wire_type: u64) {
-    put_varint(out, field << 3 | wire_type);
-}
-
-fn put_varint(out: &mut Vec<u8>, mut number: u64) {
-    while number >= 128 {
-        out.push(number.to_le_bytes()[0] | 128);
-        number >>= 7;
-    }
-    out.push(number.to_le_bytes()[0]);
-}
-
-fn put_double(out: &mut Vec<u8>, field: u64, number: f64) {
-    put_key(out, field, FIXED64);
-    out.extend_from_slice(&number.to_le_bytes());
-}
-
-fn put_bytes(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
-    put_key(out, field, LENGTH_DELIMITED);
-    put_varint(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
 }
 
 /// TFRecord's mask: sums of sums are weak, so they are rotated and shifted.
@@ -190,5 +229,26 @@ mod tests {
         flipped[file[0].len() + 20] ^= 1;
         assert_eq!(kept(&flipped, 300, usize::MAX), file[0]);
         assert!(kept(&[], 300, usize::MAX).is_empty());
+        // Settings are of no step, also where the last step is the first.
+        let set = settings(1.0, "| a |", &[("a".to_owned(), 1.into())]);
+        let begun = [file[0].clone(), set, scalars(2.0, 0, &[("loss", 1.0)])];
+        assert_eq!(kept(&begun.concat(), 0, 1), begun.concat());
+        assert_eq!(kept(&begun.concat(), 0, 0), begun[..2].concat());
+    }
+
+    #[test]
+    fn settings_are_encoded_by_the_letter() {
+        // By hand. HParamsPluginData: 0x1a = field 3, bytes; SessionStartInfo: 0x0a = field 1, an entry of the map; its key 0x0a,
+        // its value 0x12: a google.protobuf.Value, 0x11 = field 2, fixed64; 0x29 = field 5, fixed64.
+        let number = [0x11, 0, 0, 0, 0, 0, 0, 0xe0, 0x3f]; // 0.5
+        let mut session = vec![0x0a, 15, 0x0a, 2, b'l', b'r', 0x12, 9];
+        session.extend_from_slice(&number);
+        session.extend_from_slice(&[0x29, 0, 0, 0, 0, 0, 0, 0xf0, 0x3f]);
+        let bytes = settings(1.0, "| lr |", &[("lr".to_owned(), 0.5.into())]);
+        let has = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+        let length = u8::try_from(session.len()).unwrap();
+        assert!(has(&[&[0x1a, length][..], &session].concat()));
+        // A TensorProto: 0x08 7 = DT_STRING, 0x12 = shape, 0x42 = field 8, bytes.
+        assert!(has(&[&[0x08, 7, 0x12, 4, 0x12, 2, 0x08, 1, 0x42, 6][..], b"| lr |"].concat()));
     }
 }

@@ -103,15 +103,22 @@ impl Units<'_> {
     }
 
     /// The units this run does that have no shard file yet, and the number of items in them.
-    pub fn missing(&self) -> (Vec<usize>, usize) {
-        if self.joined_path().exists() && Seal::of_own(&self.joined_path()).is_some() {
-            return (Vec::new(), 0);
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a file that is there cannot be read.
+    pub fn missing(&self) -> Result<(Vec<usize>, usize), Error> {
+        if self.joined_path().exists() && Seal::of_own(&self.joined_path())?.is_some() {
+            return Ok((Vec::new(), 0));
         }
-        let units: Vec<usize> = (0..self.count())
-            .filter(|&unit| self.owns(unit) && Seal::of_own(&self.shard_path(unit)).is_none())
-            .collect();
+        let mut units = Vec::new();
+        for unit in (0..self.count()).filter(|&unit| self.owns(unit)) {
+            if Seal::of_own(&self.shard_path(unit))?.is_none() {
+                units.push(unit);
+            }
+        }
         let n_items = units.iter().map(|&unit| self.items(unit).len()).sum();
-        (units, n_items)
+        Ok((units, n_items))
     }
 
     /// Computes the missing units, one shard file each. `compute` gets a unit's items.
@@ -123,7 +130,7 @@ impl Units<'_> {
         &self,
         mut compute: impl FnMut(Range<usize>) -> Result<Vec<T>, E>,
     ) -> Result<(), E> {
-        for unit in self.missing().0 {
+        for unit in self.missing()?.0 {
             let rows = compute(self.items(unit))?;
             self.write(unit, &rows)?;
         }
@@ -157,9 +164,18 @@ impl Units<'_> {
     }
 
     /// The items left out of the units that are done.
-    pub fn left_out(&self) -> Vec<LeftOut> {
-        let seals = (0..self.count()).filter_map(|unit| Seal::of(&self.shard_path(unit)));
-        seals.flat_map(|seal| seal.left_out).collect()
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a file that is there cannot be read.
+    pub fn left_out(&self) -> Result<Vec<LeftOut>, Error> {
+        let mut left_out = Vec::new();
+        for unit in 0..self.count() {
+            left_out.extend(
+                Seal::of(&self.shard_path(unit))?.into_iter().flat_map(|seal| seal.left_out),
+            );
+        }
+        Ok(left_out)
     }
 
     /// Reads the shard file of one unit.
@@ -169,7 +185,7 @@ impl Units<'_> {
     /// A shard file that cannot be read, or is not as it was written.
     pub fn read<T: Row>(&self, unit: usize) -> Result<Vec<T>, Error> {
         let path = self.shard_path(unit);
-        if path.exists() && Seal::of(&path).is_none() {
+        if path.exists() && Seal::of(&path)?.is_none() {
             let reason = "damaged: remove it, and the same command makes it anew".to_owned();
             return Err(Error::Shards { path, reason });
         }
@@ -208,13 +224,13 @@ impl Units<'_> {
     /// As [`Units::join`].
     pub fn join_with<T: Row>(&self, tail: Vec<T>) -> Result<Vec<T>, Error> {
         let joined = self.joined_path();
-        let rows = if Seal::of(&joined).is_some() {
+        let rows = if Seal::of(&joined)?.is_some() {
             parquet::read(&joined)?
         } else {
             let mut rows = Vec::new();
             for unit in 0..self.count() {
                 let path = self.shard_path(unit);
-                if Seal::of(&path).is_none() {
+                if Seal::of(&path)?.is_none() {
                     let found = if path.exists() { "damaged" } else { "missing" };
                     return Err(Error::Shards {
                         path,
@@ -224,7 +240,7 @@ impl Units<'_> {
                 rows.extend(parquet::read::<T>(&path)?);
             }
             rows.extend(tail);
-            let left_out = self.left_out();
+            let left_out = self.left_out()?;
             if !left_out.is_empty() {
                 left_out::write(self.output, &left_out)?;
             }
@@ -253,7 +269,7 @@ impl Units<'_> {
     ///
     /// [`Error::Shards`] if two parts hold the same unit or one is missing; I/O.
     pub fn adopt(&self, parts: &[PathBuf]) -> Result<(), Error> {
-        if Seal::of(&self.joined_path()).is_some() {
+        if Seal::of(&self.joined_path())?.is_some() {
             return Ok(());
         }
         fs_err::create_dir_all(self.output.join(SHARDS))?;
@@ -266,7 +282,7 @@ impl Units<'_> {
                 .collect();
             match &holders[..] {
                 [one] => {
-                    let Some(seal) = Seal::of(one) else {
+                    let Some(seal) = Seal::of(one)? else {
                         let reason = "damaged: its hash is not the one it was written with";
                         return Err(Error::Shards { path: one.clone(), reason: reason.to_owned() });
                     };
@@ -350,7 +366,7 @@ mod tests {
             compute(items)
         });
         assert!(killed.is_err());
-        assert_eq!(units.missing(), (vec![1, 2], 38));
+        assert_eq!(units.missing().unwrap(), (vec![1, 2], 38));
         assert!(units.join::<PromptRow>().unwrap_err().to_string().contains("unit 2 of 3"));
         units
             .run(|items| {
@@ -363,7 +379,7 @@ mod tests {
         assert_eq!(rows, (0..70).map(row).collect::<Vec<_>>());
         assert!(!dir.path().join(SHARDS).exists());
         assert_eq!(units.join::<PromptRow>().unwrap(), rows);
-        assert_eq!(units.missing(), (vec![], 0));
+        assert_eq!(units.missing().unwrap(), (vec![], 0));
     }
 
     #[test]
@@ -383,7 +399,7 @@ mod tests {
                 fs_err::write(&file, bytes).unwrap();
                 // A bit of the reason of an item, or the spelling of a key, changes no row.
                 if file == path {
-                    assert_eq!(units.missing(), (vec![1], 32), "{at}");
+                    assert_eq!(units.missing().unwrap(), (vec![1], 32), "{at}");
                     assert!(units.join::<PromptRow>().unwrap_err().to_string().contains("damaged"));
                 }
             }
@@ -393,7 +409,7 @@ mod tests {
         assert_eq!(left_out::read(dir.path()).unwrap().len(), units.count());
         let joined = fs_err::read(units.joined_path()).unwrap();
         fs_err::write(units.joined_path(), &joined[..joined.len() - 1]).unwrap();
-        assert_eq!(units.missing().0, [0, 1, 2], "a damaged joined file is no result");
+        assert_eq!(units.missing().unwrap().0, [0, 1, 2], "a damaged joined file is no result");
         units.run(compute).unwrap();
         assert_eq!(units.join::<PromptRow>().unwrap(), rows);
         assert_eq!(fs_err::read(units.joined_path()).unwrap(), joined);

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use arete_records::atomic::AtomicDir;
+use arete_records::files;
 use arete_stage::run::CHECKPOINT_PREFIX;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -256,8 +257,11 @@ impl CheckpointStore {
 }
 
 fn read_if_any(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    match fs_err::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+    // As large as the trained weights are.
+    match files::read_capped(path, 1 << 40) {
+        Err(arete_records::Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(None)
+        }
         other => Ok(Some(other?)),
     }
 }

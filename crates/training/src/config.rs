@@ -1,6 +1,9 @@
 //! Settings that several stages share, as flags and as keys of their recipe tables (flattened into each stage's own).
 
+use arete_chain::memory::{self, Demand, Role};
 use arete_model::{LoadOptions, LoraConfig, Target};
+use arete_records::Refusal;
+use arete_stage::settings;
 use clap::ArgAction;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
@@ -8,7 +11,10 @@ use tch::{Device, Kind};
 use crate::runtime::{self, Dtype};
 use crate::shards::Reduce;
 use crate::trainer::{LoopConfig, Select};
-use crate::{AdamWConfig, Error, Ranks, Schedule, ScheduleKind, check_settings};
+use crate::{AdamWConfig, Error, Passes, Ranks, Schedule, ScheduleKind, check_settings};
+
+/// Every [`Target`], as the flag takes them.
+const ALL_TARGETS: &str = "q,k,v,o,gate,up,down";
 
 /// The shape of the adapters that a stage trains.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -20,7 +26,7 @@ pub struct LoraArgs {
     #[arg(long, default_value_t = 32.0)]
     pub alpha: f64,
     /// Linear layers that get an update, separated by commas (all, as in QLoRA)
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Target::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = ALL_TARGETS, value_name = "TARGET,…")]
     pub targets: Vec<Target>,
 }
 
@@ -28,6 +34,69 @@ impl LoraArgs {
     /// As the model crate takes it.
     pub fn config(&self) -> LoraConfig {
         LoraConfig { rank: self.rank, alpha: self.alpha, targets: self.targets.clone() }
+    }
+
+    /// Refuses shapes that no adapter has.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<(), Refusal> {
+        settings::at_least("rank", self.rank, 1)?;
+        settings::positive("alpha", self.alpha)
+    }
+}
+
+/// Names of the settings that count for the memory of a trainer.
+const COUNTED: [&str; 10] = [
+    "rank",
+    "targets",
+    "batch_size",
+    "micro_batch_tokens",
+    "max_length",
+    "nf4",
+    "double_quantize",
+    "recompute",
+    "dtype",
+    "merge",
+];
+
+/// What of a trainer's settings counts for memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted<'a> {
+    /// The adapter's shape.
+    pub lora: &'a LoraArgs,
+    /// How the frozen model is held.
+    pub compute: &'a ComputeArgs,
+    /// The step loop.
+    pub steps: &'a LoopArgs,
+    /// Examples of an optimiser step.
+    pub batch_size: usize,
+    /// Most tokens of an example.
+    pub max_length: usize,
+    /// Whether the merged model is written; `None` where it always is, and is no setting.
+    pub merge: Option<bool>,
+}
+
+impl Counted<'_> {
+    /// What the trainer of `stage` takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::BadSetting`] for a size of 0.
+    pub fn demand(&self, stage: &'static str, role: Role) -> Result<Demand, Refusal> {
+        let &Self { lora, compute, steps, batch_size, max_length, merge } = self;
+        let positive = |key, value| memory::positive(stage, key, value);
+        let settings = memory::Settings {
+            batch_size: positive("batch_size", batch_size)?,
+            micro_batch_tokens: positive("micro_batch_tokens", steps.micro_batch_tokens)?,
+            max_length: positive("max_length", max_length)?,
+            virtual_shards: positive("virtual_shards", steps.shards.virtual_shards)?,
+            merge: merge.unwrap_or(true),
+            ..compute.counted(lora)
+        };
+        let n_keys = COUNTED.len() - usize::from(merge.is_none());
+        Ok(Demand { role, settings, keys: &COUNTED[..n_keys] })
     }
 }
 
@@ -55,6 +124,26 @@ pub struct ComputeArgs {
 }
 
 impl ComputeArgs {
+    /// What of these settings counts for memory.
+    pub fn counted(&self, lora: &LoraArgs) -> memory::Settings {
+        memory::Settings {
+            rank: lora.rank as u64,
+            targets: lora.targets.clone(),
+            recompute: self.recompute,
+            double_quantize: self.double_quantize,
+            ..memory::Settings::new(self.dtype, self.nf4)
+        }
+    }
+
+    /// Passes of at most so many tokens; where the plan asks for it (`saving`), with as little kept as can be.
+    pub fn passes(&self, micro_batch_tokens: usize, saving: bool) -> Passes {
+        let passes = Passes::new(micro_batch_tokens, self.recompute);
+        if saving {
+            passes.save();
+        }
+        passes
+    }
+
     /// Sets the number of threads and resolves device and number format.
     ///
     /// # Errors
@@ -91,6 +180,19 @@ pub struct ShardArgs {
     /// How several processes sum gradients: the same bytes with any number of them, or less traffic
     #[arg(long, value_enum, default_value_t = Reduce::Ordered)]
     pub reduce: Reduce,
+}
+
+/// How fast and how long a stage trains: settings whose defaults differ from stage to stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Part of all steps in which it rises from 0.
+    pub warmup_ratio: f64,
+    /// Passes over the data.
+    pub epochs: u64,
+    /// Examples an optimiser step.
+    pub batch_size: usize,
 }
 
 /// Settings of the step loop that SFT and reward modelling share.
@@ -131,6 +233,23 @@ pub struct LoopArgs {
 }
 
 impl LoopArgs {
+    /// Refuses what no step loop can do, with the settings that each stage has of its own.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self, pace: Pace) -> Result<(), Refusal> {
+        settings::not_negative("learning_rate", pace.learning_rate)?;
+        settings::fraction("warmup_ratio", pace.warmup_ratio)?;
+        settings::at_least("epochs", pace.epochs, 1)?;
+        settings::at_least("batch_size", pace.batch_size, 1)?;
+        settings::at_least("max_steps", self.max_steps.unwrap_or(1), 1)?;
+        settings::at_least("micro_batch_tokens", self.micro_batch_tokens, 1)?;
+        settings::at_least("virtual_shards", self.shards.virtual_shards, 1)?;
+        settings::not_negative("weight_decay", self.weight_decay)?;
+        settings::not_negative("max_grad_norm", self.max_grad_norm)
+    }
+
     /// The optimiser's settings.
     pub fn adamw(&self) -> AdamWConfig {
         AdamWConfig { weight_decay: self.weight_decay, ..AdamWConfig::default() }

@@ -25,9 +25,17 @@ pub enum Error {
     #[error(transparent)]
     Model(#[from] arete_model::Error),
 
-    /// libtorch refused an operation (out of memory, no such device, …).
-    #[error("libtorch: {0}")]
-    Torch(#[from] tch::TchError),
+    /// A pass with gradients does not fit the memory, however little of it is kept.
+    #[error(
+        "out of memory in a training pass, with blocks run again in the backward pass (recompute): {what}; set \
+         micro_batch_tokens below {micro_batch_tokens} (no pass is smaller than its longest example) or nf4 = true"
+    )]
+    OutOfMemory {
+        /// How much was asked for and where, as libtorch says it.
+        what: String,
+        /// Most tokens of a pass, as it was set.
+        micro_batch_tokens: usize,
+    },
 
     /// SIGINT or SIGTERM; a full checkpoint was written.
     #[error(transparent)]
@@ -74,6 +82,19 @@ pub enum Error {
     },
 }
 
+// As the model says it, which tells memory that was refused from all else.
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+impl AsRef<dyn std::error::Error> for Error {
+    fn as_ref(&self) -> &(dyn std::error::Error + 'static) {
+        self
+    }
+}
+
 impl Classified for Error {
     fn class(&self) -> Option<Class> {
         match self {
@@ -82,11 +103,17 @@ impl Classified for Error {
             Self::Stage(error) => error.class(),
             Self::Model(error) => error.class(),
             Self::Interrupted(interrupted) => interrupted.class(),
-            Self::Torch(_) | Self::NonFinite { .. } => Some(Class::Other),
+            Self::OutOfMemory { .. } => Some(Class::Memory),
+            Self::NonFinite { .. } => Some(Class::Other),
             Self::Checkpoint { .. } => Some(Class::Data),
             Self::Invalid { .. } => Some(Class::Setting),
         }
     }
+}
+
+/// What the outermost known cause of a stage's error is.
+pub fn class_within(error: &anyhow::Error) -> Option<Class> {
+    error.chain().find_map(|cause| class_of(cause).or_else(|| arete_stage::exit::class_of(cause)))
 }
 
 /// What an error of this crate, or of those below it, is for the caller.

@@ -24,18 +24,23 @@ pub mod evaluation;
 mod loss_scale;
 pub mod optimiser;
 pub mod order;
+pub mod pairs;
+mod passes;
 pub mod ranks;
+mod refused;
 pub mod runtime;
 pub mod schedule;
 pub mod shards;
 mod trainer;
 
 pub use checkpoint::{CheckpointStore, forget_harmless};
-pub use config::{ComputeArgs, LoopArgs, LoraArgs, ShardArgs};
-pub use error::{Error, class_of};
+pub use config::{ComputeArgs, Counted, LoopArgs, LoraArgs, Pace, ShardArgs};
+pub use error::{Error, class_of, class_within};
 pub use loss_scale::LossScale;
 pub use optimiser::{AdamW, AdamWConfig, check_settings};
+pub use passes::Passes;
 pub use ranks::Ranks;
+pub use refused::{not_rendered, too_few_pairs};
 pub use schedule::{Schedule, ScheduleKind};
 pub use shards::Reduce;
 pub use trainer::{

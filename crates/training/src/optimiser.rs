@@ -72,7 +72,7 @@ impl AdamW {
     /// # Errors
     ///
     /// [`Error::Invalid`] if there is no tensor, two share a name, or one is not f32, on another device than the first, or
-    /// does not require gradients; [`Error::Torch`] if memory runs out.
+    /// does not require gradients; [`Error::Model`] if memory runs out.
     pub fn new(parameters: Vec<(String, Tensor)>, config: AdamWConfig) -> Result<Self, Error> {
         check_parameters(&parameters)?;
         let (names, mut leaves): (Vec<String>, Vec<Tensor>) = parameters.into_iter().unzip();

@@ -3,12 +3,13 @@
 //! Which examples a shard holds depends on the batch and the number of shards alone. A rank computes a run of shards; with
 //! [`Reduce::Ordered`] every number of the gradient is ((shard 0 + shard 1) + shard 2) + … in f32 on every process.
 
+use std::error::Error as StdError;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::{AdamW, Error, Ranks};
+use crate::{AdamW, Error, Passes, Ranks};
 
 /// How several processes sum gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -33,12 +34,14 @@ pub fn cut(n: usize, n_runs: usize) -> Vec<Range<usize>> {
 /// Computes the shards of a step, those of this process here and the others elsewhere: afterwards the optimisers hold the
 /// summed gradients of all. Returns the numbers of every shard, in order.
 ///
-/// `sizes` are the shards' items: what is empty is passed over. `work` adds the gradients of one shard to the optimisers' tensors.
+/// `sizes` are the shards' items: what is empty is passed over. `work` adds the gradients of one shard to the optimisers' tensors; where
+/// memory runs out in it, that shard is begun anew with less kept ([`Passes::within`]).
 ///
 /// # Errors
 ///
-/// What `work` returns; [`Error::Ranks`] as `E`.
-pub fn accumulate<E: From<Error>>(
+/// What `work` returns; [`Error::Ranks`] and [`Error::OutOfMemory`] as `E`.
+pub fn accumulate<E: From<Error> + AsRef<dyn StdError + 'static>>(
+    passes: &Passes,
     ranks: &Ranks,
     reduce: Reduce,
     sizes: &[usize],
@@ -49,8 +52,10 @@ pub fn accumulate<E: From<Error>>(
     let mut own = Vec::new();
     let has_items = |shard: &usize| sizes[*shard] > 0;
     for shard in ranks.own_part(sizes.len()).filter(has_items) {
-        optimisers.iter_mut().for_each(|optimiser| optimiser.zero_grad());
-        own.push(work(shard)?);
+        own.push(passes.within(|| {
+            optimisers.iter_mut().for_each(|optimiser| optimiser.zero_grad());
+            work(shard)
+        })?);
         for (sum, optimiser) in sums.iter_mut().zip(&*optimisers) {
             sum.add(optimiser.gradients())?;
         }
@@ -193,7 +198,8 @@ mod tests {
                 Ok(vec![shard as f64])
             };
             let ranks = Ranks::alone();
-            let numbers = accumulate(&ranks, Reduce::Ordered, &sizes, &mut [&mut optimiser], work);
+            let (passes, optimisers) = (Passes::new(1, false), &mut [&mut optimiser]);
+            let numbers = accumulate(&passes, &ranks, Reduce::Ordered, &sizes, optimisers, work);
             assert_eq!(numbers.unwrap(), [[0.0], [2.0], [3.0]]);
             optimiser.gradients().double_value(&[0])
         };

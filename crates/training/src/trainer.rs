@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::order::Plan;
 use crate::shards::{self, cut};
-use crate::{AdamW, CheckpointStore, Error, LossScale, Ranks, Schedule, ShardArgs};
+use crate::{AdamW, CheckpointStore, Error, LossScale, Passes, Ranks, Schedule, ShardArgs};
 
 /// The optimiser's name inside checkpoints.
 const OPTIMISER: &str = "optimiser";
@@ -53,6 +53,9 @@ pub trait Objective {
         step: &[usize],
         loss_scale: f64,
     ) -> Result<Vec<f64>, Error>;
+
+    /// How much goes into a pass, and what is kept of it.
+    fn passes(&self) -> Passes;
 
     /// What a step computed, from the numbers of its shards.
     fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport;
@@ -295,11 +298,12 @@ impl Run<'_> {
         let ShardArgs { virtual_shards, reduce } = self.config.shards;
         let cuts = cut(step.len(), virtual_shards);
         let sizes: Vec<usize> = cuts.iter().map(Range::len).collect();
+        let passes = self.objective.passes();
         let objective = &mut *self.objective;
         let work =
             |shard: usize| objective.accumulate(&step[cuts[shard].clone()], step, loss_scale);
         let optimisers = &mut [&mut *self.optimiser];
-        let numbers = shards::accumulate(self.ranks, reduce, &sizes, optimisers, work)?;
+        let numbers = shards::accumulate(&passes, self.ranks, reduce, &sizes, optimisers, work)?;
         Ok(self.objective.report(step, &numbers))
     }
 

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use arete_training::order::Plan;
 use arete_training::{
-    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Outcome, Ranks,
-    Reduce, Schedule, ScheduleKind, Select, ShardArgs, StepReport, TrainerState, train,
+    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Outcome, Passes,
+    Ranks, Reduce, Schedule, ScheduleKind, Select, ShardArgs, StepReport, TrainerState, train,
 };
 use tch::{Kind, Tensor};
 
@@ -71,6 +71,10 @@ impl Objective for LeastSquares {
         let overflow = if loss_scale > self.overflow_above { f64::INFINITY } else { 1.0 };
         (&loss * (loss_scale * overflow / step.len() as f64)).backward();
         Ok(vec![f64::try_from(loss).unwrap()])
+    }
+
+    fn passes(&self) -> Passes {
+        Passes::new(1, false)
     }
 
     fn report(&self, step: &[usize], shards: &[Vec<f64>]) -> StepReport {

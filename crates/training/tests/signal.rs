@@ -9,8 +9,8 @@ use arete_records::{Class, Classified};
 use arete_stage::interrupt;
 use arete_training::order::Plan;
 use arete_training::{
-    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Ranks, Reduce,
-    Schedule, ScheduleKind, Select, ShardArgs, StepReport, TrainerState, train,
+    AdamW, AdamWConfig, CheckpointStore, Error, Evaluation, LoopConfig, Objective, Passes, Ranks,
+    Reduce, Schedule, ScheduleKind, Select, ShardArgs, StepReport, TrainerState, train,
 };
 use tch::{Kind, Tensor};
 
@@ -28,6 +28,10 @@ impl Objective for SignalsItself {
         let loss = self.weight.square().sum(Kind::Float);
         loss.backward();
         Ok(vec![f64::try_from(loss).unwrap()])
+    }
+
+    fn passes(&self) -> Passes {
+        Passes::new(1, false)
     }
 
     fn report(&self, _: &[usize], shards: &[Vec<f64>]) -> StepReport {

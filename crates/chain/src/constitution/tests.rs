@@ -138,3 +138,12 @@ fn reward_models_of_two_constitutions_are_refused() {
     fs_err::write(dir.path().join("reason").join(FILE), CONFUCIAN).unwrap();
     assert_eq!(Turns::of_reward_models(dir.path()).unwrap().len(), 2);
 }
+
+/// A device says that it has no size.
+#[test]
+fn only_a_regular_file_of_some_megabytes_is_read() {
+    let message = Constitution::load(Path::new("/dev/zero")).unwrap_err().to_string();
+    assert!(message.contains("/dev/zero: expected a regular file"), "{message}");
+    let message = load(&"#".repeat(5 << 20)).unwrap_err().to_string();
+    assert!(message.contains("at most 4194304 bytes"), "{message}");
+}

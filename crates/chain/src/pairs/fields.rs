@@ -1,8 +1,9 @@
 //! Conversations as fields of records hold them: texts, lists of messages in the dialects of the hub, single messages.
 
+use std::fmt;
 use std::path::Path;
 
-use arete_records::table::shortened;
+use arete_records::table::{Unreadable, shortened};
 use arete_records::{At, Message, Refusal, Role};
 use serde_json::{Map, Value};
 
@@ -35,10 +36,21 @@ impl FieldError {
         Self { field, expected: expected.into(), got: names.join(", ") }
     }
 
+    /// Refuses a line that holds no record.
+    pub fn unreadable(line: Unreadable) -> Self {
+        Self { field: "record", expected: line.expected, got: line.got }
+    }
+
     /// The same, with its place in a file.
     #[must_use]
     pub fn at(self, path: &Path, at: At) -> Refusal {
         Refusal::at(path, at, self.field, self.expected, self.got)
+    }
+}
+
+impl fmt::Display for FieldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: expected {}, got {}", self.field, self.expected, self.got)
     }
 }
 
@@ -58,11 +70,21 @@ pub fn messages(
 ) -> Result<Vec<Message>, FieldError> {
     match value {
         Value::String(text) => Ok(dialogue::turns(text)
+            .or_else(|| led_by_system(text, role))
             .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
         Value::Array(items) => items.iter().map(|item| message(field, item)).collect(),
         Value::Object(_) => Ok(vec![message(field, value)?]),
         other => Err(FieldError::new(field, "a text or a list of {role, content}", other)),
     }
+}
+
+/// A conversation in hh-rlhf's form after a system text, as our own export writes it. A question that merely quotes such a
+/// conversation is none: a prompt must open the reply that is asked for.
+fn led_by_system(text: &str, role: Role) -> Option<Vec<Message>> {
+    let turns = dialogue::turns_after_system(text)?;
+    let last = turns.last()?;
+    let opens_reply = last.role == Role::Assistant && last.content.is_empty();
+    (role == Role::Assistant || opens_reply).then_some(turns)
 }
 
 /// The conversation in a field that a reply is to follow: a turn of the assistant's opened at its end is that reply's.
@@ -82,7 +104,7 @@ fn message(field: &'static str, item: &Value) -> Result<Message, FieldError> {
         Err(FieldError::new(field, expected, item))
     };
     let Value::Object(map) = item else { return wrong("a message is an object") };
-    let first = |names: [&str; 3]| names.into_iter().find_map(|name| map.get(name));
+    let first = |names: [&str; 3]| names.into_iter().find_map(|name| present(map, name));
     let role = match first(["role", "from", "speaker"]).and_then(Value::as_str) {
         Some(name) => match name.to_ascii_lowercase().as_str() {
             "system" | "developer" => Role::System,
@@ -125,7 +147,7 @@ fn text_of_part(part: &Value) -> Option<&str> {
 ///
 /// As [`messages`].
 pub fn question(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, FieldError> {
-    let present = |field: &str| record.get(field).filter(|value| !value.is_null());
+    let present = |field: &str| present(record, field);
     let mut question = if let Some(value) = present("prompt") {
         prompt("prompt", value)?
     } else if let Some(value) = present("conversations") {
@@ -137,12 +159,33 @@ pub fn question(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, Fie
     } else {
         return Ok(None);
     };
-    let system = present("system").and_then(Value::as_str).map_or("", str::trim);
-    let leads = !system.is_empty() && !question.is_empty();
-    if leads && question.iter().all(|message| message.role != Role::System) {
-        question.insert(0, Message::system(system));
-    }
+    lead(record, &mut question);
     Ok(Some(question))
+}
+
+/// A field's value. A null is none: where records or messages of several forms were put together, each has one for every field of
+/// the others.
+pub fn present<'a>(record: &'a Map<String, Value>, field: &str) -> Option<&'a Value> {
+    record.get(field).filter(|value| !value.is_null())
+}
+
+/// Puts the record's `system` text before a conversation that has none of its own.
+pub fn lead(record: &Map<String, Value>, messages: &mut Vec<Message>) {
+    let system = record.get("system").and_then(Value::as_str).map_or("", str::trim);
+    let leads = !system.is_empty() && !messages.is_empty();
+    if leads && messages.iter().all(|message| message.role != Role::System) {
+        messages.insert(0, Message::system(system));
+    }
+}
+
+/// The record's list of messages named `context`; none where that is something else, as a list of passages.
+pub(super) fn context(record: &Map<String, Value>) -> Option<&Value> {
+    let is_messages = |value: &&Value| {
+        value
+            .as_array()
+            .is_some_and(|items| !items.is_empty() && items.iter().all(Value::is_object))
+    };
+    record.get("context").filter(is_messages)
 }
 
 /// An instruction and its input, a line each.
@@ -158,7 +201,7 @@ fn instruction(record: &Map<String, Value>, value: &Value) -> Result<String, Fie
 
 /// Earlier rounds of an Alpaca record: `history` is a list of [question, reply].
 fn history(record: &Map<String, Value>) -> Result<Vec<Message>, FieldError> {
-    let Some(value) = record.get("history").filter(|value| !value.is_null()) else {
+    let Some(value) = present(record, "history") else {
         return Ok(Vec::new());
     };
     let rounds: Vec<[String; 2]> = serde_json::from_value(value.clone())

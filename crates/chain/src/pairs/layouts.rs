@@ -7,7 +7,7 @@ use arete_records::jsonl::NumberedObject;
 use arete_records::{Message, Role};
 use serde_json::{Map, Value};
 
-use super::fields::{FieldError, prompt, question};
+use super::fields::{FieldError, context, present, prompt, question};
 use super::{Conversation, LabelledPair};
 
 /// The two sides of a record, the better first; none where it prefers neither.
@@ -15,14 +15,14 @@ pub(super) type Sides = Option<[Vec<Message>; 2]>;
 
 /// The sides of a record in one of the layouts of this file; `None` if it is in none of them.
 pub(super) fn sides(record: &Map<String, Value>) -> Option<Result<Sides, FieldError>> {
-    let has = |fields: &[&str]| fields.iter().all(|field| record.contains_key(*field));
+    let has = |fields: &[&str]| fields.iter().all(|field| present(record, field).is_some());
     Some(if has(&["completions"]) {
         marked(record, "completions", "response", &mark_of_completion)
     } else if has(&["answers"]) {
         marked(record, "answers", "answer", &|answer| Some(-number(answer, "rank")?))
     } else if has(&["response_0", "response_1", "better_response_id"]) {
-        let better = &record["better_response_id"];
-        named(record, ["response_0", "response_1"], better.as_i64(), "better_response_id")
+        let better = whole(&record["better_response_id"]);
+        named(record, ["response_0", "response_1"], better, "better_response_id")
     } else if has(&["response_1", "response_2", "preference_strength"]) {
         let better = leaning(&record["preference_strength"]);
         named(record, ["response_1", "response_2"], better, "preference_strength")
@@ -36,6 +36,14 @@ pub(super) fn sides(record: &Map<String, Value>) -> Option<Result<Sides, FieldEr
 
 fn number(value: &Value, field: &str) -> Option<f64> {
     value.get(field).and_then(Value::as_f64).filter(|number| number.is_finite())
+}
+
+/// A whole number, however it is written: pandas makes 1.0 of 1 in a column that lacks one.
+fn whole(value: &Value) -> Option<i64> {
+    #[expect(clippy::cast_possible_truncation, reason = "a whole number of that size")]
+    let of_float =
+        |number: f64| (number.fract() == 0.0 && number.abs() < 1e9).then_some(number as i64);
+    value.as_i64().or_else(|| of_float(value.as_f64()?))
 }
 
 /// UltraFeedback's overall score, or the mean of its four ratings where that is missing.
@@ -67,8 +75,7 @@ fn leaning(value: &Value) -> Option<i64> {
 
 /// The question of a record, which has to have one.
 fn asked(record: &Map<String, Value>) -> Result<Vec<Message>, FieldError> {
-    let context = record.get("context").filter(|value| value.is_array());
-    let found = match context {
+    let found = match context(record) {
         Some(context) => Some(prompt("context", context)?),
         None => question(record)?,
     };
@@ -139,53 +146,73 @@ fn named(
     }
 }
 
+/// What the records of a file came to.
+#[derive(Default)]
+pub(super) struct Found {
+    pub(super) pairs: Vec<LabelledPair>,
+    /// Rows that cannot be used, and why.
+    pub(super) wrong: Vec<(usize, FieldError)>,
+    /// Rows that prefer neither side.
+    pub(super) even: Vec<usize>,
+}
+
+/// Whether most records are of a layout: one odd record does not decide how a file is read.
+fn are_mostly(records: &[NumberedObject], is_such: impl Fn(&Map<String, Value>) -> bool) -> bool {
+    2 * records.iter().filter(|(_, record)| is_such(record)).count() > records.len()
+}
+
 /// Whether records are single rated replies (HelpSteer), of which those to one prompt belong together.
 pub(super) fn are_rated(records: &[NumberedObject]) -> bool {
-    let has = |record: &Map<String, Value>| {
-        ["prompt", "response", "helpfulness"].iter().all(|field| record.contains_key(*field))
-    };
-    records.first().is_some_and(|(_, record)| has(record))
+    are_mostly(records, |record| {
+        let has = |field: &&str| record.contains_key(*field);
+        ["prompt", "response", "helpfulness"].iter().all(has)
+            && !["chosen", "rejected"].iter().any(has)
+    })
 }
 
 /// A reply with its row and its mark.
 type Rated<'a> = (usize, &'a Map<String, Value>, &'a str, f64);
 
 /// The pairs among single rated replies: of each prompt the most and the least helpful; and what went wrong with rows.
-pub(super) fn rated(records: &[NumberedObject]) -> (Vec<LabelledPair>, Vec<(usize, FieldError)>) {
-    let mut order: Vec<&str> = Vec::new();
-    let mut by_prompt: HashMap<&str, Vec<Rated<'_>>> = HashMap::new();
-    let (mut pairs, mut wrong) = (Vec::new(), Vec::new());
+pub(super) fn rated(records: &[NumberedObject]) -> Found {
+    let mut order: Vec<(&str, &str)> = Vec::new();
+    let mut by_prompt: HashMap<(&str, &str), Vec<Rated<'_>>> = HashMap::new();
+    let mut found = Found::default();
     for (row, record) in records {
         let text = |field: &str| record.get(field).and_then(Value::as_str);
         let mark = record.get("helpfulness").and_then(Value::as_f64);
         match (text("prompt"), text("response"), mark) {
             (Some(prompt), Some(response), Some(mark)) => {
-                let own = by_prompt.entry(prompt).or_default();
+                let asked = (text("system").unwrap_or_default(), prompt);
+                let own = by_prompt.entry(asked).or_default();
                 if own.is_empty() {
-                    order.push(prompt);
+                    order.push(asked);
                 }
                 own.push((*row, record, response, mark));
             }
             _ => {
                 let expected = "prompt and response, texts, and helpfulness, a number";
-                wrong.push((*row, FieldError::columns("record", expected, record)));
+                found.wrong.push((*row, FieldError::columns("record", expected, record)));
             }
         }
     }
-    for prompt in order {
-        let own = &by_prompt[prompt];
+    for asked_for in order {
+        let own = &by_prompt[&asked_for];
         let marks: Vec<(&str, f64)> = own.iter().map(|(_, _, text, mark)| (*text, *mark)).collect();
-        let Some(places) = extremes(&marks) else { continue };
+        let Some(places) = extremes(&marks) else {
+            found.even.extend(own.iter().map(|(row, ..)| *row));
+            continue;
+        };
         let (row, record, ..) = own[places[0]];
         match asked(record) {
             Ok(question) => {
                 let sides = places.map(|idx| reply(&question, marks[idx].0));
-                pairs.push(pair(row, sides));
+                found.pairs.push(pair(row, sides));
             }
-            Err(error) => wrong.push((row, error)),
+            Err(error) => found.wrong.push((row, error)),
         }
     }
-    (pairs, wrong)
+    found
 }
 
 fn pair(row: usize, [chosen, rejected]: [Vec<Message>; 2]) -> LabelledPair {
@@ -197,6 +224,7 @@ fn pair(row: usize, [chosen, rejected]: [Vec<Message>; 2]) -> LabelledPair {
         chosen_prob: 1.0,
         vote_lead: 0,
         about: None,
+        split: None,
     }
 }
 
@@ -211,7 +239,7 @@ struct Node<'a> {
 
 /// Whether records are messages of OpenAssistant's trees: a row each, or a tree each with its replies nested.
 pub(super) fn are_trees(records: &[NumberedObject]) -> bool {
-    records.first().is_some_and(|(_, record)| {
+    are_mostly(records, |record| {
         let is_row =
             ["message_id", "parent_id", "role", "text"].iter().all(|f| record.contains_key(*f));
         is_row || record.get("prompt").is_some_and(|prompt| prompt.get("replies").is_some())
@@ -231,7 +259,7 @@ pub(super) fn opening(record: &Map<String, Value>) -> Option<&str> {
 }
 
 /// The pairs of trees: wherever people ranked several replies to a message, the first and the last of them.
-pub(super) fn trees(records: &[NumberedObject]) -> (Vec<LabelledPair>, Vec<(usize, FieldError)>) {
+pub(super) fn trees(records: &[NumberedObject]) -> Found {
     let (mut nodes, mut wrong) = (Vec::new(), Vec::new());
     for (row, record) in records {
         let tree = record.get("prompt").filter(|prompt| prompt.get("replies").is_some());
@@ -267,7 +295,7 @@ pub(super) fn trees(records: &[NumberedObject]) -> (Vec<LabelledPair>, Vec<(usiz
         });
         pairs.push(pair(nodes[own[places[0]]].row, sides));
     }
-    (pairs, wrong)
+    Found { pairs, wrong, even: Vec::new() }
 }
 
 fn parent_of(record: &Map<String, Value>) -> Option<&str> {

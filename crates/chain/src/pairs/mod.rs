@@ -22,15 +22,17 @@
 
 mod fields;
 mod layouts;
+mod whole;
 
+use std::fmt;
 use std::path::Path;
 
 use arete_records::jsonl::NumberedObject;
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PreferenceRow;
-use arete_records::table::{self, Column};
+use arete_records::table::{self, Column, Unreadable};
 use arete_records::{
-    Aspect, At, Error, FinishReason, Message, Refusal, Role, Virtue, normalise, parquet,
+    Aspect, At, Error, FinishReason, Message, Refusal, Role, Split, Virtue, normalise, parquet,
 };
 use serde_json::{Map, Value};
 
@@ -38,8 +40,14 @@ use crate::Transcript;
 use crate::constitution::{Turns, listed};
 use crate::exemplars::{Exemplar, Use};
 
-pub use self::fields::{FieldError, messages, prompt, question};
+use self::fields::context;
+pub use self::fields::{FieldError, lead, messages, present, prompt, question};
+pub use self::whole::{read_pairs, splits_of_pairs};
 pub use arete_records::table::shortened;
+
+/// What is expected of a side that says nothing of what it replies to.
+const WHOLE: &str =
+    "a whole conversation, or a column `prompt` with what it replies to (--column prompt=NAME)";
 
 /// A conversation to score.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -89,6 +97,8 @@ pub struct LabelledPair {
     pub vote_lead: i32,
     /// What the label speaks of; none if it is better altogether.
     pub about: Option<About>,
+    /// The split that its record names.
+    pub split: Option<Split>,
 }
 
 impl LabelledPair {
@@ -126,7 +136,7 @@ pub fn of_record(
     row: usize,
     record: &Map<String, Value>,
 ) -> Result<Option<LabelledPair>, FieldError> {
-    let has = |field: &str| record.contains_key(field);
+    let has = |field: &str| present(record, field).is_some();
     let mut about = None;
     let [chosen, rejected] = if has("chosen") || has("rejected") {
         sides(record, "chosen", "rejected", true)?
@@ -162,18 +172,36 @@ pub fn of_record(
             "chosen and rejected, or the columns of another layout of pairs (docs/file-formats.md)";
         return Err(FieldError::columns("record", expected, record));
     };
-    let side = |messages, truncated: &str| Conversation {
-        messages,
-        truncated: record.get(truncated).and_then(Value::as_bool).unwrap_or(false),
+    let side = |messages, truncated: &'static str| {
+        let truncated = match record.get(truncated) {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(truncated)) => *truncated,
+            Some(other) => return Err(FieldError::new(truncated, "true or false", other)),
+        };
+        Ok(Conversation { messages, truncated })
     };
     Ok(Some(LabelledPair {
         row,
-        chosen: side(chosen, "truncated_chosen"),
-        rejected: side(rejected, "truncated_rejected"),
+        chosen: side(chosen, "truncated_chosen")?,
+        rejected: side(rejected, "truncated_rejected")?,
         chosen_prob: chosen_prob(record)?,
         vote_lead: 0,
         about,
+        split: split(record),
     }))
+}
+
+/// The split that a record names, by its own name or one that begins like it (`test_prefs`).
+fn split(record: &Map<String, Value>) -> Option<Split> {
+    let name = record.get("split")?.as_str()?;
+    let begins = |words: &[&str]| words.iter().any(|word| name.starts_with(word));
+    if begins(&["train"]) {
+        Some(Split::Train)
+    } else if begins(&["val", "dev"]) {
+        Some(Split::Validation)
+    } else {
+        begins(&["test", "eval"]).then_some(Split::Test)
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a probability")]
@@ -196,28 +224,42 @@ fn sides(
     after_prompt: bool,
 ) -> Result<[Vec<Message>; 2], FieldError> {
     let prompt = if after_prompt { question(record)?.unwrap_or_default() } else { Vec::new() };
-    if let Some(missing) = [better, worse].into_iter().find(|field| !record.contains_key(*field)) {
+    let is_missing = |field: &&str| present(record, field).is_none();
+    if let Some(missing) = [better, worse].into_iter().find(is_missing) {
         let expected = format!("columns `{better}` and `{worse}`");
         return Err(FieldError::columns(missing, expected, record));
     }
     let side = |field: &'static str| {
-        let own = messages(field, &record[field], Role::Assistant)?;
+        let mut own = messages(field, &record[field], Role::Assistant)?;
         let opens = own.first().is_some_and(|first| first.role != Role::Assistant);
         if prompt.is_empty() {
             if opens || !own.iter().all(|message| message.role == Role::Assistant) {
+                lead(record, &mut own);
                 return Ok(own);
             }
-            let expected = "a whole conversation, or a column `prompt` with what it replies to";
-            return Err(FieldError::columns(field, expected, record));
+            return Err(FieldError::columns(field, WHOLE, record));
         }
-        // After a question only a reply can follow: what opens with another turn is a whole conversation.
-        let follows_question = prompt.last().is_some_and(|last| last.role == Role::User);
-        if begins_with(&own, &prompt) || opens && follows_question {
-            return Ok(own);
-        }
-        Ok([prompt.as_slice(), &own].concat())
+        Ok(after(&prompt, own))
     };
     Ok([side(better)?, side(worse)?])
+}
+
+/// A prompt with what replies to it. What begins with the prompt, or opens with another turn than a reply where only a reply can
+/// follow, is a whole conversation, and has of the prompt only a system text that it lacks.
+#[must_use]
+pub fn after(prompt: &[Message], own: Vec<Message>) -> Vec<Message> {
+    let opens = own.first().is_some_and(|first| first.role != Role::Assistant);
+    let follows_question = prompt.last().is_some_and(|last| last.role == Role::User);
+    if begins_with(&own, prompt) {
+        return own;
+    }
+    let n_led = if opens && follows_question {
+        let has_system = own.iter().any(|message| message.role == Role::System);
+        prompt.iter().take_while(|message| message.role == Role::System && !has_system).count()
+    } else {
+        prompt.len()
+    };
+    [&prompt[..n_led], &own].concat()
 }
 
 fn begins_with(messages: &[Message], prompt: &[Message]) -> bool {
@@ -318,23 +360,44 @@ pub struct PairFile {
 ///
 /// [`Error::Refused`] for the first record that cannot be used, if there are too many of them; as [`table::read_renamed`].
 pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
-    let records = table::read_renamed(path, columns)?;
-    let (pairs, wrong) = if layouts::are_trees(&records) {
+    let table = table::read_renamed(path, columns)?;
+    let (n_records, records) = (table.n_rows(), table.records);
+    let layouts::Found { pairs, mut wrong, even } = if layouts::are_trees(&records) {
         layouts::trees(&records)
     } else if layouts::are_rated(&records) {
         layouts::rated(&records)
     } else {
-        let (mut pairs, mut wrong) = (Vec::new(), Vec::new());
+        let mut found = layouts::Found::default();
         for (row, record) in &records {
             match of_record(*row, record) {
-                Ok(pair) => pairs.extend(pair),
-                Err(error) => wrong.push((*row, error)),
+                Ok(Some(pair)) => found.pairs.push(pair),
+                // An exemplar of another use is no pair.
+                Ok(None) if record.contains_key("use") => {}
+                Ok(None) => found.even.push(*row),
+                Err(error) => found.wrong.push((*row, error)),
             }
         }
-        (pairs, wrong)
+        found
     };
-    let left_out = leave_out(path, wrong, records.len())?;
-    Ok(PairFile { pairs, n_records: records.len(), left_out })
+    wrong.extend(unreadable(table.unreadable));
+    let mut left_out = leave_out(path, wrong, n_records)?;
+    if !even.is_empty() {
+        tracing::info!(file = %path.display(), records = even.len(), "records that prefer neither side are left out");
+    }
+    left_out.extend(even.into_iter().map(|row| of_row(path, row, "prefers neither side")));
+    Ok(PairFile { pairs, n_records, left_out })
+}
+
+/// A row of a file that is left out, and why.
+#[must_use]
+pub fn of_row(path: &Path, row: usize, reason: impl fmt::Display) -> LeftOut {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    LeftOut::new(format!("{name}:{row}"), reason)
+}
+
+/// Lines of a file that hold no record, as records that cannot be used.
+pub fn unreadable(lines: Vec<(usize, Unreadable)>) -> impl Iterator<Item = (usize, FieldError)> {
+    lines.into_iter().map(|(line, unreadable)| (line, FieldError::unreadable(unreadable)))
 }
 
 /// Records of a file that cannot be used, as items left out.
@@ -344,9 +407,10 @@ pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
 /// [`Error::Refused`] for the first of them, if they are more than a share of all `n_records`.
 pub fn leave_out(
     path: &Path,
-    wrong: Vec<(usize, FieldError)>,
+    mut wrong: Vec<(usize, FieldError)>,
     n_records: usize,
 ) -> Result<Vec<LeftOut>, Error> {
+    wrong.sort_by_key(|(row, _)| *row);
     let n_wrong = wrong.len();
     if !left_out::is_share(n_wrong, n_records) {
         let (row, error) = wrong.into_iter().next().expect("more than none");
@@ -357,15 +421,13 @@ pub fn leave_out(
         };
         return Err(Refusal::at(path, At::Row(row), field, expected, got).into());
     }
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     Ok(wrong
         .into_iter()
-        .map(|(row, FieldError { field, expected, got })| {
+        .map(|(row, error)| {
+            let reason = error.to_string();
+            let FieldError { field, expected, got } = error;
             tracing::warn!(file = %path.display(), row, field, expected, got, "record left out");
-            LeftOut::new(
-                format!("{name}:{row}"),
-                format!("{field}: expected {expected}, got {got}"),
-            )
+            of_row(path, row, &reason)
         })
         .collect())
 }
@@ -386,22 +448,32 @@ pub fn read(path: &Path) -> Result<Vec<LabelledPair>, Error> {
 ///
 /// [`FieldError`] if no field is one of a prompt, or one holds no conversation.
 pub fn conversation_of(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, FieldError> {
-    let present = |field: &str| record.get(field).filter(|value| !value.is_null());
+    let present = |field: &str| present(record, field);
     if let Some(text) = layouts::opening(record) {
         return Ok(Some(vec![Message::user(text)]));
     }
     if record.contains_key("message_id") && record.contains_key("parent_id") {
         return Ok(None);
     }
-    if let Some(context) = present("context").filter(|value| value.is_array()) {
+    if let Some(context) = context(record) {
         return prompt("context", context).map(Some);
     }
     if let Some(question) = question(record)? {
         return Ok(Some(question));
     }
-    for field in ["messages", "chosen", "text"] {
+    if let Some(value) = present("chosen") {
+        let mut own = messages("chosen", value, Role::Assistant)?;
+        if own.iter().all(|message| message.role == Role::Assistant) {
+            return Err(FieldError::columns("chosen", WHOLE, record));
+        }
+        lead(record, &mut own);
+        return Ok(Some(own));
+    }
+    for field in ["messages", "text"] {
         if let Some(value) = present(field) {
-            return messages(field, value, Role::User).map(Some);
+            let mut own = messages(field, value, Role::User)?;
+            lead(record, &mut own);
+            return Ok(Some(own));
         }
     }
     let expected = "one of the columns prompt, messages, conversations, instruction, chosen, text";
@@ -439,6 +511,7 @@ pub fn read_preferences(path: &Path) -> Result<Vec<LabelledPair>, Error> {
             chosen_prob: preference.chosen_prob,
             vote_lead: preference.score_chosen - preference.score_rejected,
             about: None,
+            split: None,
         });
     }
     Ok(pairs)
@@ -481,6 +554,60 @@ mod tests {
         assert!(error.expected.starts_with("a text or a list of {role, content}"), "{error:?}");
     }
 
+    #[test]
+    fn nulls_of_other_layouts_and_whole_floats_change_nothing() {
+        let pku = r#"{"chosen": null, "prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1.0}"#;
+        assert_eq!(pair(pku), conversations("q", "b", "a"));
+        let messages = r#"{"chosen": [{"role": null, "from": "human", "content": null, "value": "q"}, {"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}], "answers": null}"#;
+        assert_eq!(pair(messages), conversations("q", "a", "b"));
+        let error = refused(
+            r#"{"prompt": "q", "chosen": "a", "rejected": "b", "truncated_chosen": "yes"}"#,
+        );
+        assert_eq!((error.field, &*error.got), ("truncated_chosen", "yes"));
+    }
+
+    /// Our own export writes a system text so.
+    #[test]
+    fn a_system_text_leads_wherever_it_stands() {
+        let [better, worse] = conversations("q", "a", "b").map(|mut side| {
+            side.insert(0, Message::system("Be kind."));
+            side
+        });
+        let side = |messages: &[Message]| crate::dialogue::format(messages);
+        let text =
+            serde_json::json!({"chosen": side(&better), "rejected": side(&worse)}).to_string();
+        assert_eq!(pair(&text), [better.clone(), worse.clone()]);
+        let column = r#"{"system": "Be kind.", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}"#;
+        assert_eq!(pair(column), [better.clone(), worse]);
+        let asked = conversation_of(&record(r#"{"prompt": "Be kind.\n\nHuman: q\n\nAssistant:"}"#));
+        assert_eq!(asked.unwrap().unwrap(), better[..2]);
+        // A question that quotes a conversation stays a question.
+        let quoted = "Go on:\n\nHuman: q\n\nAssistant: a";
+        let text = serde_json::json!({"prompt": quoted}).to_string();
+        assert_eq!(conversation_of(&record(&text)).unwrap().unwrap(), [Message::user(quoted)]);
+        // A list of passages is no conversation.
+        let passages = r#"{"prompt": "q", "context": ["a passage", "another"]}"#;
+        assert_eq!(conversation_of(&record(passages)).unwrap().unwrap(), [Message::user("q")]);
+    }
+
+    #[test]
+    fn what_prefers_neither_side_is_named_and_a_split_that_is_named_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.jsonl");
+        let row = |better: i64, split: &str| {
+            let (q, a) = (format!("question {better}{split}"), "a");
+            serde_json::json!({"prompt": q, "response_0": a, "response_1": "b", "better_response_id": better, "split": split})
+        };
+        let rows =
+            [row(0, "test_prefs"), row(-1, "train"), row(1, "train")].map(|row| row.to_string());
+        fs_err::write(&path, rows.join("\n")).unwrap();
+        let (pairs, left_out) = read_pairs(&path, &[]).unwrap();
+        assert_eq!(splits_of_pairs(&pairs), [Split::Test, Split::Train]);
+        let left: Vec<(&str, &str)> = left_out.iter().map(|l| (&*l.item, &*l.reason)).collect();
+        assert_eq!(left, [("x.jsonl:2", "prefers neither side")]);
+    }
+
     /// The layout of HuggingFaceH4/ultrafeedback_binarized.
     #[test]
     fn whole_sides_are_not_put_after_their_own_prompt() {
@@ -500,6 +627,11 @@ mod tests {
         let [chosen, rejected] = pair(system);
         assert_eq!(chosen.len(), 3);
         assert_eq!(rejected, conversations("Is it fair?", "", "No.")[1]);
+        // A system's text of the record leads whole sides, too.
+        let led = lists.replacen('{', r#"{"system": "Be brief.", "#, 1);
+        let [chosen, _] = pair(&led);
+        assert_eq!(chosen[0], Message::system("Be brief."));
+        assert_eq!(chosen[1..], conversations("Is it fair? ", "Ask first.", "")[0]);
         // After a reply a question may follow: such sides continue their prompt.
         let continued = r#"{"prompt": "\n\nHuman: a\n\nAssistant: b", "chosen": "\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: c\n\nAssistant: e"}"#;
         assert_eq!(pair(continued).map(|side| side.len()), [4, 4]);
@@ -527,7 +659,7 @@ mod tests {
         assert_eq!(error.field, "chosen");
         assert_eq!(
             error.expected,
-            "a whole conversation, or a column `prompt` with what it replies to"
+            "a whole conversation, or a column `prompt` with what it replies to (--column prompt=NAME)"
         );
         assert_eq!(error.got, "system, question, chosen, rejected");
         let list = r#"{"chosen": [{"role": "assistant", "content": "x"}], "rejected": "y"}"#;

@@ -1,5 +1,7 @@
 //! What can be set about calibration.
 
+use anyhow::{Result, bail};
+use arete_records::Refusal;
 use arete_records::table::Column;
 use serde::{Deserialize, Serialize};
 
@@ -34,4 +36,36 @@ pub struct CalibrateConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub judge: JudgeConfig,
+}
+
+impl CalibrateConfig {
+    /// Refuses what the stage cannot use, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        if self.methods.contains(&Method::Contrast) {
+            bail!(Refusal::setting(
+                "methods",
+                "methods that ask a judge: contrast labels its own samples, it is judged by \
+                           the accuracy of a reward model trained on them"
+                    .to_owned(),
+                Method::Contrast.name()
+            ));
+        }
+        if self.judge.urls().is_some() && self.methods.contains(&Method::Likelihood) {
+            bail!(Refusal::setting(
+                "methods",
+                "for a server, some of pairwise-logits, pairwise-text, pointwise-logits: it \
+                           says nothing of a given reply's likelihood"
+                    .to_owned(),
+                Method::Likelihood.name()
+            ));
+        }
+        if !(0.0..0.5).contains(&self.tie_margin) {
+            bail!(Refusal::setting("tie_margin", "a number below one half", self.tie_margin));
+        }
+        self.methods.iter().try_for_each(|&method| self.judge.check(method))
+    }
 }

@@ -10,16 +10,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::Result;
 use arete_chain::Constitution;
 use arete_chain::exemplars::{self, Use};
 use arete_records::rows::JudgementRow;
-use arete_records::{atomic, split_of};
+use arete_records::{atomic, files, split_of};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use arete_stage::units::Units;
 use serde_json::{Map, json};
 
-use crate::Error;
 use crate::engine::Engine;
 use crate::judge::verdict::vote;
 use crate::judge::{Judge, JudgeConfig, Method, Pair};
@@ -51,11 +51,11 @@ pub struct Inputs {
 /// # Errors
 ///
 /// Unreadable inputs, a judge that fails, a full disk, a signal.
-pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(), Error> {
+pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<()> {
     let started = Instant::now();
-    check(config)?;
+    config.check()?;
     let pairs = read(inputs, config)?;
-    let place = Place::of(&config.judge.compute, config.judge.judge_url.as_deref())?;
+    let place = Place::of(&config.judge.compute, config.judge.urls().and_then(<[_]>::first))?;
     let words = words(config)?;
     let constitution = words.constitution()?;
     let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else { return Ok(()) };
@@ -74,10 +74,10 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     for (method, few_shot) in variants {
         let name = format!("verdicts-{}-{few_shot}", method.name());
         let units = Units { output, name, n_items: pairs.len(), shard: None };
-        progress.skip((pairs.len() - units.missing().1) as u64);
+        progress.skip((pairs.len() - units.missing()?.1) as u64);
         let judge_config = JudgeConfig { few_shot, ..config.judge.clone() };
         let judge = Judge::new(&engine, &judge_config, constitution, &shots, method)?;
-        units.run::<_, Error>(|items| {
+        units.run::<_, anyhow::Error>(|items| {
             interrupt::check()?;
             let n_items = items.len() as u64;
             let rows = judged(&judge, &pairs[items], method, config.tie_margin)?;
@@ -112,12 +112,8 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
 /// # Errors
 ///
 /// As [`run`]; nothing is written.
-pub fn estimate(
-    config: &CalibrateConfig,
-    inputs: &Inputs,
-    output: &Path,
-) -> Result<Estimate, Error> {
-    check(config)?;
+pub fn estimate(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<Estimate> {
+    config.check()?;
     let pairs = read(inputs, config)?;
     let engine = open(config, inputs)?;
     let words = words(config)?;
@@ -128,7 +124,7 @@ pub fn estimate(
     let (mut n_to_do, mut seconds) = (0, 0.0);
     for (method, few_shot) in variants(config) {
         let name = format!("verdicts-{}-{few_shot}", method.name());
-        let n = Units { output, name, n_items: pairs.len(), shard: None }.missing().1;
+        let n = Units { output, name, n_items: pairs.len(), shard: None }.missing()?.1;
         n_to_do += n;
         if n > 0 && matches!(engine, Engine::Local(_)) {
             let judge_config = JudgeConfig { few_shot, ..config.judge.clone() };
@@ -143,10 +139,10 @@ pub fn estimate(
     counts.insert("methods".to_owned(), json!(variants(config).len()));
     counts.insert("pairs_to_judge".to_owned(), json!(n_to_do));
     let seconds = matches!(engine, Engine::Local(_)).then(|| seconds.ceil());
-    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds })
+    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds, memory: None })
 }
 
-fn words(config: &CalibrateConfig) -> Result<Words, Error> {
+fn words(config: &CalibrateConfig) -> Result<Words> {
     Words::of(config.judge.constitution.as_deref(), None)
 }
 
@@ -154,33 +150,11 @@ fn words(config: &CalibrateConfig) -> Result<Words, Error> {
 fn shots(
     config: &CalibrateConfig,
     constitution: &Constitution,
-) -> Result<Vec<exemplars::Exemplar>, Error> {
+) -> Result<Vec<exemplars::Exemplar>> {
     match config.judge.few_shot {
         0 => Ok(Vec::new()),
         _ => Ok(exemplars::load(&config.judge.exemplars, Use::FewShot, &constitution.turns)?),
     }
-}
-
-fn check(config: &CalibrateConfig) -> Result<(), Error> {
-    if config.methods.contains(&Method::Contrast) {
-        return Err(Error::Setting {
-            name: "methods",
-            expected: "methods that ask a judge: contrast labels its own samples, it is judged by \
-                       the accuracy of a reward model trained on them"
-                .to_owned(),
-            got: Method::Contrast.name().to_owned(),
-        });
-    }
-    if config.judge.judge_url.is_some() && config.methods.contains(&Method::Likelihood) {
-        return Err(Error::Setting {
-            name: "methods",
-            expected: "for a server, some of pairwise-logits, pairwise-text, pointwise-logits: it \
-                       says nothing of a given reply's likelihood"
-                .to_owned(),
-            got: Method::Likelihood.name().to_owned(),
-        });
-    }
-    Ok(())
 }
 
 /// Every method without examples, and with them if any are asked for.
@@ -200,7 +174,7 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
     words: &Words,
-) -> Result<StageSpec<'a>, Error> {
+) -> Result<StageSpec<'a>> {
     let mut settings = crate::config::recorded(config);
     let mut files: Vec<(String, PathBuf)> = Vec::new();
     files.extend(words.input(true)?.map(|path| ("constitution".to_owned(), path)));
@@ -208,22 +182,22 @@ fn spec<'a>(
         files.push((format!("pairs_{idx}"), path.clone()));
     }
     if config.judge.few_shot > 0 {
-        files.push(("exemplars".to_owned(), config.judge.exemplars.clone()));
+        files.push(("exemplars".to_owned(), files::shipped(&config.judge.exemplars)));
     }
     if let Some(adapter) = &config.judge.judge_adapter {
         files.push(("judge_adapter".to_owned(), adapter.clone()));
     }
-    let remote = config.judge.judge_url.is_some();
+    let remote = config.judge.urls().is_some();
     crate::config::record_model("model", &inputs.model, remote, &mut settings, &mut files)?;
     Ok(StageSpec { stage: STAGE, output, config: settings, seed: config.judge.seed, inputs: files })
 }
 
-fn open(config: &CalibrateConfig, inputs: &Inputs) -> Result<Engine, Error> {
+fn open(config: &CalibrateConfig, inputs: &Inputs) -> Result<Engine> {
     let judge = &config.judge;
     stage::open_engine(
         &inputs.model,
         judge.judge_adapter.as_deref(),
-        judge.judge_url.as_deref(),
+        judge.urls(),
         &judge.compute,
         &judge.server,
         config.methods.iter().any(|method| method.needs_logprobs()),
@@ -236,7 +210,7 @@ fn judged(
     pairs: &[Labelled],
     method: Method,
     tie_margin: f64,
-) -> Result<Vec<JudgementRow>, Error> {
+) -> Result<Vec<JudgementRow>> {
     let shown: Vec<Pair> = pairs.iter().map(Labelled::pair).collect();
     let mut rows = Vec::new();
     let virtues = judge.virtues();

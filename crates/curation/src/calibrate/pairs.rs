@@ -2,15 +2,16 @@
 
 use std::collections::HashSet;
 
+use anyhow::{Result, bail};
 use arete_chain::Ruled;
 use arete_chain::pairs::{self, About, LabelledPair, Parts};
 use arete_chain::sample::key_of;
-use arete_records::{Message, Split, prompt_id, split_of};
+use arete_records::{Message, Refusal, Split, prompt_id, split_of};
 use sha2::{Digest, Sha256};
 
 use super::{CalibrateConfig, Inputs};
 use crate::judge::Pair;
-use crate::{Error, prompts};
+use crate::prompts;
 
 /// A pair of which people (or the data's makers) say which side is better.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,7 +77,7 @@ impl Labelled {
 /// # Errors
 ///
 /// An unreadable file, a record of none of these forms, or no usable pair at all.
-pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, Error> {
+pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>> {
     let mut out = Vec::new();
     let mut seen = HashSet::new();
     for path in &inputs.pairs {
@@ -131,12 +132,12 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>, 
         out.extend(own);
     }
     if out.is_empty() {
-        return Err(Error::File {
-            path: inputs.pairs.first().cloned().unwrap_or_default(),
-            field: "pairs".to_owned(),
-            expected: "at least one usable labelled pair".to_owned(),
-            found: "none".to_owned(),
-        });
+        bail!(Refusal::file(
+            inputs.pairs.first().cloned().unwrap_or_default(),
+            "pairs",
+            "at least one usable labelled pair",
+            "none"
+        ));
     }
     Ok(out)
 }
@@ -167,7 +168,7 @@ mod tests {
         CalibrateConfig::from_arg_matches(&command.get_matches_from(["test"])).unwrap()
     }
 
-    fn pairs(text: &str) -> Result<Vec<Labelled>, Error> {
+    fn pairs(text: &str) -> Result<Vec<Labelled>> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pairs.jsonl");
         fs_err::write(&path, text).unwrap();

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use arete_records::rows::JudgementRow;
 use arete_records::stats::normal_quantile;
-use arete_records::{Virtue, stats};
+use arete_records::{Refusal, Virtue, files, stats};
 use arete_stage::run::{RUN_JSON, RunJson};
 use serde::{Deserialize, Serialize};
 
 use super::{Agreement, Labelled};
-use crate::Error;
 use crate::judge::Method;
 use crate::stage;
 
@@ -159,26 +159,15 @@ impl Ballot {
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if it says nothing of the method, or leaves no virtue a vote; an unreadable file.
-    pub fn read(
-        path: &Path,
-        virtues: &[Virtue],
-        method: Method,
-        few_shot: usize,
-    ) -> Result<Self, Error> {
+    /// A refused file if it says nothing of the method, or leaves no virtue a vote; an unreadable file.
+    pub fn read(path: &Path, virtues: &[Virtue], method: Method, few_shot: usize) -> Result<Self> {
         let path = if path.is_dir() { path.join("calibration.json") } else { path.to_owned() };
-        let wrong = |field: &str, expected: String, found: String| Error::File {
-            path: path.clone(),
-            field: field.to_owned(),
-            expected,
-            found,
+        let wrong = |field: &str, expected: String, found: String| {
+            Refusal::file(&path, field, expected, found)
         };
-        let n_bytes = fs_err::metadata(&path)?.len();
-        if n_bytes > MAX_BYTES {
-            return Err(wrong("size", format!("at most {MAX_BYTES} bytes"), n_bytes.to_string()));
-        }
-        let Examined { judge, virtues: lines } = serde_json::from_slice(&fs_err::read(&path)?)
-            .map_err(|error| {
+        let bytes = files::read_capped(&path, MAX_BYTES)?;
+        let Examined { judge, virtues: lines } =
+            serde_json::from_slice(&bytes).map_err(|error| {
                 let expected = "what `calibrate` writes: judge and virtues".to_owned();
                 wrong("JSON", expected, error.to_string())
             })?;
@@ -190,7 +179,7 @@ impl Ballot {
                 "{} with {few_shot} judged examples, examined on pairs that differ in one virtue (data/virtues/pairs.jsonl)",
                 method.name()
             );
-            return Err(wrong("virtues", expected, "no line of it".to_owned()));
+            bail!(wrong("virtues", expected, "no line of it".to_owned()));
         }
         let may_vote =
             |virtue: &Virtue| own.iter().any(|line| line.virtue == *virtue && line.may_vote);
@@ -198,7 +187,7 @@ impl Ballot {
             virtues.iter().copied().filter(|virtue| !may_vote(virtue)).collect();
         if without_vote.len() == virtues.len() {
             let expected = "at least one virtue whose judge is above chance".to_owned();
-            return Err(wrong(
+            bail!(wrong(
                 "virtues",
                 expected,
                 "none: teach the judge (`lessons`) or take another".to_owned(),
@@ -217,8 +206,8 @@ impl Ballot {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] naming both.
-    pub fn check_judge(&self, name: &str, inputs: &BTreeMap<String, String>) -> Result<(), Error> {
+    /// A refused setting naming both.
+    pub fn check_judge(&self, name: &str, inputs: &BTreeMap<String, String>) -> Result<()> {
         let votes = files_of(inputs);
         // Of a server, and of a calibration that was taken out of its directory, a name is all that there is.
         let is_same =
@@ -230,11 +219,12 @@ impl Ballot {
             let sums = files.iter().map(|(file, sum)| format!(", {file} {}", short(sum)));
             format!("{name}{}", sums.collect::<String>())
         };
-        Err(Error::Setting {
-            name: "calibration",
-            expected: format!("one of the judge that votes ({})", shown(name, &votes)),
-            got: format!("one of {}", shown(&self.judge, &self.examined)),
-        })
+        Err(Refusal::setting(
+            "calibration",
+            format!("one of the judge that votes ({})", shown(name, &votes)),
+            format!("one of {}", shown(&self.judge, &self.examined)),
+        )
+        .into())
     }
 }
 

@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
+use arete_engine::{EngineArgs, ServerConfig};
+use arete_records::Refusal;
 use arete_stage::units::Shard;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ComputeConfig, SamplingConfig};
-use crate::engine::server::ServerConfig;
+use super::MOST_SAMPLES;
+use crate::config::{ComputeConfig, SamplingConfig, check_servers};
 
 /// Under which system prompts conversations are sampled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -34,7 +37,7 @@ pub struct ConversationsConfig {
     #[arg(long, value_name = "FILE")]
     #[serde(default)]
     pub constitution: Option<PathBuf>,
-    /// Address of an OpenAI-compatible server that generates instead of a local model
+    /// Address of an OpenAI-compatible server that generates instead of a local model: text in and out
     #[arg(long, value_name = "URL")]
     #[serde(default)]
     pub engine_url: Option<String>,
@@ -50,8 +53,33 @@ pub struct ConversationsConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub compute: ComputeConfig,
+    /// Servers that sample for the local model.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub engines: EngineArgs,
     /// How a server is talked to.
     #[command(flatten)]
     #[serde(flatten)]
     pub server: ServerConfig,
+}
+
+impl ConversationsConfig {
+    /// Refuses what the stage cannot use, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        let n = self.samples_per_prompt;
+        let most = if self.personas == PersonaChoice::None { MOST_SAMPLES } else { 2 };
+        if !(2..=most).contains(&n) {
+            let expected = match most {
+                2 => "2 with personas, which tell the two samples apart".to_owned(),
+                most => format!("2 to {most}"),
+            };
+            bail!(Refusal::setting("samples_per_prompt", expected, n));
+        }
+        self.sampling.check()?;
+        check_servers(self.engine_url.as_deref(), &self.engines, &self.server)
+    }
 }

@@ -6,17 +6,20 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::{Personas, Turns};
 use arete_chain::sample::key_of;
 use arete_records::left_out::LeftOut;
 use arete_records::rows::{ConversationRow, PromptRow, TurnRow};
+use arete_records::{At, Refusal};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
-use crate::Error;
-use crate::engine::{Chain, Drawing, Engine, Outcome, Refused, Reply};
+use crate::engine::{Chain, Drawing, Engine, FleetEngine, Outcome, Refused, Reply};
 use crate::judge::under_persona;
+use crate::memory;
+use crate::splits;
 use crate::stage::{self, Command, Estimate, Place, Work, percent};
 use crate::words::Words;
 use arete_stage::units::Units;
@@ -64,22 +67,9 @@ enum Contrast {
 }
 
 impl Contrast {
-    fn of(config: &ConversationsConfig, words: &Words) -> Result<Self, Error> {
-        let n = config.samples_per_prompt;
-        let most = if config.personas == PersonaChoice::None { MOST_SAMPLES } else { 2 };
-        if !(2..=most).contains(&n) {
-            let expected = match most {
-                2 => "2 with personas, which tell the two samples apart".to_owned(),
-                most => format!("2 to {most}"),
-            };
-            return Err(Error::Setting {
-                name: "samples_per_prompt",
-                expected,
-                got: n.to_string(),
-            });
-        }
+    fn of(config: &ConversationsConfig, words: &Words) -> Result<Self> {
         Ok(match config.personas {
-            PersonaChoice::None => Self::Chance(n as u64),
+            PersonaChoice::None => Self::Chance(config.samples_per_prompt as u64),
             PersonaChoice::Contrast => Self::Personas(words.constitution()?.personas()?.clone()),
             PersonaChoice::Original => Self::Models,
         })
@@ -105,13 +95,17 @@ struct Engines {
 }
 
 impl Engines {
-    fn open(config: &ConversationsConfig, inputs: &Inputs) -> Result<Self, Error> {
-        let url = config.engine_url.as_deref();
-        let open = |name: &str| {
-            stage::open_engine(name, None, url, &config.compute, &config.server, false)
-        };
+    fn open(config: &ConversationsConfig, inputs: &Inputs, output: Option<&Path>) -> Result<Self> {
+        let url = config.engine_url.as_ref();
+        let urls = url.map(std::slice::from_ref);
+        let (compute, server) = (&config.compute, &config.server);
         let original = original(config, inputs)?;
-        Ok(Self { model: open(&inputs.model)?, original: original.map(open).transpose()? })
+        // Servers hold the model; the one before SFT talks here.
+        let open = |name: &str| stage::open_engine(name, None, urls, compute, server, false);
+        let original = original.map(open).transpose()?;
+        let engines = &config.engines;
+        let model = stage::open_sampler(&inputs.model, url, engines, compute, server, output)?;
+        Ok(Self { model, original })
     }
 
     /// The one that continues a chain.
@@ -127,8 +121,8 @@ impl Engines {
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        done: &mut dyn FnMut(usize, Outcome) -> Result<()>,
+    ) -> Result<()> {
         let Some(original) = &self.original else {
             return self.model.chains_each(chains, drawing, done);
         };
@@ -143,19 +137,16 @@ impl Engines {
 }
 
 /// The model of the second samples, if that is another one.
-fn original<'a>(
-    config: &ConversationsConfig,
-    inputs: &'a Inputs,
-) -> Result<Option<&'a str>, Error> {
+fn original<'a>(config: &ConversationsConfig, inputs: &'a Inputs) -> Result<Option<&'a str>> {
     match (config.personas, &inputs.original) {
         (PersonaChoice::Original, Some(original)) => Ok(Some(original)),
-        (PersonaChoice::Original, None) => Err(Error::Setting {
-            name: "original",
-            expected:
-                "the model before SFT (--original MODEL), which personas = \"original\" needs"
-                    .to_owned(),
-            got: "none".to_owned(),
-        }),
+        (PersonaChoice::Original, None) => Err(Refusal::setting(
+            "original",
+            "the model before SFT (--original MODEL), which personas = \"original\" needs"
+                .to_owned(),
+            "none",
+        )
+        .into()),
         _ => Ok(None),
     }
 }
@@ -170,7 +161,8 @@ pub fn run(
     inputs: &Inputs,
     output: &Path,
     work: &Work,
-) -> Result<(), Error> {
+) -> Result<()> {
+    config.check()?;
     let started = Instant::now();
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
     check_ids(&inputs.prompts, &prompts)?;
@@ -178,7 +170,8 @@ pub fn run(
     let turns = words.turns();
     let contrast = Contrast::of(config, &words)?;
     original(config, inputs)?;
-    let place = work.place(|| Place::of(&config.compute, config.engine_url.as_deref()))?;
+    let server = config.engine_url.as_ref().or(config.engines.urls().and_then(<[_]>::first));
+    let place = work.place(|| Place::of(&config.compute, server))?;
     let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else { return Ok(()) };
     work.check(&run)?;
     words.leave(output)?;
@@ -187,9 +180,11 @@ pub fn run(
     match work {
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
-            let (missing, n_missing) = units.missing();
+            let (missing, n_missing) = units.missing()?;
             if !missing.is_empty() {
-                let engines = Engines::open(config, inputs)?;
+                let demand = memory::of_conversations(config, turns.len())?;
+                memory::admit(STAGE, &demand, &inputs.model, &config.compute)?;
+                let engines = Engines::open(config, inputs, Some(output))?;
                 let progress =
                     arete_records::progress::start(STAGE, "prompts", prompts.len() as u64);
                 progress.skip((prompts.len() - n_missing) as u64);
@@ -202,6 +197,7 @@ pub fn run(
             }
         }
     }
+    FleetEngine::forget(output)?;
     if shard.is_some() {
         Command {
             stage: STAGE.to_owned(),
@@ -215,6 +211,7 @@ pub fn run(
     }
     let rows: Vec<ConversationRow> = units.join()?;
     let counts = summary(&rows, &turns, prompts.len(), config.samples_per_prompt);
+    splits::write(output, STAGE, &rows, |row| row.split)?;
     stage::finish(run, STAGE, place, counts, started)
 }
 
@@ -223,19 +220,16 @@ pub fn run(
 /// # Errors
 ///
 /// As [`run`]; nothing is written.
-pub fn estimate(
-    config: &ConversationsConfig,
-    inputs: &Inputs,
-    output: &Path,
-) -> Result<Estimate, Error> {
+pub fn estimate(config: &ConversationsConfig, inputs: &Inputs, output: &Path) -> Result<Estimate> {
+    config.check()?;
     let prompts: Vec<PromptRow> = stage::rows_of(&inputs.prompts, "prompts")?;
     let words = Words::of(config.constitution.as_deref(), None)?;
     let turns = words.turns();
     let contrast = Contrast::of(config, &words)?;
     let units =
         Units { output, name: STAGE.to_owned(), n_items: prompts.len(), shard: config.shard };
-    let (missing, n_missing) = units.missing();
-    let engines = Engines::open(config, inputs)?;
+    let (missing, n_missing) = units.missing()?;
+    let engines = Engines::open(config, inputs, None)?;
     let chains = |items: &[PromptRow]| -> Vec<Chain> {
         items.iter().flat_map(|prompt| chains_of(prompt, &contrast, &turns)).collect()
     };
@@ -248,7 +242,8 @@ pub fn estimate(
     let n_conversations = n_missing * config.samples_per_prompt;
     let n_new = (n_conversations * turns.len() * config.sampling.max_new_tokens) as u64;
     let mut seconds = None;
-    if let (Some(&unit), Engine::Local(_)) = (missing.first(), &engines.model) {
+    let is_own = config.engines.urls().is_none(); // else it takes as long as servers take
+    if let (Some(&unit), Engine::Local(_), true) = (missing.first(), &engines.model, is_own) {
         // One turn of a few tokens for a whole unit: the rate at the batch size of the real run.
         let probe: Vec<Chain> = chains(&prompts[units.items(unit)])
             .into_iter()
@@ -267,21 +262,24 @@ pub fn estimate(
     counts.insert("prompts_to_do".to_owned(), json!(n_missing));
     counts.insert("conversations_to_do".to_owned(), json!(n_conversations));
     counts.insert("new_tokens_at_most".to_owned(), json!(n_new));
-    Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_prompt_tokens + n_new), seconds })
+    let demand = memory::of_conversations(config, turns.len())?;
+    let memory = memory::of_stage(demand, Some(&inputs.model), &config.compute)?;
+    let n_tokens = Some(n_prompt_tokens + n_new);
+    Ok(Estimate { stage: STAGE, counts, n_tokens, seconds, memory })
 }
 
 /// Refuses prompts of which two have one id: their conversations could not be told apart.
-fn check_ids(input: &Path, prompts: &[PromptRow]) -> Result<(), Error> {
+fn check_ids(input: &Path, prompts: &[PromptRow]) -> Result<()> {
     let mut seen = HashMap::new();
     for (idx, prompt) in prompts.iter().enumerate() {
         if let Some(first) = seen.insert(prompt.prompt_id.as_str(), idx) {
-            return Err(Error::Record {
-                path: stage::file_of(input, "prompts"),
-                line: idx + 1,
-                field: "prompt_id".to_owned(),
-                expected: "each prompt once".to_owned(),
-                found: format!("{} again, as in row {}", prompt.prompt_id, first + 1),
-            });
+            bail!(Refusal::at(
+                stage::file_of(input, "prompts"),
+                At::Line(idx + 1),
+                "prompt_id",
+                "each prompt once",
+                format!("{} again, as in row {}", prompt.prompt_id, first + 1)
+            ));
         }
     }
     Ok(())
@@ -292,7 +290,7 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
     words: &Words,
-) -> Result<StageSpec<'a>, Error> {
+) -> Result<StageSpec<'a>> {
     let mut settings = crate::config::recorded(config);
     let mut files = vec![("prompts".to_owned(), stage::file_of(&inputs.prompts, "prompts"))];
     let are_read = config.personas == PersonaChoice::Contrast;
@@ -348,7 +346,7 @@ fn sample(
     group: &[usize],
     asked: &Asked<'_>,
     progress: &arete_records::progress::Progress,
-) -> Result<(), Error> {
+) -> Result<()> {
     let Asked { contrast, turns, drawing } = asked;
     let mut chains = Vec::new();
     let mut owners: Vec<(usize, usize)> = Vec::new(); // of each chain: place in the group, prompt
@@ -403,7 +401,7 @@ fn sample(
             .collect();
         units.write_with(group[place], &rows, &left_out)?;
         progress.inc(units.items(group[place]).len() as u64);
-        Ok::<_, Error>(interrupt::check()?)
+        Ok::<_, anyhow::Error>(interrupt::check()?)
     };
     for place in (0..group.len()).filter(|&place| n_left[place] == 0) {
         write(place, Vec::new(), std::mem::take(&mut left_out[place]), &refused)?;

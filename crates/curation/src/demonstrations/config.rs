@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
+use arete_engine::{EngineArgs, ServerConfig};
+use arete_stage::settings;
 use arete_stage::units::Shard;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ComputeConfig, SamplingConfig, Truncated};
-use crate::engine::server::ServerConfig;
+use crate::config::{ComputeConfig, SamplingConfig, Truncated, check_servers};
 
 /// Where demonstrations come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -69,7 +71,7 @@ pub struct DemonstrationsConfig {
     /// Exemplary replies (JSON lines)
     #[arg(long, default_value = "data/demonstrations/exemplars.jsonl", value_name = "FILE")]
     pub exemplars: PathBuf,
-    /// Address of an OpenAI-compatible server that generates instead of a local model
+    /// Address of an OpenAI-compatible server that generates instead of a local model: text in and out
     #[arg(long, value_name = "URL")]
     #[serde(default)]
     pub engine_url: Option<String>,
@@ -85,8 +87,28 @@ pub struct DemonstrationsConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub compute: ComputeConfig,
+    /// Servers that sample for the local model.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub engines: EngineArgs,
     /// How a server is talked to.
     #[command(flatten)]
     #[serde(flatten)]
     pub server: ServerConfig,
+}
+
+impl DemonstrationsConfig {
+    /// Refuses what the stage cannot use, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        if !self.source.needs_model() {
+            return Ok(());
+        }
+        settings::at_least("rounds", self.rounds, 1)?;
+        self.sampling.check()?;
+        check_servers(self.engine_url.as_deref(), &self.engines, &self.server)
+    }
 }

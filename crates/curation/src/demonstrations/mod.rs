@@ -11,19 +11,21 @@ mod config;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::constitution::{Principle, Turns, draw};
 use arete_chain::sample::key_of;
 use arete_chain::trim::last_sentence;
 use arete_records::left_out::LeftOut;
 use arete_records::rows::{DemonstrationRow, PromptRow, Round};
-use arete_records::{FinishReason, Message, Role};
+use arete_records::{FinishReason, Message, Refusal, Role, files};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value, json};
 
-use crate::Error;
 use crate::config::Truncated;
-use crate::engine::{Chain, Drawing, Engine, Refused, Reply};
+use crate::engine::{Chain, Drawing, Engine, FleetEngine, Refused, Reply};
+use crate::memory;
+use crate::splits;
 use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::words::Words;
 use arete_chain::exemplars::{self, Exemplar, Use};
@@ -58,11 +60,15 @@ pub fn run(
     inputs: &Inputs,
     output: &Path,
     work: &Work,
-) -> Result<(), Error> {
+) -> Result<()> {
+    config.check()?;
     let started = Instant::now();
     let material = Material::read(config, inputs)?;
     let place = work.place(|| match config.source.needs_model() {
-        true => Place::of(&config.compute, config.engine_url.as_deref()),
+        true => {
+            let engines = config.engines.urls().and_then(<[_]>::first);
+            Place::of(&config.compute, config.engine_url.as_ref().or(engines))
+        }
         false => Ok(Place::none()),
     })?;
     let Some(run) = stage::begin(spec(config, inputs, output, &material.words)?)? else {
@@ -75,9 +81,11 @@ pub fn run(
     match work {
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
-            let (missing, n_missing) = units.missing();
+            let (missing, n_missing) = units.missing()?;
             if let (Some(model), false) = (&inputs.model, missing.is_empty()) {
-                let engine = open(config, model)?;
+                let demand = memory::of_demonstrations(config, material.turns.len())?;
+                memory::admit(STAGE, &demand, model, &config.compute)?;
+                let engine = open(config, model, Some(output))?;
                 let progress =
                     arete_records::progress::start(STAGE, "prompts", material.prompts.len() as u64);
                 progress.skip((material.prompts.len() - n_missing) as u64);
@@ -91,6 +99,7 @@ pub fn run(
             }
         }
     }
+    FleetEngine::forget(output)?;
     if shard.is_some() {
         let input = inputs.prompts.clone().unwrap_or_default();
         let config = serde_json::to_value(config).expect("configurations always serialise");
@@ -109,15 +118,15 @@ pub fn run(
     let rows: Vec<DemonstrationRow> = units.join_with(own)?;
     let counts = summary(&rows, material.prompts.len());
     if rows.is_empty() {
-        return Err(Error::File {
-            path: output.to_owned(),
-            field: "demonstrations".to_owned(),
-            expected: "at least one".to_owned(),
-            found: "none: every revision was cut by the token limit (raise max_new_tokens, or \
+        bail!(Refusal::file(
+            output,
+            "demonstrations",
+            "at least one",
+            "none: every revision was cut by the token limit (raise max_new_tokens, or \
                     truncated = \"trim\")"
-                .to_owned(),
-        });
+        ));
     }
+    splits::write(output, STAGE, &rows, |row| row.split)?;
     stage::finish(run, STAGE, place, counts, started)
 }
 
@@ -126,11 +135,8 @@ pub fn run(
 /// # Errors
 ///
 /// As [`run`]; nothing is written.
-pub fn estimate(
-    config: &DemonstrationsConfig,
-    inputs: &Inputs,
-    output: &Path,
-) -> Result<Estimate, Error> {
+pub fn estimate(config: &DemonstrationsConfig, inputs: &Inputs, output: &Path) -> Result<Estimate> {
+    config.check()?;
     let material = Material::read(config, inputs)?;
     let units = Units {
         output,
@@ -138,13 +144,13 @@ pub fn estimate(
         n_items: material.prompts.len(),
         shard: config.shard,
     };
-    let (missing, n_missing) = units.missing();
+    let (missing, n_missing) = units.missing()?;
     let n_explained = if config.turns == Explained::Chain { material.turns.len() - 1 } else { 0 };
     let n_turns = 1 + 2 * config.rounds + n_explained;
     let n_new = (n_missing * n_turns * config.sampling.max_new_tokens) as u64;
     let (mut n_prompt_tokens, mut seconds) = (0, None);
     if let (Some(&first), Some(model)) = (missing.first(), &inputs.model) {
-        let engine = open(config, model)?;
+        let engine = open(config, model, None)?;
         let mut probe = Vec::new();
         for &unit in &missing {
             for prompt in &material.prompts[units.items(unit)] {
@@ -155,7 +161,7 @@ pub fn estimate(
                 }
             }
         }
-        if matches!(engine, Engine::Local(_)) {
+        if matches!(engine, Engine::Local(_)) && config.engines.urls().is_none() {
             let mut drawing = config.sampling.drawing();
             drawing.max_new_tokens = drawing.max_new_tokens.min(8);
             let started = Instant::now();
@@ -170,7 +176,10 @@ pub fn estimate(
     counts.insert("own".to_owned(), json!(material.own.len()));
     counts.insert("prompts".to_owned(), json!(material.prompts.len()));
     counts.insert("prompts_to_do".to_owned(), json!(n_missing));
-    Ok(Estimate { stage: STAGE, counts, n_tokens: Some(n_prompt_tokens + n_new), seconds })
+    let demand = memory::of_demonstrations(config, material.turns.len())?;
+    let memory = memory::of_stage(demand, inputs.model.as_deref(), &config.compute)?;
+    let n_tokens = Some(n_prompt_tokens + n_new);
+    Ok(Estimate { stage: STAGE, counts, n_tokens, seconds, memory })
 }
 
 /// Everything read from files.
@@ -185,7 +194,7 @@ struct Material {
 }
 
 impl Material {
-    fn read(config: &DemonstrationsConfig, inputs: &Inputs) -> Result<Self, Error> {
+    fn read(config: &DemonstrationsConfig, inputs: &Inputs) -> Result<Self> {
         let words = Words::of(config.constitution.as_deref(), None)?;
         let turns = words.turns();
         let (prompts, shots, own) = (Vec::new(), Vec::new(), Vec::new());
@@ -194,41 +203,34 @@ impl Material {
         if config.source.needs_exemplars() {
             material.own = exemplars::load(&config.exemplars, Use::Sft, turns)?;
             if material.own.is_empty() {
-                return Err(Error::File {
-                    path: config.exemplars.clone(),
-                    field: "use".to_owned(),
-                    expected: "at least one exemplar with use = \"sft\"".to_owned(),
-                    found: "none".to_owned(),
-                });
+                bail!(Refusal::file(
+                    &config.exemplars,
+                    "use",
+                    "at least one exemplar with use = \"sft\"",
+                    "none"
+                ));
             }
         }
         if !config.source.needs_model() {
             return Ok(material);
         }
         let (Some(prompts), Some(_)) = (&inputs.prompts, &inputs.model) else {
-            return Err(Error::Setting {
-                name: "source",
-                expected: "--prompts and --model for the model's own revisions".to_owned(),
-                got: "one of them missing (source = \"own\" needs neither)".to_owned(),
-            });
+            bail!(Refusal::setting(
+                "source",
+                "--prompts and --model for the model's own revisions",
+                "one of them missing (source = \"own\" needs neither)"
+            ));
         };
-        if config.rounds == 0 {
-            return Err(Error::Setting {
-                name: "rounds",
-                expected: "at least 1".to_owned(),
-                got: "0".to_owned(),
-            });
-        }
         material.prompts = stage::rows_of(prompts, "prompts")?;
         material.words.constitution()?;
         if config.few_shot > 0 {
             let shots = exemplars::load(&config.exemplars, Use::FewShot, turns)?;
             if shots.len() < config.few_shot {
-                return Err(Error::Setting {
-                    name: "few_shot",
-                    expected: format!("at most the {} few-shot exemplars there are", shots.len()),
-                    got: config.few_shot.to_string(),
-                });
+                bail!(Refusal::setting(
+                    "few_shot",
+                    format!("at most the {} few-shot exemplars there are", shots.len()),
+                    config.few_shot
+                ));
             }
             for shot in &shots[..config.few_shot] {
                 material.shots.push(Message::user(shot.prompt.trim()));
@@ -246,7 +248,7 @@ impl Material {
     }
 
     /// Initial answer, then critique and revision for every round, as one chain.
-    fn trail(&self, prompt: &PromptRow, config: &DemonstrationsConfig) -> Result<Chain, Error> {
+    fn trail(&self, prompt: &PromptRow, config: &DemonstrationsConfig) -> Result<Chain> {
         let questions = (self.principles(prompt, config)?.into_iter())
             .flat_map(|principle| [principle.critique.clone(), principle.revision.clone()])
             .collect();
@@ -263,7 +265,7 @@ impl Material {
         &self,
         prompt: &PromptRow,
         config: &DemonstrationsConfig,
-    ) -> Result<Vec<&Principle>, Error> {
+    ) -> Result<Vec<&Principle>> {
         let fitting = self.words.constitution()?.fitting(self.turns.answer())?;
         let seed = config.sampling.seed;
         Ok((0..config.rounds).map(|round| draw(&fitting, &prompt.prompt_id, seed, round)).collect())
@@ -275,7 +277,7 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
     words: &Words,
-) -> Result<StageSpec<'a>, Error> {
+) -> Result<StageSpec<'a>> {
     let mut settings = crate::config::recorded(config);
     let mut files = Vec::new();
     if config.source.needs_model() {
@@ -290,7 +292,7 @@ fn spec<'a>(
     let are_read = config.source.needs_model();
     files.extend(words.input(are_read)?.map(|path| ("constitution".to_owned(), path)));
     if config.source.needs_exemplars() || config.few_shot > 0 {
-        files.push(("exemplars".to_owned(), config.exemplars.clone()));
+        files.push(("exemplars".to_owned(), files::shipped(&config.exemplars)));
     }
     Ok(StageSpec {
         stage: STAGE,
@@ -301,9 +303,9 @@ fn spec<'a>(
     })
 }
 
-fn open(config: &DemonstrationsConfig, model: &str) -> Result<Engine, Error> {
-    let url = config.engine_url.as_deref();
-    stage::open_engine(model, None, url, &config.compute, &config.server, false)
+fn open(config: &DemonstrationsConfig, model: &str, output: Option<&Path>) -> Result<Engine> {
+    let url = config.engine_url.as_ref();
+    stage::open_sampler(model, url, &config.engines, &config.compute, &config.server, output)
 }
 
 /// A shipped exemplar as a demonstration.
@@ -329,7 +331,7 @@ fn revise(
     material: &Material,
     prompts: &[PromptRow],
     config: &DemonstrationsConfig,
-) -> Result<(Vec<DemonstrationRow>, Vec<LeftOut>), Error> {
+) -> Result<(Vec<DemonstrationRow>, Vec<LeftOut>)> {
     let drawing = config.sampling.drawing();
     let (mut chains, mut owners) = (Vec::new(), Vec::new());
     let (mut left_out, mut refused) = (Vec::new(), Vec::new());
@@ -412,7 +414,7 @@ fn explain(
     drawing: &Drawing,
     truncated: Truncated,
     refused: &mut Vec<LeftOut>,
-) -> Result<Vec<DemonstrationRow>, Error> {
+) -> Result<Vec<DemonstrationRow>> {
     let questions = turns.questions();
     let chains: Vec<Chain> = rows
         .iter()

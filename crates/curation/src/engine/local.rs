@@ -4,16 +4,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
-use arete_chain::sample::{self, Sampler, Start};
+use anyhow::{Result, bail};
+use arete_chain::sample::{self, SampledChain, Sampler, Start};
 use arete_model::generate::{Options, Sampling, Stream};
 use arete_model::{
     Adapter, Batch, BatchBuilder, Chat, Decoder, LoadOptions, Model, SegmentIdx, Source, logprobs,
 };
-use arete_records::Message;
+use arete_records::{Message, Refusal};
 use tch::{Kind, Tensor};
 
 use super::{Chain, Drawing, Labels, Outcome, Parts, Query, Reply};
-use crate::Error;
 use crate::judge::verdict::{LabelMass, MIN_MASS};
 
 /// Tokens in one forward pass of a judge: long enough for full matrix speed, short enough for the
@@ -48,7 +48,7 @@ impl LocalEngine {
         model: &str,
         adapter: Option<&std::path::Path>,
         options: &LoadOptions,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         let loaded = Model::load(&Source::parse(model)?, options)?;
         let mut name = model.trim_end_matches('/').rsplit('/').next().unwrap_or(model).to_owned();
         let adapter = match adapter {
@@ -83,15 +83,19 @@ impl LocalEngine {
         &self.model.decoder
     }
 
-    fn chat(&self) -> Result<Chat<'_>, Error> {
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    pub(super) fn chat(&self) -> Result<Chat<'_>> {
         Ok(self.model.chat()?)
     }
 
-    pub(super) fn n_tokens(&self, messages: &[Message]) -> Result<usize, Error> {
+    pub(super) fn n_tokens(&self, messages: &[Message]) -> Result<usize> {
         Ok(self.chat()?.render_prompt(messages)?.len())
     }
 
-    pub(super) fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool, Error> {
+    pub(super) fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool> {
         let chat = self.chat()?;
         let options = Options::new(Sampling::GREEDY, Vec::new());
         let n_tokens =
@@ -113,8 +117,8 @@ impl LocalEngine {
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        done: &mut dyn FnMut(usize, Outcome) -> Result<()>,
+    ) -> Result<()> {
         let chat = self.chat()?;
         let starts: Vec<Start<'_>> = chains
             .iter()
@@ -127,25 +131,17 @@ impl LocalEngine {
             ..self.sampler(&chat, options, drawing.max_new_tokens)
         };
         let mut parts = Parts::of(chains);
-        sampler.each(&starts, None, &mut |sample, chain| {
-            let reply = |(turn, reply): (usize, &sample::Reply)| Reply {
-                text: chain.reply_text(turn).to_owned(),
-                finish_reason: reply.finish_reason,
-                n_tokens: reply.tokens.len(),
-            };
-            let replies = chain.replies.iter().enumerate().map(reply).collect();
-            match parts.put(chain.prompt, sample, replies) {
-                Some(whole) => done(chain.prompt, Ok(whole)),
-                None => Ok(()),
-            }
+        sampler.each(&starts, None, &mut |sample, chain| match parts.put(
+            chain.prompt,
+            sample,
+            replies_of(&chain),
+        ) {
+            Some(whole) => done(chain.prompt, Ok(whole)),
+            None => Ok(()),
         })
     }
 
-    pub(super) fn label_masses(
-        &self,
-        queries: &[Query],
-        labels: Labels,
-    ) -> Result<Vec<LabelMass>, Error> {
+    pub(super) fn label_masses(&self, queries: &[Query], labels: Labels) -> Result<Vec<LabelMass>> {
         let _guard = tch::no_grad_guard();
         let [first, second] = self.label_ids(labels)?;
         let mut sequences = self.sequences(queries)?;
@@ -203,9 +199,9 @@ impl LocalEngine {
     /// # Errors
     ///
     /// A template or tokenizer that refuses the messages.
-    pub fn sequences(&self, queries: &[Query]) -> Result<Vec<Vec<i64>>, Error> {
+    pub fn sequences(&self, queries: &[Query]) -> Result<Vec<Vec<i64>>> {
         let chat = self.chat()?;
-        let ids = |query: &Query| -> Result<Vec<i64>, Error> {
+        let ids = |query: &Query| -> Result<Vec<i64>> {
             let mut ids = chat.render_prompt(&query.messages)?;
             if !query.opening.is_empty() {
                 ids.extend(self.model.tokenizer.encode(&query.opening, false)?);
@@ -225,24 +221,21 @@ impl LocalEngine {
     }
 
     /// The tokens that stand for each label.
-    fn label_ids(&self, labels: Labels) -> Result<[Vec<i64>; 2], Error> {
+    fn label_ids(&self, labels: Labels) -> Result<[Vec<i64>; 2]> {
         let ids = [self.spellings(labels.first)?, self.spellings(labels.second)?];
         if ids[0].iter().any(|id| ids[1].contains(id)) {
-            return Err(Error::Setting {
-                name: "method",
-                expected: format!(
-                    "a judge whose tokens tell `{}` from `{}`",
-                    labels.first, labels.second
-                ),
-                got: self.name.clone(),
-            });
+            bail!(Refusal::setting(
+                "method",
+                format!("a judge whose tokens tell `{}` from `{}`", labels.first, labels.second),
+                self.name.clone()
+            ));
         }
         Ok(ids)
     }
 
     /// Every token that spells the label alone: bare, and after a space in the notations of
     /// byte-level BPE and SentencePiece. Where there is none, the token a label begins with.
-    fn spellings(&self, label: &str) -> Result<Vec<i64>, Error> {
+    fn spellings(&self, label: &str) -> Result<Vec<i64>> {
         let tokenizer = &self.model.tokenizer;
         let spellings = [label.to_owned(), format!("Ġ{label}"), format!("▁{label}")];
         let ids: BTreeSet<i64> =
@@ -253,7 +246,7 @@ impl LocalEngine {
         Ok(ids.into_iter().collect())
     }
 
-    pub(super) fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>, Error> {
+    pub(super) fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>> {
         let _guard = tch::no_grad_guard();
         let chat = self.chat()?;
         let limit = self.model.config.max_position_embeddings;
@@ -301,8 +294,18 @@ impl LocalEngine {
     }
 }
 
+/// The replies of a sampled chain.
+pub(super) fn replies_of(chain: &SampledChain) -> Vec<Reply> {
+    let reply = |(turn, reply): (usize, &sample::Reply)| Reply {
+        text: chain.reply_text(turn).to_owned(),
+        finish_reason: reply.finish_reason,
+        n_tokens: reply.tokens.len(),
+    };
+    chain.replies.iter().enumerate().map(reply).collect()
+}
+
 /// A conversation to continue, its samples as random streams.
-fn start<'a>(chat: &Chat<'_>, chain: &'a Chain, seed: u64) -> Result<Start<'a>, Error> {
+pub(super) fn start<'a>(chat: &Chat<'_>, chain: &'a Chain, seed: u64) -> Result<Start<'a>> {
     let stream = |&sample: &u64| Stream { seed, prompt: chain.key, sample };
     let questions = chain.questions.iter().map(String::as_str).collect();
     let streams = chain.samples.iter().map(stream).collect();
@@ -319,7 +322,7 @@ fn next_token_logprobs(
     adapter: Option<&Adapter>,
     batch: &Batch,
     rows: &[i64],
-) -> Result<Tensor, Error> {
+) -> Result<Tensor> {
     let hidden = decoder.forward(batch, adapter)?; // [N, D]
     let rows = Tensor::from_slice(rows).to_device(decoder.device());
     let logits = decoder.logits(&hidden.index_select(0, &rows))?; // [n, V]
@@ -327,14 +330,14 @@ fn next_token_logprobs(
 }
 
 /// The probability of any of `ids`, per row.
-fn mass(logprobs: &Tensor, ids: &[i64]) -> Result<Vec<f64>, Error> {
+fn mass(logprobs: &Tensor, ids: &[i64]) -> Result<Vec<f64>> {
     let columns = Tensor::from_slice(ids).to_device(logprobs.device());
     let mass = logprobs.index_select(1, &columns).exp().sum_dim_intlist(-1, false, Kind::Double);
-    Vec::<f64>::try_from(&mass).map_err(|error| Error::Model(error.into()))
+    Vec::<f64>::try_from(&mass).map_err(|error| arete_model::Error::from(error).into())
 }
 
-fn to_vec(tensor: &Tensor) -> Result<Vec<f32>, Error> {
-    Vec::<f32>::try_from(tensor).map_err(|error| Error::Model(error.into()))
+fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
+    Vec::<f32>::try_from(tensor).map_err(|error| arete_model::Error::from(error).into())
 }
 
 /// Groups of sequences for one forward pass each, empty ones left out. With sharing, sequences are

@@ -1,16 +1,19 @@
 //! Who answers: a model in this process, or an OpenAI-compatible server.
 
+pub mod fleet;
 pub mod local;
 pub mod server;
 
 use std::collections::BTreeMap;
 
+use anyhow::Result;
 use arete_model::generate::Sampling;
-use arete_records::{FinishReason, Message};
+use arete_records::{FinishReason, Message, Refusal};
+use arete_stage::exit::Unavailable;
 
-use crate::Error;
 use crate::judge::verdict::LabelMass;
 
+pub use self::fleet::FleetEngine;
 pub use self::local::LocalEngine;
 pub use self::server::ServerEngine;
 
@@ -84,7 +87,7 @@ pub struct Refused(pub String);
 pub type Outcome = Result<Vec<Vec<Reply>>, Refused>;
 
 /// Texts by how often they were counted, the most frequent first.
-fn by_frequency(counts: &BTreeMap<String, usize>) -> Vec<(String, usize)> {
+pub(crate) fn by_frequency(counts: &BTreeMap<String, usize>) -> Vec<(String, usize)> {
     let mut counts: Vec<(String, usize)> =
         counts.iter().map(|(text, n)| (text.clone(), *n)).collect();
     counts.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
@@ -117,6 +120,8 @@ pub enum Engine {
     Local(Box<LocalEngine>),
     /// Behind an OpenAI-compatible address.
     Server(ServerEngine),
+    /// In this process, but that servers sample for it.
+    Fleet(Box<FleetEngine>),
 }
 
 impl Engine {
@@ -125,13 +130,9 @@ impl Engine {
     /// # Errors
     ///
     /// The local model's, or a server that fails after all retries or refuses one of the chains.
-    pub fn chains(
-        &self,
-        chains: &[Chain],
-        drawing: &Drawing,
-    ) -> Result<Vec<Vec<Vec<Reply>>>, Error> {
+    pub fn chains(&self, chains: &[Chain], drawing: &Drawing) -> Result<Vec<Vec<Vec<Reply>>>> {
         let refused =
-            |Refused(reason)| Error::Server { url: self.name().to_owned(), what: "reply", reason };
+            |Refused(reason)| Unavailable(format!("{}: reply: {reason}", self.name())).into();
         self.outcomes(chains, drawing)?
             .into_iter()
             .map(|outcome| outcome.map_err(refused))
@@ -143,7 +144,7 @@ impl Engine {
     /// # Errors
     ///
     /// The local model's, or a server that fails after all retries.
-    pub fn outcomes(&self, chains: &[Chain], drawing: &Drawing) -> Result<Vec<Outcome>, Error> {
+    pub fn outcomes(&self, chains: &[Chain], drawing: &Drawing) -> Result<Vec<Outcome>> {
         let mut out = vec![Ok(Vec::new()); chains.len()];
         self.chains_each(chains, drawing, &mut |idx, outcome| {
             out[idx] = outcome;
@@ -162,11 +163,12 @@ impl Engine {
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        done: &mut dyn FnMut(usize, Outcome) -> Result<()>,
+    ) -> Result<()> {
         match self {
             Self::Local(engine) => engine.chains_each(chains, drawing, done),
             Self::Server(engine) => engine.chains_each(chains, drawing, done),
+            Self::Fleet(engine) => engine.chains_each(chains, drawing, done),
         }
     }
 
@@ -178,17 +180,18 @@ impl Engine {
     /// # Errors
     ///
     /// The local model's, or a server that fails after all retries.
-    pub fn label_masses(&self, queries: &[Query], labels: Labels) -> Result<Vec<LabelMass>, Error> {
+    pub fn label_masses(&self, queries: &[Query], labels: Labels) -> Result<Vec<LabelMass>> {
         match self {
             Self::Local(engine) => engine.label_masses(queries, labels),
             Self::Server(engine) => engine.label_masses(queries, labels),
+            Self::Fleet(engine) => engine.model().label_masses(queries, labels),
         }
     }
 
     /// Questions so far that a server refused, or answered with nonsense: counted as abstentions.
     pub fn n_refused(&self) -> usize {
         match self {
-            Self::Local(_) => 0,
+            Self::Local(_) | Self::Fleet(_) => 0,
             Self::Server(engine) => engine.n_abstentions(),
         }
     }
@@ -198,6 +201,7 @@ impl Engine {
         match self {
             Self::Local(engine) => engine.instead(),
             Self::Server(engine) => engine.instead(),
+            Self::Fleet(engine) => engine.model().instead(),
         }
     }
 
@@ -206,15 +210,17 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// The local model's; [`Error::Setting`] for a server, which does not tell.
-    pub fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>, Error> {
+    /// The local model's; A refused setting for a server, which does not tell.
+    pub fn reply_logprobs(&self, conversations: &[Vec<Message>]) -> Result<Vec<f64>> {
         match self {
             Self::Local(engine) => engine.reply_logprobs(conversations),
-            Self::Server(_) => Err(Error::Setting {
-                name: "method",
-                expected: "a method that a server can serve".to_owned(),
-                got: "likelihood, which needs a local model".to_owned(),
-            }),
+            Self::Fleet(engine) => engine.model().reply_logprobs(conversations),
+            Self::Server(_) => Err(Refusal::setting(
+                "method",
+                "a method that a server can serve",
+                "likelihood, which needs a local model",
+            )
+            .into()),
         }
     }
 
@@ -224,9 +230,10 @@ impl Engine {
     /// # Errors
     ///
     /// A template or tokenizer that refuses the messages.
-    pub fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool, Error> {
+    pub fn fits(&self, chain: &Chain, max_new_tokens: usize) -> Result<bool> {
         match self {
             Self::Local(engine) => engine.fits(chain, max_new_tokens),
+            Self::Fleet(engine) => engine.model().fits(chain, max_new_tokens),
             Self::Server(_) => Ok(true),
         }
     }
@@ -236,9 +243,10 @@ impl Engine {
     /// # Errors
     ///
     /// A template or tokenizer that refuses the messages.
-    pub fn n_tokens(&self, messages: &[Message]) -> Result<Option<usize>, Error> {
+    pub fn n_tokens(&self, messages: &[Message]) -> Result<Option<usize>> {
         match self {
             Self::Local(engine) => engine.n_tokens(messages).map(Some),
+            Self::Fleet(engine) => engine.model().n_tokens(messages).map(Some),
             Self::Server(_) => Ok(None),
         }
     }
@@ -248,6 +256,7 @@ impl Engine {
         match self {
             Self::Local(engine) => engine.name(),
             Self::Server(engine) => engine.name(),
+            Self::Fleet(engine) => engine.model().name(),
         }
     }
 }

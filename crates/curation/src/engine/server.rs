@@ -1,82 +1,66 @@
 //! A client of OpenAI-compatible servers (vLLM, llama.cpp, …): replies through
-//! `/v1/chat/completions`, verdicts from its `top_logprobs`.
+//! `/v1/chat/completions`, verdicts from its `top_logprobs`, or from the labels' own probabilities where it gives these.
 //!
 //! A server's answers are someone else's input. What passes (429, 5xx, a cut or slow connection, a page or a reported error
 //! with status 200) is tried again, with growing pauses, and ends the work if it lasts; nothing of it is kept. A request that
 //! the server refuses for itself (too long, filtered), or answers with something that is no reply, is that request's own
 //! matter: its item is left out, or its verdict an abstention. A reply that the server's content filter broke off counts as
 //! one that was cut. Requests run in threads of their own, so that a signal is answered while a server hangs.
+//! Of several servers any may answer; one that is lost costs the requests in flight, which others are asked for.
 
 mod answer;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arete_records::proxy;
-use arete_records::redact::{self, redacted};
-use arete_records::{FinishReason, Message};
-use arete_stage::interrupt;
+use anyhow::{Result, bail};
+use arete_engine::http::{Failure, FailureKind, Http};
+use arete_engine::spread::{self, Spread};
+use arete_engine::{pool, request_seed};
+use arete_records::redact::redacted;
+use arete_records::{FinishReason, Message, Refusal};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::{Chain, Drawing, Labels, Outcome, Parts, Query, Refused, Reply};
-use crate::Error;
 use crate::judge::verdict::{LabelMass, MIN_MASS};
-
-/// Largest answer that is read, for each token asked for and besides: text of tokens escaped in JSON, candidates, thoughts.
-const BYTES_PER_TOKEN: u64 = 4 << 10;
-const MOST_OTHER_BYTES: u64 = 256 << 10;
 
 /// As many candidates as the OpenAI interface allows to ask for.
 const TOP_LOGPROBS: u32 = 20;
 
-/// How often a signal is looked for while answers are awaited.
-const LOOK: Duration = Duration::from_millis(100);
+/// Where replies and verdicts are asked for.
+const CHAT: &str = "/v1/chat/completions";
 
-/// Environment variable of the server's key; never a flag, which other users of the machine see.
-const KEY_VARIABLE: &str = "OPENAI_API_KEY";
+/// What addresses are called in settings.
+const ADDRESSES: &str = "engine_url, judge_url";
 
-/// How a server is talked to.
-#[derive(Debug, Clone, PartialEq, clap::Args, serde::Serialize, serde::Deserialize)]
-pub struct ServerConfig {
-    /// Requests in flight at a server at once
-    #[arg(long, default_value_t = 16, value_name = "N")]
-    pub concurrency: usize,
-    /// Attempts at a request before giving up
-    #[arg(long, default_value_t = 6, value_name = "N")]
-    pub attempts: usize,
-    /// Seconds a server may take for one answer
-    #[arg(long, default_value_t = 120.0, value_name = "S")]
-    pub timeout_s: f64,
-    /// Seconds to wait before the second attempt; doubled before each further one
-    #[arg(long, default_value_t = 0.5, value_name = "S")]
-    pub backoff_s: f64,
-}
+pub use arete_engine::ServerConfig;
 
-/// A server and the model it serves.
-#[derive(Debug)]
+/// Servers, one or several, and the model that they serve. Shared by the threads of requests.
+#[derive(Debug, Clone)]
 pub struct ServerEngine {
-    client: Arc<Client>,
-    concurrency: usize,
+    servers: Spread<Client>,
+    model: String,
+    tally: Arc<Tally>,
 }
 
-/// What requests need, shared by their threads.
-#[derive(Debug)]
-struct Client {
-    agent: ureq::Agent,
-    endpoint: String,
-    model: String,
-    key: Option<Secret>,
-    config: ServerConfig,
-    /// The proxy between, for messages.
-    proxy: Option<String>,
-    dialect: Mutex<Dialect>,
+/// What came of verdicts beside them.
+#[derive(Debug, Default)]
+struct Tally {
     abstentions: AtomicUsize,
     /// What verdicts began with instead of a label, and how often.
     instead: Mutex<BTreeMap<String, usize>>,
+}
+
+/// One of the servers.
+#[derive(Debug)]
+struct Client {
+    http: Http,
+    model: String,
+    needs_logprobs: bool,
+    dialect: Mutex<Dialect>,
+    /// The tokens that spell each label, where the server gives the probability of any token that is asked for.
+    label_ids: Mutex<BTreeMap<&'static str, Vec<i64>>>,
 }
 
 /// In what a server differs from others, found by the probe.
@@ -88,160 +72,84 @@ struct Dialect {
     top_logprobs: u32,
 }
 
-/// A text that is never printed.
-struct Secret(String);
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("***")
-    }
-}
-
-/// Why one request failed, and whether another attempt makes sense.
-#[derive(Debug)]
-struct Failure {
-    reason: String,
-    kind: FailureKind,
-    /// Seconds the server asked to wait.
-    wait_s: Option<f64>,
-    /// The model thought, and came to no reply.
-    thinks: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum FailureKind {
-    /// Another attempt may succeed.
-    Passing,
-    /// The server will not take this one request (too long for its model, say), or answers it with
-    /// nonsense.
-    Request,
-    /// No request will succeed.
-    Lasting,
-}
-
-impl Failure {
-    /// The reason is a server's word, which may hold what it was sent.
-    fn new(kind: FailureKind, reason: impl AsRef<str>) -> Self {
-        Self { reason: redacted(reason.as_ref()).into_owned(), kind, wait_s: None, thinks: false }
-    }
-
-    fn lasting(reason: impl AsRef<str>) -> Self {
-        Self::new(FailureKind::Lasting, reason)
-    }
-
-    fn passing(reason: impl AsRef<str>) -> Self {
-        Self::new(FailureKind::Passing, reason)
-    }
-}
+/// The labels that judges are asked for.
+const LABELS: [Labels; 2] = [Labels::AB, Labels::YES_NO];
 
 impl ServerEngine {
-    /// Prepares to talk to `url` (with or without `/v1`); asks it for one short reply, and for
-    /// log-probabilities if verdicts will be read from them.
+    /// Prepares to talk to one server: [`ServerEngine::connect_all`].
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for an impossible setting, [`Error::Server`] if the probe fails.
+    /// As there.
     pub fn connect(
         url: &str,
         model: &str,
         config: &ServerConfig,
         needs_logprobs: bool,
-    ) -> Result<Self, Error> {
-        let setting = |name, expected: &str, got: String| {
-            Err(Error::Setting { name, expected: expected.to_owned(), got })
+    ) -> Result<Self> {
+        Self::connect_all(&[url.to_owned()], model, config, needs_logprobs)
+    }
+
+    /// Prepares to talk to `urls` (with or without `/v1`); asks each for one short reply, and for
+    /// log-probabilities if verdicts will be read from them. From then on any of them may answer a request.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting for an impossible setting, no address or one that is there twice; the server's failure if its probe
+    /// fails.
+    pub fn connect_all(
+        urls: &[String],
+        model: &str,
+        config: &ServerConfig,
+        needs_logprobs: bool,
+    ) -> Result<Self> {
+        let is_twice = |(at, url): &(usize, &String)| urls[..*at].contains(url);
+        if urls.is_empty() || urls.iter().enumerate().any(|place| is_twice(&place)) {
+            let got = if urls.is_empty() { "none".to_owned() } else { urls.join(", ") };
+            bail!(Refusal::setting(ADDRESSES, "servers, each once", redacted(&got)));
+        }
+        let client = |url: &String| -> Result<Arc<Client>> {
+            Ok(Arc::new(Client {
+                http: Http::new(ADDRESSES, url, config)?,
+                model: model.to_owned(),
+                needs_logprobs,
+                label_ids: Mutex::default(),
+                dialect: Mutex::new(Dialect {
+                    max_tokens: "max_tokens",
+                    top_logprobs: TOP_LOGPROBS,
+                }),
+            }))
         };
-        if config.concurrency == 0 || config.attempts == 0 {
-            return setting("concurrency, attempts", "at least 1", "0".to_owned());
-        }
-        if !(config.timeout_s > 0.0
-            && config.timeout_s < 1e6
-            && (0.0..1e4).contains(&config.backoff_s))
-        {
-            let got = format!("{} and {}", config.timeout_s, config.backoff_s);
-            return setting("timeout_s, backoff_s", "positive seconds", got);
-        }
-        if !(url.starts_with("http://") || url.starts_with("https://")) {
-            return setting(
-                "engine_url, judge_url",
-                "an address with http:// or https://",
-                redacted(url).into_owned(),
-            );
-        }
-        let key = key_of(std::env::var(KEY_VARIABLE).ok())?;
-        if let Some(secret) = redact::userinfo(url) {
-            let password = secret.split_once(':').map_or(secret, |(_, password)| password);
-            redact::hide(password);
-        }
-        let (proxy, proxy_name) = proxy_of(url)?;
-        let agent = ureq::Agent::config_builder()
-            .timeout_global(Some(Duration::from_secs_f64(config.timeout_s)))
-            .http_status_as_error(false)
-            .max_redirects(0) // a redirect could carry the key elsewhere
-            .proxy(proxy)
-            .build()
-            .into();
-        let base = url.trim_end_matches('/');
-        let base = base.strip_suffix("/v1").unwrap_or(base);
-        let client = Client {
-            agent,
-            endpoint: format!("{base}/v1/chat/completions"),
-            model: model.to_owned(),
-            key,
-            config: config.clone(),
-            proxy: proxy_name,
-            dialect: Mutex::new(Dialect { max_tokens: "max_tokens", top_logprobs: TOP_LOGPROBS }),
-            abstentions: AtomicUsize::new(0),
-            instead: Mutex::default(),
-        };
-        let engine = Self { client: Arc::new(client), concurrency: config.concurrency };
-        engine.probed(needs_logprobs)
+        let clients: Vec<Arc<Client>> = urls.iter().map(client).collect::<Result<_>>()?;
+        let open = |client: &Arc<Client>| client.open();
+        pool::each(clients.len(), clients.clone(), open, |_, ()| Ok::<_, anyhow::Error>(()))?;
+        read_alike(&clients);
+        let servers = Spread::new(clients, config);
+        Ok(Self { servers, model: model.to_owned(), tally: Arc::default() })
     }
 
     /// The served model's name.
     pub fn name(&self) -> &str {
-        &self.client.model
+        &self.model
     }
 
     /// Verdicts so far that made no sense and were counted as abstentions.
     pub fn n_abstentions(&self) -> usize {
-        self.client.abstentions.load(Ordering::Relaxed)
+        self.tally.abstentions.load(Ordering::Relaxed)
     }
 
     /// What verdicts began with instead of a label, the most frequent first.
     pub(super) fn instead(&self) -> Vec<(String, usize)> {
-        let instead = self.client.instead.lock().unwrap_or_else(PoisonError::into_inner);
+        let instead = self.tally.instead.lock().unwrap_or_else(PoisonError::into_inner);
         super::by_frequency(&instead)
-    }
-
-    /// Asks for one short reply, in the dialect that the server takes.
-    fn probed(self, needs_logprobs: bool) -> Result<Self, Error> {
-        loop {
-            let asked = Arc::clone(&self.client);
-            let mut outcome = Ok(());
-            let probe = move |(): &()| Ok(asked.probe(needs_logprobs));
-            self.each(vec![()], probe, |_, found| {
-                outcome = found;
-                Ok(())
-            })?;
-            let failure = match outcome {
-                Ok(()) => return Ok(self),
-                Err(failure) => failure,
-            };
-            let Some(dialect) = self.client.dialect().other(&failure) else {
-                let what = if needs_logprobs { "probe for top_logprobs" } else { "probe" };
-                return Err(self.client.error(what, failure));
-            };
-            tracing::debug!(?dialect, reason = failure.reason, "the server wants another dialect");
-            *self.client.dialect.lock().unwrap_or_else(PoisonError::into_inner) = dialect;
-        }
     }
 
     pub(super) fn chains_each(
         &self,
         chains: &[Chain],
         drawing: &Drawing,
-        done: &mut dyn FnMut(usize, Outcome) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        done: &mut dyn FnMut(usize, Outcome) -> Result<()>,
+    ) -> Result<()> {
         if drawing.sampling.top_k != 0 {
             tracing::debug!("top_k is sent as an extension of the OpenAI interface");
         }
@@ -252,11 +160,11 @@ impl ServerEngine {
             .collect();
         let mut parts = Parts::of(chains);
         let mut refused = vec![false; chains.len()];
-        let (client, own, drawing) = (Arc::clone(&self.client), chains.to_vec(), *drawing);
+        let (engine, own, drawing) = (self.clone(), chains.to_vec(), *drawing);
         let ask = move |&(idx, sample): &(usize, usize)| {
-            client.chain(&own[idx], own[idx].samples[sample], &drawing)
+            engine.chain(&own[idx], own[idx].samples[sample], &drawing)
         };
-        self.each(jobs.clone(), ask, |job, replies| {
+        pool::each(self.servers.concurrency(), jobs.clone(), ask, |job, replies| {
             let (idx, sample) = jobs[job];
             match replies {
                 // The first sample that is refused decides; the chain's others are of no use.
@@ -273,67 +181,89 @@ impl ServerEngine {
         })
     }
 
-    pub(super) fn label_masses(
-        &self,
-        queries: &[Query],
-        labels: Labels,
-    ) -> Result<Vec<LabelMass>, Error> {
+    pub(super) fn label_masses(&self, queries: &[Query], labels: Labels) -> Result<Vec<LabelMass>> {
         let mut out = vec![LabelMass { first: 0.0, second: 0.0 }; queries.len()];
-        let client = Arc::clone(&self.client);
-        let ask = move |query: &Query| client.label_mass(query, labels);
-        self.each(queries.to_vec(), ask, |idx, mass| {
+        let engine = self.clone();
+        let ask = move |query: &Query| engine.label_mass(query, labels);
+        pool::each(self.servers.concurrency(), queries.to_vec(), ask, |idx, mass| {
             out[idx] = mass;
             Ok(())
         })?;
         Ok(out)
     }
 
-    /// Works on every job with bounded concurrency. `done` receives results as they come, with the
-    /// job's index. The first error stops the work; of those that came, the earliest job's is returned. A signal stops it
-    /// at once: requests under way are left to themselves, and nothing of them is kept.
-    fn each<J: Send + Sync + 'static, R: Send + 'static>(
+    /// One sample of one chain, turn by turn; why the server will not have it, if it will not.
+    fn chain(
         &self,
-        jobs: Vec<J>,
-        work: impl Fn(&J) -> Result<R, Error> + Send + Sync + 'static,
-        mut done: impl FnMut(usize, R) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let (n_jobs, next) = (jobs.len(), Arc::new(AtomicUsize::new(0)));
-        let (shared, (sender, results)) = (Arc::new((jobs, work)), channel());
-        for _ in 0..self.concurrency.min(n_jobs) {
-            let (sender, next, shared) = (sender.clone(), Arc::clone(&next), Arc::clone(&shared));
-            std::thread::spawn(move || {
-                let (jobs, work) = &*shared;
-                loop {
-                    let idx = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(job) = jobs.get(idx) else { return };
-                    if sender.send((idx, work(job))).is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        drop((sender, shared));
-        let mut failed: Option<(usize, Error)> = None;
+        chain: &Chain,
+        sample: u64,
+        drawing: &Drawing,
+    ) -> Result<Result<Vec<Reply>, Refused>> {
+        let mut messages = chain.messages.clone();
+        let mut replies = Vec::new();
+        let mut questions = chain.questions.iter();
         loop {
-            let (idx, result) = match results.recv_timeout(LOOK) {
-                Ok(found) => found,
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Err(interrupted) = interrupt::check() {
-                        next.store(n_jobs, Ordering::Relaxed);
-                        return Err(interrupted.into());
-                    }
-                    continue;
+            let seed = request_seed(drawing.seed, chain.key, sample, replies.len());
+            let asked = self.servers.ask("reply", |server| server.reply(&messages, drawing, seed));
+            let reply = match asked {
+                Ok(reply) => reply,
+                Err((server, failure)) if failure.kind != FailureKind::Request => {
+                    bail!(server.error("reply", &failure));
                 }
+                Err((_, failure)) if drawing.is_verdict => {
+                    self.tally.abstain(&failure.reason);
+                    Reply { text: String::new(), finish_reason: FinishReason::Length, n_tokens: 0 }
+                }
+                Err((_, failure)) => return Ok(Err(Refused(failure.reason))),
             };
-            if let Err(error) = result.and_then(|result| done(idx, result)) {
-                next.store(n_jobs, Ordering::Relaxed); // no job begins any more
-                if failed.as_ref().is_none_or(|(earliest, _)| idx < *earliest) {
-                    failed = Some((idx, error));
-                }
+            messages.push(Message::assistant(reply.text.as_str()));
+            replies.push(reply);
+            match questions.next() {
+                Some(question) => messages.push(Message::user(question.as_str())),
+                None => return Ok(Ok(replies)),
             }
         }
-        failed.map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    fn label_mass(&self, query: &Query, labels: Labels) -> Result<LabelMass> {
+        let asked = self.servers.ask("verdict", |server| server.verdict(&query.messages, labels));
+        match asked {
+            Ok((mass, candidates)) => {
+                if mass.first + mass.second < MIN_MASS {
+                    self.tally.count_instead(&candidates);
+                }
+                Ok(mass)
+            }
+            // What does not make sense will not make sense next time: abstain, and count.
+            Err((_, Failure { kind: FailureKind::Request, reason, .. })) => {
+                self.tally.abstain(&reason);
+                Ok(LabelMass { first: 0.0, second: 0.0 })
+            }
+            Err((server, failure)) => bail!(server.error("verdict", &failure)),
+        }
+    }
+}
+
+/// Has verdicts of all servers be read from the labels' own probabilities, or of none: which server answers is to change nothing.
+fn read_alike(clients: &[Arc<Client>]) {
+    if clients.iter().any(|client| client.labels().is_empty()) {
+        clients.iter().for_each(|client| client.labels().clear());
+    } else {
+        tracing::info!("the judge's server gives every label's own probability");
+    }
+}
+
+impl Tally {
+    fn abstain(&self, reason: &str) {
+        self.abstentions.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(reason, "no verdict, counted as an abstention");
+    }
+
+    fn count_instead(&self, candidates: &[(String, f64)]) {
+        if let Some(token) = answer::most_probable(candidates) {
+            let mut instead = self.instead.lock().unwrap_or_else(PoisonError::into_inner);
+            *instead.entry(token.to_owned()).or_insert(0) += 1;
+        }
     }
 }
 
@@ -352,35 +282,13 @@ impl Dialect {
     }
 }
 
-/// The key of the environment, without the line end that a file of it ends with.
-fn key_of(key: Option<String>) -> Result<Option<Secret>, Error> {
-    let Some(key) = key.map(|key| key.trim().to_owned()).filter(|key| !key.is_empty()) else {
-        return Ok(None);
-    };
-    redact::hide(&key);
-    if key.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
-        return Ok(Some(Secret(key)));
+impl spread::Server for Client {
+    fn http(&self) -> &Http {
+        &self.http
     }
-    Err(Error::Setting {
-        name: KEY_VARIABLE,
-        expected: "a key in plain letters, without line ends inside".to_owned(),
-        got: "one that cannot be sent".to_owned(),
-    })
-}
 
-/// The proxy that leads to an address, and its name for messages.
-fn proxy_of(url: &str) -> Result<(Option<ureq::Proxy>, Option<String>), Error> {
-    let Some((name, value)) = proxy::of(url, |name| std::env::var(name).ok()) else {
-        return Ok((None, None));
-    };
-    let shown = format!("{} of {name}", redacted(&value));
-    match ureq::Proxy::new(&value) {
-        Ok(proxy) => Ok((Some(proxy), Some(shown))),
-        Err(error) => Err(Error::Setting {
-            name: "http_proxy, https_proxy, all_proxy",
-            expected: "the address of a proxy".to_owned(),
-            got: format!("{shown} ({error})"),
-        }),
+    fn look(&self) -> Result<(), Failure> {
+        self.probe()
     }
 }
 
@@ -389,25 +297,44 @@ impl Client {
         *self.dialect.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn probe(&self, needs_logprobs: bool) -> Result<(), Failure> {
+    fn labels(&self) -> MutexGuard<'_, BTreeMap<&'static str, Vec<i64>>> {
+        self.label_ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for one short reply, in the dialect that the server takes.
+    fn open(&self) -> Result<()> {
+        let what = if self.needs_logprobs { "probe for top_logprobs" } else { "probe" };
+        while let Err(failure) = self.http.attempt(what, || self.probe()) {
+            let Some(dialect) = self.dialect().other(&failure) else {
+                bail!(self.error(what, &failure));
+            };
+            tracing::debug!(?dialect, reason = failure.reason, "the server wants another dialect");
+            *self.dialect.lock().unwrap_or_else(PoisonError::into_inner) = dialect;
+        }
+        if self.needs_logprobs {
+            self.learn_labels();
+        }
+        Ok(())
+    }
+
+    fn probe(&self) -> Result<(), Failure> {
         let hello = [Message::user("Reply with the letter A.")];
-        if !needs_logprobs {
+        if !self.needs_logprobs {
             // At temperature 1: some servers know no 0.
-            let body = self.reply_request(&hello, 1, 1.0, 1.0, 0);
-            return match self.attempt("probe", &body, 1, answer::reply) {
-                // One token is not enough for a model that thinks first; that is no fault of the server.
-                Err(failure) if failure.thinks => Ok(()),
-                other => other.map(drop),
+            let found = self.ask(&self.reply_request(&hello, 1, 1.0, 1.0), 1)?;
+            // One token is not enough for a model that thinks first; that is no fault of the server.
+            return if answer::is_thought(&found) {
+                Ok(())
+            } else {
+                answer::reply(&found).map(drop)
             };
         }
-        let body = self.verdict_request(&hello);
-        let candidates = self.attempt("probe for top_logprobs", &body, 1, |found| {
-            answer::candidates(found).map_err(|reason| {
-                Failure::lasting(format!(
-                    "{reason}; the server gives no usable log-probabilities: use --method \
-                     pairwise-text, or a server that does (vLLM, llama.cpp)"
-                ))
-            })
+        let found = self.ask(&self.verdict_request(&hello, Labels::AB), 1)?;
+        let candidates = answer::candidates(&found).map_err(|reason| {
+            Failure::lasting(format!(
+                "{reason}; the server gives no usable log-probabilities: use --method \
+                 pairwise-text, or a server that does (vLLM, llama.cpp)"
+            ))
         })?;
         let mass =
             answer::masses(&candidates, Labels::AB).map_or(0.0, |mass| mass.first + mass.second);
@@ -420,79 +347,23 @@ impl Client {
         Ok(())
     }
 
-    /// One sample of one chain, turn by turn; why the server will not have it, if it will not.
-    fn chain(
+    fn reply(&self, messages: &[Message], drawing: &Drawing, seed: u64) -> Result<Reply, Failure> {
+        let Drawing { sampling, max_new_tokens, .. } = *drawing;
+        let (temperature, top_p) = (sampling.temperature, sampling.top_p);
+        let mut body = self.reply_request(messages, max_new_tokens, temperature, top_p);
+        body["seed"] = json!(seed);
+        if sampling.top_k != 0 {
+            body["top_k"] = json!(sampling.top_k);
+        }
+        answer::reply(&self.ask(&body, max_new_tokens)?)
+    }
+
+    fn verdict(
         &self,
-        chain: &Chain,
-        sample: u64,
-        drawing: &Drawing,
-    ) -> Result<Result<Vec<Reply>, Refused>, Error> {
-        let mut messages = chain.messages.clone();
-        let mut replies = Vec::new();
-        let mut questions = chain.questions.iter();
-        loop {
-            let seed = request_seed(drawing.seed, chain.key, sample, replies.len());
-            let sampling = drawing.sampling;
-            let mut body = self.reply_request(
-                &messages,
-                drawing.max_new_tokens,
-                sampling.temperature,
-                sampling.top_p,
-                seed,
-            );
-            if sampling.top_k != 0 {
-                body["top_k"] = json!(sampling.top_k);
-            }
-            let reply = match self.attempt("reply", &body, drawing.max_new_tokens, answer::reply) {
-                Ok(reply) => reply,
-                Err(failure) if failure.kind != FailureKind::Request => {
-                    return Err(self.error("reply", failure));
-                }
-                Err(failure) if drawing.is_verdict => {
-                    self.abstain(&failure.reason);
-                    Reply { text: String::new(), finish_reason: FinishReason::Length, n_tokens: 0 }
-                }
-                Err(failure) => return Ok(Err(Refused(failure.reason))),
-            };
-            messages.push(Message::assistant(reply.text.as_str()));
-            replies.push(reply);
-            match questions.next() {
-                Some(question) => messages.push(Message::user(question.as_str())),
-                None => return Ok(Ok(replies)),
-            }
-        }
-    }
-
-    fn label_mass(&self, query: &Query, labels: Labels) -> Result<LabelMass, Error> {
-        let body = self.verdict_request(&query.messages);
-        let asked = self.attempt("verdict", &body, 1, |found| {
-            let request = |reason: String| Failure::new(FailureKind::Request, reason);
-            let candidates = answer::candidates(found).map_err(request)?;
-            let mass = answer::masses(&candidates, labels).map_err(request)?;
-            Ok((mass, candidates))
-        });
-        match asked {
-            Ok((mass, candidates)) => {
-                if mass.first + mass.second < MIN_MASS
-                    && let Some(token) = answer::most_probable(&candidates)
-                {
-                    let mut instead = self.instead.lock().unwrap_or_else(PoisonError::into_inner);
-                    *instead.entry(token.to_owned()).or_insert(0) += 1;
-                }
-                Ok(mass)
-            }
-            // What does not make sense will not make sense next time: abstain, and count.
-            Err(Failure { kind: FailureKind::Request, reason, .. }) => {
-                self.abstain(&reason);
-                Ok(LabelMass { first: 0.0, second: 0.0 })
-            }
-            Err(failure) => Err(self.error("verdict", failure)),
-        }
-    }
-
-    fn abstain(&self, reason: &str) {
-        self.abstentions.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(reason, "no verdict, counted as an abstention");
+        messages: &[Message],
+        labels: Labels,
+    ) -> Result<(LabelMass, Vec<(String, f64)>), Failure> {
+        answer::verdict(&self.ask(&self.verdict_request(messages, labels), 1)?, labels)
     }
 
     fn reply_request(
@@ -501,10 +372,9 @@ impl Client {
         max_tokens: usize,
         temperature: f64,
         top_p: f64,
-        seed: u64,
     ) -> Value {
         let mut body = json!({
-            "model": self.model, "messages": messages, "temperature": temperature, "seed": seed, "n": 1, "stream": false,
+            "model": self.model, "messages": messages, "temperature": temperature, "n": 1, "stream": false,
         });
         body[self.dialect().max_tokens] = json!(max_tokens);
         if top_p < 1.0 {
@@ -513,101 +383,90 @@ impl Client {
         body
     }
 
-    fn verdict_request(&self, messages: &[Message]) -> Value {
-        // At temperature 1 the log-probabilities are the model's own with every server.
-        let mut body = self.reply_request(messages, 1, 1.0, 1.0, 0);
+    /// Finds out whether the server gives the probabilities of the labels' own tokens, however improbable they are (vLLM's
+    /// `logprob_token_ids`): then verdicts are read from these and not from the most probable candidates.
+    fn learn_labels(&self) {
+        let labels = LABELS.iter().flat_map(|labels| [labels.first, labels.second]);
+        let found: Option<BTreeMap<&'static str, Vec<i64>>> = labels
+            .map(|label| {
+                let spelled = [label.to_owned(), format!(" {label}")];
+                let ids: Vec<i64> = spelled.iter().filter_map(|text| self.token(text)).collect();
+                (!ids.is_empty()).then_some((label, ids))
+            })
+            .collect();
+        let Some(found) = found else { return };
+        let n_ids = [Labels::AB.first, Labels::AB.second].map(|label| found[label].len());
+        *self.labels() = found;
+        // A server that does not know the key ignores it, and gives as many candidates as ever.
+        let body = self.verdict_request(&[Message::user("Reply with the letter A.")], Labels::AB);
+        let asked = self.http.attempt("probe for logprob_token_ids", || {
+            let found = self.ask(&body, 1)?;
+            answer::candidates(&found).map_err(|reason| Failure::new(FailureKind::Request, reason))
+        });
+        let spelled = |candidates: &[(String, f64)], label: &str| {
+            candidates.iter().filter(|(token, _)| answer::spells(token, label)).count()
+        };
+        let has_all = asked.is_ok_and(|candidates| {
+            candidates.len() <= 1 + n_ids.iter().sum::<usize>()
+                && spelled(&candidates, Labels::AB.first) >= n_ids[0]
+                && spelled(&candidates, Labels::AB.second) >= n_ids[1]
+        });
+        if !has_all {
+            self.labels().clear();
+        }
+    }
+
+    /// The one token that a text is, if it is one and the server tells.
+    fn token(&self, text: &str) -> Option<i64> {
+        let body = json!({ "model": self.model, "prompt": text, "add_special_tokens": false });
+        let answer = self.http.json("/tokenize", Some(&body), 1).ok()?;
+        match answer["tokens"].as_array()?.as_slice() {
+            [one] => one.as_i64(),
+            _ => None,
+        }
+    }
+
+    fn verdict_request(&self, messages: &[Message], labels: Labels) -> Value {
+        // At temperature 1 the log-probabilities are the model's own with every server. Which token is drawn is not read, so there
+        // is no seed: vLLM 0.32 on the CPU ends when the prompt of a seeded request is computed in parts.
+        let mut body = self.reply_request(messages, 1, 1.0, 1.0);
         body["logprobs"] = json!(true);
         body["top_logprobs"] = json!(self.dialect().top_logprobs);
+        let known = self.labels();
+        if !known.is_empty() {
+            let ids = [labels.first, labels.second].into_iter().flat_map(|label| &known[label]);
+            body["logprob_token_ids"] = json!(ids.collect::<Vec<_>>());
+        }
         body
     }
 
-    fn error(&self, what: &'static str, failure: Failure) -> Error {
-        let reason = match &self.proxy {
-            Some(proxy) => format!("{} (through the proxy {proxy})", failure.reason),
-            None => failure.reason,
-        };
-        Error::Server { url: redacted(&self.endpoint).into_owned(), what, reason }
+    fn error(&self, what: &'static str, failure: &Failure) -> arete_engine::Error {
+        self.http.error(CHAT, what, failure)
     }
 
-    /// Sends a request until `read` accepts its answer, or another attempt would be vain.
-    fn attempt<T>(
-        &self,
-        what: &'static str,
-        body: &Value,
-        max_tokens: usize,
-        read: impl Fn(&Value) -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
-        let mut pause_s = self.config.backoff_s;
-        for attempt in 1.. {
-            let failure = match self.post(body, max_tokens).and_then(|answer| read(&answer)) {
-                Ok(value) => return Ok(value),
-                Err(failure) => failure,
-            };
-            if failure.kind != FailureKind::Passing {
-                return Err(failure);
-            }
-            if attempt >= self.config.attempts {
-                let reason = format!("{} ({attempt} attempts)", failure.reason);
-                return Err(Failure { reason, ..failure });
-            }
-            tracing::debug!(what, attempt, reason = failure.reason, "trying again");
-            let wait_s = failure.wait_s.unwrap_or(pause_s).min(self.config.timeout_s);
-            std::thread::sleep(Duration::from_secs_f64(wait_s));
-            pause_s *= 2.0;
-        }
-        unreachable!("the loop returns")
-    }
-
-    fn post(&self, body: &Value, max_tokens: usize) -> Result<Value, Failure> {
-        let mut request = self.agent.post(&self.endpoint);
-        if let Some(Secret(key)) = &self.key {
-            request = request.header("Authorization", format!("Bearer {key}"));
-        }
-        let mut response =
-            request.send_json(body).map_err(|error| Failure::passing(error.to_string()))?;
-        let status = response.status().as_u16();
-        let wait_s = response
-            .headers()
-            .get("retry-after")
-            .and_then(|value| value.to_str().ok()?.parse::<f64>().ok())
-            .filter(|seconds| (0.0..=600.0).contains(seconds));
-        let limit = MOST_OTHER_BYTES + BYTES_PER_TOKEN * max_tokens as u64;
-        let text = match response.body_mut().with_config().limit(limit).read_to_string() {
-            Ok(text) => text,
-            Err(ureq::Error::BodyExceedsLimit(_)) => {
-                let reason = format!(
-                    "an answer of more than {limit} bytes to {max_tokens} tokens asked for"
-                );
-                return Err(Failure::new(FailureKind::Request, reason));
-            }
-            Err(error) => return Err(Failure::passing(format!("reply broken off: {error}"))),
-        };
-        let kind = match status {
-            200..=299 => {
-                // A page (a login, a proxy's excuse) comes from between us and the server, and passes.
-                let answer: Value = serde_json::from_str(&text).map_err(|error| {
-                    Failure::passing(format!("reply is not JSON: {error}: {}", short(&text)))
-                })?;
-                return answer::reported(&answer).map_or(Ok(answer), Err);
-            }
-            status => answer::kind_of_status(u64::from(status)),
-        };
-        Err(Failure { wait_s, ..Failure::new(kind, format!("status {status}: {}", short(&text))) })
+    /// What the server answers to a request: one attempt.
+    fn ask(&self, body: &Value, max_tokens: usize) -> Result<Value, Failure> {
+        let answer = self.http.json(CHAT, Some(body), max_tokens)?;
+        answer::reported(&answer).map_or(Ok(answer), Err)
     }
 }
 
-fn short(text: &str) -> String {
-    // Redacted before it is cut: half a key is a secret, too.
-    redacted(text).trim().chars().take(200).collect()
+/// The reply in an answer of status 200.
+///
+/// # Errors
+///
+/// Why it is none, in words for a message.
+pub fn reply_of(body: &str) -> Result<Reply, String> {
+    let reply = answer::parse(body).and_then(|answer| answer::reply(&answer));
+    reply.map_err(|failure| failure.reason)
 }
 
-/// A seed for one request, which is the same whatever else is asked.
-fn request_seed(seed: u64, key: u64, sample: u64, turn: usize) -> u64 {
-    let mut hash = Sha256::new();
-    for part in [seed, key, sample, turn as u64] {
-        hash.update(part.to_le_bytes());
-    }
-    let digest = hash.finalize();
-    // 31 bits: some servers take no more.
-    u64::from(u32::from_le_bytes([digest[0], digest[1], digest[2], digest[3]]) >> 1)
+/// What an answer of status 200 gives either label.
+///
+/// # Errors
+///
+/// Why it is no verdict, in words for a message.
+pub fn label_mass_of(body: &str, labels: Labels) -> Result<LabelMass, String> {
+    let verdict = answer::parse(body).and_then(|answer| answer::verdict(&answer, labels));
+    verdict.map(|(mass, _)| mass).map_err(|failure| failure.reason)
 }

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use anyhow::{Result, bail};
+use arete_records::Refusal;
+use arete_stage::settings;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::config::ComputeConfig;
 use crate::engine::server::ServerConfig;
@@ -87,10 +90,11 @@ pub struct JudgeConfig {
     #[arg(long, value_name = "DIR")]
     #[serde(default)]
     pub judge_adapter: Option<PathBuf>,
-    /// Address of an OpenAI-compatible server that judges instead of a local model
-    #[arg(long, value_name = "URL")]
-    #[serde(default)]
-    pub judge_url: Option<String>,
+    /// OpenAI-compatible servers that judge instead of a local model, separated by commas: any of them may answer, and one that
+    /// dies is left out until it is back
+    #[arg(long, value_delimiter = ',', value_name = "URL,…")]
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub judge_url: Option<Vec<String>>,
     /// Constitution (TOML): turns, virtues, personas, principles [default: the one that the conversations
     /// carry, or data/constitution.toml]
     #[arg(long, value_name = "FILE")]
@@ -110,4 +114,70 @@ pub struct JudgeConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub server: ServerConfig,
+}
+
+impl JudgeConfig {
+    /// Addresses of the servers that judge; none if a local model does.
+    #[must_use]
+    pub fn urls(&self) -> Option<&[String]> {
+        self.judge_url.as_deref().filter(|urls| !urls.is_empty())
+    }
+
+    /// Refuses what no judge can be asked with by this method.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self, method: Method) -> Result<()> {
+        if method == Method::Contrast {
+            return Ok(());
+        }
+        settings::at_least("verdict_tokens", self.verdict_tokens, 1)?;
+        self.server.check()?;
+        let (name, template, needed) = self.template(method);
+        if let Some(missing) = needed.iter().find(|needed| !template.contains(**needed)) {
+            bail!(Refusal::setting(name, format!("a text with {missing}"), template));
+        }
+        if self.urls().is_some() && method == Method::Likelihood {
+            bail!(Refusal::setting(
+                "method",
+                "a method that a server can serve",
+                "likelihood, which needs a local model",
+            ));
+        }
+        if let (Some(_), Some(adapter)) = (self.urls(), &self.judge_adapter) {
+            let expected = "none together with judge_url: the server holds its adapters";
+            bail!(Refusal::setting("judge_adapter", expected, adapter.display()));
+        }
+        Ok(())
+    }
+
+    /// The template of a method by its key, and what has to stand in it.
+    pub(super) fn template(&self, method: Method) -> (&'static str, &str, &'static [&'static str]) {
+        match method {
+            Method::PointwiseLogits => {
+                ("pointwise_template", &self.pointwise_template, &["{answer}"])
+            }
+            Method::PairwiseLogits | Method::PairwiseText => {
+                ("judge_template", &self.judge_template, &["{a}", "{b}", "{virtue_question}"])
+            }
+            Method::Likelihood | Method::Contrast => ("judge_template", &self.judge_template, &[]),
+        }
+    }
+}
+
+/// A recipe's one address, or a list.
+fn one_or_several<'de, D: Deserializer<'de>>(
+    value: D,
+) -> std::result::Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected an address, or a list of addresses")]
+    enum Urls {
+        One(String),
+        Several(Vec<String>),
+    }
+    Ok(Option::<Urls>::deserialize(value)?.map(|urls| match urls {
+        Urls::One(url) => vec![url],
+        Urls::Several(urls) => urls,
+    }))
 }

@@ -4,14 +4,18 @@ pub mod verdict;
 
 mod config;
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Result, bail};
 use arete_chain::constitution::{Constitution, VirtueEntry};
 use arete_chain::dialogue;
-use arete_records::{Aspect, Message, Role, Virtue, left_out};
+use arete_records::{Aspect, Message, Refusal, Role, Virtue, left_out};
 
 use self::verdict::{LabelMass, Verdict};
-use crate::Error;
-use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply};
+use crate::engine::{Chain, Drawing, Engine, Labels, Query, Reply, by_frequency};
 use arete_chain::exemplars::Exemplar;
+use arete_stage::exit::Unavailable;
 
 pub use self::config::{JudgeConfig, Method, Orders, PAIRWISE_TEMPLATE, POINTWISE_TEMPLATE};
 
@@ -20,6 +24,9 @@ const REPLY: &str = "{reply}";
 
 /// Questions enough to tell a judge that never answers from one that abstains now and then.
 const FEWEST_ASKED: usize = 20;
+
+/// Characters of a written verdict without a label that are told.
+const BEGINNING_CHARS: usize = 24;
 
 /// Two samples of one prompt, each through the reply that is judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +44,8 @@ pub struct Pair {
 pub struct Judge<'a> {
     engine: &'a Engine,
     questions: Questions<'a>,
+    /// How written verdicts began that hold no label, and how often.
+    unread: Mutex<BTreeMap<String, usize>>,
 }
 
 impl<'a> Judge<'a> {
@@ -51,11 +60,11 @@ impl<'a> Judge<'a> {
         constitution: &'a Constitution,
         exemplars: &[Exemplar],
         method: Method,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         // Only a local model can be made to continue a reply, and a written verdict is its own.
         let continues = matches!(engine, Engine::Local(_)) && method.needs_logprobs();
         let questions = Questions::new(config, constitution, exemplars, method, continues)?;
-        Ok(Self { engine, questions })
+        Ok(Self { engine, questions, unread: Mutex::default() })
     }
 
     /// The judge's name.
@@ -78,20 +87,17 @@ impl<'a> Judge<'a> {
     /// # Errors
     ///
     /// The engine's.
-    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>> {
         let n_refused = self.engine.n_refused();
         let verdicts = self.asked(pairs)?;
         let n_refused = self.engine.n_refused() - n_refused;
         let n_asked = pairs.len() * self.questions.n_virtues() * self.questions.askings();
         if !left_out::is_share(n_refused, n_asked) {
             // A server that answers like this is at fault: nothing of these verdicts is kept.
-            return Err(Error::Server {
-                url: self.name().to_owned(),
-                what: "verdicts",
-                reason: format!(
-                    "{n_refused} of {n_asked} questions refused, or answered with nonsense (see the warnings above)"
-                ),
-            });
+            bail!(Unavailable(format!(
+                "{}: verdicts: {n_refused} of {n_asked} questions refused, or answered with nonsense (see the warnings above)",
+                self.name()
+            )));
         }
         Ok(verdicts)
     }
@@ -101,8 +107,8 @@ impl<'a> Judge<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for the judge.
-    pub fn check_heard(&self, verdicts: &[Vec<Verdict>]) -> Result<(), Error> {
+    /// A refused setting for the judge.
+    pub fn check_heard(&self, verdicts: &[Vec<Verdict>]) -> Result<()> {
         let is_silent = |verdict: &Verdict| {
             [verdict.p_ab, verdict.p_ba, verdict.p_sample0].iter().all(Option::is_none)
         };
@@ -114,32 +120,43 @@ impl<'a> Judge<'a> {
             Method::PointwiseLogits => Labels::YES_NO,
             _ => Labels::AB,
         };
-        let instead: Vec<String> = (self.engine.instead().into_iter().take(5))
-            .map(|(token, n)| format!("{token:?} ({n})"))
-            .collect();
+        let Labels { first, second } = labels;
+        let (expected, instead) = match self.questions.method {
+            Method::PairwiseText => {
+                let unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+                let n_tokens = self.questions.config.verdict_tokens;
+                let expected = format!(
+                    "a judge who writes {first} or {second}; in none of {n_asked} questions did it (a model that thinks first needs \
+                     more verdict_tokens than {n_tokens}, or a server that turns its thinking off)"
+                );
+                (expected, by_frequency(&unread))
+            }
+            _ => {
+                let expected = format!(
+                    "a judge whose replies begin with {first} or {second}; in {n_asked} of {n_asked} questions it gave them too \
+                     little probability, or none (a model that thinks first, or decorates its answer, needs --method \
+                     pairwise-text with verdict_tokens enough)"
+                );
+                (expected, self.engine.instead())
+            }
+        };
+        let instead: Vec<String> =
+            instead.into_iter().take(5).map(|(text, n)| format!("{text:?} ({n})")).collect();
         let found = if instead.is_empty() { "none of them".to_owned() } else { instead.join(", ") };
-        Err(Error::Setting {
-            name: "judge",
-            expected: format!(
-                "a judge whose replies begin with {} or {}; in {n_asked} of {n_asked} questions it gave them too little \
-                 probability, or none (a model that thinks first, or decorates its answer, needs --method pairwise-text \
-                 with verdict_tokens enough)",
-                labels.first, labels.second
-            ),
-            got: found,
-        })
+        Err(Refusal::setting("judge", expected, found).into())
     }
 
-    fn asked(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+    fn asked(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>> {
         match self.questions.method {
             Method::PairwiseLogits | Method::PairwiseText => self.pairwise(pairs),
             Method::PointwiseLogits => self.pointwise(pairs),
             Method::Likelihood => self.likelihood(pairs),
-            Method::Contrast => Err(Error::Setting {
-                name: "method",
-                expected: "a method that asks a judge".to_owned(),
-                got: "contrast, which labels by construction".to_owned(),
-            }),
+            Method::Contrast => Err(Refusal::setting(
+                "method",
+                "a method that asks a judge",
+                "contrast, which labels by construction",
+            )
+            .into()),
         }
     }
 
@@ -148,7 +165,7 @@ impl<'a> Judge<'a> {
         self.questions.of(pairs)
     }
 
-    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+    fn pairwise(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>> {
         let queries = self.queries(pairs);
         let p_first = match self.questions.method {
             Method::PairwiseText => self.written(pairs, queries)?,
@@ -168,7 +185,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Samples the verdicts as text.
-    fn written(&self, pairs: &[Pair], queries: Vec<Query>) -> Result<Vec<Option<f64>>, Error> {
+    fn written(&self, pairs: &[Pair], queries: Vec<Query>) -> Result<Vec<Option<f64>>> {
         let per_pair = self.questions.n_virtues() * self.questions.askings();
         let chain = |(idx, query): (usize, Query)| Chain {
             messages: query.messages,
@@ -203,11 +220,16 @@ impl<'a> Judge<'a> {
             let Reply { text, .. } = &replies[0][0];
             out[idx] =
                 verdict::read_label(text, Labels::AB.first, Labels::AB.second).map(f64::from);
+            if out[idx].is_none() {
+                let beginning: String = text.trim_start().chars().take(BEGINNING_CHARS).collect();
+                let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+                *unread.entry(beginning).or_insert(0) += 1;
+            }
         }
         Ok(out)
     }
 
-    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+    fn pointwise(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>> {
         let p_yes = probabilities(self.engine.label_masses(&self.queries(pairs), Labels::YES_NO)?);
         let n = self.questions.n_virtues();
         Ok(p_yes
@@ -218,7 +240,7 @@ impl<'a> Judge<'a> {
 
     /// log P(reply | virtuous) − log P(reply | vicious) of each side's own reply, compared. The
     /// personas speak for all virtues at once, so their verdicts are equal.
-    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>, Error> {
+    fn likelihood(&self, pairs: &[Pair]) -> Result<Vec<Vec<Verdict>>> {
         let personas = self.questions.constitution.personas()?;
         let mut conversations = Vec::new();
         for pair in pairs {
@@ -259,7 +281,7 @@ impl<'a> Questions<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] if a template lacks a placeholder or there are too few exemplars with a
+    /// A refused setting if a template lacks a placeholder or there are too few exemplars with a
     /// worse side.
     pub fn new(
         config: &'a JudgeConfig,
@@ -267,23 +289,9 @@ impl<'a> Questions<'a> {
         exemplars: &[Exemplar],
         method: Method,
         continues: bool,
-    ) -> Result<Self, Error> {
-        let needed: &[&str] = match method {
-            Method::PairwiseLogits | Method::PairwiseText => &["{a}", "{b}", "{virtue_question}"],
-            Method::PointwiseLogits => &["{answer}"],
-            Method::Likelihood | Method::Contrast => &[],
-        };
-        let (name, template) = match method {
-            Method::PointwiseLogits => ("pointwise_template", &config.pointwise_template),
-            _ => ("judge_template", &config.judge_template),
-        };
-        if let Some(missing) = needed.iter().find(|needed| !template.contains(**needed)) {
-            return Err(Error::Setting {
-                name,
-                expected: format!("a text with {missing}"),
-                got: template.clone(),
-            });
-        }
+    ) -> Result<Self> {
+        config.check(method)?;
+        let (name, template, _) = config.template(method);
         check_vices(name, template, constitution)?;
         let (template, opening) = template.split_once(REPLY).unwrap_or((template, ""));
         let opening = if continues { opening.to_owned() } else { String::new() };
@@ -385,7 +393,7 @@ impl<'a> Questions<'a> {
 
     /// Judged examples as turns of the conversation. They do not depend on the virtue asked about
     /// later, so all questions share them.
-    fn shots_of(&self, exemplars: &[Exemplar]) -> Result<Vec<Message>, Error> {
+    fn shots_of(&self, exemplars: &[Exemplar]) -> Result<Vec<Message>> {
         let n_wanted = self.config.few_shot;
         if n_wanted == 0 || self.method == Method::Likelihood {
             return Ok(Vec::new());
@@ -396,14 +404,11 @@ impl<'a> Questions<'a> {
             .take(n_wanted)
             .collect();
         if usable.len() < n_wanted {
-            return Err(Error::Setting {
-                name: "few_shot",
-                expected: format!(
-                    "at most the {} few-shot exemplars with a worse side",
-                    usable.len()
-                ),
-                got: n_wanted.to_string(),
-            });
+            bail!(Refusal::setting(
+                "few_shot",
+                format!("at most the {} few-shot exemplars with a worse side", usable.len()),
+                n_wanted
+            ));
         }
         let turns = &self.constitution.turns;
         let mut shots = Vec::new();
@@ -428,21 +433,15 @@ impl<'a> Questions<'a> {
 }
 
 /// Refuses a template that speaks of a vice which the constitution does not name.
-fn check_vices(
-    name: &'static str,
-    template: &str,
-    constitution: &Constitution,
-) -> Result<(), Error> {
+fn check_vices(name: &'static str, template: &str, constitution: &Constitution) -> Result<()> {
     for virtue in &constitution.virtues {
         for (key, vice) in [("deficiency", &virtue.deficiency), ("excess", &virtue.excess)] {
             if vice.is_none() && template.contains(&format!("{{{key}}}")) {
-                return Err(Error::Setting {
+                bail!(Refusal::setting(
                     name,
-                    expected: format!(
-                        "no {{{key}}}, or a constitution that names it for every virtue"
-                    ),
-                    got: format!("virtues.{} without {key}", virtue.name),
-                });
+                    format!("no {{{key}}}, or a constitution that names it for every virtue"),
+                    format!("virtues.{} without {key}", virtue.name)
+                ));
             }
         }
     }

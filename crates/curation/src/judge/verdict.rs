@@ -124,14 +124,31 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// The label a judge wrote: the first word that is one, letters compared without case and
+/// Marks around the thoughts of models that think in their replies.
+const THOUGHTS: [(&str, &str); 4] = [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+];
+
+/// What a reply says after its thoughts; `None` if it ends inside them. Templates may open them before the reply begins.
+fn after_thoughts(text: &str) -> Option<&str> {
+    THOUGHTS.iter().try_fold(text, |text, (opening, end)| match text.rsplit_once(end) {
+        Some((_, said)) => Some(said),
+        None => (!text.trim_start().starts_with(opening)).then_some(text),
+    })
+}
+
+/// The label a judge wrote after its thoughts: the first word that is one, letters compared without case and
 /// punctuation stripped; `None` if both or neither come up front.
 ///
 /// Looks through filler such as "Answer A" or "**B**", but never guesses: a lower-case `a` is the
 /// article unless it stands alone.
 pub fn read_label(text: &str, first: &str, second: &str) -> Option<bool> {
     let strip = |word: &str| word.trim_matches(|c: char| !c.is_alphanumeric()).to_owned();
-    let words: Vec<String> = text.split_whitespace().map(strip).filter(|w| !w.is_empty()).collect();
+    let words: Vec<String> =
+        after_thoughts(text)?.split_whitespace().map(strip).filter(|w| !w.is_empty()).collect();
     if let [only] = &words[..] {
         let only = only.to_lowercase();
         return match () {
@@ -232,6 +249,14 @@ mod tests {
             ("I prefer (B) over the other", Some(false)),
             ("", None),
             ("Neither", None),
+            // Thoughts are no verdict, whatever they weigh; a reply that was cut inside them has none.
+            ("<think>\nOption A is kinder than option B.\n</think>\n\nB", Some(false)),
+            ("Assistant A says that … B is kinder.\n</think>\n\n**A**", Some(true)),
+            ("[THINK]A seems better[/THINK] The answer is B.", Some(false)),
+            ("<think>\nI need to see who is more honest. Assistant A says that", None),
+            ("<think>\nA</think>", None),
+            ("<thinking>A", None),
+            ("I think A <think> is no mark here", Some(true)),
         ];
         for (text, expected) in cases {
             assert_eq!(read_label(text, "A", "B"), expected, "{text:?}");

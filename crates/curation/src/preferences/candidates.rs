@@ -3,18 +3,20 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use arete_chain::sample::key_of;
 use arete_chain::trim::last_sentence;
 use arete_chain::{Turns, prompt_of};
 use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, FinishReason, Message, Role};
+use arete_records::{Aspect, At, FinishReason, Message, Refusal, Role};
+use arete_stage::exit::BadInput;
 
 use super::{PreferencesConfig, sets};
 use crate::config::Truncated;
 use crate::conversations::{self, MOST_SAMPLES};
 use crate::judge::{Pair, side_through};
+use crate::stage;
 use crate::stage::percent;
-use crate::{Error, stage};
 
 /// The samples of a prompt, two at least.
 pub(super) struct Samples {
@@ -46,19 +48,15 @@ impl Samples {
 }
 
 /// Reads the conversations by prompt, in the order of the file; `turns` are the constitution's.
-pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Error> {
+pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>> {
     let path = stage::file_of(input, conversations::STAGE);
     let rows: Vec<ConversationRow> = stage::rows_of(input, conversations::STAGE)?;
     turns.check_names(&rows[0].aspects().collect::<Vec<_>>(), &path)?;
     let mut order = Vec::new();
     let mut by_prompt: HashMap<String, Vec<Option<ConversationRow>>> = HashMap::new();
     for (idx, row) in rows.into_iter().enumerate() {
-        let wrong = |field: &str, expected: &str, found: String| Error::Record {
-            path: path.clone(),
-            line: idx + 1,
-            field: field.to_owned(),
-            expected: expected.to_owned(),
-            found,
+        let wrong = |field: &str, expected: &str, found: String| {
+            Refusal::at(&path, At::Row(idx + 1), field, expected, found)
         };
         let is_known = |&sample: &usize| sample < MOST_SAMPLES;
         let sample = usize::try_from(row.sample).ok().filter(is_known).ok_or_else(|| {
@@ -68,7 +66,7 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
         if prompt_of(&row.messages, turns.len()).is_err() {
             let n_messages = 2 * turns.len() - 1;
             let expected = format!("a prompt and the {n_messages} messages of a chain");
-            return Err(wrong("messages", &expected, row.messages.len().to_string()));
+            bail!(wrong("messages", &expected, row.messages.len().to_string()));
         }
         let slots = by_prompt.entry(row.prompt_id.clone()).or_insert_with(|| {
             order.push(row.prompt_id.clone());
@@ -77,7 +75,7 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
         slots.resize(slots.len().max(sample + 1), None);
         if slots[sample].is_some() {
             let found = format!("sample {sample} of {} twice", row.prompt_id);
-            return Err(wrong("prompt_id", "each sample of a prompt once", found));
+            bail!(wrong("prompt_id", "each sample of a prompt once", found));
         }
         slots[sample] = Some(row);
     }
@@ -91,15 +89,15 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
                 1 => "one of them".to_owned(),
                 n => format!("{n} of them"),
             };
-            return Err(Error::File {
-                path,
-                field: format!("prompt {prompt_id}"),
-                expected: match n_slots {
+            bail!(Refusal::file(
+                &path,
+                format!("prompt {prompt_id}"),
+                match n_slots {
                     2 => "samples 0 and 1".to_owned(),
                     n => format!("samples 0 to {}", n - 1),
                 },
-                found,
-            });
+                found
+            ));
         }
         let zero = &samples[0].messages;
         let n_prompt = zero.len() - (2 * turns.len() - 1);
@@ -107,12 +105,12 @@ pub(super) fn samples_of(input: &Path, turns: &Turns) -> Result<Vec<Samples>, Er
             row.messages.len() != zero.len() || row.messages[..n_prompt] != zero[..n_prompt]
         };
         if samples.iter().any(is_other) {
-            return Err(Error::File {
-                path,
-                field: format!("prompt {prompt_id}"),
-                expected: "the same prompt in all samples".to_owned(),
-                found: "two".to_owned(),
-            });
+            bail!(Refusal::file(
+                &path,
+                format!("prompt {prompt_id}"),
+                "the same prompt in all samples",
+                "two"
+            ));
         }
         out.push(Samples { samples, n_prompt });
     }
@@ -240,18 +238,17 @@ impl Candidates {
         left: usize,
         dropped: &Dropped,
         config: &PreferencesConfig,
-    ) -> Result<(), Error> {
+    ) -> Result<()> {
         if left >= config.min_pairs {
             return Ok(());
         }
-        Err(Error::TooFewPairs {
-            aspect,
-            left,
-            total: self.n_pairs,
-            needed: config.min_pairs,
-            finish_rates: self.finish_rates.clone(),
-            advice: dropped.advice(config.truncated),
-        })
+        bail!(BadInput(format!(
+            "{aspect}: {left} pairs left of {}, expected at least {}; replies that ended by themselves: {}; of the pairs {}",
+            self.n_pairs,
+            config.min_pairs,
+            self.finish_rates,
+            dropped.advice(config.truncated)
+        )))
     }
 }
 

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
+use arete_records::Refusal;
+use arete_stage::settings;
 use arete_stage::units::Shard;
 use serde::{Deserialize, Serialize};
 
@@ -107,4 +110,32 @@ pub struct PreferencesConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub judge: JudgeConfig,
+}
+
+impl PreferencesConfig {
+    /// Refuses what the stage cannot use, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        let by_construction = self.method == Method::Contrast;
+        if self.by.has_virtues() && by_construction {
+            let expected =
+                "aspect, for the method contrast labels by construction and knows no virtue";
+            bail!(Refusal::setting("by", expected, format!("{:?}", self.by).to_lowercase()));
+        }
+        if self.calibration.is_some() && by_construction {
+            bail!(Refusal::setting(
+                "calibration",
+                "a method that asks a judge",
+                "contrast, which labels by construction"
+            ));
+        }
+        if !(0.0..0.5).contains(&self.tie_margin) {
+            bail!(Refusal::setting("tie_margin", "a number below one half", self.tie_margin));
+        }
+        settings::positive("pairs_weight", self.pairs_weight)?;
+        self.judge.check(self.method)
+    }
 }

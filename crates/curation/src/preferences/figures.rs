@@ -9,7 +9,8 @@ use super::candidates::{Dropped, Samples, n_replies};
 use super::sets::Set;
 use crate::stage::{self, percent};
 
-/// The figures by which a judge's work on a set is known; `own` are the verdicts that count in it.
+/// The figures by which a judge's work on a set is known; `own` are the verdicts that count in it, by `virtues`. Without virtues there
+/// was no judge: no figure of one is given.
 pub(super) fn summary(
     set: &Set,
     own: &[&JudgementRow],
@@ -18,7 +19,7 @@ pub(super) fn summary(
     dropped: &Dropped,
     prompts: &[Samples],
 ) -> Value {
-    let n_judged = own.len() / virtues.len();
+    let n_judged = own.len().checked_div(virtues.len()).unwrap_or_default();
     let n_cut: usize = prompts.iter().map(|samples| samples.n_cut(set.aspect)).sum();
     let verdicts = Verdicts::of(own.iter().copied());
     let mut votes = Map::new();
@@ -31,6 +32,14 @@ pub(super) fn summary(
             virtue.name().to_owned(),
             json!({"sample_0": zero, "sample_1": one, "none": none}),
         );
+    }
+    if virtues.is_empty() {
+        return json!({
+            "pairs": pairs.len(), "labelled_by": "construction",
+            "dropped_truncated": dropped.truncated, "dropped_untrimmable": dropped.untrimmable,
+            "dropped_identical": dropped.identical, "truncated_replies": n_cut,
+            "truncated_percent": percent(n_cut, n_replies(prompts)),
+        });
     }
     json!({
         "pairs": pairs.len(), "judged": n_judged, "ties": dropped.ties,
@@ -45,7 +54,7 @@ pub(super) fn summary(
     })
 }
 
-/// The summary of every set as one table: a figure a row, a set a column.
+/// The summary of every set as one table: a figure a row, a set a column; figures that no set has are left out.
 pub(super) fn summary_table(
     counts: &Map<String, Value>,
     sets: &[Set],
@@ -69,8 +78,10 @@ pub(super) fn summary_table(
         let cells = sets.iter().map(|set| cell(&counts[set.name.name()]));
         std::iter::once(name).chain(cells).collect::<Vec<String>>()
     };
+    let is_known = |key: &str| sets.iter().any(|set| counts[set.name.name()].get(key).is_some());
     let mut rows: Vec<Vec<String>> = FIGURES
         .iter()
+        .filter(|(_, key)| is_known(key))
         .map(|(name, key)| row((*name).to_owned(), &|figures| stage::cell(&figures[*key])))
         .collect();
     for virtue in virtues {

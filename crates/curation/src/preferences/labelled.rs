@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::Turns;
 use arete_chain::constitution::listed;
 use arete_chain::pairs::{self, LabelledPair};
+use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PreferenceRow;
-use arete_records::{Aspect, Message, Split, prompt_id, split_of};
+use arete_records::{Aspect, Message, Refusal, Split, prompt_id, split_of};
 use arete_stage::run::StageSpec;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
@@ -16,8 +18,8 @@ use sha2::{Digest, Sha256};
 
 use super::sets::Set;
 use super::{By, PreferencesConfig, write_splits};
+use crate::prompts;
 use crate::stage::{self, Place};
-use crate::{Error, prompts};
 
 /// The stage's name: its results are read as those of `preferences` are.
 pub const STAGE: &str = super::STAGE;
@@ -42,9 +44,9 @@ pub struct LabelledConfig {
 /// # Errors
 ///
 /// Unreadable inputs, pairs without a virtue where they are sorted by it, too few pairs, a full disk.
-pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<(), Error> {
+pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<()> {
     let started = Instant::now();
-    let rows = read(files, config.pairs_aspect.as_deref(), &Turns::default())?;
+    let (rows, mut left_out) = read(files, config.pairs_aspect.as_deref(), &Turns::default())?;
     let spec = StageSpec {
         stage: STAGE,
         output,
@@ -58,7 +60,10 @@ pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<
     for row in &rows {
         let aspect = config.by.has_aspects().then(|| row.aspect.name());
         let virtue = row.pair.about.map(|about| about.virtue.name());
-        n_without += usize::from(config.by.has_virtues() && virtue.is_none());
+        if config.by.has_virtues() && virtue.is_none() {
+            n_without += 1;
+            left_out.push(pairs::of_row(row.file, row.pair.row, "names no virtue"));
+        }
         for name in aspect.into_iter().chain(virtue.filter(|_| config.by.has_virtues())) {
             sorted.entry(name).or_default().push((row.split, row.row()));
         }
@@ -66,29 +71,30 @@ pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<
     if n_without > 0 {
         tracing::warn!(n_without, "pairs left out: they name no virtue");
     }
+    left_out::write(run.output(), &left_out)?;
     for (name, pairs) in &sorted {
         let n_train = pairs.iter().filter(|(split, _)| *split == Split::Train).count();
         if n_train < config.min_pairs {
-            return Err(too_few(files, format!("{n_train} of {name}"), config.min_pairs));
+            bail!(too_few(files, format!("{n_train} of {name}"), config.min_pairs));
         }
         write_splits(output, name, pairs)?;
         tracing::info!(name, pairs = pairs.len(), train = n_train, "labelled pairs");
         counts.insert((*name).to_owned(), json!({"pairs": pairs.len(), "train": n_train}));
     }
     if sorted.is_empty() {
-        return Err(too_few(files, format!("none ({n_without} name no virtue)"), config.min_pairs));
+        bail!(too_few(files, format!("none ({n_without} name no virtue)"), config.min_pairs));
     }
     counts.insert("without_virtue".to_owned(), n_without.into());
     stage::finish(run, STAGE, Place::none(), counts, started)
 }
 
-fn too_few(files: &[PathBuf], found: String, min_pairs: usize) -> Error {
-    Error::File {
-        path: files.first().cloned().unwrap_or_default(),
-        field: "pairs".to_owned(),
-        expected: format!("at least {min_pairs} to train on (min_pairs)"),
+fn too_few(files: &[PathBuf], found: String, min_pairs: usize) -> Refusal {
+    Refusal::file(
+        files.first().cloned().unwrap_or_default(),
+        "pairs",
+        format!("at least {min_pairs} to train on (min_pairs)"),
         found,
-    }
+    )
 }
 
 /// The files among a stage's inputs.
@@ -98,7 +104,8 @@ pub(super) fn inputs(files: &[PathBuf]) -> Vec<(String, PathBuf)> {
 
 /// A labelled pair, and where it belongs.
 #[derive(Debug)]
-struct Row {
+struct Row<'a> {
+    file: &'a Path,
     pair: LabelledPair,
     aspect: Aspect,
     split: Split,
@@ -106,7 +113,7 @@ struct Row {
     sides: [Vec<Message>; 2],
 }
 
-impl Row {
+impl Row<'_> {
     fn row(&self) -> PreferenceRow {
         let [chosen, rejected] = self.sides.clone();
         PreferenceRow {
@@ -124,63 +131,64 @@ impl Row {
     }
 }
 
-/// Reads labelled pairs that have a question and two replies; repeated ones once.
-fn read(files: &[PathBuf], aspect: Option<&str>, turns: &Turns) -> Result<Vec<Row>, Error> {
+/// Reads labelled pairs that have a question and two replies, repeated ones once; and what is left out of them.
+fn read<'a>(
+    files: &'a [PathBuf],
+    aspect: Option<&str>,
+    turns: &Turns,
+) -> Result<(Vec<Row<'a>>, Vec<LeftOut>)> {
     let default = match aspect {
         None => turns.answer(),
         Some(name) => {
             let known = turns.names().into_iter().find(|aspect| aspect.name() == name);
-            known.ok_or_else(|| Error::Setting {
-                name: "pairs_aspect",
-                expected: format!("one of {}", listed(&turns.names())),
-                got: name.to_owned(),
+            known.ok_or_else(|| {
+                Refusal::setting("pairs_aspect", format!("one of {}", listed(&turns.names())), name)
             })?
         }
     };
-    let (mut rows, mut seen) = (Vec::new(), HashSet::new());
+    let (mut rows, mut seen) = (Vec::<Row<'_>>::new(), HashSet::new());
+    let mut left_out = Vec::new();
     for path in files {
-        let (mut n_unusable, n_before) = (0, rows.len());
-        for pair in pairs::read(path)? {
+        let (n_left_out, n_before) = (left_out.len(), rows.len());
+        let (pairs, unusable) = pairs::read_pairs(path, &[])?;
+        left_out.extend(unusable);
+        for pair in pairs {
             let [better, worse] =
                 [&pair.chosen, &pair.rejected].map(|side| prompts::tidied(side.messages.clone()));
-            let parts = pairs::part(&better, &worse).filter(|_| pair.is_whole());
-            let Some((question, chosen, rejected)) = parts else {
-                n_unusable += 1;
+            let Some((question, chosen, rejected)) = pairs::part(&better, &worse) else {
+                let reason = "its sides do not part after a question";
+                left_out.push(pairs::of_row(path, pair.row, reason));
                 continue;
             };
             if !seen.insert((better, worse)) {
-                n_unusable += 1;
+                left_out.push(pairs::of_row(path, pair.row, "the same pair as one before"));
                 continue;
             }
-            let split = split_of(&question);
+            let split = pair.split.unwrap_or_else(|| split_of(&question));
             let aspect = pair.about.map_or(default, |about| about.aspect);
-            rows.push(Row { pair, aspect, split, question, sides: [chosen, rejected] });
+            rows.push(Row { file: path, pair, aspect, split, question, sides: [chosen, rejected] });
         }
         tracing::info!(
             path = %path.display(),
             used = rows.len() - n_before,
-            unusable = n_unusable,
+            left_out = left_out.len() - n_left_out,
             "labelled pairs"
         );
     }
-    Ok(rows)
+    Ok((rows, left_out))
 }
 
 /// Labelled pairs to mix in with judged ones.
-pub(super) struct Mixture(Vec<Row>);
+pub(super) struct Mixture<'a>(Vec<Row<'a>>);
 
-impl Mixture {
+impl<'a> Mixture<'a> {
     /// Reads those of split `train`: what is held out examines the judge.
-    pub(super) fn read(config: &PreferencesConfig, turns: &Turns) -> Result<Self, Error> {
+    pub(super) fn read(config: &'a PreferencesConfig, turns: &Turns) -> Result<Self> {
         let weight = config.pairs_weight;
         if !(weight.is_finite() && weight > 0.0) {
-            return Err(Error::Setting {
-                name: "pairs_weight",
-                expected: "a positive number".to_owned(),
-                got: weight.to_string(),
-            });
+            bail!(Refusal::setting("pairs_weight", "a positive number", weight));
         }
-        let mut rows = read(&config.pairs, config.pairs_aspect.as_deref(), turns)?;
+        let (mut rows, _) = read(&config.pairs, config.pairs_aspect.as_deref(), turns)?;
         rows.retain(|row| row.split == Split::Train);
         // In the order of a hash, so that a part of them is a fair one.
         rows.sort_by_cached_key(|row| {
@@ -209,7 +217,7 @@ impl Mixture {
             reason = "a number of pairs"
         )]
         let most = (config.pairs_weight * n_judged as f64).round() as usize;
-        let is_own = |row: &&Row| {
+        let is_own = |row: &&Row<'_>| {
             let virtue = row.pair.about.map(|about| about.virtue);
             row.aspect == set.aspect && (set.virtue.is_none() || set.virtue == virtue)
         };

@@ -1,5 +1,6 @@
 //! Judged pairs: every virtue's verdict on pairs of a prompt's samples, for every aspect; votes to
-//! scores, scores to chosen and rejected. Labelled pairs may be mixed in, or stand alone ([`labelled`]).
+//! scores, scores to chosen and rejected. Where labels follow by construction nobody is asked: there are pairs, and neither verdicts
+//! nor votes. Labelled pairs may be mixed in, or stand alone ([`labelled`]).
 
 mod candidates;
 mod config;
@@ -12,14 +13,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::Constitution;
+use arete_chain::memory::Demand;
 use arete_records::rows::{JudgementRow, PreferenceRow};
-use arete_records::{Split, Virtue, parquet};
+use arete_records::{Refusal, Split, Virtue, files, parquet};
 use arete_stage::interrupt;
-use arete_stage::run::StageSpec;
+use arete_stage::run::{RunJson, StageSpec};
 use serde_json::{Map, json};
 
-use crate::Error;
 use crate::calibrate::Ballot;
 use crate::config::Truncated;
 use crate::conversations;
@@ -27,6 +29,7 @@ use crate::engine::Engine;
 use crate::judge::Method;
 use crate::judge::verdict::{Tally, Verdict, vote};
 use crate::judge::{Judge, Pair};
+use crate::memory;
 use crate::stage::{self, Command, Estimate, Place, Work};
 use crate::words::Words;
 use arete_chain::exemplars::{self, Use};
@@ -57,19 +60,15 @@ pub struct Inputs {
 /// # Errors
 ///
 /// Unreadable inputs, a judge that fails, too few pairs left, a full disk, a signal.
-pub fn run(
-    config: &PreferencesConfig,
-    inputs: &Inputs,
-    output: &Path,
-    work: &Work,
-) -> Result<(), Error> {
+pub fn run(config: &PreferencesConfig, inputs: &Inputs, output: &Path, work: &Work) -> Result<()> {
+    config.check()?;
     let started = Instant::now();
     let words = words(config, inputs)?;
     let prompts = samples_of(&inputs.conversations, &words.turns())?;
     let candidates = Candidates::of(&prompts, &words.turns(), config);
     let place = work.place(|| match config.method {
         Method::Contrast => Ok(Place::none()),
-        _ => Place::of(&config.judge.compute, config.judge.judge_url.as_deref()),
+        _ => Place::of(&config.judge.compute, config.judge.urls().and_then(<[_]>::first)),
     })?;
     let ballot = ballot(config, &words)?;
     let without_vote = ballot.as_ref().map_or(&[][..], |ballot| ballot.without_vote.as_slice());
@@ -92,9 +91,14 @@ pub fn run(
     let shard = config.shard;
     let units = Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard };
     match work {
+        _ if config.method == Method::Contrast => {} // nobody is asked
         Work::Adopt { parts, .. } => units.adopt(parts)?,
         Work::Compute => {
-            let (missing, n_missing) = units.missing();
+            let (missing, n_missing) = units.missing()?;
+            if let (Some(judge), false) = (&inputs.judge, missing.is_empty()) {
+                let demand = demand(config, inputs, &words);
+                memory::admit(STAGE, &demand, judge, &config.judge.compute)?;
+            }
             let tribunal = Tribunal::open(config, inputs, &words, !missing.is_empty())?;
             let judge = tribunal.judge(config)?;
             if let (Some(judge), Some(ballot)) = (&judge, &ballot) {
@@ -105,7 +109,7 @@ pub fn run(
             let progress =
                 arete_records::progress::start("judging", "prompts", prompts.len() as u64);
             progress.skip((prompts.len() - n_missing) as u64);
-            units.run::<_, Error>(|items| {
+            units.run::<_, anyhow::Error>(|items| {
                 interrupt::check()?;
                 let n_items = items.len() as u64;
                 let chosen: Vec<&Candidate> =
@@ -135,7 +139,10 @@ pub fn run(
         .write(output)?;
         return stage::finish(run, STAGE, place, Map::new(), started);
     }
-    let rows: Vec<JudgementRow> = units.join()?;
+    let rows: Vec<JudgementRow> = match config.method {
+        Method::Contrast => Vec::new(),
+        _ => units.join()?,
+    };
     let mut counts = Map::new();
     counts.insert("prompts".to_owned(), json!(prompts.len()));
     counts.insert("judgements".to_owned(), json!(rows.len()));
@@ -144,12 +151,15 @@ pub fn run(
         counts.insert("without_vote".to_owned(), json!(names));
     }
     for set in &sets {
-        let (pairs, dropped) = pairs_of(set, &candidates, &prompts, &rows, without_vote, config);
+        let (pairs, dropped) = pairs_of(set, &candidates, &prompts, &rows, without_vote, config)?;
         candidates.check(set.name, pairs.len(), &dropped, config)?;
         let n_train = pairs.iter().filter(|(split, _)| *split == Split::Train).count();
         let mixed = mixture.of(set, n_train, config);
         let judged: Vec<&JudgementRow> = rows.iter().filter(|row| set.counts(row)).collect();
-        let virtues = set.virtue.map_or_else(|| words.virtues(), |virtue| vec![virtue]);
+        let virtues = match config.method {
+            Method::Contrast => Vec::new(),
+            _ => set.virtue.map_or_else(|| words.virtues(), |virtue| vec![virtue]),
+        };
         let mut figures = summary(set, &judged, &virtues, &pairs, &dropped, &prompts);
         if !config.pairs.is_empty() {
             figures["labelled"] = mixed.len().into();
@@ -157,7 +167,8 @@ pub fn run(
         write_splits(output, set.name.name(), &[pairs, mixed].concat())?;
         counts.insert(set.name.name().to_owned(), figures);
     }
-    let table = summary_table(&counts, &sets, &words.virtues());
+    let virtues = if rows.is_empty() { Vec::new() } else { words.virtues() };
+    let table = summary_table(&counts, &sets, &virtues);
     tracing::info!("preferences\n{table}");
     stage::finish(run, STAGE, place, counts, started)
 }
@@ -167,17 +178,14 @@ pub fn run(
 /// # Errors
 ///
 /// As [`run`]; nothing is written.
-pub fn estimate(
-    config: &PreferencesConfig,
-    inputs: &Inputs,
-    output: &Path,
-) -> Result<Estimate, Error> {
+pub fn estimate(config: &PreferencesConfig, inputs: &Inputs, output: &Path) -> Result<Estimate> {
+    config.check()?;
     let words = words(config, inputs)?;
     let prompts = samples_of(&inputs.conversations, &words.turns())?;
     let candidates = Candidates::of(&prompts, &words.turns(), config);
     let units =
         Units { output, name: JUDGEMENTS.to_owned(), n_items: prompts.len(), shard: config.shard };
-    let (missing, n_missing) = units.missing();
+    let (missing, n_missing) = units.missing()?;
     let to_do: Vec<&Candidate> = candidates
         .all
         .iter()
@@ -215,32 +223,27 @@ pub fn estimate(
             seconds = Some((per_pair_s * pairs.len() as f64).ceil());
         }
     }
-    Ok(Estimate { stage: STAGE, counts, n_tokens, seconds })
+    let demand = demand(config, inputs, &words);
+    let memory = memory::of_stage(demand, inputs.judge.as_deref(), &config.judge.compute)?;
+    Ok(Estimate { stage: STAGE, counts, n_tokens, seconds, memory })
+}
+
+/// What is counted of the judge's memory: what is judged is as long as what was sampled.
+fn demand(config: &PreferencesConfig, inputs: &Inputs, words: &Words) -> Demand {
+    let sampled = RunJson::read(&inputs.conversations).ok();
+    let sampled = sampled.and_then(|run| run.config.get("max_new_tokens")?.as_u64());
+    let most = sampled.map_or(96, |most| most as usize);
+    memory::of_preferences(config, words.turns().len(), most)
 }
 
 /// The constitution given, or carried by the conversations.
-fn words(config: &PreferencesConfig, inputs: &Inputs) -> Result<Words, Error> {
+fn words(config: &PreferencesConfig, inputs: &Inputs) -> Result<Words> {
     Words::of(config.judge.constitution.as_deref(), Some(&inputs.conversations))
 }
 
 /// Who may vote, if a calibration says so.
-fn ballot(config: &PreferencesConfig, words: &Words) -> Result<Option<Ballot>, Error> {
-    if config.by.has_virtues() && config.method == Method::Contrast {
-        return Err(Error::Setting {
-            name: "by",
-            expected: "aspect, for the method contrast labels by construction and knows no virtue"
-                .to_owned(),
-            got: format!("{:?}", config.by).to_lowercase(),
-        });
-    }
+fn ballot(config: &PreferencesConfig, words: &Words) -> Result<Option<Ballot>> {
     let Some(path) = &config.calibration else { return Ok(None) };
-    if config.method == Method::Contrast {
-        return Err(Error::Setting {
-            name: "calibration",
-            expected: "a method that asks a judge".to_owned(),
-            got: "contrast, which labels by construction".to_owned(),
-        });
-    }
     let few_shot = config.judge.few_shot;
     Ballot::read(path, &words.virtues(), config.method, few_shot).map(Some)
 }
@@ -258,16 +261,18 @@ impl<'w> Tribunal<'w> {
         inputs: &Inputs,
         words: &'w Words,
         needed: bool,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         let mut tribunal = Self { engine: None, constitution: None, exemplars: Vec::new() };
         if config.method == Method::Contrast || !needed {
             return Ok(tribunal);
         }
         let judge = &config.judge;
-        let model = inputs.judge.as_deref().ok_or_else(|| Error::Setting {
-            name: "judge",
-            expected: format!("a model for the method {}", config.method.name()),
-            got: "none".to_owned(),
+        let model = inputs.judge.as_deref().ok_or_else(|| {
+            Refusal::setting(
+                "judge",
+                format!("a model for the method {}", config.method.name()),
+                "none",
+            )
         })?;
         tribunal.constitution = Some(words.constitution()?);
         if judge.few_shot > 0 {
@@ -276,7 +281,7 @@ impl<'w> Tribunal<'w> {
         tribunal.engine = Some(stage::open_engine(
             model,
             judge.judge_adapter.as_deref(),
-            judge.judge_url.as_deref(),
+            judge.urls(),
             &judge.compute,
             &judge.server,
             config.method.needs_logprobs(),
@@ -284,7 +289,7 @@ impl<'w> Tribunal<'w> {
         Ok(tribunal)
     }
 
-    fn judge<'a>(&'a self, config: &'a PreferencesConfig) -> Result<Option<Judge<'a>>, Error> {
+    fn judge<'a>(&'a self, config: &'a PreferencesConfig) -> Result<Option<Judge<'a>>> {
         let (Some(engine), Some(constitution)) = (&self.engine, self.constitution) else {
             return Ok(None);
         };
@@ -297,7 +302,7 @@ fn spec<'a>(
     inputs: &Inputs,
     output: &'a Path,
     words: &Words,
-) -> Result<StageSpec<'a>, Error> {
+) -> Result<StageSpec<'a>> {
     let mut settings = crate::config::recorded(config);
     if config.by == By::default() {
         // Not recorded: results of versions that knew nothing else stay.
@@ -315,13 +320,13 @@ fn spec<'a>(
     if config.method != Method::Contrast {
         let judge = &config.judge;
         if judge.few_shot > 0 {
-            files.push(("exemplars".to_owned(), judge.exemplars.clone()));
+            files.push(("exemplars".to_owned(), files::shipped(&judge.exemplars)));
         }
         if let Some(adapter) = &judge.judge_adapter {
             files.push(("judge_adapter".to_owned(), adapter.clone()));
         }
         if let Some(model) = &inputs.judge {
-            let remote = judge.judge_url.is_some();
+            let remote = judge.urls().is_some();
             crate::config::record_model("judge", model, remote, &mut settings, &mut files)?;
         }
     }
@@ -342,27 +347,14 @@ fn judgements(
     prompts: &[Samples],
     electorate: &Electorate<'_>,
     config: &PreferencesConfig,
-) -> Result<Vec<JudgementRow>, Error> {
+) -> Result<Vec<JudgementRow>> {
     let Electorate { judge, virtues, without_vote } = *electorate;
-    let verdicts = match judge {
-        Some(judge) => {
-            let pairs: Vec<Pair> =
-                candidates.iter().map(|candidate| candidate.pair.clone()).collect();
-            let verdicts = judge.verdicts(&pairs)?;
-            if config.min_pairs > 0 {
-                judge.check_heard(&verdicts)?;
-            }
-            verdicts
-        }
-        None => candidates
-            .iter()
-            .map(|candidate| {
-                by_construction(&prompts[candidate.prompt])
-                    .map(|verdict| vec![verdict; virtues.len()])
-            })
-            .collect::<Result<_, _>>()?,
-    };
-    let name = judge.map_or("construction", Judge::name);
+    let judge = judge.expect("units are missing, so the tribunal is open");
+    let pairs: Vec<Pair> = candidates.iter().map(|candidate| candidate.pair.clone()).collect();
+    let verdicts = judge.verdicts(&pairs)?;
+    if config.min_pairs > 0 {
+        judge.check_heard(&verdicts)?;
+    }
     let mut rows = Vec::new();
     for (candidate, verdicts) in candidates.iter().zip(verdicts) {
         let samples = &prompts[candidate.prompt];
@@ -375,7 +367,7 @@ fn judgements(
                 aspect: candidate.aspect,
                 virtue,
                 method: config.method.name().to_owned(),
-                judge: name.to_owned(),
+                judge: judge.name().to_owned(),
                 p_ab: stored(verdict.p_ab),
                 p_ba: stored(verdict.p_ba),
                 p_sample0: stored(verdict.p_sample0),
@@ -388,7 +380,7 @@ fn judgements(
 }
 
 /// The verdict of contrastive sampling: the sample of the virtuous persona or of the tuned model, for certain.
-fn by_construction(samples: &Samples) -> Result<Verdict, Error> {
+fn by_construction(samples: &Samples) -> Result<Verdict> {
     let personas: Vec<Option<&str>> =
         samples.samples.iter().map(|sample| sample.persona.as_deref()).collect();
     let better = match personas[..] {
@@ -397,14 +389,13 @@ fn by_construction(samples: &Samples) -> Result<Verdict, Error> {
         [Some(conversations::VICIOUS), Some(conversations::VIRTUOUS)]
         | [Some(conversations::ORIGINAL), Some(conversations::TUNED)] => 1,
         _ => {
-            return Err(Error::Setting {
-                name: "method",
-                expected:
-                    "conversations sampled with personas = \"contrast\" or \"original\" for the \
+            bail!(Refusal::setting(
+                "method",
+                "conversations sampled with personas = \"contrast\" or \"original\" for the \
                            method contrast"
-                        .to_owned(),
-                got: format!("personas {personas:?} of prompt {}", samples.samples[0].prompt_id),
-            });
+                    .to_owned(),
+                format!("personas {personas:?} of prompt {}", samples.samples[0].prompt_id)
+            ));
         }
     };
     Ok(Verdict { p_ab: None, p_ba: None, p_sample0: Some(if better == 0 { 1.0 } else { 0.0 }) })
@@ -418,21 +409,27 @@ fn pairs_of(
     judgements: &[JudgementRow],
     without_vote: &[Virtue],
     config: &PreferencesConfig,
-) -> (Vec<(Split, PreferenceRow)>, Dropped) {
+) -> Result<(Vec<(Split, PreferenceRow)>, Dropped)> {
     let mut by_pair: HashMap<&str, Vec<&JudgementRow>> = HashMap::new();
     let counts = |row: &&JudgementRow| set.counts(row) && !without_vote.contains(&row.virtue);
     for row in judgements.iter().filter(counts) {
         by_pair.entry(&row.prompt_id).or_default().push(row);
     }
     let mut dropped = candidates.dropped.get(&set.aspect).copied().unwrap_or_default();
-    let judged: Vec<(&Candidate, Tally)> = (candidates.all.iter())
+    let judged = (candidates.all.iter())
         .filter(|candidate| candidate.aspect == set.aspect)
         .map(|candidate| {
-            let id = prompts[candidate.prompt].pair_id(candidate.samples);
+            let samples = &prompts[candidate.prompt];
+            if config.method == Method::Contrast {
+                let verdict = by_construction(samples)?;
+                let verdict = if config.flip { verdict.flipped() } else { verdict };
+                return Ok((candidate, Tally { votes: [0, 0], p_sample0: verdict.p_sample0 }));
+            }
+            let id = samples.pair_id(candidate.samples);
             let own = by_pair.get(id.as_str()).map_or(&[][..], Vec::as_slice);
-            (candidate, Tally::of(own.iter().copied()))
+            Ok((candidate, Tally::of(own.iter().copied())))
         })
-        .collect();
+        .collect::<Result<Vec<(&Candidate, Tally)>>>()?;
     let judged = match config.pairing {
         Pairing::All => judged,
         Pairing::BestWorst => pairing::best_worst(judged),
@@ -440,7 +437,11 @@ fn pairs_of(
     let mut pairs = Vec::new();
     for (candidate, tally) in judged {
         let samples = &prompts[candidate.prompt];
-        match prefer(candidate, samples, &tally, config.ties, config.truncated) {
+        let ties = match config.method {
+            Method::Contrast => Ties::Probability, // no votes, but no tie
+            _ => config.ties,
+        };
+        match prefer(candidate, samples, &tally, ties, config.truncated) {
             Some(pair) => pairs.push((samples.samples[0].split, pair)),
             None => {
                 dropped.ties += 1;
@@ -448,7 +449,7 @@ fn pairs_of(
             }
         }
     }
-    (pairs, dropped)
+    Ok((pairs, dropped))
 }
 
 /// The row of a decided pair; `None` for a tie.
@@ -483,7 +484,7 @@ fn prefer(
 
 /// Writes one file a split. A split without pairs gets none: `datasets.load_dataset` refuses a
 /// directory that holds an empty one.
-fn write_splits(output: &Path, name: &str, pairs: &[(Split, PreferenceRow)]) -> Result<(), Error> {
+fn write_splits(output: &Path, name: &str, pairs: &[(Split, PreferenceRow)]) -> Result<()> {
     let dir = output.join(name);
     fs_err::create_dir_all(&dir)?;
     for split in Split::ALL {
@@ -649,5 +650,10 @@ mod tests {
             error.contains("motivation 100.0 %") && error.contains("max_new_tokens"),
             "{error}"
         );
+        // Where nothing was cut and nothing left out, neither is advised.
+        let nothing = Default::default();
+        let error = candidates.check(Aspect::ACTION, 3, &nothing, &config).unwrap_err().to_string();
+        assert!(error.contains("use more prompts, or a lower min_pairs"), "{error}");
+        assert!(!error.contains("max_new_tokens") && !error.contains("ties ="), "{error}");
     }
 }

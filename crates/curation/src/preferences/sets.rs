@@ -1,12 +1,12 @@
 //! What the preferences are about: a set, and with it a reward model, for each turn, for each virtue, or for both.
 
+use anyhow::Result;
 use arete_chain::Turns;
 use arete_chain::constitution::listed;
 use arete_records::rows::JudgementRow;
-use arete_records::{Aspect, Virtue};
+use arete_records::{Aspect, Refusal, Virtue};
 
 use super::By;
-use crate::Error;
 
 /// Preferences that a reward model of their own learns from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,8 +29,8 @@ impl Set {
     ///
     /// # Errors
     ///
-    /// [`Error::Records`] for a virtue whose name means something else in our files.
-    pub(super) fn of_virtue(virtue: Virtue, answer: Aspect) -> Result<Self, Error> {
+    /// A file's failure for a virtue whose name means something else in our files.
+    pub(super) fn of_virtue(virtue: Virtue, answer: Aspect) -> Result<Self> {
         let name = Aspect::new(virtue.name())?;
         Ok(Self { name, aspect: answer, virtue: Some(virtue) })
     }
@@ -50,13 +50,13 @@ pub(super) fn judged(by: By, turns: &Turns) -> Vec<Aspect> {
 ///
 /// # Errors
 ///
-/// [`Error::Setting`] if a virtue is called as a turn, or none of them has a vote.
+/// A refused setting if a virtue is called as a turn, or none of them has a vote.
 pub(super) fn of(
     by: By,
     turns: &Turns,
     virtues: &[Virtue],
     without_vote: &[Virtue],
-) -> Result<Vec<Set>, Error> {
+) -> Result<Vec<Set>> {
     let mut sets = Vec::new();
     if by.has_aspects() {
         sets.extend(turns.names().into_iter().map(Set::of_aspect));
@@ -64,9 +64,8 @@ pub(super) fn of(
     if !by.has_virtues() {
         return Ok(sets);
     }
-    let refuse = |expected: &str, got: String| {
-        Err(Error::Setting { name: "by", expected: expected.to_owned(), got })
-    };
+    let refuse =
+        |expected: &str, got: String| Err(Refusal::setting("by", expected.to_owned(), got).into());
     if without_vote.len() == virtues.len() {
         return refuse("aspect, unless a virtue has a vote", "none has".to_owned());
     }

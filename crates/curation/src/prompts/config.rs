@@ -1,6 +1,8 @@
 //! What can be set about prompts.
 
+use anyhow::Result;
 use arete_records::table::Column;
+use arete_stage::settings;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -40,4 +42,15 @@ pub struct PromptsConfig {
     /// Seed of the spread
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+impl PromptsConfig {
+    /// Refuses what the stage cannot use, before it begins.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check(&self) -> Result<()> {
+        Ok(settings::at_least("max_chars", self.max_chars, 1)?)
+    }
 }

@@ -1,84 +1,35 @@
 //! Where prompts come from: files and directories here, data sets of the hub, standard input and pipes.
 
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use arete_records::left_out;
+use anyhow::{Result, bail};
 use arete_records::table::{self, Format};
+use arete_records::{Refusal, left_out};
+use arete_stage::inputs::Piped;
 
-use crate::Error;
-
-/// Most bytes that are taken from a pipe.
-const MAX_PIPED_BYTES: u64 = 1 << 30;
-
-/// Inputs as paths, and what holds those that had to be copied.
-pub(super) struct Local {
-    pub(super) paths: Vec<PathBuf>,
-    /// Copies of what can be read once only; gone with this.
-    _copies: Option<tempfile::TempDir>,
-}
-
-impl Local {
-    /// What exists here as it is, what looks like a hub id downloaded, `-` and pipes copied: they are hashed first and read
-    /// afterwards.
-    ///
-    /// # Errors
-    ///
-    /// A hub that cannot be reached, a pipe that gives more than a GiB, a full disk.
-    pub(super) fn of(inputs: &[String]) -> Result<Self, Error> {
-        let (mut paths, mut copies) = (Vec::new(), None);
-        for (idx, input) in inputs.iter().enumerate() {
-            let path = PathBuf::from(input);
-            if input == "-" {
-                let standard: &mut dyn Read = &mut std::io::stdin().lock();
-                paths.push(copied(&mut copies, idx, Path::new("stdin"), standard)?);
-            } else if path.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
-                let mut file = fs_err::File::open(&path)?;
-                paths.push(copied(&mut copies, idx, &path, &mut file)?);
-            } else if path.exists() || !is_hub_id(input) {
-                paths.push(path);
-            } else {
-                let found = arete_model::hub::data_set(input).map_err(|error| match error {
-                    arete_model::Error::Hub { what, reason } => {
-                        let reason =
-                            format!("{reason}; and here is no file or directory `{input}`");
-                        arete_model::Error::Hub { what, reason }
-                    }
-                    other => other,
-                })?;
-                paths.extend(of_splits(files(&[found])?));
-            }
+/// What exists here as it is, what looks like a hub id downloaded, `-` and pipes copied.
+///
+/// # Errors
+///
+/// A hub that cannot be reached, a pipe that gives more than a GiB, a full disk.
+pub(super) fn local(inputs: &[String], piped: &mut Piped) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for input in inputs {
+        let path = PathBuf::from(input);
+        if input == "-" || path.exists() || !is_hub_id(input) {
+            paths.push(piped.local(&path)?);
+            continue;
         }
-        Ok(Self { paths, _copies: copies })
+        let found = arete_model::hub::data_set(input).map_err(|error| match error {
+            arete_model::Error::Hub { what, reason } => {
+                let reason = format!("{reason}; and here is no file or directory `{input}`");
+                arete_model::Error::Hub { what, reason }
+            }
+            other => other,
+        })?;
+        paths.extend(of_splits(files(&[found])?));
     }
-}
-
-/// What a reader gives as a file of the name of `path`.
-fn copied(
-    copies: &mut Option<tempfile::TempDir>,
-    idx: usize,
-    path: &Path,
-    reader: &mut dyn Read,
-) -> Result<PathBuf, Error> {
-    let dir = match copies {
-        Some(dir) => dir,
-        None => copies.insert(tempfile::tempdir()?),
-    };
-    let own = dir.path().join(idx.to_string());
-    fs_err::create_dir(&own)?;
-    let target = own.join(path.file_name().unwrap_or("input".as_ref()));
-    let mut file = fs_err::File::create(&target)?;
-    let n_bytes = std::io::copy(&mut reader.take(MAX_PIPED_BYTES + 1), &mut file)?;
-    file.flush()?;
-    if n_bytes > MAX_PIPED_BYTES {
-        return Err(Error::File {
-            path: path.to_owned(),
-            field: "size".to_owned(),
-            expected: format!("at most {MAX_PIPED_BYTES} bytes from a pipe"),
-            found: "more".to_owned(),
-        });
-    }
-    Ok(target)
+    Ok(paths)
 }
 
 /// Of a data set's files those that belong to a split by their name, or all if none does: as
@@ -102,19 +53,23 @@ pub(super) fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
 }
 
 /// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a
-/// directory here, which makes it a mistyped path.
-fn is_hub_id(text: &str) -> bool {
+/// directory here or `name` that of a data file, which makes it a mistyped path.
+pub fn is_hub_id(text: &str) -> bool {
     let plain = |part: &str| {
         !part.is_empty()
             && !part.starts_with('.')
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c))
     };
     let parts: Vec<&str> = text.split('/').collect();
-    parts.len() >= 2 && parts.iter().all(|part| plain(part)) && !Path::new(parts[0]).exists()
+    let is_file = parts.len() == 2 && Format::of(Path::new(text)).is_some();
+    parts.len() >= 2
+        && parts.iter().all(|part| plain(part))
+        && !is_file
+        && !Path::new(parts[0]).exists()
 }
 
 /// The files named, directories replaced by the data files in them at any depth, sorted by path.
-pub(super) fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
+pub(super) fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut out = Vec::new();
     for input in inputs {
         if !input.is_dir() {
@@ -124,12 +79,12 @@ pub(super) fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
         let mut inside = Vec::new();
         collect(input, MAX_DEPTH, &mut inside)?;
         if inside.is_empty() {
-            return Err(Error::File {
-                path: input.clone(),
-                field: "directory".to_owned(),
-                expected: format!("at least one file: {}", table::READABLE),
-                found: "none".to_owned(),
-            });
+            bail!(Refusal::file(
+                input,
+                "directory",
+                format!("at least one file: {}", table::READABLE),
+                "none"
+            ));
         }
         inside.sort();
         out.extend(inside);
@@ -152,7 +107,9 @@ const NO_DATA: [&str; 8] = [
     left_out::FILE,
 ];
 
-fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), Error> {
+fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<()> {
+    // The results of a stage of ours: its table alone, neither records of the work nor the same rows by split.
+    let is_stage = dir.join("run.json").is_file();
     for entry in fs_err::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase());
@@ -160,11 +117,12 @@ fn collect(dir: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), Error
         if name.as_ref().is_some_and(|name| name.starts_with(['.', '_'])) {
             continue;
         }
-        if path.is_dir() && depth > 1 {
+        if path.is_dir() && depth > 1 && !is_stage {
             collect(&path, depth - 1, out)?;
         } else if path.is_file() && !name.is_some_and(|name| NO_DATA.contains(&name.as_str())) {
             // A text in a directory is a licence or a note as often as not: it is named to be read.
-            if Format::of(&path).is_some_and(|format| format != Format::Text) {
+            let format = Format::of(&path).filter(|format| *format != Format::Text);
+            if format.is_some_and(|format| !is_stage || format == Format::Parquet) {
                 out.push(path);
             }
         }

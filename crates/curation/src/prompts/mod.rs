@@ -8,20 +8,25 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use arete_chain::pairs::{self, FieldError};
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PromptRow;
 use arete_records::table::{self, Column};
-use arete_records::{Message, Role, Split, fill_splits, normalise, parquet, prompt_id, split_of};
+use arete_records::{
+    Message, Refusal, Role, Split, fill_splits, normalise, parquet, prompt_id, split_of,
+};
+use arete_stage::inputs::Piped;
 use arete_stage::run::StageSpec;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::Error;
+use crate::splits;
 use crate::stage::{self, Estimate, Place};
 
 pub use self::config::PromptsConfig;
-use self::inputs::{Local, files};
+pub use self::inputs::is_hub_id;
+use self::inputs::{files, local};
 
 /// How much of a conversation becomes the prompt.
 #[derive(
@@ -98,10 +103,11 @@ pub const STAGE: &str = "prompts";
 /// # Errors
 ///
 /// Those of [`gather`], a hub that cannot be reached, a full disk.
-pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(), Error> {
+pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<()> {
+    config.check()?;
     let started = Instant::now();
-    let local = Local::of(inputs)?;
-    let paths = &local.paths;
+    let mut piped = Piped::default();
+    let paths = &local(inputs, &mut piped)?;
     let mut files: Vec<(String, PathBuf)> = Vec::new();
     for (idx, path) in paths.iter().enumerate() {
         files.push((format!("input_{idx}"), path.clone()));
@@ -136,6 +142,7 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
         tracing::info!(source, n, "prompts from");
     }
     parquet::write(output.join("prompts.parquet"), &rows)?;
+    splits::write(output, STAGE, &rows, |row| row.split)?;
     let mut recorded = match serde_json::to_value(counts) {
         Ok(Value::Object(recorded)) => recorded,
         _ => unreachable!("counts are a table"),
@@ -154,13 +161,25 @@ pub fn run(config: &PromptsConfig, inputs: &[String], output: &Path) -> Result<(
 /// # Errors
 ///
 /// As [`run`]; nothing is written.
-pub fn estimate(config: &PromptsConfig, inputs: &[String]) -> Result<Estimate, Error> {
-    let counts = gather(&Local::of(inputs)?.paths, &selection(config))?.counts;
+pub fn estimate(config: &PromptsConfig, inputs: &[String]) -> Result<Estimate> {
+    config.check()?;
+    let mut piped = Piped::default();
+    let counts = gather(&local(inputs, &mut piped)?, &selection(config))?.counts;
     let counts = match serde_json::to_value(counts) {
         Ok(Value::Object(counts)) => counts,
         _ => unreachable!("counts are a table"),
     };
-    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds: None })
+    Ok(Estimate { stage: STAGE, counts, n_tokens: None, seconds: None, memory: None })
+}
+
+/// How many prompts of each split a run would leave: train, validation, test.
+///
+/// # Errors
+///
+/// As [`gather`].
+pub fn splits(config: &PromptsConfig, inputs: &[PathBuf]) -> Result<[usize; 3]> {
+    let rows = gather(inputs, &selection(config))?.rows;
+    Ok(Split::ALL.map(|split| rows.iter().filter(|row| row.split == split).count()))
 }
 
 fn selection(config: &PromptsConfig) -> Selection {
@@ -185,16 +204,18 @@ fn selection(config: &PromptsConfig) -> Selection {
 /// # Errors
 ///
 /// An unreadable or damaged file, too many records without a usable prompt, or no prompts at all.
-pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered, Error> {
+pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
     let mut counts = Counts::default();
     let mut seen = HashSet::new();
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
     for path in files(inputs)? {
         let default_source = table::stem(&path);
         let mut wrong = Vec::new();
-        let records = table::read_renamed(&path, &selection.columns)?;
-        let n_records = records.len();
-        for (line, record) in records {
+        let table = table::read_renamed(&path, &selection.columns)?;
+        let n_records = table.n_rows();
+        counts.read += table.unreadable.len();
+        wrong.extend(pairs::unreadable(table.unreadable));
+        for (line, record) in table.records {
             counts.read += 1;
             let messages = match prompt_of(&record, selection.context) {
                 Ok(messages) => messages,
@@ -232,15 +253,15 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered, Err
         left_out.extend(pairs::leave_out(&path, wrong, n_records)?);
     }
     if rows.is_empty() {
-        return Err(Error::File {
-            path: inputs.first().cloned().unwrap_or_default(),
-            field: "prompts".to_owned(),
-            expected: "at least one usable prompt".to_owned(),
-            found: format!(
+        bail!(Refusal::file(
+            inputs.first().cloned().unwrap_or_default(),
+            "prompts",
+            "at least one usable prompt",
+            format!(
                 "{} records, {} empty, {} longer than {} characters",
                 counts.read, counts.empty, counts.too_long, selection.max_chars
-            ),
-        });
+            )
+        ));
     }
     rows.sort_by_cached_key(|row| spread_key(selection.seed, &row.prompt_id));
     fill(&mut rows);
@@ -354,10 +375,7 @@ mod tests {
     use super::*;
 
     /// Rows and counts, as most tests want them.
-    fn gather(
-        inputs: &[PathBuf],
-        selection: &Selection,
-    ) -> Result<(Vec<PromptRow>, Counts), Error> {
+    fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<(Vec<PromptRow>, Counts)> {
         super::gather(inputs, selection).map(|found| (found.rows, found.counts))
     }
 
@@ -383,6 +401,36 @@ mod tests {
         let mut out: Vec<String> = rows.iter().map(|row| dialogue::format(&row.prompt)).collect();
         out.sort();
         out
+    }
+
+    #[test]
+    fn a_stage_s_folder_gives_its_table_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("prompts");
+        fs_err::create_dir_all(own.join("splits")).unwrap();
+        let names = [
+            "run.json",
+            "machine.json",
+            "timings.jsonl",
+            "prompts.parquet",
+            "splits/train.parquet",
+        ];
+        names.iter().for_each(|name| fs_err::write(own.join(name), "").unwrap());
+        assert_eq!(files(std::slice::from_ref(&own)).unwrap(), [own.join("prompts.parquet")]);
+        // Elsewhere a folder of that name holds data.
+        fs_err::remove_file(own.join("run.json")).unwrap();
+        let found = files(std::slice::from_ref(&own)).unwrap();
+        assert!(found.contains(&own.join("splits/train.parquet")), "{found:?}");
+    }
+
+    #[test]
+    fn the_hub_is_asked_for_owner_and_name_alone() {
+        for id in ["Anthropic/hh-rlhf", "owner/name@v1", "owner/name/data/train.parquet"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in ["nothere.jsonl", "nothere/data.jsonl", "nothere/data.csv.gz", "/abs/path"] {
+            assert!(!is_hub_id(path), "{path}");
+        }
     }
 
     #[test]
@@ -566,10 +614,11 @@ mod tests {
             let pipe = pipe.clone();
             move || fs_err::write(pipe, "prompt\nIs it fair?\n").unwrap()
         });
-        let local = Local::of(&[pipe.to_str().unwrap().to_owned()]).unwrap();
+        let mut piped = Piped::default();
+        let paths = local(&[pipe.to_str().unwrap().to_owned()], &mut piped).unwrap();
         writer.join().unwrap();
         for _ in 0..2 {
-            let (rows, _) = gather(&local.paths, &selection()).unwrap();
+            let (rows, _) = gather(&paths, &selection()).unwrap();
             assert_eq!(contents(&rows), ["\n\nHuman: Is it fair?"]);
             assert_eq!(rows[0].source, "questions");
         }

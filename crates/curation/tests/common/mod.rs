@@ -13,6 +13,8 @@ pub(crate) enum Answer {
     Http(u16, &'static str, String),
     /// Headers that promise more than comes.
     CutOff,
+    /// Not a byte, as from a process that is killed.
+    Nothing,
 }
 
 /// A running server.
@@ -22,14 +24,22 @@ pub(crate) struct Server {
     pub(crate) most_at_once: Arc<AtomicUsize>,
 }
 
-/// Serves until the test process ends. `answer` gets a request's number (from 0) and body.
+/// Serves chat until the test process ends; any other path is not there. `answer` gets a request's number (from 0) and body.
 pub(crate) fn serve(answer: impl Fn(usize, &Value) -> Answer + Send + Sync + 'static) -> Server {
+    serve_paths(|_, _| Answer::Http(404, "", "no such path".to_owned()), answer)
+}
+
+/// [`serve`], and what another path answers to a body.
+pub(crate) fn serve_paths(
+    elsewhere: impl Fn(&str, &Value) -> Answer + Send + Sync + 'static,
+    answer: impl Fn(usize, &Value) -> Answer + Send + Sync + 'static,
+) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let requests = Arc::new(Mutex::new(Vec::new()));
     let (at_once, most_at_once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (log, most) = (Arc::clone(&requests), Arc::clone(&most_at_once));
-    let answer = Arc::new(answer);
+    let answer = Arc::new((elsewhere, answer));
     let number = Arc::new(AtomicUsize::new(0));
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -38,7 +48,11 @@ pub(crate) fn serve(answer: impl Fn(usize, &Value) -> Answer + Send + Sync + 'st
                 (Arc::clone(&answer), Arc::clone(&log), Arc::clone(&number));
             let (at_once, most) = (Arc::clone(&at_once), Arc::clone(&most));
             std::thread::spawn(move || {
-                let Some(body) = read(&stream) else { return };
+                let Some((path, body)) = read(&stream) else { return };
+                let (elsewhere, answer) = &*answer;
+                if path != "/v1/chat/completions" {
+                    return write(stream, elsewhere(&path, &body));
+                }
                 let now = at_once.fetch_add(1, Ordering::SeqCst) + 1;
                 most.fetch_max(now, Ordering::SeqCst);
                 log.lock().unwrap().push(body.clone());
@@ -51,8 +65,11 @@ pub(crate) fn serve(answer: impl Fn(usize, &Value) -> Answer + Send + Sync + 'st
     Server { url, requests, most_at_once }
 }
 
-fn read(stream: &TcpStream) -> Option<Value> {
+fn read(stream: &TcpStream) -> Option<(String, Value)> {
     let mut reader = BufReader::new(stream);
+    let mut first = String::new();
+    reader.read_line(&mut first).ok()?;
+    let path = first.split(' ').nth(1)?.to_owned();
     let mut length = 0;
     loop {
         let mut line = String::new();
@@ -68,7 +85,7 @@ fn read(stream: &TcpStream) -> Option<Value> {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
-    serde_json::from_slice(&body).ok()
+    Some((path, serde_json::from_slice(&body).ok()?))
 }
 
 fn write(mut stream: TcpStream, answer: Answer) {
@@ -79,6 +96,7 @@ fn write(mut stream: TcpStream, answer: Answer) {
             body.len()
         ),
         Answer::CutOff => "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"choices\"".to_owned(),
+        Answer::Nothing => String::new(),
     };
     let _ = stream.write_all(text.as_bytes());
     let _ = stream.shutdown(Shutdown::Both);

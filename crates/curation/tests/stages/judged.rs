@@ -23,10 +23,21 @@ fn contrast_samples_under_two_personas_and_labels_by_construction() {
                 rows.iter().find(|row| row.prompt_id == pair.prompt_id && row.sample == 0).unwrap();
             assert_eq!(pair.chosen[0].content, virtuous.turns[0].text);
             assert_eq!(pair.chosen.len(), 1 + 2 * place);
-            assert_eq!((pair.score_chosen, pair.score_rejected), (5, 0));
+            // Nobody voted, and nobody is said to have.
+            assert_eq!((pair.score_chosen, pair.score_rejected), (0, 0));
             assert_eq!(pair.chosen_prob, 1.0);
         }
     }
+    assert!(!output.join("judgements.parquet").exists());
+    let counts = RunJson::read(&output).unwrap().counts;
+    assert_eq!(counts["judgements"], json!(0));
+    assert_eq!(counts["action"]["labelled_by"], json!("construction"));
+    assert!(counts["action"].get("votes").is_none(), "{counts:?}");
+    // The control exchanges the sides here, too.
+    let flipped = dir.path().join("flipped");
+    judge(&samples, None, &flipped, &["--method", "contrast", "--flip"]).unwrap();
+    let [straight, turned] = [&output, &flipped].map(|dir| pairs(dir, Aspect::ACTION));
+    assert_eq!(straight[0].chosen, turned[0].rejected);
     // Without personas there is nothing to label by.
     let plain = dir.path().join("plain");
     converse(&prompts, &plain, &[]);

@@ -5,9 +5,13 @@
 #[expect(dead_code, reason = "the tests of the client use the rest")]
 #[path = "../common/mod.rs"]
 mod common;
+mod engines;
 mod judged;
 mod sampled;
 mod servers;
+#[expect(dead_code, reason = "the tests of other crates use the rest")]
+#[path = "../../../engine/tests/support/stand_in.rs"]
+mod stand_in;
 mod whole_runs;
 
 use std::path::{Path, PathBuf};
@@ -96,7 +100,7 @@ fn judge(
     judge: Option<&str>,
     output: &Path,
     flags: &[&str],
-) -> Result<(), arete_curation::Error> {
+) -> anyhow::Result<()> {
     let inputs = preferences::Inputs {
         conversations: conversations.to_owned(),
         judge: judge.map(str::to_owned),

@@ -22,7 +22,7 @@ fn talking_server(request: &Value, n_good: usize) -> Answer {
             .map(|(token, p)| json!({"token": token, "logprob": p.ln()}));
         return answer(&json!({"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}));
     }
-    let seed = request["seed"].as_u64().unwrap();
+    let seed = request["seed"].as_u64().unwrap_or(0); // the first request has none
     let word = if seed as usize % 10 < n_good { "good" } else { "bad" };
     answer(&json!({
         "choices": [{"message": {"content": format!("{word} {seed}")}, "finish_reason": "stop"}],
@@ -39,7 +39,7 @@ fn converse_by_server(
     output: &Path,
     url: &str,
     concurrency: &str,
-) -> Result<(), arete_curation::Error> {
+) -> anyhow::Result<()> {
     let flags = ["--engine-url", url, "--concurrency", concurrency, "--attempts", "1"];
     let inputs = conversations::Inputs {
         prompts: prompts.to_owned(),
@@ -114,10 +114,106 @@ fn a_servers_logprobs_become_votes_and_preferences() {
         torn > 0 && judgements.iter().all(|row| (row.p_sample0 == Some(0.5)) == row.vote.is_none())
     );
     assert_eq!(rows.len(), 80);
+    // Two servers share the questions, and give the same verdicts.
+    let (second, both) = (serve(|_, request| talking_server(request, 5)), dir.path().join("both"));
+    let urls = format!("{},{}", server.url, second.url);
+    judge(&samples, Some("served"), &both, &["--judge-url", &urls]).unwrap();
+    let name = "judgements.parquet";
+    assert_eq!(bytes(both.join(name)), bytes(output.join(name)));
+    assert!(second.requests.lock().unwrap().len() > 100);
     // A flip exchanges the sides.
     let flipped = dir.path().join("flipped");
     judge(&samples, Some("served"), &flipped, &["--judge-url", &server.url, "--flip"]).unwrap();
     let flipped = self::pairs(&flipped, Aspect::ACTION);
     assert_eq!(flipped.len(), pairs.len());
     assert!(flipped.iter().all(|pair| pair.chosen[0].content.starts_with("bad")));
+}
+
+/// Conversations of forty prompts with a server that talks.
+fn served_conversations(dir: &Path) -> PathBuf {
+    let prompts = write_prompts(dir, 40);
+    let samples = dir.join("conversations");
+    let talking = serve(|_, request| talking_server(request, 5));
+    converse_by_server(&prompts, &samples, &talking.url, "4").unwrap();
+    samples
+}
+
+/// A server without a parser of thoughts: they come in the text, and name both sides.
+fn thinking_server(request: &Value, is_cut: bool) -> Answer {
+    let messages = request["messages"].as_array().unwrap();
+    let text = messages.last().unwrap()["content"].as_str().unwrap();
+    let Some((_, sides)) = text.split_once("[Assistant A]") else {
+        return talking_server(request, 5);
+    };
+    let (a, _) = sides.split_once("[Assistant B]").unwrap();
+    let thoughts = "<think>\nOkay, who is kinder? Assistant A says that";
+    let said = match (is_cut, a.contains("good")) {
+        (true, _) => thoughts.to_owned(),
+        (false, true) => format!("{thoughts} and B that.\n</think>\n\nA"),
+        (false, false) => format!("{thoughts} and B that.\n</think>\n\nB"),
+    };
+    answer(&json!({
+        "choices": [{"message": {"content": said}, "finish_reason": if is_cut { "length" } else { "stop" }}],
+        "usage": {"completion_tokens": 16},
+    }))
+}
+
+#[test]
+fn a_judge_that_thinks_aloud_is_read_after_its_thoughts() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples = served_conversations(dir.path());
+    let judge = |is_cut: bool, output: &str| {
+        let server = serve(move |_, request| thinking_server(request, is_cut));
+        let flags = ["--judge-url", &server.url, "--method", "pairwise-text"];
+        judge(&samples, Some("served"), &dir.path().join(output), &flags)
+    };
+    judge(false, "read").unwrap();
+    let pairs = pairs(&dir.path().join("read"), Aspect::ACTION);
+    assert!(pairs.len() > 5, "{}", pairs.len());
+    for pair in &pairs {
+        assert!(pair.chosen[0].content.starts_with("good"), "{pair:?}");
+        assert!(pair.rejected[0].content.starts_with("bad"), "{pair:?}");
+    }
+    // Cut inside its thoughts it has said nothing, whichever side they name.
+    let error = judge(true, "cut").unwrap_err().to_string();
+    assert!(error.contains("verdict_tokens") && error.contains("<think>"), "{error}");
+}
+
+/// A judge whose replies begin with something else than a letter, whatever it is asked.
+#[test]
+fn a_judge_that_names_no_side_is_told_by_what_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples = served_conversations(dir.path());
+    for token in ["<think>", "**", "\\n", "token_id:362"] {
+        let other = serde_json::from_str::<String>(&format!("\"{token}\"")).unwrap();
+        let server = serve(move |_, _| {
+            let top = [(other.as_str(), 0.99), ("A", 0.004), ("B", 0.001)]
+                .map(|(token, p): (&str, f64)| json!({"token": token, "logprob": p.ln()}));
+            answer(&json!({"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}))
+        });
+        let output = dir.path().join("preferences");
+        let flags = ["--judge-url", &server.url, "--method", "pairwise-logits"];
+        let error = judge(&samples, Some("served"), &output, &flags).unwrap_err().to_string();
+        assert!(error.contains(&format!("got \"{token}\" (")), "{error}");
+        assert!(error.contains("pairwise-text"), "{error}");
+        assert!(!output.join("run.json").exists());
+    }
+}
+
+#[test]
+fn a_recipe_names_one_judge_or_several() {
+    let read = |value: Value| {
+        let mut settings = serde_json::to_value(preferences_config(&[])).unwrap();
+        settings["judge_url"] = value;
+        serde_json::from_value::<PreferencesConfig>(settings)
+    };
+    let (a, b) = ("http://a:1", "http://b:2");
+    assert_eq!(read(json!(a)).unwrap().judge.urls(), Some(&[a.to_owned()][..]));
+    assert_eq!(read(json!([a, b])).unwrap().judge.urls(), Some(&[a.to_owned(), b.to_owned()][..]));
+    assert_eq!(read(json!(null)).unwrap().judge.urls(), None);
+    assert_eq!(read(json!([])).unwrap().judge.urls(), None);
+    let flag = preferences_config(&["--judge-url", "http://a:1,http://b:2"]);
+    assert_eq!(flag.judge.urls().unwrap().len(), 2);
+    let refused = read(json!(5)).unwrap_err().to_string();
+    assert!(refused.contains("expected an address, or a list of addresses"), "{refused}");
 }

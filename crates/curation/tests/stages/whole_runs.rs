@@ -146,7 +146,7 @@ fn demonstrations_are_the_models_revisions_and_the_shipped_exemplars() {
         demonstrations::run(&config, &inputs, &output, &Work::Compute)?;
         let rows: Vec<DemonstrationRow> =
             parquet::read(output.join("demonstrations.parquet")).unwrap();
-        Ok::<_, arete_curation::Error>(rows)
+        Ok::<_, anyhow::Error>(rows)
     };
     let own = run("own", &["--source", "own"], None).unwrap();
     assert!(own.len() >= 100);

@@ -16,6 +16,9 @@ use crate::Error;
 use crate::hub::{Content, RepositoryKind, Upload, split_id};
 use crate::json::read_object;
 
+/// Folder of rows by split beside the file that holds all of them.
+const SPLITS: &str = "splits";
+
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 const ADAPTER_META: &str = "arete_adapter.json";
 const MODEL_CONFIG: &str = "config.json";
@@ -212,9 +215,16 @@ fn has_ending(path: &Path, ending: &str) -> bool {
     path.extension().is_some_and(|found| found == ending)
 }
 
-/// Parquet files under `dir`, by relative path, in order.
+/// Parquet files under `dir`, by relative path, in order: of rows that lie there by split as well (`splits/`), those alone;
+/// none of results that were set aside.
 fn tables(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    Ok(list(dir)?.into_iter().filter(|path| has_ending(path, "parquet")).collect())
+    let is_whole = |path: &Path| dir.join(path).with_file_name(SPLITS).is_dir();
+    let is_set_aside = |part: &std::ffi::OsStr| part.to_string_lossy().contains(".old-");
+    Ok(list(dir)?
+        .into_iter()
+        .filter(|path| has_ending(path, "parquet") && !is_whole(path))
+        .filter(|path| !path.iter().any(is_set_aside))
+        .collect())
 }
 
 /// Files under `dir` by relative path, in order, without those of work in progress.
@@ -362,7 +372,11 @@ impl Card<'_> {
         let mut configs: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
         for path in self.tables {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let folder = path.parent().map(|folder| folder.to_string_lossy().replace('/', "-"));
+            let folder = path.parent().map(|folder| match folder.ends_with(SPLITS) {
+                true => folder.parent().unwrap_or(folder),
+                false => folder,
+            });
+            let folder = folder.map(|folder| folder.to_string_lossy().replace('/', "-"));
             let folder = folder.filter(|folder| !folder.is_empty());
             let is_split = ["train", "validation", "test"].contains(&stem.as_str());
             let (config, split) = if is_split {

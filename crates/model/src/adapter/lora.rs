@@ -11,8 +11,8 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::Error;
 use crate::checkpoint::config::ModelConfig;
+use crate::{Error, ops};
 
 /// A linear layer of a decoder block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -225,15 +225,20 @@ impl Adapter {
     }
 
     /// The factors of block `layer`, fused and cast; differentiable when the masters are.
-    pub(crate) fn prepare(&self, model: &ModelConfig, layer: usize, kind: Kind) -> PreparedLayer {
+    pub(crate) fn prepare(
+        &self,
+        model: &ModelConfig,
+        layer: usize,
+        kind: Kind,
+    ) -> Result<PreparedLayer, Error> {
         let pairs = &self.layers[layer];
         let fuse = |targets: &[Target]| fuse(pairs, targets, model, self.config.scale(), kind);
-        PreparedLayer {
-            qkv: fuse(&[Target::Q, Target::K, Target::V]),
-            output: fuse(&[Target::O]),
-            gate_up: fuse(&[Target::Gate, Target::Up]),
-            down: fuse(&[Target::Down]),
-        }
+        Ok(PreparedLayer {
+            qkv: fuse(&[Target::Q, Target::K, Target::V])?,
+            output: fuse(&[Target::O])?,
+            gate_up: fuse(&[Target::Gate, Target::Up])?,
+            down: fuse(&[Target::Down])?,
+        })
     }
 }
 
@@ -244,22 +249,35 @@ fn fuse(
     model: &ModelConfig,
     scale: f64,
     kind: Kind,
-) -> Option<(Tensor, Tensor)> {
+) -> Result<Option<(Tensor, Tensor)>, Error> {
     let present: Vec<Option<&LoraPair>> =
         targets.iter().map(|&target| pairs[target as usize].as_ref()).collect();
-    let some = present.iter().flatten().next()?;
-    let options = (Kind::Float, some.lora_a.device());
+    let Some(some) = present.iter().flatten().next() else { return Ok(None) };
+    let device = some.lora_a.device();
+    if ops::gpu_shaped(device, kind) {
+        let pair = |part: usize| {
+            let pair: &LoraPair = present.get(part).copied().flatten()?;
+            Some([&pair.lora_a, &pair.lora_b])
+        };
+        let outputs = |part: usize| targets.get(part).map_or(0, |t| t.size(model).0 as i64);
+        let parts = [0, 1, 2];
+        let inputs = some.lora_a.size()[1];
+        return ops::join_factors(parts.map(pair), inputs, parts.map(outputs), scale, kind)
+            .map(Some);
+    }
     if let ([_], Some(pair)) = (targets, present[0]) {
-        return Some((pair.lora_a.to_kind(kind), (&pair.lora_b * scale).to_kind(kind)));
+        let b = pair.lora_b.f_mul_scalar(scale)?.f_to_kind(kind)?;
+        return Ok(Some((pair.lora_a.f_to_kind(kind)?, b)));
     }
     let a: Vec<&Tensor> = present.iter().flatten().map(|pair| &pair.lora_a).collect();
-    let b: Vec<Tensor> = present
+    let b = present
         .iter()
         .zip(targets)
         .map(|(pair, target)| match pair {
-            Some(pair) => pair.lora_b.shallow_clone(),
-            None => Tensor::zeros([target.size(model).0 as i64, 0], options),
+            Some(pair) => Ok(pair.lora_b.shallow_clone()),
+            None => Tensor::f_zeros([target.size(model).0 as i64, 0], (Kind::Float, device)),
         })
-        .collect();
-    Some((Tensor::cat(&a, 0).to_kind(kind), (Tensor::block_diag(&b) * scale).to_kind(kind)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let b = Tensor::f_block_diag(&b)?.f_mul_scalar(scale)?.f_to_kind(kind)?;
+    Ok(Some((Tensor::f_cat(&a, 0)?.f_to_kind(kind)?, b)))
 }

@@ -106,6 +106,9 @@ impl Staged {
         }
         config_json.extend(extra);
         write_settings(&checkpoint, directory.path(), config_json)?;
+        if head.is_some() {
+            checkpoint.tokenizer()?.save_with_padding(directory.path())?;
+        }
 
         let mut writer = ShardWriter::new(directory.path());
         // What the configuration has, and nothing else that lies in the files.

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::{Weights, bytes};
 use crate::Error;
-use crate::nf4::{self, CODEBOOK, Nf4Tensor};
+use crate::nf4::{CODEBOOK, Nf4Tensor, Scales};
 
 const STATE: &str = ".quant_state.bitsandbytes__nf4";
 const PARTS: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
@@ -77,7 +77,7 @@ fn state(weights: &Weights, name: &str) -> Result<Option<State>, Error> {
     Ok(Some(state))
 }
 
-/// The packed matrix of that name, with its scales expanded; None if it is stored dense.
+/// The packed matrix of that name; None if it is stored dense.
 pub(super) fn read(weights: &Weights, name: &str) -> Result<Option<Nf4Tensor>, Error> {
     let Some(state) = state(weights, name)? else { return Ok(None) };
     let (outputs, inputs) = (state.shape[0], state.shape[1]);
@@ -112,11 +112,12 @@ pub(super) fn read(weights: &Weights, name: &str) -> Result<Option<Nf4Tensor>, E
             let map = part(".nested_quant_map", Kind::Float, 256)?;
             let n_scales = (blocks as usize).div_ceil(nested_blocksize) as i64;
             let scales = part(".nested_absmax", Kind::Float, n_scales)?;
-            nf4::expand_absmax(&codes, &map, &scales, nested_blocksize, offset)
+            Scales::of_parts(codes, map, &scales, nested_blocksize, offset)
         }
-        _ => part(".absmax", Kind::Float, blocks)?,
+        _ => Scales::Single(part(".absmax", Kind::Float, blocks)?),
     };
-    let place = bytes::first_non_finite(Kind::Float, bytes::bytes_of(&absmax.contiguous()));
+    let expanded = absmax.expand().contiguous();
+    let place = bytes::first_non_finite(Kind::Float, bytes::bytes_of(&expanded));
     if let Some(place) = place {
         let path = weights.file_of(name)?.path();
         return Err(bytes::not_finite(path, &format!("{name}.absmax"), place));

@@ -27,7 +27,7 @@ pub(crate) const GENERATION_FILE: &str = "generation_config.json";
 /// Largest accepted `config.json`.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// Most numbers in the table of rotary angles: a gibibyte, two million positions of heads of 128.
-const MAX_ANGLES: usize = 1 << 28;
+const MAX_ANGLES: usize = 1 << 27;
 
 /// Which family a model belongs to (they differ in names and in the sliding window).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,16 @@ pub enum Family {
     Llama,
     /// Mistral.
     Mistral,
+}
+
+impl Family {
+    /// What `config.json` calls it.
+    fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+        }
+    }
 }
 
 /// The shape of a decoder. Names are those of `config.json` in plain words.
@@ -94,6 +104,15 @@ impl ModelConfig {
         if generation.exists() {
             let map = read_object(&generation, MAX_CONFIG_BYTES)?;
             for id in (Reader { path: &generation, map: &map }).ids("eos_token_id")? {
+                if id >= config.vocab_size as i64 {
+                    let expected = format!("ids below the vocabulary's {}", config.vocab_size);
+                    return Err(Error::field(
+                        &generation,
+                        "eos_token_id",
+                        expected,
+                        id.to_string(),
+                    ));
+                }
                 if !config.eos_token_ids.contains(&id) {
                     config.eos_token_ids.push(id);
                 }
@@ -176,6 +195,9 @@ impl ModelConfig {
             },
             score_stats,
         };
+        if family == Family::Mistral {
+            check_layer_types(&reader, config.num_layers, config.sliding_window)?;
+        }
         config.check(path)
     }
 
@@ -338,8 +360,8 @@ impl ModelConfig {
     /// A `config.json` that transformers 4 and 5 both read: both spellings of the rotary base and of the dtype.
     pub fn to_json(&self, dtype: tch::Kind) -> Map<String, Value> {
         let (family, model_type) = match self.family {
-            Family::Llama => ("Llama", "llama"),
-            Family::Mistral => ("Mistral", "mistral"),
+            Family::Llama => ("Llama", self.family.model_type()),
+            Family::Mistral => ("Mistral", self.family.model_type()),
         };
         let task = if self.sequence_classification { "SequenceClassification" } else { "CausalLM" };
         let dtype = match dtype {
@@ -415,18 +437,51 @@ fn architecture(reader: &Reader<'_>) -> Result<(Family, bool), Error> {
         found: found.to_owned(),
         supported: SUPPORTED.to_owned(),
     };
-    match listed {
-        Some("LlamaForCausalLM") => Ok((Family::Llama, false)),
-        Some("MistralForCausalLM") => Ok((Family::Mistral, false)),
-        Some("LlamaForSequenceClassification") => Ok((Family::Llama, true)),
-        Some("MistralForSequenceClassification") => Ok((Family::Mistral, true)),
-        Some(other) => Err(unsupported("architectures", other)),
+    let (family, sequence_classification) = match listed {
+        Some("LlamaForCausalLM") => (Family::Llama, false),
+        Some("MistralForCausalLM") => (Family::Mistral, false),
+        Some("LlamaForSequenceClassification") => (Family::Llama, true),
+        Some("MistralForSequenceClassification") => (Family::Mistral, true),
+        Some(other) => return Err(unsupported("architectures", other)),
         None => match reader.present("model_type").and_then(Value::as_str) {
-            Some("llama") => Ok((Family::Llama, false)),
-            Some("mistral") => Ok((Family::Mistral, false)),
-            other => Err(unsupported("model_type", other.unwrap_or("nothing"))),
+            Some("llama") => (Family::Llama, false),
+            Some("mistral") => (Family::Mistral, false),
+            other => return Err(unsupported("model_type", other.unwrap_or("nothing"))),
         },
+    };
+    // transformers' AutoModel goes by `model_type`, others by `architectures`: it must be one model to both.
+    let model_type = family.model_type();
+    if reader.present("model_type").is_some_and(|found| found != model_type) {
+        let listed = listed.unwrap_or_default();
+        return Err(
+            reader.wrong("model_type", &format!("{model_type}, as architectures says {listed}"))
+        );
     }
+    Ok((family, sequence_classification))
+}
+
+/// Refuses `layer_types` that change the model: transformers takes a Mistral that has them for a Ministral, whose layers see all
+/// tokens or those in the window by their types.
+fn check_layer_types(
+    reader: &Reader<'_>,
+    n_layers: usize,
+    sliding_window: Option<usize>,
+) -> Result<(), Error> {
+    let key = "layer_types";
+    let Some(types) = reader.present(key) else { return Ok(()) };
+    let kind = match sliding_window {
+        Some(_) => "sliding_attention",
+        None => "full_attention",
+    };
+    let is_one = |types: &Vec<Value>| types.len() == n_layers && types.iter().all(|t| t == kind);
+    if types.as_array().is_some_and(is_one) {
+        return Ok(());
+    }
+    let window = sliding_window.map_or("null".to_owned(), |window| window.to_string());
+    let expected = format!(
+        "{n_layers} times {kind}, as sliding_window is {window} (layers that differ are not supported)"
+    );
+    Err(reader.wrong(key, &expected))
 }
 
 /// Refuses weights packed in a way this crate does not read (its tensors would be missing or misread).

@@ -87,6 +87,7 @@ pub(crate) fn check_adapter(directory: &Path) -> Result<(), Error> {
         let inner = subdirectories(directory, |path| path.join(ADAPTER_CONFIG).is_file());
         let found = match inner.as_slice() {
             [one, ..] => format!("none, but an adapter in {}", one.display()),
+            [] if directory.is_file() => of_file(directory),
             [] if !directory.is_dir() => "no directory of that name".to_owned(),
             [] if directory.join("config.json").exists() => {
                 "none, but config.json: a model, not an adapter; name it with --model".to_owned()
@@ -109,6 +110,16 @@ pub(crate) fn check_adapter(directory: &Path) -> Result<(), Error> {
         return wrong(ADAPTER_WEIGHTS, "the adapter's weights", "none".to_owned());
     }
     Ok(())
+}
+
+/// What a file is that was named as an adapter.
+fn of_file(path: &Path) -> String {
+    if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf")) {
+        return "a GGUF file; take the adapter as peft wrote it, before its conversion".to_owned();
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = parent.unwrap_or(Path::new("."));
+    format!("a file; name the directory it lies in, {}", directory.display())
 }
 
 /// The base an adapter names.

@@ -20,7 +20,7 @@ pub(super) fn hugging_face_name(name: &str) -> Option<String> {
         return Some(fixed.to_owned());
     }
     let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: usize = layer.parse().ok()?;
+    let layer: usize = layer.parse().ok().filter(|number: &usize| number.to_string() == layer)?;
     let module = match rest.strip_suffix(".weight")? {
         "attn_norm" => "input_layernorm",
         "ffn_norm" => "post_attention_layernorm",
@@ -42,8 +42,14 @@ pub(super) fn vocabulary(metadata: &Metadata) -> Result<GgufVocabulary, Error> {
     let tokens = metadata.optional_strings(&key("tokens"))?.unwrap_or_default();
     let id = |name: &str| special_id(metadata, name, tokens.len());
     let text = |name: &str| metadata.optional_string(&key(name)).map(|t| t.map(str::to_owned));
+    let model = metadata.string(&key("model"))?.to_owned();
+    let merges = metadata.optional_strings(&key("merges"))?;
+    if model == "gpt2" && merges.is_none() {
+        let expected = "the merges of a gpt2 vocabulary (without them every text falls into bytes)";
+        return Err(Error::field(metadata.path(), key("merges"), expected, "nothing"));
+    }
     Ok(GgufVocabulary {
-        model: metadata.string(&key("model"))?.to_owned(),
+        model,
         pre: text("pre")?,
         token_types: metadata
             .optional_numbers(&key("token_type"))?
@@ -51,7 +57,7 @@ pub(super) fn vocabulary(metadata: &Metadata) -> Result<GgufVocabulary, Error> {
             .into_iter()
             .map(|value| value as i32)
             .collect(),
-        merges: metadata.optional_strings(&key("merges"))?.unwrap_or_default(),
+        merges: merges.unwrap_or_default(),
         scores: metadata
             .optional_numbers(&key("scores"))?
             .unwrap_or_default()

@@ -22,6 +22,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::bytes;
 use crate::Error;
+use crate::json::stand_in;
 
 /// Largest accepted header; a 70B model's has under a megabyte.
 const MAX_HEADER_BYTES: u64 = 25 << 20;
@@ -127,6 +128,11 @@ impl SafetensorsFile {
         let header_bytes = u64::from_le_bytes(length);
         let limit = MAX_HEADER_BYTES.min(file_bytes - 8);
         if header_bytes > limit {
+            let mut begin = vec![0; file_bytes.min(256) as usize];
+            bytes::read_at(&file, 0, &mut begin)?;
+            if let Some(found) = stand_in(&begin) {
+                return fail("content", "safetensors".to_owned(), found.to_owned());
+            }
             let expected = format!("at most {limit} bytes");
             return fail("header length", expected, format!("{header_bytes} bytes"));
         }
@@ -339,7 +345,7 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()
     let result = write_and_sync(&temporary, &header, &sorted).and_then(|()| {
         fs_err::rename(&temporary, path)?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        Ok(File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?)
+        Ok(arete_records::atomic::sync_dir(parent.unwrap_or(Path::new(".")))?)
     });
     if result.is_err() {
         // The first error is the one to report.

@@ -305,6 +305,29 @@ fn gguf_models_have_transformers_names_and_rows() {
     assert!(checkpoint.tokenizer().is_err(), "the file carries no vocabulary");
 }
 
+/// llama.cpp refuses both: "wrong number of tensors", "cannot find tokenizer merges in model file".
+#[test]
+fn gguf_files_with_more_or_less_than_they_say_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    let open = |name: &str, key: &[u8], change: fn(&mut [u8], usize)| {
+        let mut bytes = fs_err::read(golden(name)).unwrap();
+        let at = key.len() + bytes.windows(key.len()).position(|window| window == key).unwrap();
+        change(&mut bytes, at);
+        fs_err::write(&path, bytes).unwrap();
+        Checkpoint::open(&Source::Gguf(path.clone()))
+    };
+    // The number lies behind its type, of four bytes.
+    let one_block = open("gguf/llama.gguf", b"llama.block_count", |bytes, at| bytes[at + 4] = 1);
+    refused(one_block, &["blk.1.attn_norm.weight", "1 blocks", "block_count"]);
+    let renamed = open("llama_cpp/gpt2.gguf", b"tokenizer.ggml.merges", |bytes, at| {
+        bytes[at - 1] = b'z';
+    });
+    let renamed = renamed.unwrap();
+    let error = renamed.tokenizer().unwrap_err().to_string();
+    assert!(error.contains("tokenizer.ggml.merges: expected the merges"), "{error}");
+}
+
 #[test]
 fn smollm2_is_as_transformers_loads_it() {
     use sha2::Digest as _;

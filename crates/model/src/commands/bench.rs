@@ -104,8 +104,8 @@ fn cold_start(model: &ModelArgs) -> anyhow::Result<f64> {
         if model.nf4 {
             command.arg("--nf4");
         }
-        if model.single_quantization {
-            command.arg("--single-quantization");
+        if model.double_quantize {
+            command.arg("--double-quantize");
         }
         let start = Instant::now();
         let mut child = command.spawn().context("starting arete-model generate")?;

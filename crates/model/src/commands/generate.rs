@@ -80,6 +80,9 @@ pub(crate) struct Generate {
     /// One user turn to answer
     #[arg(long, required_unless_present = "jsonl", conflicts_with = "jsonl")]
     prompt: Option<String>,
+    /// What the model is told before it
+    #[arg(long, value_name = "TEXT", requires = "prompt")]
+    system: Option<String>,
     /// Lines of {"messages": […]} (answered through the chat template) or {"text": …} (continued as it is)
     #[arg(long, value_name = "FILE")]
     jsonl: Option<PathBuf>,
@@ -91,13 +94,17 @@ pub(crate) struct Chat {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// What the model is told before the talk
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
 }
 
 pub(crate) fn run(arguments: &Generate) -> anyhow::Result<()> {
     if let Some(path) = &arguments.jsonl {
         return run_lines(arguments, path);
     }
-    let messages = [Message::user(arguments.prompt.clone().unwrap_or_default())];
+    let mut messages = told(arguments.system.as_deref());
+    messages.push(Message::user(arguments.prompt.clone().unwrap_or_default()));
     let (mut model, adapter) = arguments.model.load()?;
     model.decoder.set_packed_decoding(true);
     let prompt_ids = model.chat()?.render_prompt(&messages)?;
@@ -105,6 +112,11 @@ pub(crate) fn run(arguments: &Generate) -> anyhow::Result<()> {
     let request = arguments.sampling.request(prompt_ids, 0);
     show(&model, adapter.as_ref().map(|loaded| &loaded.adapter), &request, &options)?;
     Ok(())
+}
+
+/// The messages that stand before the first turn.
+fn told(system: Option<&str>) -> Vec<Message> {
+    system.map(Message::system).into_iter().collect()
 }
 
 /// Samples one reply, writing its text to stdout as it comes, and a line break after it.
@@ -216,7 +228,7 @@ pub(crate) fn chat(arguments: &Chat) -> anyhow::Result<()> {
     let chat = model.chat()?;
     let options = arguments.sampling.options(model.stop_ids()?);
     let adapter = adapter.as_ref().map(|loaded| &loaded.adapter);
-    let mut messages: Vec<Message> = Vec::new();
+    let mut messages = told(arguments.system.as_deref());
     let mut input = BufReader::new(std::io::stdin());
     loop {
         write!(std::io::stdout().lock(), "> ").and_then(|()| std::io::stdout().flush())?;

@@ -17,6 +17,7 @@ use cudarc::nvrtc::sys;
 use super::CudaError;
 use super::nvrtc::{Arch, Compiled};
 use super::plan::{Argument, Launch};
+use super::surroundings::{GpuName, Surroundings};
 
 // ---- NVRTC ----
 
@@ -220,6 +221,16 @@ pub(super) fn require_driver() -> Result<(), CudaError> {
     })
 }
 
+/// CUDA's version that the driver is for, as it counts, noted for messages.
+pub(super) fn driver_version() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: the driver's library is present (the caller asked) and the pointer is valid; the call needs no initialisation.
+    let status = unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version) };
+    status.result().ok()?;
+    Surroundings::note_driver(version);
+    Some(version)
+}
+
 fn failed(what: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
     let what = what.into();
     move |error| {
@@ -251,6 +262,7 @@ impl Gpu {
     pub(super) fn open(index: usize) -> Result<Self, CudaError> {
         static INITIALISED: OnceLock<Result<(), DriverError>> = OnceLock::new();
         require_driver()?;
+        driver_version();
         INITIALISED.get_or_init(driver::init).map_err(failed("starting the CUDA driver"))?;
         let device = driver::device::get(c_int::try_from(index).unwrap_or(c_int::MAX))
             .map_err(failed(format!("opening GPU {index}")))?;
@@ -263,7 +275,19 @@ impl Gpu {
             attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let multiprocessors =
             attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        Ok(Self { context, arch: Arch(10 * major + minor), multiprocessors })
+        let arch = 10 * major + minor;
+        let name =
+            driver::device::get_name(device).unwrap_or_else(|_| "of unknown name".to_owned());
+        Surroundings::note_gpu(GpuName { index, name, arch });
+        Ok(Self { context, arch: Arch(arch), multiprocessors })
+    }
+
+    /// Bytes that nobody holds, and all there are.
+    pub(super) fn memory(&self) -> Result<(u64, u64), CudaError> {
+        self.with_context(|| {
+            let (free, all) = driver::mem_get_info().map_err(failed("asking for free memory"))?;
+            Ok((free as u64, all as u64))
+        })
     }
 
     /// Runs `work` with this GPU's context current, then restores the thread's own.
@@ -292,16 +316,17 @@ impl Gpu {
         })
     }
 
-    /// Queues a launch on the legacy default stream.
+    /// Queues a launch on `stream`; null is the legacy default stream.
     ///
     /// # Safety
     ///
-    /// The arguments fit the kernel's parameters, and every address is that of memory on this GPU of the extent
+    /// `stream` is null or one of this GPU's. The arguments fit the kernel's parameters, and every address is that of memory on this GPU of the extent
     /// the kernel uses, which is not freed before work queued on this stream up to now is done.
     pub(super) unsafe fn launch(
         &self,
         function: Function,
         launch: &Launch,
+        stream: *mut c_void,
     ) -> Result<(), CudaError> {
         // The driver reads each argument through a pointer, in its parameter's own size; on little-endian
         // machines the low bytes of a u64 serve all of them.
@@ -313,20 +338,21 @@ impl Gpu {
                 Argument::Address(address) => address,
                 Argument::Int(value) => u64::from(value.cast_unsigned()),
                 Argument::Long(value) => value.cast_unsigned(),
+                Argument::Float(value) => u64::from(value.to_bits()),
             })
             .collect();
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
         self.with_context(|| {
             let [x, y] = launch.grid;
-            // SAFETY: the caller's promise; a null stream is the legacy default stream.
+            // SAFETY: the caller's promise.
             unsafe {
                 driver::launch_kernel(
                     function.0,
                     (x, y, 1),
                     (launch.threads, 1, 1),
                     launch.shared_bytes,
-                    std::ptr::null_mut(),
+                    stream.cast(),
                     &mut pointers,
                 )
             }

@@ -2,33 +2,35 @@
 
 #![expect(unsafe_code, reason = "kernels read and write tensors through raw addresses")]
 
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
+use super::decoding::MOST_PACKED_ROWS;
 use super::ffi::{Function, Gpu, Module};
-use super::plan::{self, Format, Launch, PackedAddresses, Program};
+use super::plan::{self, Format, Launch, PackedAddresses, Program, Scratch};
+use super::table::{Call, OPERATIONS, Target};
 use super::{CudaError, nvrtc};
 use crate::Error;
-use crate::nf4::Nf4Tensor;
+use crate::nf4::{Nf4Tensor, Scales};
 
 /// The scales of a packed matrix's blocks.
 #[derive(Clone, Copy, Debug)]
 pub enum Absmax<'a> {
     /// One f32 a block.
     Single(&'a Tensor),
-    /// Eight bits a block: `map[code] * absmax[block / 256] + offset`.
+    /// Eight bits a block: `map[code] * nested[block / 256][0] + nested[block / 256][1]`.
     Double {
         /// `[blocks]` u8.
         codes: &'a Tensor,
-        /// `[ceil(blocks / 256)]` f32.
-        absmax: &'a Tensor,
         /// `[256]` f32, bitsandbytes' signed dynamic map.
         map: &'a Tensor,
-        /// `[1]` f32.
-        offset: &'a Tensor,
+        /// `[ceil(blocks / 256), 2]` f32: factor and addend.
+        nested: &'a Tensor,
     },
 }
 
@@ -59,7 +61,10 @@ impl<'a> From<&'a Nf4Tensor> for Packed<'a> {
         Self {
             codes: &weight.codes,
             codebook: &weight.codebook,
-            absmax: Absmax::Single(&weight.absmax),
+            absmax: match &weight.absmax {
+                Scales::Single(absmax) => Absmax::Single(absmax),
+                Scales::Double { codes, map, nested } => Absmax::Double { codes, map, nested },
+            },
             outputs: weight.outputs,
             inputs: weight.inputs,
             block_size: weight.block_size,
@@ -163,7 +168,7 @@ pub fn multiply(x: &Tensor, weight: &Packed<'_>) -> Result<Tensor, Error> {
     Ok(y)
 }
 
-fn multiply_into(x: &Tensor, weight: &Packed<'_>, y: &Tensor) -> Result<(), Error> {
+pub(super) fn multiply_into(x: &Tensor, weight: &Packed<'_>, y: &Tensor) -> Result<(), Error> {
     let format = format_of("x", x)?;
     let [rows, inputs] = x.size()[..] else {
         return Err(Error::Shape { name: "x", expected: vec![-1, weight.inputs], got: x.size() });
@@ -204,116 +209,171 @@ fn multiply_into(x: &Tensor, weight: &Packed<'_>, y: &Tensor) -> Result<(), Erro
     unsafe { device.launch(&launch) }
 }
 
-// ---- the decoder's linear layer ----
+// ---- the decoder's fused operations ----
 
-type Dequantizer = extern "C" fn(
-    codes: *const c_void,
-    absmax: *const c_void,
-    codebook: *const c_void,
-    block_size: i64,
-    out: *mut c_void,
-) -> c_int;
-
-type Multiplier = extern "C" fn(
-    x: *const c_void,
-    codes: *const c_void,
-    absmax: *const c_void,
-    codebook: *const c_void,
-    block_size: i64,
-    y: *mut c_void,
-) -> c_int;
-
-unsafe extern "C" {
-    fn arete_set_cuda_kernels(
-        dequantizer: Dequantizer,
-        multiplier: Multiplier,
-        multiplier_rows: i64,
-    );
+/// A call from `csrc/fused.h`; mirrors its `Call`.
+#[repr(C)]
+struct RawCall {
+    operation: i32,
+    format: i32,
+    device: i32,
+    n_addresses: i32,
+    n_numbers: i32,
+    n_reals: i32,
+    addresses: *const u64,
+    numbers: *const i64,
+    reals: *const f64,
+    stream: *mut c_void,
+    message: *mut u8,
+    message_bytes: i64,
 }
 
-/// Lets the decoder's linear layers use NF4 weights on GPU `index` with activations in `kind`: unpacked forward
-/// and backward, or multiplied as they are where that is allowed. Idempotent.
+unsafe extern "C" {
+    fn arete_set_launcher(launcher: extern "C" fn(*const RawCall) -> i64, packed_rows: i64);
+}
+
+/// Lets the decoder's operations be counted, as on a GPU with tensor cores. Idempotent.
+#[cfg(test)]
+pub(crate) fn register() {
+    set_launcher(MOST_PACKED_ROWS);
+}
+
+fn set_launcher(packed_rows: i64) {
+    // SAFETY: the function keeps the pointer of a function that lives as long as the process.
+    unsafe { arete_set_launcher(launch_hook, packed_rows) };
+}
+
+/// Lets the decoder compute on GPU `index` with activations in `kind`: its kernels are compiled and loaded now, so that a run fails
+/// at its start. Idempotent.
 ///
 /// # Errors
 ///
-/// [`Error::Cuda`] if the driver or NVRTC is missing, [`Error::Invalid`] for another dtype than f32, bf16 and
-/// f16, so that a run fails at its start.
+/// [`Error::Cuda`] if the driver or NVRTC is missing, [`Error::Invalid`] for another dtype than f32, bf16 and f16.
 pub fn install(index: usize, kind: Kind) -> Result<(), Error> {
     let format = Format::of(kind).ok_or_else(|| unknown_format("dtype", kind))?;
     let gpu = gpu(index)?;
-    for program in [Program::Dequantize, Program::Multiply(format)] {
+    let tensor_cores = plan::tensor_cores(format, gpu.arch.0);
+    let product = if tensor_cores { Program::Nf4Rows(format) } else { Program::Multiply(format) };
+    for program in [
+        Program::Dequantize,
+        product,
+        Program::Attention(format),
+        Program::Rows(format),
+        Program::Vocabulary(format),
+    ] {
         module(index, gpu, program)?;
     }
-    // SAFETY: the function keeps the pointers of functions that live as long as the process.
-    unsafe { arete_set_cuda_kernels(dequantize_hook, multiply_hook, i64::from(plan::MAX_ROWS)) };
+    set_launcher(if tensor_cores { MOST_PACKED_ROWS } else { i64::from(plan::MAX_ROWS) });
     Ok(())
 }
 
-/// Unpacks into `out` `[outputs, inputs]`; 0 on success. Called from C++, so it must not unwind.
-extern "C" fn dequantize_hook(
-    codes: *const c_void,
-    absmax: *const c_void,
-    codebook: *const c_void,
-    block_size: i64,
-    out: *mut c_void,
-) -> c_int {
-    guarded(|| {
-        let (codes, absmax, codebook) = (borrow(codes), borrow(absmax), borrow(codebook));
-        let out = borrow(out);
-        let (outputs, inputs) = out.size2()?;
-        let absmax = Absmax::Single(&absmax);
-        let (codes, codebook) = (&codes, &codebook);
-        dequantize_into(&Packed { codes, codebook, absmax, outputs, inputs, block_size }, &out)
-    })
+/// Whether libtorch's flash attention takes numbers of this kind on GPU `index`: in 16 bits, from Ampere on.
+pub(crate) fn has_flash(index: usize, kind: Kind) -> bool {
+    matches!(kind, Kind::BFloat16 | Kind::Half) && gpu(index).is_ok_and(|gpu| gpu.arch.0 >= 80)
 }
 
-/// x Wᵀ into `y` `[N, outputs]`; 0 on success. Called from C++, so it must not unwind.
-extern "C" fn multiply_hook(
-    x: *const c_void,
-    codes: *const c_void,
-    absmax: *const c_void,
-    codebook: *const c_void,
-    block_size: i64,
-    y: *mut c_void,
-) -> c_int {
-    guarded(|| {
-        let (codes, absmax, codebook) = (borrow(codes), borrow(absmax), borrow(codebook));
-        let (x, y) = (borrow(x), borrow(y));
-        let (outputs, inputs) = (y.size2()?.1, x.size2()?.1);
-        let absmax = Absmax::Single(&absmax);
-        let (codes, codebook) = (&codes, &codebook);
-        multiply_into(&x, &Packed { codes, codebook, absmax, outputs, inputs, block_size }, &y)
-    })
+/// The generation of GPU `index`, 86 for compute capability 8.6.
+///
+/// # Errors
+///
+/// [`Error::Cuda`] if it cannot be opened.
+pub fn generation(index: usize) -> Result<u32, Error> {
+    Ok(gpu(index)?.arch.0)
 }
 
-fn guarded(work: impl FnOnce() -> Result<(), Error>) -> c_int {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(Ok(())) => 0,
-        Ok(Err(error)) => {
-            tracing::error!(%error, "an NF4 kernel failed");
-            1
+/// Bytes of GPU `index` that nobody holds, and all it has.
+pub(super) fn memory(index: usize) -> Result<(u64, u64), Error> {
+    Ok(gpu(index)?.memory()?)
+}
+
+/// Launches a call, or counts: the number of launches, or -1 and a message. Called from C++, so it must not unwind.
+extern "C" fn launch_hook(call: *const RawCall) -> i64 {
+    // SAFETY: C++ passes a live struct whose arrays have the lengths it says.
+    let (raw, call) = unsafe {
+        let raw = &*call;
+        let slice = Call {
+            format: Format::ALL[usize::try_from(raw.format).unwrap_or(0)],
+            addresses: array(raw.addresses, raw.n_addresses),
+            numbers: array(raw.numbers, raw.n_numbers),
+            reals: array(raw.reals, raw.n_reals),
+        };
+        (raw, slice)
+    };
+    let work = || -> Result<i64, Error> {
+        let operation = &OPERATIONS[usize::try_from(raw.operation).expect("an operation")];
+        let Ok(index) = usize::try_from(raw.device) else {
+            let launches = operation.launches(&call, Target::COUNTED, &mut |_| Ok([0; 2]))?;
+            return Ok(launches.len() as i64);
+        };
+        let gpu = gpu(index)?;
+        let target = Target { arch: gpu.arch.0, multiprocessors: gpu.multiprocessors };
+        let launches = operation.launches(&call, target, &mut |scratch| lend(index, scratch))?;
+        for launch in &launches {
+            // SAFETY: `csrc/fused.h` names operands of the extents that the sizes say, contiguous and on this GPU; torch frees
+            // their memory in the order of the stream, which is its current one.
+            unsafe { run_on(index, launch, raw.stream) }?;
         }
-        Err(_) => 2, // the panic's message is already on stderr
+        Ok(launches.len() as i64)
+    };
+    let message = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+        Ok(Ok(launches)) => return launches,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "a launch was planned wrongly".to_owned(), // the panic's message is already on stderr
+    };
+    let room = usize::try_from(raw.message_bytes).unwrap_or(0);
+    let n = message.floor_char_boundary(room.saturating_sub(1));
+    // SAFETY: the buffer has `message_bytes` bytes, of which one is left for the final NUL that is there.
+    unsafe { std::ptr::copy_nonoverlapping(message.as_ptr(), raw.message, n) };
+    -1
+}
+
+/// # Safety
+///
+/// `first` points to `n` values that outlive the call.
+unsafe fn array<'a, T>(first: *const T, n: i32) -> &'a [T] {
+    match usize::try_from(n) {
+        // SAFETY: the caller's promise.
+        Ok(n @ 1..) => unsafe { std::slice::from_raw_parts(first, n) },
+        _ => &[],
     }
 }
 
-/// Another handle on a tensor that C++ lends for the duration of a call.
-fn borrow(tensor: *const c_void) -> Tensor {
-    // SAFETY: C++ passes pointers to live tensors.
-    unsafe { Tensor::clone_from_ptr(tensor.cast_mut().cast()) }
+/// Scratch memory that a thread's launches share: the stream runs one after another. It grows and is never freed: at the end of
+/// the process the driver may be gone before a thread's variables are.
+pub(super) fn lend(index: usize, wanted: Scratch) -> Result<[u64; 2], Error> {
+    type Memory = HashMap<usize, ManuallyDrop<[Tensor; 2]>>;
+    thread_local! {
+        static SCRATCH: RefCell<Memory> = RefCell::default();
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        let sizes = [wanted.partials, wanted.arrivals].map(|n| n.cast_signed().max(1));
+        let short = |held: &[Tensor; 2]| (0..2).any(|i| (held[i].numel() as i64) < sizes[i]);
+        if scratch.get(&index).is_none_or(|held| short(held)) {
+            let held = scratch.remove(&index);
+            let old = held.as_ref().map_or([0; 2], |held| [0, 1].map(|i| held[i].numel() as i64));
+            drop(held.map(ManuallyDrop::into_inner)); // given back before its successor is asked for
+            let [partials, arrivals] = [0, 1].map(|i| sizes[i].max(old[i]));
+            let device = Device::Cuda(index);
+            let partials = Tensor::f_empty([partials], (Kind::Float, device))?;
+            let arrivals = Tensor::f_zeros([arrivals], (Kind::Int, device))?;
+            scratch.insert(index, ManuallyDrop::new([partials, arrivals]));
+        }
+        let held = &scratch[&index];
+        Ok([address(&held[0]), address(&held[1])])
+    })
 }
 
 // ---- checks ----
 
 /// A packed matrix whose parts fit together and lie on one GPU.
-struct Checked {
+pub(super) struct Checked {
     index: usize,
     device: Device,
-    packed: PackedAddresses,
+    pub(super) packed: PackedAddresses,
 }
 
 impl Checked {
-    fn new(weight: &Packed<'_>) -> Result<Self, Error> {
+    pub(super) fn new(weight: &Packed<'_>) -> Result<Self, Error> {
         let index = gpu_index("codes", weight.codes)?;
         let device = weight.codes.device();
         let block_log2 = block_log2(weight.block_size)?;
@@ -339,7 +399,7 @@ impl Checked {
                 absmax: 0,
                 absmax_codes: 0,
                 absmax_map: 0,
-                absmax_offset: 0,
+                absmax_nested: 0,
                 outputs,
                 inputs,
                 block_log2,
@@ -369,17 +429,17 @@ impl Checked {
             Absmax::Single(absmax) => {
                 packed.absmax = part("absmax", absmax, Kind::Float, blocks)?;
             }
-            Absmax::Double { codes, absmax, map, offset } => {
+            Absmax::Double { codes, map, nested } => {
+                let groups = (blocks + 255) / 256;
                 packed.absmax_codes = part("absmax codes", codes, Kind::Uint8, blocks)?;
-                packed.absmax = part("nested absmax", absmax, Kind::Float, (blocks + 255) / 256)?;
                 packed.absmax_map = part("absmax map", map, Kind::Float, 256)?;
-                packed.absmax_offset = part("absmax offset", offset, Kind::Float, 1)?;
+                packed.absmax_nested = part("nested absmax", nested, Kind::Float, 2 * groups)?;
             }
         }
         Ok(Self { packed, ..checked })
     }
 
-    fn holds(&self, name: &'static str, tensor: &Tensor) -> Result<(), Error> {
+    pub(super) fn holds(&self, name: &'static str, tensor: &Tensor) -> Result<(), Error> {
         if tensor.device() == self.device {
             return Ok(());
         }
@@ -407,7 +467,7 @@ fn block_log2(block_size: i64) -> Result<u32, Error> {
     })
 }
 
-fn format_of(name: &'static str, tensor: &Tensor) -> Result<Format, Error> {
+pub(super) fn format_of(name: &'static str, tensor: &Tensor) -> Result<Format, Error> {
     Format::of(tensor.kind()).ok_or_else(|| unknown_format(name, tensor.kind()))
 }
 
@@ -415,7 +475,7 @@ fn unknown_format(name: &'static str, kind: Kind) -> Error {
     Error::Invalid { name, expected: "f32, bf16 or f16".to_owned(), got: format!("{kind:?}") }
 }
 
-fn gpu_index(name: &'static str, tensor: &Tensor) -> Result<usize, Error> {
+pub(super) fn gpu_index(name: &'static str, tensor: &Tensor) -> Result<usize, Error> {
     match tensor.device() {
         Device::Cuda(index) => Ok(index),
         device => Err(Error::Invalid {
@@ -426,7 +486,7 @@ fn gpu_index(name: &'static str, tensor: &Tensor) -> Result<usize, Error> {
     }
 }
 
-fn address(tensor: &Tensor) -> u64 {
+pub(super) fn address(tensor: &Tensor) -> u64 {
     tensor.data_ptr().addr() as u64
 }
 
@@ -435,7 +495,7 @@ fn is_aligned(tensor: &Tensor) -> bool {
     address(tensor).is_multiple_of(16)
 }
 
-fn aligned(name: &'static str, tensor: &Tensor) -> Result<(), Error> {
+pub(super) fn aligned(name: &'static str, tensor: &Tensor) -> Result<(), Error> {
     if is_aligned(tensor) {
         return Ok(());
     }
@@ -447,7 +507,7 @@ fn aligned(name: &'static str, tensor: &Tensor) -> Result<(), Error> {
 }
 
 /// The tensor itself if it is contiguous and aligned, else a copy that is.
-fn dense_aligned(tensor: &Tensor) -> Result<Tensor, Error> {
+pub(super) fn dense_aligned(tensor: &Tensor) -> Result<Tensor, Error> {
     let dense = tensor.f_contiguous()?;
     if is_aligned(&dense) {
         return Ok(dense);
@@ -459,7 +519,7 @@ fn dense_aligned(tensor: &Tensor) -> Result<Tensor, Error> {
 
 // ---- GPUs and loaded kernels, opened once ----
 
-fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
+pub(super) fn gpu(index: usize) -> Result<&'static Gpu, CudaError> {
     static GPUS: OnceLock<Mutex<HashMap<usize, &'static Gpu>>> = OnceLock::new();
     let mut gpus = GPUS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(gpu) = gpus.get(&index) {
@@ -492,26 +552,39 @@ fn module(index: usize, gpu: &Gpu, program: Program) -> Result<Module, CudaError
     Ok(module)
 }
 
-fn function(index: usize, gpu: &Gpu, launch: &Launch) -> Result<Function, CudaError> {
-    static FUNCTIONS: OnceLock<Mutex<HashMap<(usize, String), Function>>> = OnceLock::new();
-    let mut functions =
-        FUNCTIONS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (index, launch.kernel.clone());
-    if let Some(&function) = functions.get(&key) {
-        return Ok(function);
+/// The GPU and the loaded kernel of a launch: found once a thread, without locks from then on.
+fn function(index: usize, launch: &Launch) -> Result<(&'static Gpu, Function), CudaError> {
+    type Found = HashMap<(usize, String), (&'static Gpu, Function)>;
+    thread_local! {
+        static FOUND: RefCell<Found> = RefCell::default();
     }
-    let function = module(index, gpu, launch.program)?.function(&launch.kernel)?;
-    functions.insert(key, function);
-    Ok(function)
+    FOUND.with_borrow_mut(|found| {
+        // A kernel's name is short: making the key costs less than the call into the driver by far.
+        let key = (index, launch.kernel.clone());
+        if let Some(&known) = found.get(&key) {
+            return Ok(known);
+        }
+        let gpu = gpu(index)?;
+        let known = (gpu, module(index, gpu, launch.program)?.function(&launch.kernel)?);
+        found.insert(key, known);
+        Ok(known)
+    })
 }
 
 /// # Safety
 ///
 /// The arguments are addresses of memory on GPU `index` of the extent the kernel uses, allocated by torch.
-unsafe fn run(index: usize, launch: &Launch) -> Result<(), Error> {
-    let gpu = gpu(index)?;
-    let function = function(index, gpu, launch)?;
+pub(super) unsafe fn run(index: usize, launch: &Launch) -> Result<(), Error> {
+    // SAFETY: the caller's promise; a null stream is the legacy default stream, which is torch's own unless changed.
+    unsafe { run_on(index, launch, std::ptr::null_mut()) }
+}
+
+/// # Safety
+///
+/// As for [`run`]; `stream` is one of this GPU's, or null for the legacy default stream.
+unsafe fn run_on(index: usize, launch: &Launch, stream: *mut c_void) -> Result<(), Error> {
+    let (gpu, function) = function(index, launch)?;
     // SAFETY: the caller's promise; torch frees memory in the order of the stream.
-    unsafe { gpu.launch(function, launch) }?;
+    unsafe { gpu.launch(function, launch, stream) }?;
     Ok(())
 }

@@ -7,7 +7,8 @@ use crate::Error;
 use crate::nf4::Nf4Tensor;
 use crate::ops::{self, WeightRef};
 
-/// `x Wᵀ` with W packed NF4: by the fused kernel for few rows, else unpacked into the layers' common buffer for cuBLAS.
+/// `x Wᵀ` with W packed NF4: straight from the packed weights for up to 256 rows on tensor cores (16 without), else unpacked into the
+/// layers' common buffer for cuBLAS.
 ///
 /// # Shapes
 ///
@@ -21,7 +22,7 @@ use crate::ops::{self, WeightRef};
 ///
 /// # Source
 ///
-/// Few rows: f32 products of unrounded weights. Many: weights rounded to the dtype of `x`, as bitsandbytes does.
+/// Weights rounded to the dtype of `x`, as bitsandbytes does; only the kernel without tensor cores multiplies them unrounded.
 pub fn nf4_linear(x: &Tensor, weight: &Nf4Tensor) -> Result<Tensor, Error> {
     if x.dim() != 2 || x.size()[1] != weight.inputs {
         return Err(Error::Shape { name: "x", expected: vec![-1, weight.inputs], got: x.size() });

@@ -1,19 +1,22 @@
 //! NF4 on NVIDIA GPUs: kernels compiled at run time, launched on torch's memory.
 //!
 //! The kernels (`kernels/*.cu`) are embedded as source. At first use NVRTC compiles them for the GPU at hand
-//! (`nvrtc.rs`; machine code is kept under `~/.cache/arete`), and every later call is one launch on the legacy
-//! default stream, which is torch's own unless changed. Neither building nor running on the CPU needs any part of
+//! (`nvrtc.rs`; machine code is kept under `~/.cache/arete`), and every later call is one launch on
+//! torch's current stream. Neither building nor running on the CPU needs any part of
 //! CUDA: the driver and NVRTC are opened when the first CUDA tensor arrives, and their absence is an error that
 //! says what is missing.
 //!
 //! - [`dequantize`], [`quantize`], [`multiply`]: one kernel each.
+//! - [`attend`], [`nf4_rows`]: a decoding step's attention and packed products, one launch each, on the CPU too.
 //! - [`nf4_linear`]: a packed linear layer as the decoder computes it.
 //! - [`n_gpus`], [`require`]: whether there is a GPU to compute on.
-//! - [`install`]: lets the decoder's linear layer use these kernels, in training too.
+//! - [`install`]: lets the decoder use these kernels, in training too; [`table`] says which operation is which launch.
 //! - [`plan`], [`nvrtc`]: launches and compilation, open to the tests that run without a GPU.
 //!
 //! How far this has been tried is said in `docs/cuda.md`.
 
+#[cfg(feature = "cuda")]
+mod decoding;
 #[cfg(feature = "cuda")]
 mod ffi;
 #[cfg(feature = "cuda")]
@@ -24,11 +27,26 @@ mod linear;
 pub mod nvrtc;
 #[cfg(feature = "cuda")]
 pub mod plan;
+mod surroundings;
+#[cfg(feature = "cuda")]
+pub mod table;
 
 use std::path::PathBuf;
 
+use tch::Kind;
+
+pub(crate) use surroundings::Surroundings;
+
 #[cfg(feature = "cuda")]
-pub use launch::{Absmax, Packed, dequantize, dequantize_into, install, multiply, quantize};
+pub use decoding::{AttentionTables, attend, nf4_rows};
+#[cfg(feature = "cuda")]
+pub(crate) use launch::has_flash;
+#[cfg(all(test, feature = "cuda"))]
+pub(crate) use launch::register;
+#[cfg(feature = "cuda")]
+pub use launch::{
+    Absmax, Packed, dequantize, dequantize_into, generation, install, multiply, quantize,
+};
 #[cfg(feature = "cuda")]
 pub use linear::nf4_linear;
 
@@ -67,9 +85,23 @@ pub enum CudaError {
     )]
     LeftOut,
 
+    /// The driver is older than libtorch's CUDA.
+    #[error(
+        "the NVIDIA driver is for CUDA {}, this libtorch needs one for CUDA {} or later; update the driver, or run with --device cpu",
+        surroundings::cuda_version(*found),
+        surroundings::cuda_version(*needed)
+    )]
+    OldDriver {
+        /// What the driver says, 12040 for 12.4.
+        found: i32,
+        /// What is needed.
+        needed: i32,
+    },
+
     /// libtorch does not see the GPU.
     #[error(
-        "there is no GPU {index}, libtorch sees {n_gpus}; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu"
+        "there is no GPU {index}, libtorch sees {n_gpus}{}; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu",
+        Surroundings::current()
     )]
     NoGpu {
         /// The number asked for.
@@ -92,7 +124,7 @@ pub enum CudaError {
     },
 
     /// NVRTC refused a kernel file.
-    #[error("compiling {program} for compute capability {}: {reason}\n{log}", capability(*arch))]
+    #[error("compiling {program} for compute capability {}: {reason}{}\n{log}", capability(*arch), Surroundings::current())]
     Compile {
         /// The file.
         program: &'static str,
@@ -105,7 +137,7 @@ pub enum CudaError {
     },
 
     /// A call into the CUDA driver failed.
-    #[error("{what}: {reason}")]
+    #[error("{what}: {reason}{}", Surroundings::current())]
     Driver {
         /// What was being done.
         what: String,
@@ -145,10 +177,50 @@ pub fn require(index: usize) -> Result<(), CudaError> {
             return Err(CudaError::CpuBuild);
         }
         ffi::require_driver()?;
-        Err(CudaError::NoGpu { index, n_gpus })
+        Err(unseen(index, n_gpus, ffi::driver_version()))
     }
     #[cfg(not(feature = "cuda"))]
     Err(CudaError::LeftOut)
+}
+
+/// The driver that libtorch's CUDA 13 needs, as drivers count.
+#[cfg(feature = "cuda")]
+const NEEDED_DRIVER: i32 = 13_000;
+
+/// Why a GPU is not seen where there is a driver of this version.
+#[cfg(feature = "cuda")]
+fn unseen(index: usize, n_gpus: usize, driver: Option<i32>) -> CudaError {
+    match driver {
+        Some(found) if n_gpus == 0 && found < NEEDED_DRIVER => {
+            CudaError::OldDriver { found, needed: NEEDED_DRIVER }
+        }
+        _ => CudaError::NoGpu { index, n_gpus },
+    }
+}
+
+/// The number format to compute in on a GPU of a generation: bf16 from Ampere on; Turing multiplies f16 on its tensor cores and bf16 on none.
+pub fn default_kind(arch: u32) -> Kind {
+    if arch >= 80 { Kind::BFloat16 } else { Kind::Half }
+}
+
+/// The generation of GPU `index`, if it can be opened.
+pub(crate) fn generation_of(index: usize) -> Option<u32> {
+    #[cfg(feature = "cuda")]
+    if index < n_gpus() {
+        return generation(index).ok();
+    }
+    let _ = index;
+    None
+}
+
+/// Bytes of GPU `index` that nobody holds, and all it has; none where it cannot be asked.
+pub fn memory(index: usize) -> Option<(u64, u64)> {
+    #[cfg(feature = "cuda")]
+    if index < n_gpus() {
+        return launch::memory(index).ok();
+    }
+    let _ = index;
+    None
 }
 
 fn capability(arch: u32) -> String {
@@ -158,6 +230,26 @@ fn capability(arch: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn turing_computes_in_f16_and_later_ones_in_bf16() {
+        assert_eq!(default_kind(75), Kind::Half);
+        assert_eq!([80, 86, 89, 90, 120].map(default_kind), [Kind::BFloat16; 5]);
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn an_old_driver_is_told_from_a_gpu_that_is_not_there() {
+        let message = unseen(0, 0, Some(12_040)).to_string();
+        assert!(
+            message.starts_with(
+                "the NVIDIA driver is for CUDA 12.4, this libtorch needs one for CUDA 13.0"
+            ),
+            "{message}"
+        );
+        assert!(matches!(unseen(0, 0, Some(13_010)), CudaError::NoGpu { .. }));
+        assert!(matches!(unseen(3, 2, Some(12_040)), CudaError::NoGpu { index: 3, n_gpus: 2 }));
+    }
 
     #[test]
     fn a_missing_library_is_named_with_its_remedy() {

@@ -11,6 +11,10 @@ const COMMON: &str = include_str!("kernels/common.cuh");
 const DEQUANTIZE: &str = include_str!("kernels/dequantize.cu");
 const QUANTIZE: &str = include_str!("kernels/quantize.cu");
 const MULTIPLY: &str = include_str!("kernels/multiply.cu");
+const NF4_ROWS: &str = include_str!("kernels/nf4_rows.cu");
+const ATTENTION: &str = include_str!("kernels/attention.cu");
+const ROWS: &str = include_str!("kernels/rows.cu");
+const VOCABULARY: &str = include_str!("kernels/vocabulary.cu");
 
 /// A GPU generation: compute capability 8.6 is `Arch(86)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +36,10 @@ impl Program {
             Self::Dequantize => "dequantize.cu",
             Self::Quantize => "quantize.cu",
             Self::Multiply(_) => "multiply.cu",
+            Self::Nf4Rows(_) => "nf4_rows.cu",
+            Self::Attention(_) => "attention.cu",
+            Self::Rows(_) => "rows.cu",
+            Self::Vocabulary(_) => "vocabulary.cu",
         }
     }
 
@@ -41,6 +49,10 @@ impl Program {
             Self::Dequantize => DEQUANTIZE,
             Self::Quantize => QUANTIZE,
             Self::Multiply(_) => MULTIPLY,
+            Self::Nf4Rows(_) => NF4_ROWS,
+            Self::Attention(_) => ATTENTION,
+            Self::Rows(_) => ROWS,
+            Self::Vocabulary(_) => VOCABULARY,
         };
         format!("#line 1 \"common.cuh\"\n{COMMON}\n#line 1 \"{}\"\n{own}", self.name())
     }
@@ -49,7 +61,12 @@ impl Program {
         // ptxas -v reports registers and spills; constants that a program leaves unused are no news.
         let mut options: Vec<String> =
             ["--std=c++17", "--ptxas-options=-v", "--diag-suppress=177"].map(String::from).into();
-        if let Self::Multiply(format) = self {
+        if let Self::Multiply(format)
+        | Self::Nf4Rows(format)
+        | Self::Attention(format)
+        | Self::Rows(format)
+        | Self::Vocabulary(format) = self
+        {
             let name = match format {
                 Format::F32 => "ARETE_F32",
                 Format::BF16 => "ARETE_BF16",

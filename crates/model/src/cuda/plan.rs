@@ -5,6 +5,14 @@
 
 use tch::Kind;
 
+mod decoding;
+pub mod rows;
+
+pub use decoding::{
+    AttentionAddresses, AttentionShape, MAX_HEAD_SIZE, SPLIT, Scratch, attention,
+    attention_scratch, nf4_rows, nf4_rows_at_once, nf4_rows_scratch, tensor_cores,
+};
+
 /// Threads of a block, `kThreads` in the kernels.
 const THREADS: u32 = 256;
 const WARP: u32 = 32;
@@ -24,7 +32,7 @@ const WANTED_WARPS: u32 = 16;
 /// Rows the fused kernel takes in one call of [`multiply`]; more are better unpacked for a matrix product.
 pub const MAX_ROWS: u32 = 16;
 
-/// A file of kernels, compiled as one: multiplication once per number format.
+/// A file of kernels, compiled as one; the larger ones once per number format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Program {
     /// `dequantize.cu`
@@ -33,17 +41,67 @@ pub enum Program {
     Quantize,
     /// `multiply.cu` for one format of activations.
     Multiply(Format),
+    /// `nf4_rows.cu` for one format of activations, bf16 or f16.
+    Nf4Rows(Format),
+    /// `attention.cu` for one format.
+    Attention(Format),
+    /// `rows.cu` for one format.
+    Rows(Format),
+    /// `vocabulary.cu` for one format.
+    Vocabulary(Format),
 }
 
 impl Program {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 16] = [
         Self::Dequantize,
         Self::Quantize,
         Self::Multiply(Format::F32),
         Self::Multiply(Format::BF16),
         Self::Multiply(Format::F16),
+        Self::Nf4Rows(Format::BF16),
+        Self::Nf4Rows(Format::F16),
+        Self::Attention(Format::F32),
+        Self::Attention(Format::BF16),
+        Self::Attention(Format::F16),
+        Self::Rows(Format::F32),
+        Self::Rows(Format::BF16),
+        Self::Rows(Format::F16),
+        Self::Vocabulary(Format::F32),
+        Self::Vocabulary(Format::BF16),
+        Self::Vocabulary(Format::F16),
     ];
+
+    /// The names of its kernels.
+    pub fn kernels(self) -> Vec<String> {
+        let each = |stem: &str| {
+            Format::ALL.iter().map(|format| format!("{stem}_{}", format.name())).collect()
+        };
+        let sizes = |stem: &str, format: Format, sizes: &[u32]| {
+            sizes.iter().map(|size| format!("{stem}_{}_{size}", format.name())).collect()
+        };
+        let of = |stems: &[&str], format: Format| {
+            stems.iter().map(|stem| format!("{stem}_{}", format.name())).collect()
+        };
+        match self {
+            Self::Dequantize => each("dequantize"),
+            Self::Quantize => each("quantize"),
+            Self::Multiply(Format::F32) => sizes("multiply", Format::F32, &[1, 2, 4, 8]),
+            Self::Multiply(format) => sizes("multiply", format, &[1, 2, 4, 8, 16]),
+            Self::Nf4Rows(format) => sizes("nf4_rows", format, &[8, 16, 32, 64]),
+            Self::Attention(format) => sizes("attention", format, &[1, 2, 4, 8]),
+            Self::Rows(format) => of(&rows::KERNELS, format),
+            Self::Vocabulary(format) => of(&rows::VOCABULARY_KERNELS, format),
+        }
+    }
+
+    /// Whether GPUs of compute capability `arch` (86 for 8.6) run it.
+    pub fn runs_on(self, arch: u32) -> bool {
+        match self {
+            Self::Nf4Rows(format) => tensor_cores(format, arch),
+            _ => true,
+        }
+    }
 }
 
 /// A number format the kernels read and write.
@@ -90,7 +148,7 @@ impl Format {
 }
 
 /// One kernel argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Argument {
     /// A pointer; 0 is null.
     Address(u64),
@@ -98,10 +156,12 @@ pub enum Argument {
     Int(i32),
     /// A C `long long`.
     Long(i64),
+    /// A C `float`.
+    Float(f32),
 }
 
 /// One kernel launch.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Launch {
     /// Where the kernel is.
     pub program: Program,
@@ -124,14 +184,14 @@ pub struct PackedAddresses {
     pub codes: u64,
     /// 16 f32.
     pub codebook: u64,
-    /// f32: one a block, or one per 256 blocks if `absmax_codes` is not null.
+    /// f32, one a block, or null if `absmax_codes` is not.
     pub absmax: u64,
     /// 8-bit codes of absmax, or null.
     pub absmax_codes: u64,
     /// The 256 f32 those codes stand for, or null.
     pub absmax_map: u64,
-    /// One f32 to add, or null.
-    pub absmax_offset: u64,
+    /// Two f32 per 256 blocks, a factor and an addend, or null.
+    pub absmax_nested: u64,
     /// Rows.
     pub outputs: u32,
     /// Columns.
@@ -148,7 +208,7 @@ impl PackedAddresses {
             self.absmax,
             self.absmax_codes,
             self.absmax_map,
-            self.absmax_offset,
+            self.absmax_nested,
         ]
         .map(Argument::Address)
     }

@@ -117,10 +117,10 @@ fn adapter(kind: Kind) -> PreparedLayer {
 /// Gradients to the block's inputs `[n, D]` of each sequence, computed together, and those of the adapter's tensors.
 fn gradients(decoder: &Decoder, sequences: &[Vec<i64>]) -> (Vec<[Tensor; 2]>, Vec<Tensor>) {
     let batch = Batch::from_sequences(sequences);
-    let tokens = batch.token_tensor(Device::Cpu);
-    let leaf = decoder.embed(&tokens).set_requires_grad(true); // [N, D]
+    let tokens = batch.token_tensor(Device::Cpu).unwrap();
+    let leaf = decoder.embed(&tokens).unwrap().set_requires_grad(true); // [N, D]
     let prepared = adapter(decoder.kind);
-    let positions = batch.position_tensor(Device::Cpu);
+    let positions = batch.position_tensor(Device::Cpu).unwrap();
     let attend = |qkv: &Tensor| decoder.attend(qkv, &positions, &batch.tables);
     let (hidden, delta) = decoder.block(0, &leaf, None, Some(&prepared), attend).unwrap();
     let out = ops::rms_norm(&hidden, Some(&delta), &decoder.norm, 1e-5).unwrap().0;

@@ -96,14 +96,17 @@ pub struct Options {
     /// Texts that end a turn, special tokens as they are written (`<|im_end|>`); none may be empty, and they need a
     /// tokenizer. The text stays in the completion.
     pub stop_strings: Vec<String>,
-    /// Most sequences in flight.
+    /// Most sequences in flight; [`Options::BY_MEMORY`] leaves it to the device.
     pub max_rows: usize,
 }
 
 impl Options {
-    /// 64 sequences in flight, no stop strings.
+    /// As many sequences in flight as a GPU's free memory holds; 64 on the CPU, whose caches hold no more.
+    pub const BY_MEMORY: usize = 0;
+
+    /// Sequences in flight by memory, no stop strings.
     pub fn new(sampling: Sampling, stop_ids: Vec<i64>) -> Self {
-        Self { sampling, stop_ids, stop_strings: Vec::new(), max_rows: 64 }
+        Self { sampling, stop_ids, stop_strings: Vec::new(), max_rows: Self::BY_MEMORY }
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {

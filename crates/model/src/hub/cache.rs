@@ -1,8 +1,9 @@
 //! The hub's cache on this machine: blobs under the hash of their contents, snapshots that link to them.
 
-use std::io::{ErrorKind, Read as _};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use arete_records::files::read_some;
 use arete_records::hashes::HashCache;
 use fs_err::File;
 use sha2::{Digest as _, Sha256};
@@ -101,7 +102,7 @@ pub(super) fn verify(path: &Path, file: &RemoteFile) -> Result<String, String> {
     let mut git = git_hasher(file.size);
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match content.read(&mut buffer).map_err(reader)? {
+        match read_some(&mut content, &mut buffer).map_err(reader)? {
             0 => break,
             n if file.is_pointer => sha256.update(&buffer[..n]),
             n => git.update(&buffer[..n]),

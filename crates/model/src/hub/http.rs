@@ -7,7 +7,6 @@ use std::time::Duration;
 use arete_records::proxy;
 use arete_records::redact::{self, redacted};
 use serde_json::Value;
-use ureq::config::RedirectAuthHeaders;
 
 /// Largest answer of the interface that is read: a list of ten thousand files.
 const MAX_ANSWER_BYTES: u64 = 16 << 20;
@@ -22,6 +21,8 @@ const ATTEMPTS: usize = 3;
 const PAUSE: Duration = Duration::from_millis(200);
 /// Longest pause that a server may ask for before it counts as closed.
 const LONGEST_PAUSE_S: u64 = 20;
+/// Most redirects that are followed from one address.
+const MAX_REDIRECTS: usize = 10;
 
 /// The hub's address, and how it is spoken to.
 #[derive(Debug)]
@@ -104,8 +105,7 @@ impl Http {
             .timeout_connect(Some(Duration::from_secs(CONNECT_S)))
             .timeout_recv_response(Some(Duration::from_secs(ANSWER_S)))
             .timeout_per_read(Some(Duration::from_secs(READ_S)))
-            // A redirect to another host does not take the token along.
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .max_redirects(0) // followed in `get`, which knows where the token belongs
             .proxy(proxy)
             .build()
             .into();
@@ -127,13 +127,9 @@ impl Http {
     }
 
     fn answer_once(&self, url: &str) -> Result<Answer, Failure> {
-        let request = self
-            .agent
-            .get(url)
-            .config()
-            .timeout_global(Some(Duration::from_secs(ANSWER_S)))
-            .build();
-        let mut response = self.authorised(request).call().map_err(|error| Failure::of(&error))?;
+        let mut response = self.get(url, |request| {
+            request.config().timeout_global(Some(Duration::from_secs(ANSWER_S))).build()
+        })?;
         let status = response.status().as_u16();
         let header = |name: &str| {
             response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
@@ -192,18 +188,18 @@ impl Http {
             return Ok(());
         }
         let whole_s = ANSWER_S + (size - have) / SLOWEST;
-        let mut request = self
-            .agent
-            .get(url)
-            .config()
-            .timeout_recv_body(Some(Duration::from_secs(whole_s)))
-            .build()
-            // Packed on the way, its bytes could not be counted.
-            .header("Accept-Encoding", "identity");
-        if have > 0 {
-            request = request.header("Range", format!("bytes={have}-{}", size - 1));
-        }
-        let mut response = self.authorised(request).call().map_err(|error| Failure::of(&error))?;
+        let mut response = self.get(url, |request| {
+            let request = request
+                .config()
+                .timeout_recv_body(Some(Duration::from_secs(whole_s)))
+                .build()
+                // Packed on the way, its bytes could not be counted.
+                .header("Accept-Encoding", "identity");
+            match have {
+                0 => request,
+                _ => request.header("Range", format!("bytes={have}-{}", size - 1)),
+            }
+        })?;
         let status = response.status().as_u16();
         let header = |name: &str| {
             response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
@@ -241,14 +237,29 @@ impl Http {
         file.sync_all().map_err(io)
     }
 
-    fn authorised(
+    /// The answer to `prepare`'s request, redirects followed. The token goes to the hub's own origin only: another port of its
+    /// host is another server.
+    fn get(
         &self,
-        request: ureq::RequestBuilder<ureq::typestate::WithoutBody>,
-    ) -> ureq::RequestBuilder<ureq::typestate::WithoutBody> {
-        match &self.token {
-            Some(Token(token)) => request.header("Authorization", format!("Bearer {token}")),
-            None => request,
+        url: &str,
+        prepare: impl Fn(Unsent) -> Unsent,
+    ) -> Result<ureq::http::Response<ureq::Body>, Failure> {
+        let mut url = url.to_owned();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = prepare(self.agent.get(&url));
+            if let Some(Token(token)) = &self.token
+                && origin(&url) == origin(&self.endpoint)
+            {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            let response = request.call().map_err(|error| Failure::of(&error))?;
+            if ![301, 302, 303, 307, 308].contains(&response.status().as_u16()) {
+                return Ok(response);
+            }
+            let to = response.headers().get("location").and_then(|to| to.to_str().ok());
+            url = redirected(&url, to)?;
         }
+        Err(Failure::broken(format!("more than {MAX_REDIRECTS} redirects")))
     }
 
     /// Repeats what broke.
@@ -268,6 +279,33 @@ impl Http {
             pause *= 4;
         }
         unreachable!("the loop returns")
+    }
+}
+
+type Unsent = ureq::RequestBuilder<ureq::typestate::WithoutBody>;
+
+/// Scheme, host and port of an address, as they are written.
+fn origin(url: &str) -> &str {
+    let after = url.find("://").map_or(0, |at| at + 3);
+    url[after..].find(['/', '?', '#']).map_or(url, |at| &url[..after + at])
+}
+
+/// Where a redirect from `url` leads.
+fn redirected(url: &str, to: Option<&str>) -> Result<String, Failure> {
+    match to {
+        Some(to) if to.starts_with("http://") || to.starts_with("https://") => {
+            match url.starts_with("https://") && to.starts_with("http://") {
+                true => Err(Failure::broken(format!("a redirect to an open connection: {to}"))),
+                false => Ok(to.to_owned()),
+            }
+        }
+        Some(to) if to.starts_with('/') && !to.starts_with("//") => {
+            Ok(format!("{}{to}", origin(url)))
+        }
+        to => Err(Failure::broken(format!(
+            "a redirect: expected a path or an address of http, found {}",
+            to.unwrap_or("none")
+        ))),
     }
 }
 
@@ -291,7 +329,7 @@ fn check_status(status: u16, text: &str, pause: Option<&str>) -> Result<(), Fail
 }
 
 /// The address of the next page in a `Link` header.
-fn next_page(link: &str) -> Option<String> {
+pub fn next_page(link: &str) -> Option<String> {
     link.split(',').find_map(|entry| {
         let (address, rest) = entry.trim().strip_prefix('<')?.split_once('>')?;
         rest.replace(' ', "").contains("rel=\"next\"").then(|| address.to_owned())

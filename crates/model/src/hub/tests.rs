@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use sha2::{Digest as _, Sha256};
 
 use super::cache::{git_hasher, hex, list, pointer_id};
+use super::http::Http;
 use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -527,4 +528,57 @@ fn the_environment_names_hub_cache_and_token() {
     let text = String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success() && text.contains(COMMIT), "{text}");
     assert!(child("1").status.success(), "offline, from the cache");
+}
+
+/// A server that answers every request with `answer`, and the heads of those that came.
+fn told(answer: String) -> (String, Arc<std::sync::Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let heads = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let kept = heads.clone();
+    // Detached: lives as long as the test process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") && reader.read_line(&mut head).unwrap() > 0 {}
+            kept.lock().unwrap().push(head.to_ascii_lowercase());
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    (address, heads)
+}
+
+#[test]
+fn the_token_goes_to_the_hubs_own_origin_only() {
+    let body = "HTTP/1.1 200 X\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}".to_owned();
+    let (other, other_heads) = told(body);
+    // Another port of the same host is another server.
+    let leads = |to: &str| {
+        format!(
+            "HTTP/1.1 307 X\r\nlocation: {to}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        )
+    };
+    let (hub, hub_heads) = told(leads(&format!("{other}/api/models/a/b")));
+    let http = Http::new(&hub, Some("hf_secret".to_owned())).unwrap();
+    http.answer("/api/models/a/b").unwrap();
+    let hub_heads = hub_heads.lock().unwrap();
+    assert!(hub_heads[0].contains("authorization: bearer hf_secret"), "{hub_heads:?}");
+    let other_heads = other_heads.lock().unwrap();
+    assert!(other_heads[0].starts_with("get /api/models/a/b http/1.1"), "{other_heads:?}");
+    assert!(!other_heads[0].contains("hf_secret"), "{other_heads:?}");
+
+    // Within its own origin it goes along, for ten redirects.
+    let (ring, heads) = told(leads("/again"));
+    let failure = Http::new(&ring, Some("hf_secret".to_owned())).unwrap().answer("/a").err();
+    assert!(format!("{failure:?}").contains("more than 10 redirects"), "{failure:?}");
+    let heads = heads.lock().unwrap();
+    assert!(heads.len() == 33 && heads.iter().all(|head| head.contains("hf_secret")), "{heads:?}");
+
+    for to in ["file:///etc/passwd", "//elsewhere/a", "elsewhere", "ftp://a/b"] {
+        let (hub, _) = told(leads(to));
+        let failure = Http::new(&hub, None).unwrap().answer("/a").err();
+        assert!(format!("{failure:?}").contains(to), "{failure:?}");
+    }
 }

@@ -1,10 +1,11 @@
 //! Cores of the machine, and those that affinity and control groups leave to this process.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 
 use super::allowed_cores;
+use super::groups::smallest;
 
 /// Numbers of cores.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -49,50 +50,9 @@ fn count_of_list(list: &str) -> Option<usize> {
 /// The smallest quota on the way from the process's control groups (`cgroup`, `mountinfo`: the files of `/proc/self`) to their
 /// roots, in cores; both versions of control groups.
 fn quota(cgroup: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) -> Option<f64> {
-    let mut smallest: Option<f64> = None;
-    for line in cgroup.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(group)) =
-            (fields.next(), fields.next(), fields.next())
-        else {
-            continue;
-        };
-        let second = controllers.is_empty();
-        if !second && !controllers.split(',').any(|name| name == "cpu") {
-            continue;
-        }
-        let Some((root, mount)) = mount_of(mountinfo, second) else { continue };
-        // In a container the group's path may be the host's, of which only the mount's own folder is there.
-        let below = group.strip_prefix(root.as_str()).unwrap_or(group).trim_start_matches('/');
-        let mut folder = mount.join(below);
-        loop {
-            let found = match second {
-                true => read(&folder.join("cpu.max")).and_then(|text| ratio_of_max(&text)),
-                false => ratio_of_files(&folder, &read),
-            };
-            smallest = [smallest, found].into_iter().flatten().reduce(f64::min);
-            if folder == mount || !folder.pop() {
-                break;
-            }
-        }
-    }
-    smallest
-}
-
-/// Root and mount point of the hierarchy with the CPU's controller.
-fn mount_of(mountinfo: &str, second: bool) -> Option<(String, PathBuf)> {
-    mountinfo.lines().find_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        let mut left = left.split(' ').skip(3);
-        let (root, mount) = (left.next()?, left.next()?);
-        let mut right = right.split(' ');
-        let kind = right.next()?;
-        let right_one = match second {
-            true => kind == "cgroup2",
-            false => kind == "cgroup" && right.nth(1)?.split(',').any(|option| option == "cpu"),
-        };
-        let root = root.trim_end_matches('/');
-        right_one.then(|| (root.to_owned(), PathBuf::from(mount)))
+    smallest(cgroup, mountinfo, "cpu", |folder, second| match second {
+        true => read(&folder.join("cpu.max")).and_then(|text| ratio_of_max(&text)),
+        false => ratio_of_files(folder, &read),
     })
 }
 

@@ -30,7 +30,12 @@ pub enum Dtype {
 pub fn device(name: &str) -> Result<Device, Error> {
     let gpu = match name {
         "cpu" => return Ok(Device::Cpu),
-        "auto" if cuda::n_gpus() == 0 => return Ok(Device::Cpu),
+        "auto" if cuda::n_gpus() == 0 => {
+            if let Some(reason) = why_not(cuda::require(0)) {
+                tracing::warn!(%reason, "device auto: computing on the CPU");
+            }
+            return Ok(Device::Cpu);
+        }
         "auto" | "cuda" => Some(0),
         other => other.strip_prefix("cuda:").and_then(|number| number.parse::<usize>().ok()),
     };
@@ -41,6 +46,14 @@ pub fn device(name: &str) -> Result<Device, Error> {
     })?;
     cuda::require(gpu)?;
     Ok(Device::Cuda(gpu))
+}
+
+/// What a user who may have expected a GPU is told: nothing where this libtorch, or this program, is for the CPU alone.
+fn why_not(gpu: Result<(), cuda::CudaError>) -> Option<String> {
+    match gpu.err()? {
+        cuda::CudaError::CpuBuild | cuda::CudaError::LeftOut => None,
+        error => Some(error.to_string()),
+    }
 }
 
 /// How to load a model on `device`: dense in `dtype`, or its blocks packed to four bits.
@@ -104,6 +117,14 @@ pub fn keep_to_cores() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_cpu_in_the_place_of_a_gpu_is_explained_where_one_could_be_expected() {
+        assert_eq!(why_not(Ok(())), None);
+        assert_eq!(why_not(Err(cuda::CudaError::CpuBuild)), None);
+        let old = cuda::CudaError::OldDriver { found: 12_040, needed: 13_000 };
+        assert!(why_not(Err(old)).is_some_and(|reason| reason.contains("12.4")));
+    }
 
     #[test]
     fn devices_are_parsed_and_checked() {

@@ -80,8 +80,9 @@ fn packed_parts(
     );
     let mut parts =
         vec![(String::new(), plain.codes.view([-1, 1])), (".quant_map".to_owned(), plain.codebook)];
+    let absmax = plain.absmax.expand();
     if options.double_quantize {
-        let NestedAbsmax { codes, absmax, offset } = NestedAbsmax::quantize(&plain.absmax);
+        let NestedAbsmax { codes, absmax, offset } = NestedAbsmax::quantize(&absmax);
         let offset = json!(f64::from(offset));
         state += &format!(
             ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
@@ -90,7 +91,7 @@ fn packed_parts(
         parts.push((".nested_absmax".to_owned(), Tensor::from_slice(&absmax)));
         parts.push((".nested_quant_map".to_owned(), Tensor::from_slice(&dynamic_map())));
     } else {
-        parts.push((".absmax".to_owned(), plain.absmax));
+        parts.push((".absmax".to_owned(), absmax));
     }
     state.push('}');
     let state = Tensor::from_slice(state.as_bytes());

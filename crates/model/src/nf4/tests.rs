@@ -63,7 +63,7 @@ fn matrices_packed_differently_are_not_stacked() {
     let refused = |part: Nf4Tensor| Nf4Tensor::stack(&[pack(64), part]).unwrap_err().to_string();
     let text = refused(pack(128));
     assert!(text.contains("4 blocks of 64") && text.contains("2 blocks of 128"), "{text}");
-    let cut = Nf4Tensor { absmax: pack(64).absmax.narrow(0, 0, 3), ..pack(64) };
+    let cut = Nf4Tensor { absmax: pack(64).absmax.first(3), ..pack(64) };
     assert!(refused(cut).contains("3 blocks of 64"));
     let doubled = Nf4Tensor { codebook: pack(64).codebook * 2.0, ..pack(64) };
     assert!(refused(doubled).contains("codebook"));
@@ -112,4 +112,41 @@ fn zeros_and_what_is_no_number_come_through() {
         let _ = x.narrow(1, 100, 1).fill_(bad);
         assert!(packed_product(&x, &weight).isnan().all().int64_value(&[]) == 1, "{bad}");
     }
+}
+
+/// What the eight bits stand for, by numpy's arithmetic: (map[code] * factor) + addend, each rounded to f32.
+#[test]
+fn scales_of_eight_bits_stay_so_and_stand_for_the_same_numbers() {
+    let options = |double_quantize| Nf4Options { double_quantize, block_size: 64 };
+    let pack = |rows, seed| {
+        let weight = random([rows, 256], seed);
+        [false, true].map(|double| Nf4Tensor::quantize(&weight, options(double)).unwrap())
+    };
+    let [plain, double] = pack(100, 8); // 400 blocks: a whole group and a part of one
+    let nested = NestedAbsmax::quantize(&plain.absmax.expand());
+    let expanded = Vec::<f32>::try_from(double.absmax.expand()).unwrap();
+    for (block, (code, found)) in nested.codes.iter().zip(&expanded).enumerate() {
+        let product = dynamic_map()[usize::from(*code)] * nested.absmax[block / NESTED_BLOCK];
+        assert_eq!(*found, product + nested.offset, "block {block}");
+    }
+    assert_eq!(expanded.len(), 400);
+    assert_eq!((plain.n_bytes(), double.n_bytes()), (12_800 + 1600, 12_800 + 400 + 4 * (256 + 4)));
+    // Whole groups below one another stay as they are; behind a part of one the next matrix's group would begin amid another.
+    let [_, whole] = pack(64, 9); // 256 blocks
+    let dense = |parts: &[&Nf4Tensor]| {
+        let parts: Vec<Tensor> = parts.iter().map(|p| p.dequantize(Kind::Float).unwrap()).collect();
+        Tensor::cat(&parts, 0)
+    };
+    let copy = |tensor: &Nf4Tensor| tensor.first_rows(tensor.outputs);
+    for (parts, stays) in [([&whole, &double], true), ([&double, &whole], false)] {
+        let stacked = Nf4Tensor::stack(&parts.map(copy)).unwrap();
+        assert_eq!(matches!(stacked.absmax, Scales::Double { .. }), stays);
+        assert!(stacked.dequantize(Kind::Float).unwrap().equal(&dense(&parts)));
+    }
+    let first = copy(&double).first_rows(70);
+    assert!(first.dequantize(Kind::Float).unwrap().equal(&dense(&[&double]).narrow(0, 0, 70)));
+    let placed = double.placed(Device::Cpu, false);
+    assert!(matches!(placed.absmax, Scales::Single(_)), "the CPU's kernels read f32");
+    let found = Vec::<f32>::try_from(placed.absmax.expand()).unwrap();
+    assert_eq!(found, expanded);
 }

@@ -26,10 +26,12 @@ pub(crate) const MAX_SOURCE_BYTES: u64 = 256 << 10;
 const MAX_FUEL: u64 = 500_000;
 /// The longest text a template may write.
 const MAX_OUTPUT_BYTES: usize = 4 << 20;
-/// Stack for rendering a template that has `namespace`: only through one can a loop nest a list in
-/// itself, some 50,000 deep before its instructions end, and printing or freeing that takes about
-/// 400 bytes of stack a level. Everything else nests at most 500 deep.
+/// Stack for compiling a template, whose operators are levels of a tree, and for rendering one that has `namespace`: only
+/// through one can a loop nest a list in itself, some 50,000 deep before its instructions end, and printing or freeing that
+/// takes about 400 bytes of stack a level. Everything else nests at most 500 deep.
 const STACK_BYTES: usize = 64 << 20;
+/// The widest indentation of JSON; the usual ones are 2 and 4.
+const MAX_INDENT: i64 = 100;
 /// The name of the one template in each environment.
 const NAME: &str = "chat_template";
 
@@ -58,7 +60,7 @@ struct Inner {
     environment: Environment<'static>,
     path: PathBuf,
     source: String,
-    variables: Vec<(&'static str, String)>,
+    variables: Vec<(String, String)>,
     refuses_system: OnceLock<bool>,
 }
 
@@ -94,14 +96,29 @@ impl ChatTemplate {
         variables: Vec<(&'static str, String)>,
         date: Date,
     ) -> Result<Self, Error> {
+        let named = variables.into_iter().map(|(name, text)| (name.to_owned(), text));
+        Self::compile(path, source, named.collect(), date)
+    }
+
+    /// As [`Self::with_date`], with variables whose names are the model's own.
+    pub(crate) fn compile(
+        path: &Path,
+        source: &str,
+        variables: Vec<(String, String)>,
+        date: Date,
+    ) -> Result<Self, Error> {
         if source.len() as u64 > MAX_SOURCE_BYTES {
             let path = path.to_path_buf();
             return Err(Error::TemplateBudget { path, what: "bytes", limit: MAX_SOURCE_BYTES });
         }
+        if !source::is_shallow(source) {
+            let (path, what) = (path.to_path_buf(), "operators in one tag, or branches of `if`");
+            return Err(Error::TemplateBudget { path, what, limit: source::MAX_OPERATORS as u64 });
+        }
         let mut environment = environment(date);
-        environment
-            .add_template_owned(NAME, source::rewritten(source))
-            .map_err(|error| explain(path, &error))?;
+        let rewritten = source::rewritten(source);
+        let compiled = on_large_stack(|| environment.add_template_owned(NAME, rewritten))?;
+        compiled.map_err(|error| explain(path, &error))?;
         Ok(Self(Arc::new(Inner {
             environment,
             path: path.to_path_buf(),
@@ -144,7 +161,7 @@ impl ChatTemplate {
             .collect();
         // Special tokens that the model lacks stay undefined, as in transformers.
         let special =
-            inner.variables.iter().map(|(name, text)| (*name, Value::from(text.as_str())));
+            inner.variables.iter().map(|(name, text)| (name.as_str(), Value::from(text.as_str())));
         let context = Value::from_pairs(special.chain([
             ("messages", messages),
             ("add_generation_prompt", add_generation_prompt.into()),
@@ -230,7 +247,11 @@ fn on_large_stack<T: Send>(
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
         let panicked = |_| Err(minijinja::Error::new(ErrorKind::InvalidOperation, "panicked"));
-        Ok(thread.spawn_scoped(scope, call)?.join().unwrap_or_else(panicked))
+        let started = thread.spawn_scoped(scope, call).map_err(|error| {
+            let what = format!("no memory for a stack of {STACK_BYTES} bytes ({error})");
+            io::Error::new(io::ErrorKind::OutOfMemory, what)
+        });
+        Ok(started?.join().unwrap_or_else(panicked))
     })
 }
 
@@ -280,6 +301,41 @@ fn check_extent(value: &Value) -> Result<(), minijinja::Error> {
     walk(value, &mut left).ok_or_else(too_large)
 }
 
+/// Widths and precisions of `str.format` are text that is made before anyone counts it. Every number in braces may be one, and
+/// any argument where braces stand in braces.
+fn check_widths(state: &State, text: &str, args: &[Value]) -> Result<(), minijinja::Error> {
+    let (mut depth, mut is_nested, mut total, mut number) = (0_usize, false, 0_usize, 0_usize);
+    for c in text.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        is_nested |= depth > 1;
+        match c.to_digit(10) {
+            Some(digit) if depth > 0 => {
+                number = number.saturating_mul(10).saturating_add(digit as usize);
+            }
+            _ => total = total.saturating_add(std::mem::take(&mut number)),
+        }
+    }
+    total = total.saturating_add(number);
+    if is_nested {
+        let widths = args.iter().filter_map(|arg| usize::try_from(arg.clone()).ok());
+        // Named arguments come as one map.
+        let named = args.iter().filter(|arg| arg.kind() == ValueKind::Map);
+        let named = named.flat_map(|arg| {
+            let keys = arg.try_iter().into_iter().flatten();
+            keys.filter_map(|key| usize::try_from(arg.get_item(&key).ok()?).ok())
+        });
+        total = widths.chain(named).fold(total, usize::saturating_add);
+    }
+    if total > MAX_OUTPUT_BYTES {
+        return Err(too_large());
+    }
+    state.consume_fuel((total / 64) as u64)
+}
+
 fn too_large() -> minijinja::Error {
     minijinja::Error::new(ErrorKind::WriteFailure, "a value too large to print")
         .with_source(io::Error::other(OutputLimit))
@@ -304,6 +360,9 @@ fn to_json(state: &State, value: &Value, kwargs: Kwargs) -> Result<Value, miniji
     kwargs.assert_all_used()?;
     check_extent(value)?;
     let indent = indent.filter(|indent| !indent.is_none());
+    if indent.as_ref().and_then(Value::as_i64).is_some_and(|indent| indent > MAX_INDENT) {
+        return Err(too_large());
+    }
 
     let escaped = minijinja::filters::tojson(
         value,
@@ -324,10 +383,37 @@ fn to_json(state: &State, value: &Value, kwargs: Kwargs) -> Result<Value, miniji
         }
         json = reformat(&json, &separators, sort_keys == Some(true))?;
     }
+    json = with_python_floats(&json);
     if ensure_ascii == Some(true) {
         json = in_ascii(&json);
     }
-    Ok(Value::from_safe_string(json))
+    Ok(Value::from(json)) // a plain text, as transformers' own filter gives
+}
+
+/// Writes the floats of JSON as Python does: an exponent has a sign and two digits.
+fn with_python_floats(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    let (mut rest, mut in_text) = (json, false);
+    while let Some(c) = rest.chars().next() {
+        let is_number = !in_text && (c == '-' || c.is_ascii_digit());
+        let n_bytes = if is_number {
+            let is_part = |c: char| c.is_ascii_digit() || "+-.eE".contains(c);
+            rest.find(|c| !is_part(c)).unwrap_or(rest.len())
+        } else if in_text && c == '\\' {
+            1 + rest[1..].chars().next().map_or(0, char::len_utf8)
+        } else {
+            c.len_utf8()
+        };
+        in_text ^= c == '"';
+        let (piece, after) = rest.split_at(n_bytes);
+        let is_float = is_number && piece.contains(['.', 'e', 'E']);
+        match piece.parse::<f64>().ok().filter(|_| is_float) {
+            Some(number) => text.push_str(&python::float(&Value::from(number))),
+            None => text.push_str(piece),
+        }
+        rest = after;
+    }
+    text
 }
 
 fn unsupported(what: &'static str) -> minijinja::Error {

@@ -4,6 +4,7 @@
 //! A tokenizer file is someone else's input to a parser that panics on some of them, so files are
 //! checked before they are handed over, and every call into the parser is caught.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,8 +19,8 @@ use tokenizers::{
 };
 
 use crate::Error;
-use crate::json::{is_word, read_object};
-use crate::text::template::ChatTemplate;
+use crate::json::{is_word, read_object, stand_in};
+use crate::text::template::{ChatTemplate, DEFAULT_DATE};
 
 mod declared;
 #[cfg(feature = "gguf")]
@@ -43,7 +44,12 @@ const LONG_WORD_BYTES: usize = 4096;
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_FILE: &str = "special_tokens_map.json";
+const ADDED_FILE: &str = "added_tokens.json";
 const TEMPLATE_FILE: &str = "chat_template.jinja";
+/// Templates for other uses, one file each.
+const TEMPLATES: &str = "additional_chat_templates";
+/// The template that is used, among named ones.
+const DEFAULT: &str = "default";
 
 /// A model's tokenizer and what belongs to it: special tokens and chat template source.
 ///
@@ -57,14 +63,31 @@ struct Inner {
     path: PathBuf,
     /// `tokenizer.json` as it was read, written back unchanged by `save`; none if built from GGUF.
     json: Option<Vec<u8>>,
-    /// `tokenizer_config.json`.
-    config: Map<String, Value>,
+    beside: Beside,
     special: SpecialIds,
-    template: Option<String>,
+    /// What templates know by name beyond `special`: each name and its token.
+    named: Vec<(String, String)>,
+    /// Rows of the model's embedding, where the model is known.
+    n_rows: Option<usize>,
     /// Text is cut into words by a regular expression before merging.
     splits_by_regex: bool,
     /// Tokens are spelled in GPT-2's byte alphabet.
     byte_level: bool,
+}
+
+/// What lies beside `tokenizer.json`.
+#[derive(Default)]
+struct Beside {
+    /// `tokenizer_config.json`; without its templates, where files of their own go before them.
+    config: Map<String, Value>,
+    /// `special_tokens_map.json`.
+    map: Map<String, Value>,
+    /// `added_tokens.json`: ids by token.
+    added: Map<String, Value>,
+    /// The chat template.
+    template: Option<String>,
+    /// Templates of [`TEMPLATES`] by their names: they are only kept.
+    others: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,8 +116,8 @@ pub(crate) struct Encoded {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json` and, where present, `tokenizer_config.json`,
-    /// `special_tokens_map.json` and `chat_template.jinja` (which wins over an inline template).
+    /// Loads `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and
+    /// `chat_template.jinja` (which wins over an inline template, as does one of `additional_chat_templates/` named default).
     ///
     /// # Errors
     ///
@@ -102,28 +125,31 @@ impl Tokenizer {
     /// if a file is damaged, hostile or inconsistent.
     pub fn from_directory(directory: &Path) -> Result<Self, Error> {
         let path = directory.join(TOKENIZER_FILE);
-        if !path.exists() && directory.join("tokenizer.model").exists() {
-            return Err(Error::field(
-                directory,
-                TOKENIZER_FILE,
-                "a tokenizer.json",
-                "only a SentencePiece tokenizer.model; convert it with \
-                 `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` of transformers",
-            ));
+        let older = [
+            ("tokenizer.model", "a SentencePiece tokenizer.model"),
+            ("vocab.json", "vocab.json and its merges"),
+        ];
+        let older = older.iter().find(|(file, _)| directory.join(file).exists());
+        if let Some((_, what)) = older.filter(|_| !path.exists()) {
+            let found = format!(
+                "only {what}; convert it with `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` of transformers"
+            );
+            return Err(Error::field(directory, TOKENIZER_FILE, "a tokenizer.json", found));
         }
         let bytes = read_capped(&path, MAX_TOKENIZER_BYTES)?;
-        let config = read_optional(&directory.join(CONFIG_FILE))?.unwrap_or_default();
-        let special_map = read_optional(&directory.join(SPECIAL_FILE))?.unwrap_or_default();
-        let sidecar = directory.join(TEMPLATE_FILE);
-        let template = if sidecar.exists() {
-            let bytes = read_capped(&sidecar, crate::text::template::MAX_SOURCE_BYTES)?;
-            Some(String::from_utf8(bytes).map_err(|error| {
-                Error::field(&sidecar, "text", "UTF-8", error.utf8_error().to_string())
-            })?)
-        } else {
-            inline_template(&directory.join(CONFIG_FILE), &config)?
+        let optional = |name: &str| -> Result<Map<String, Value>, Error> {
+            Ok(read_optional(&directory.join(name))?.unwrap_or_default())
         };
-        Self::from_parts(path, bytes, config, &special_map, template)
+        let mut config = optional(CONFIG_FILE)?;
+        let mut others = template_files(directory)?;
+        let template = if others.is_empty() {
+            inline_template(&directory.join(CONFIG_FILE), &config)?
+        } else {
+            config.remove("chat_template");
+            others.remove(DEFAULT)
+        };
+        let (map, added) = (optional(SPECIAL_FILE)?, optional(ADDED_FILE)?);
+        Self::from_parts(path, bytes, Beside { config, map, added, template, others })
     }
 
     /// Builds a tokenizer from a GGUF file's `tokenizer.ggml.*` entries; `path` is for messages.
@@ -136,36 +162,33 @@ impl Tokenizer {
         gguf::build(path, vocabulary)
     }
 
-    fn from_parts(
-        path: PathBuf,
-        bytes: Vec<u8>,
-        config: Map<String, Value>,
-        special_map: &Map<String, Value>,
-        template: Option<String>,
-    ) -> Result<Self, Error> {
-        let mut json: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| Error::field(&path, "JSON", "a JSON object", error.to_string()))?;
+    fn from_parts(path: PathBuf, bytes: Vec<u8>, beside: Beside) -> Result<Self, Error> {
+        let mut json: Value = serde_json::from_slice(&bytes).map_err(|error| {
+            let found = stand_in(&bytes).map_or_else(|| error.to_string(), str::to_owned);
+            Error::field(&path, "JSON", "a JSON object", found)
+        })?;
         validate::check(&path, &json)?;
         keep_whole_offsets(&mut json["post_processor"]);
-        declared::set_prefix_space(&mut json, &config);
+        declared::set_prefix_space(&mut json, &beside.config);
         let mut tokenizer = guarded(&path, || {
             <tokenizers::Tokenizer as serde::Deserialize>::deserialize(&json)
                 .map_err(|error| error.to_string())
         })?;
         drop_cutting(&path, &mut tokenizer)?;
         validate::check_added(&path, &json, &tokenizer)?;
-        let special =
-            Declared { path: &path, config: &config, map: special_map }.apply(&mut tokenizer)?;
-        Ok(Self::assemble(tokenizer, path, Some(bytes), config, special, template))
+        let Beside { config, map, added, .. } = &beside;
+        let (special, named) =
+            Declared { path: &path, config, map, added }.apply(&mut tokenizer)?;
+        Ok(Self::assemble(tokenizer, path, Some(bytes), beside, special, named))
     }
 
     fn assemble(
         tokenizer: tokenizers::Tokenizer,
         path: PathBuf,
         json: Option<Vec<u8>>,
-        config: Map<String, Value>,
+        beside: Beside,
         special: SpecialIds,
-        template: Option<String>,
+        named: Vec<(String, String)>,
     ) -> Self {
         let (splits_by_regex, byte_level) = match tokenizer.get_pre_tokenizer() {
             Some(pre_tokenizer) => (splits_by_regex(pre_tokenizer), is_byte_level(pre_tokenizer)),
@@ -175,12 +198,39 @@ impl Tokenizer {
             tokenizer,
             path,
             json,
-            config,
+            beside,
             special,
-            template,
+            named,
+            n_rows: None,
             splits_by_regex,
             byte_level,
         }))
+    }
+
+    /// The same tokenizer, just made, for a model whose embedding has so many rows: a text with a token beyond is refused.
+    pub(crate) fn for_rows(mut self, n_rows: usize) -> Self {
+        Arc::get_mut(&mut self.0).expect("just made, so nobody else has it").n_rows = Some(n_rows);
+        self
+    }
+
+    /// Says that there are tokens without a row in the embedding: harmless as long as no text has one.
+    pub(crate) fn warn_of_tokens_without_row(&self) {
+        let Some(n_rows) = self.0.n_rows else { return };
+        let added = self.0.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let n_added = added.keys().max().map_or(0, |id| *id as usize + 1);
+        let n_ids = self.0.tokenizer.get_vocab_size(false).max(n_added);
+        if n_ids > n_rows {
+            let (path, first) = (self.0.path.display(), self.token(n_rows as i64));
+            tracing::warn!(%path, n_ids, n_rows, ?first, "more tokens than the model's embedding has rows: a text that has one of them is refused");
+        }
+    }
+
+    fn check_rows(&self, ids: &[u32]) -> Result<(), Error> {
+        let Some(n_rows) = self.0.n_rows else { return Ok(()) };
+        let Some(&id) = ids.iter().find(|id| **id as usize >= n_rows) else { return Ok(()) };
+        let token = self.token(i64::from(id)).unwrap_or_default();
+        let expected = format!("an id below {n_rows}, the rows of the model's embedding");
+        Err(Error::field(&self.0.path, format!("token {token:?}"), expected, id.to_string()))
     }
 
     /// The ids of `text`; special tokens spelled out in it become those tokens. With
@@ -189,7 +239,8 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`Error::TextTooLong`] above 4 MiB; [`Error::Tokenizer`] if the tokenizer fails.
+    /// [`Error::TextTooLong`] above 4 MiB; [`Error::Tokenizer`] if the tokenizer fails; [`Error::Field`] if the text has a
+    /// token for which the model has no embedding.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<i64>, Error> {
         Ok(self.encode_with_spans(text, add_special)?.ids)
     }
@@ -205,6 +256,7 @@ impl Tokenizer {
         let encoding = guarded(&self.0.path, || {
             self.0.tokenizer.encode(text, add_special).map_err(|error| error.to_string())
         })?;
+        self.check_rows(encoding.get_ids())?;
         if self.0.splits_by_regex {
             self.check_words(text, &encoding)?;
         }
@@ -389,29 +441,44 @@ impl Tokenizer {
         let sidecar = self.0.path.with_file_name(TEMPLATE_FILE);
         let in_directory = self.0.path.file_name().is_some_and(|name| name == TOKENIZER_FILE);
         let path = if in_directory && sidecar.exists() { &sidecar } else { &self.0.path };
-        match &self.0.template {
-            Some(source) => ChatTemplate::new(path, source, self.template_variables()),
+        match &self.0.beside.template {
+            Some(source) => {
+                ChatTemplate::compile(path, source, self.template_variables(), DEFAULT_DATE)
+            }
             None => Err(Error::NoTemplate { path: self.0.path.clone() }),
         }
     }
 
     /// What templates know under `bos_token`, `eos_token`, …
-    pub(crate) fn template_variables(&self) -> Vec<(&'static str, String)> {
+    pub(crate) fn template_variables(&self) -> Vec<(String, String)> {
         let SpecialIds { bos, eos, unk, pad } = self.0.special;
         [("bos_token", bos), ("eos_token", eos), ("unk_token", unk), ("pad_token", pad)]
             .into_iter()
-            .filter_map(|(name, id)| Some((name, self.token(id?)?)))
+            .filter_map(|(name, id)| Some((name.to_owned(), self.token(id?)?)))
+            .chain(self.0.named.iter().cloned())
             .collect()
     }
 
-    /// Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if the
-    /// model has a template, `chat_template.jinja` into an existing directory, so that transformers
-    /// loads the same tokenizer from there. The padding token written is [`Self::pad_id`]'s.
+    /// Writes `tokenizer.json` and what lies beside it (settings, special and added tokens, chat templates) into an existing
+    /// directory, so that transformers loads the same tokenizer from there, with the padding token that was declared.
     ///
     /// # Errors
     ///
     /// [`Error::Records`] if a file cannot be written.
     pub fn save(&self, directory: &Path) -> Result<(), Error> {
+        self.write(directory, self.0.special.pad)
+    }
+
+    /// [`Self::save`] with the padding token of [`Self::pad_id`], for reward models.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::save`].
+    pub fn save_with_padding(&self, directory: &Path) -> Result<(), Error> {
+        self.write(directory, self.pad_id())
+    }
+
+    fn write(&self, directory: &Path, pad: Option<i64>) -> Result<(), Error> {
         let inner = &*self.0;
         let json = match &inner.json {
             Some(bytes) => bytes.clone(),
@@ -420,13 +487,12 @@ impl Tokenizer {
             })?
             .into_bytes(),
         };
-        let mut config = inner.config.clone();
-        let mut special_map = Map::new();
+        let (mut config, mut special_map) = (inner.beside.config.clone(), inner.beside.map.clone());
         for (name, id) in [
             ("bos_token", inner.special.bos),
             ("eos_token", inner.special.eos),
             ("unk_token", inner.special.unk),
-            ("pad_token", self.pad_id()),
+            ("pad_token", pad),
         ] {
             if let Some(token) = id.and_then(|id| self.token(id)) {
                 special_map.insert(name.to_owned(), Value::String(token.clone()));
@@ -434,10 +500,21 @@ impl Tokenizer {
             }
         }
         config.entry("tokenizer_class").or_insert_with(|| "PreTrainedTokenizerFast".into());
-        if let Some(template) = &inner.template {
+        // A list of named templates stays where it is: a file would go before it.
+        let is_list = config.get("chat_template").is_some_and(Value::is_array);
+        if let Some(template) = inner.beside.template.as_ref().filter(|_| !is_list) {
             // The sidecar wins where both are known; transformers before 4.47 reads the key only.
             config.insert("chat_template".to_owned(), Value::String(template.clone()));
             atomic::write(directory.join(TEMPLATE_FILE), template.as_bytes())?;
+        }
+        for (name, template) in &inner.beside.others {
+            fs_err::create_dir_all(directory.join(TEMPLATES))?;
+            let path = directory.join(TEMPLATES).join(format!("{name}.jinja"));
+            atomic::write(path, template.as_bytes())?;
+        }
+        if !inner.beside.added.is_empty() {
+            let added = pretty(inner.beside.added.clone());
+            atomic::write(directory.join(ADDED_FILE), added.as_bytes())?;
         }
         atomic::write(directory.join(TOKENIZER_FILE), &json)?;
         atomic::write(directory.join(CONFIG_FILE), pretty(config).as_bytes())?;
@@ -564,6 +641,27 @@ fn inline_template(path: &Path, config: &Map<String, Value>) -> Result<Option<St
         }
         Some(_) => Err(wrong("something else")),
     }
+}
+
+/// The templates that have files of their own, by name: `chat_template.jinja` is the default, unless there is another one.
+fn template_files(directory: &Path) -> Result<BTreeMap<String, String>, Error> {
+    let mut paths = vec![(DEFAULT.to_owned(), directory.join(TEMPLATE_FILE))];
+    paths.retain(|(_, path)| path.exists());
+    if directory.join(TEMPLATES).is_dir() {
+        for entry in fs_err::read_dir(directory.join(TEMPLATES))? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".jinja"));
+            paths.extend(name.map(|name| (name.to_owned(), path.clone())));
+        }
+    }
+    let text = |(name, path): (String, PathBuf)| {
+        let bytes = read_capped(&path, crate::text::template::MAX_SOURCE_BYTES)?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            Error::field(&path, "text", "UTF-8", error.utf8_error().to_string())
+        })?;
+        Ok((name, text))
+    };
+    paths.into_iter().map(text).collect()
 }
 
 /// A small JSON file that may be absent; numbers that are not finite are left out.

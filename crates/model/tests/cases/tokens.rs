@@ -145,6 +145,118 @@ fn the_three_files_are_read_as_transformers_reads_them() {
     }
 }
 
+/// The ids that AutoTokenizer of transformers 5.23 gives over tiny-chat with these changes.
+#[test]
+fn tokens_named_beside_the_tokenizer_only_are_added_as_transformers_adds_them() {
+    let scratch = Scratch::new();
+    let text = "hello the world yo hello";
+    let one = [512, 263, 398, 286, 306, 81, 223, 512];
+    let (config, map, added) =
+        ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json");
+    for (i, (file, change, ids)) in [
+        (config, json!({"additional_special_tokens": ["hello", "<|im_start|>"]}), one),
+        (config, json!({"extra_special_tokens": ["hello", "<|im_start|>"]}), one),
+        (config, json!({"extra_special_tokens": {"h_token": "hello"}}), one),
+        (config, json!({"foo_token": "hello"}), one),
+        (map, json!({"additional_special_tokens": ["hello"]}), one),
+        (added, json!({"hello": 512}), one),
+        (
+            config,
+            json!({"sep_token": "hello", "cls_token": "yo", "mask_token": "world"}),
+            [512, 263, 223, 514, 223, 513, 223, 512],
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let model = scratch.copy(&tiny_chat(), &i.to_string());
+        edit(&model.join(file), |map| map.extend(change.as_object().unwrap().clone()));
+        let written = scratch.at(&format!("{i} written"));
+        fs_err::create_dir(&written).unwrap();
+        Tokenizer::from_directory(&model).unwrap().save(&written).unwrap();
+        for directory in [&model, &written] {
+            let tokenizer = Tokenizer::from_directory(directory).unwrap();
+            assert_eq!(tokenizer.encode(text, false).unwrap(), ids, "{change}");
+            assert_eq!(tokenizer.is_special(512), file != added, "{change}");
+        }
+    }
+    // All at once, in this order; templates know those that have names.
+    let model = scratch.copy(&tiny_chat(), "all");
+    let names = json!({"extra_special_tokens": {"z_token": "hello", "b": "yo"}, "y_token": "lead"});
+    edit(&model.join(config), |map| map.extend(names.as_object().unwrap().clone()));
+    let more = json!({"x_token": "world", "additional_special_tokens": ["qq"]});
+    edit(&model.join(map), |map| map.extend(more.as_object().unwrap().clone()));
+    fs_err::write(model.join("chat_template.jinja"), "{{ x_token }} {{ b }} {{ q_token }}")
+        .unwrap();
+    let tokenizer = Tokenizer::from_directory(&model).unwrap();
+    let expected = ["world", "lead", "hello", "yo", "qq"].map(str::to_owned);
+    assert_eq!((512..517).filter_map(|id| tokenizer.token(id)).collect::<Vec<_>>(), expected);
+    assert_eq!(tokenizer.template().unwrap().render(&[], false).unwrap(), "world yo ");
+    // What is no list of tokens, and an id that it cannot have.
+    for (file, change, named) in [
+        (config, json!({"extra_special_tokens": "hello"}), "extra_special_tokens: expected a list"),
+        (config, json!({"extra_special_tokens": {"z": ["hello"]}}), "extra_special_tokens"),
+        (map, json!({"additional_special_tokens": [3]}), "additional_special_tokens"),
+        (added, json!({"hello": 600}), "expected 512, the id it has"),
+    ] {
+        let model = scratch.copy(&tiny_chat(), "refused");
+        let _ = fs_err::remove_file(model.join(map));
+        edit(&model.join(file), |map| map.extend(change.as_object().unwrap().clone()));
+        let error = Tokenizer::from_directory(&model).unwrap_err().to_string();
+        assert!(error.contains(named) && error.contains(file), "{error}");
+    }
+}
+
+/// transformers keeps a template by each name, and goes by files before the list in the settings.
+#[test]
+fn copies_keep_templates_of_other_names() {
+    let scratch = Scratch::new();
+    let copied = |model: &std::path::Path, name: &str| {
+        let written = scratch.at(name);
+        fs_err::create_dir(&written).unwrap();
+        let tokenizer = Tokenizer::from_directory(model).unwrap();
+        tokenizer.save(&written).unwrap();
+        assert_eq!(Tokenizer::from_directory(&written).unwrap().template().unwrap().source(), "x");
+        written
+    };
+    let list = json!([{"name": "tool_use", "template": "y"}, {"name": "default", "template": "x"}]);
+    let model = scratch.copy(&tiny_chat(), "list");
+    fs_err::remove_file(model.join("chat_template.jinja")).unwrap();
+    edit(&model.join("tokenizer_config.json"), |config| {
+        config.insert("chat_template".to_owned(), list.clone());
+    });
+    let written = copied(&model, "list written");
+    assert_eq!(object(&written.join("tokenizer_config.json"))["chat_template"], list);
+    assert!(!written.join("chat_template.jinja").exists(), "it would go before the list");
+    // Files go before the list.
+    fs_err::write(model.join("chat_template.jinja"), "x").unwrap();
+    let files = model.join("additional_chat_templates");
+    fs_err::create_dir(&files).unwrap();
+    fs_err::write(files.join("rag.jinja"), "z").unwrap();
+    let written = copied(&model, "files written");
+    let other = fs_err::read(written.join("additional_chat_templates/rag.jinja")).unwrap();
+    assert_eq!(other, b"z");
+    assert_eq!(object(&written.join("tokenizer_config.json"))["chat_template"], json!("x"));
+    fs_err::write(files.join("default.jinja"), "x").unwrap();
+    fs_err::write(model.join("chat_template.jinja"), "w").unwrap();
+    copied(&model, "default written");
+}
+
+/// Too few rows are harmless until a text has one of the tokens.
+#[test]
+fn a_token_without_a_row_of_the_embedding_is_the_models_fault() {
+    let scratch = Scratch::new();
+    let model = scratch.copy(&tiny_chat(), "model");
+    edit(&model.join("added_tokens.json"), |added| {
+        drop(added.insert("hello".to_owned(), json!(512)))
+    });
+    logprobs(&scratch, &model, &json!({"text": "the world"}), &[]);
+    let lines = scratch.line(&json!({"text": "hello"}));
+    let arguments = ["logprobs", "--model", text(&model), "--jsonl", text(&lines)];
+    let words = ["tokenizer.json: token \"hello\": expected an id below 512", "found 512", "WARN"];
+    refuses(&arguments, 65, &words);
+}
+
 /// A vocabulary with a hole where the listed token should be: transformers gives it another id without a word.
 #[test]
 fn a_listed_token_that_cannot_have_its_id_is_refused() {

@@ -1,4 +1,5 @@
-// Runs kernel launches read from standard input on the SIMT machine of simt.h and writes the buffers back.
+// Runs kernel launches read from standard input on the SIMT machine of simt.h and writes the buffers back. Built once a
+// kernel file: ARETE_FILE names it, ARETE_KERNELS lists its kernels as KERNEL(name), KERNEL(name), …
 //
 // Input: launches, one after another, until the end; integers are little-endian.
 //   u32 length, name | u32 grid x, y | u32 threads | u32 shared bytes | u64 order | u32 arguments, each:
@@ -6,6 +7,7 @@
 // Output: for every launch the bytes of its buffers, in order.
 #include "simt.h"
 
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -17,9 +19,7 @@
 #include <vector>
 
 #include "common.cuh"
-#include "dequantize.cu"
-#include "quantize.cu"
-#include "multiply.cu"
+#include ARETE_FILE
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -33,22 +33,35 @@ uint8_t* shared_memory = nullptr;
 
 namespace {
 
-enum State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum State { kReady, kAtBarrier, kInWarp, kDone };
 
 constexpr size_t kStackBytes = 1 << 17;
 
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes, group;
+};
+
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool started = false;
   State state = kReady;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  // Two slots in turn: a lane may post its next value before a neighbour has read this one.
-  uint32_t posted[2];
-  int turn = 0, offset = 0;
+  // Two slots in turn: a lane may post its next words before a neighbour has read these.
+  uint32_t posted[2][kWords];
+  int turn = 0;
+  Together what = Together::kSync;
+  uint32_t detail = 0;
+  std::vector<Copy> copies;
+  uint32_t copy_group = 0;
   void* fake_stack = nullptr;
 };
 
 std::vector<Fiber> fibers;
 ucontext_t scheduler;
+jmp_buf scheduler_place;
 uint32_t running = 0;
 void (*body)(const void*) = nullptr;
 const void* body_arguments = nullptr;
@@ -56,41 +69,42 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 
 [[noreturn]] void fail(const char* what) {
-  fprintf(stderr, "simt: %s (block %u, %u)\n", what, blockIdx.x, blockIdx.y);
+  fprintf(stderr, "simt: %s (block %u, %u, thread %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x);
   exit(3);
 }
 
+// Between fibers that have started, jumps: swapcontext asks the kernel for the signal mask each time. The address sanitizer
+// follows swapcontext only.
+#ifdef __SANITIZE_ADDRESS__
 void leave(Fiber& fiber, bool for_good) {
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_stack_bytes);
-#else
-  (void)for_good;
-#endif
   swapcontext(&fiber.context, &scheduler);
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
-#endif
 }
-
-void enter(uint32_t thread) {
-  Fiber& fiber = fibers[thread];
-  running = thread;
-  threadIdx = dim3{thread, 0, 0};
-#ifdef __SANITIZE_ADDRESS__
+void enter(Fiber& fiber) {
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), kStackBytes);
-#endif
   swapcontext(&scheduler, &fiber.context);
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
 }
+#else
+void leave(Fiber& fiber, bool) {
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler_place, 1);
+}
+void enter(Fiber& fiber) {
+  if (_setjmp(scheduler_place) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+#endif
 
 void start() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
   body(body_arguments);
+  if (!fibers[running].copies.empty()) fail("a thread ends without waiting for its copies");
   fibers[running].state = kDone;
   leave(fibers[running], true);
 }
@@ -106,15 +120,15 @@ bool release() {
   bool any = false;
   size_t at_barrier = 0;
   for (size_t warp = 0; warp < fibers.size(); warp += 32) {
-    int shuffling = 0;
+    int together = 0;
     for (size_t i = warp; i < warp + 32; i++) {
-      shuffling += fibers[i].state == kAtShuffle;
+      together += fibers[i].state == kInWarp;
       at_barrier += fibers[i].state == kAtBarrier;
     }
-    if (shuffling == 0) continue;
-    if (shuffling != 32) continue;  // the others may still be on their way
+    if (together != 32) continue;  // the others may still be on their way
     for (size_t i = warp; i < warp + 32; i++) {
-      if (fibers[i].offset != fibers[warp].offset) fail("lanes of a warp shuffle with different offsets");
+      if (fibers[i].what != fibers[warp].what || fibers[i].detail != fibers[warp].detail)
+        fail("the lanes of a warp do different things together");
       fibers[i].state = kReady;
     }
     any = true;
@@ -126,7 +140,7 @@ bool release() {
   return any;
 }
 
-// One permutation of the threads per order: 0 ascending, 1 descending, else shuffled.
+// One permutation per order: 0 ascending, 1 descending, else shuffled.
 std::vector<uint32_t> permutation(uint32_t n, uint64_t order) {
   std::vector<uint32_t> out(n);
   for (uint32_t i = 0; i < n; i++) out[i] = order == 1 ? n - 1 - i : i;
@@ -145,14 +159,20 @@ void run_block(uint64_t order) {
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
+    fiber.started = false;
     fiber.state = kReady;
     fiber.turn = 0;
+    fiber.copy_group = 0;
   }
   std::vector<uint32_t> threads = permutation(uint32_t(fibers.size()), order);
   for (;;) {
     bool done = true;
     for (uint32_t thread : threads) {
-      if (fibers[thread].state == kReady) enter(thread);
+      if (fibers[thread].state == kReady) {
+        running = thread;
+        threadIdx = dim3{thread, 0, 0};
+        enter(fibers[thread]);
+      }
       done &= fibers[thread].state == kDone;
     }
     if (done) return;
@@ -164,16 +184,36 @@ void run_block(uint64_t order) {
 
 void barrier() { wait(kAtBarrier); }
 
-uint32_t shuffle_xor(uint32_t mask, uint32_t value, int offset) {
-  if (mask != 0xffffffffu) fail("a shuffle that names only some lanes");
+Meeting::Meeting(uint32_t mask, Together what, uint32_t detail, const uint32_t* words, int n) : me_(running) {
+  if (mask != 0xffffffffu) fail("only some lanes of a warp are named");
+  Fiber& fiber = fibers[me_];
+  turn_ = fiber.turn;
+  for (int i = 0; i < n; i++) fiber.posted[turn_][i] = words[i];
+  fiber.what = what;
+  fiber.detail = detail;
+  fiber.turn = 1 - turn_;
+  wait(kInWarp);
+}
+const uint32_t* Meeting::of(uint32_t lane) const { return fibers[me_ / 32 * 32 + lane].posted[turn_]; }
+
+void copy_async(void* to, const void* from, uint32_t bytes) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes > 16) fail("an asynchronous copy is not one of 16 aligned bytes");
+  memset(to, 0xff, 16);
+  fibers[running].copies.push_back({to, from, bytes, fibers[running].copy_group});
+}
+void close_copies() { fibers[running].copy_group++; }
+void wait_copies(uint32_t n) {
   Fiber& fiber = fibers[running];
-  uint32_t me = running;
-  int turn = fiber.turn;
-  fiber.posted[turn] = value;
-  fiber.offset = offset;
-  fiber.turn = 1 - turn;
-  wait(kAtShuffle);
-  return fibers[me ^ uint32_t(offset)].posted[turn];
+  size_t kept = 0;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group + n >= fiber.copy_group) {
+      fiber.copies[kept++] = copy;
+      continue;
+    }
+    memset(copy.to, 0, 16);
+    memcpy(copy.to, copy.from, copy.bytes);
+  }
+  fiber.copies.resize(kept);
 }
 
 void launch(dim3 grid, uint32_t n_threads, uint32_t shared_bytes, uint64_t order, void (*kernel)(const void*),
@@ -184,15 +224,15 @@ void launch(dim3 grid, uint32_t n_threads, uint32_t shared_bytes, uint64_t order
   body_arguments = arguments;
   gridDim = grid;
   blockDim = dim3{n_threads, 1, 1};
-  for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
-      void* memory = nullptr;
-      if (posix_memalign(&memory, 16, shared_bytes)) fail("out of memory");
-      memset(memory, 0xff, shared_bytes);  // NaN in every format
-      shared_memory = static_cast<uint8_t*>(memory);
-      run_block(order + blockIdx.x * (order > 1));
-      free(memory);
-    }
+  for (uint32_t block : permutation(grid.x * grid.y, order)) {
+    blockIdx = dim3{block % grid.x, block / grid.x, 0};
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, shared_bytes)) fail("out of memory");
+    memset(memory, 0xff, shared_bytes);  // NaN in every format
+    shared_memory = static_cast<uint8_t*>(memory);
+    run_block(order + block * (order > 1));
+    free(memory);
+  }
 }
 
 }  // namespace simt
@@ -224,13 +264,7 @@ struct Kernel {
   size_t n_arguments;
 };
 #define KERNEL(name) Kernel{#name, Caller<name>::run, Caller<name>::kCount}
-const Kernel kKernels[] = {
-    KERNEL(dequantize_f32),    KERNEL(dequantize_bf16),   KERNEL(dequantize_f16),   KERNEL(quantize_f32),
-    KERNEL(quantize_bf16),     KERNEL(quantize_f16),      KERNEL(multiply_f32_1),   KERNEL(multiply_f32_2),
-    KERNEL(multiply_f32_4),    KERNEL(multiply_f32_8),    KERNEL(multiply_bf16_1),  KERNEL(multiply_bf16_2),
-    KERNEL(multiply_bf16_4),   KERNEL(multiply_bf16_8),   KERNEL(multiply_bf16_16), KERNEL(multiply_f16_1),
-    KERNEL(multiply_f16_2),    KERNEL(multiply_f16_4),    KERNEL(multiply_f16_8),   KERNEL(multiply_f16_16),
-};
+const Kernel kKernels[] = {ARETE_KERNELS};
 
 bool take(void* out, size_t n, bool first = false) {
   size_t got = fread(out, 1, n, stdin);

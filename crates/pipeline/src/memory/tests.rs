@@ -1,80 +1,29 @@
-//! Tests against published numbers of parameters, and of what fits after which changes.
+//! What of a recipe is counted, and what fits after which changes.
 
 use super::*;
 use crate::setup::SetupArgs;
 
-fn golden(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens").join(name)
-}
-
-fn settings() -> Settings {
+#[test]
+fn a_stage_that_does_not_fit_the_gpu_is_refused_with_what_would_fit() {
+    use crate::check::{self, Room};
     let setup = Setup::new(&SetupArgs::default()).unwrap();
-    sft(&setup).unwrap().settings
-}
-
-/// Mistral-7B: 7,241,732,096 parameters, as published; 2 × 32,000 × 4,096 in the vocabulary, 266,240 in norms.
-#[test]
-fn the_weights_of_mistral_7b_are_counted_right() {
-    let path = golden("config/mistral_7b_instruct_v0.2.json");
-    let (config, stored) = shape(path.to_str().unwrap()).unwrap();
-    let cuda = Device::Cuda(0);
-    let dense = settings();
-    let angles = 32_768 * 128 * 4;
-    let counted = Counter::new(&config, &dense, cuda, stored).weights();
-    assert_eq!(counted - angles, 2 * 7_241_732_096);
-    // Four bits and a sixteenth of four bytes for each of the blocks' numbers.
-    let packed = Settings { nf4: true, ..dense };
-    let blocks = 7_241_732_096 - 2 * 32_000 * 4096 - 266_240;
-    let counted = Counter::new(&config, &packed, cuda, stored).weights();
-    assert_eq!(counted - angles, 2 * (2 * 32_000 * 4096 + 266_240) + blocks / 2 + blocks / 16);
-    // peft 0.21: 41,943,040 trainable parameters at rank 16 on all seven layers.
-    assert_eq!(Counter::new(&config, &packed, cuda, stored).adapter_size(), 41_943_040);
-}
-
-#[test]
-fn directories_are_counted_as_they_are_stored() {
-    let stored = |directory: &Path| shape(directory.to_str().unwrap()).unwrap().1;
-    assert_eq!(stored(&golden("llama_untied")), 4, "f32");
-    let directory = tempfile::tempdir().unwrap();
-    let half = directory.path().join("half");
-    let source = Source::Directory(golden("llama_untied"));
-    let extra = Map::new();
-    arete_model::adapter::merge::write_model(
-        &source,
-        None,
-        None,
-        &half,
-        Kind::BFloat16,
-        None,
-        extra,
-    )
-    .unwrap();
-    assert_eq!(stored(&half), 2);
-    fs_err::remove_file(half.join("model.safetensors")).unwrap();
-    assert_eq!(stored(&half), 2, "a configuration alone");
-}
-
-#[test]
-fn changes_are_made_until_it_fits_and_no_further() {
-    let need = |s: &Settings| {
-        1000 - 300 * u64::from(s.recompute)
-            - 400 * u64::from(s.nf4)
-            - u64::from(s.micro_batch_tokens == 512)
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../model/tests/goldens/config/mistral_7b_instruct_v0.2.json"
+    );
+    let shape = Shape::of(path, Some("cuda"), 200).unwrap();
+    let steps = crate::steps::of(&setup).unwrap();
+    let with_gpu = |bytes: u64| {
+        let memory = super::Room { total: Some(bytes), free: Some(bytes) };
+        let room = Room { memory, free_disk: None };
+        check::room(&setup, &shape, &steps, room)
     };
-    let fit = |bytes| fit(bytes, &TRAINING_KEYS, &settings(), need);
-    assert_eq!(fit(1000), Ok(vec![]));
-    assert_eq!(fit(700), Ok(vec!["recompute = true".to_owned()]));
-    let both = ["recompute = true", "nf4 = true"].map(str::to_owned).to_vec();
-    assert_eq!(fit(300), Ok(both));
-    assert_eq!(fit(200), Err(299));
-}
-
-#[test]
-fn passes_hold_whole_items() {
-    use super::count::largest_pass;
-    assert_eq!(largest_pass(16, 100, 2048).tokens, 1600);
-    assert_eq!(largest_pass(16, 300, 2048).tokens, 1800);
-    assert_eq!(largest_pass(16, 3000, 2048).tokens, 3000);
+    with_gpu(1_000_000_000_000).unwrap();
+    let message = with_gpu(15_000_000_000).unwrap_err().to_string();
+    let parts = ["of the GPU's memory", "free are 15.0 GB", "it fits with ", "nf4 = true"];
+    assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    let message = with_gpu(1_000_000_000).unwrap_err().to_string();
+    assert!(message.contains("with everything that saves memory it needs"), "{message}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use arete_stage::cli::printable;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::memory::IGNORE;
 use crate::setup::SetupArgs;
 
 /// Lines of a failed stage's log that are shown.
@@ -30,11 +31,12 @@ pub(super) struct Ended {
     pub(super) last_lines: String,
 }
 
-/// Runs `arete stage NAME` to its end. Its log goes to `log`, and to stderr whole or as one live line under its label.
+/// Runs `arete stage NAME` to its end, if asked for whether there is room or not. Its log goes to `log`, and to stderr whole or as one live line under its label.
 pub(super) fn run(
     name: &str,
     label: &str,
     setup: &SetupArgs,
+    ignore_room: bool,
     log: &Path,
     show_all: bool,
 ) -> Result<Ended> {
@@ -47,6 +49,7 @@ pub(super) fn run(
         .arg(name)
         .args(setup.to_words())
         .env(CHILD, "1")
+        .envs(ignore_room.then_some((IGNORE, "1")))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use anyhow::Result;
+use arete_records::Refusal;
+use arete_stage::settings::{at_least, fraction, not_negative, positive};
+
 use super::{Aggregation, Algorithm, Config, CriticKind, RolloutKind};
-use crate::Error;
 use crate::kl::KlControl;
 use crate::reward::{Ensemble, Placement};
 
@@ -12,14 +15,9 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] naming the key.
-    pub fn check(&self) -> Result<(), Error> {
-        let positive = |name, value: f64| {
-            check(name, value.is_finite() && value > 0.0, "a number above 0", &value)
-        };
-        let not_negative = |name, value: f64| {
-            check(name, value.is_finite() && value >= 0.0, "a number of at least 0", &value)
-        };
+    /// A refused setting naming the key.
+    pub fn check(&self) -> Result<()> {
+        self.lora.check()?;
         positive("temperature", self.temperature)?;
         positive("clip_range", self.clip_range)?;
         positive("value_clip_range", self.value_clip_range)?;
@@ -39,6 +37,8 @@ impl Config {
             ("max_grad_norm", self.max_grad_norm),
             ("weight_decay", self.weight_decay),
             ("probe_temperature", self.probe_temperature()),
+            ("engine_difference", self.engine_difference),
+            ("reward_tolerance", self.reward_tolerance),
         ] {
             not_negative(name, value)?;
         }
@@ -47,7 +47,7 @@ impl Config {
             self.kl_control == KlControl::Fixed || self.kl_horizon >= self.rollout_size as f64;
         check("kl_horizon", slow, "at least rollout_size", &self.kl_horizon)?;
         for (name, value) in [("gamma", self.gamma), ("lambda", self.lambda)] {
-            check(name, (0.0..=1.0).contains(&value), "a number within 0 to 1", &value)?;
+            fraction(name, value)?;
         }
         for (name, value) in [
             ("max_new_tokens", self.max_new_tokens),
@@ -59,10 +59,13 @@ impl Config {
             ("stats_samples", self.stats_samples),
             ("max_rows", self.max_rows),
         ] {
-            check(name, value > 0, "at least 1", &value)?;
+            at_least(name, value, 1)?;
         }
-        check("iterations", self.iterations > 0, "at least 1", &self.iterations)?;
-        check("epochs", self.epochs > 0, "at least 1", &self.epochs)?;
+        self.engines.check()?;
+        self.server.check()?;
+        at_least("iterations", self.iterations, 1)?;
+        at_least("epochs", self.epochs, 1)?;
+        at_least("virtual_shards", self.shards.virtual_shards, 1)?;
         if self.algorithm == Algorithm::Ppo {
             let expected = format!(
                 "fewer than the {} iterations, or the policy never learns",
@@ -91,7 +94,7 @@ impl Config {
     }
 
     /// What the algorithms ask of each other's settings.
-    fn check_groups(&self) -> Result<(), Error> {
+    fn check_groups(&self) -> Result<()> {
         check(
             "samples_per_prompt",
             self.rollout_size.is_multiple_of(self.samples_per_prompt),
@@ -136,7 +139,7 @@ impl Config {
         )
     }
 
-    fn check_weights(&self) -> Result<(), Error> {
+    fn check_weights(&self) -> Result<()> {
         let Some(weights) = &self.weights else { return Ok(()) };
         let is_good = weights.0.values().all(|weight| weight.is_finite() && *weight >= 0.0);
         check("weights", is_good, "numbers of at least 0", weights)?;
@@ -149,14 +152,9 @@ impl Config {
     }
 }
 
-fn check(
-    name: &'static str,
-    is_good: bool,
-    expected: &str,
-    got: &impl fmt::Display,
-) -> Result<(), Error> {
+fn check(name: &'static str, is_good: bool, expected: &str, got: &impl fmt::Display) -> Result<()> {
     if is_good {
         return Ok(());
     }
-    Err(Error::Setting { name, expected: expected.to_owned(), got: got.to_string() })
+    Err(Refusal::setting(name, expected.to_owned(), got).into())
 }

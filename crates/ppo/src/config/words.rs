@@ -203,6 +203,9 @@ impl FromStr for Weights {
         for part in text.split(',') {
             let (name, weight) = part.split_once('=').ok_or_else(wrong)?;
             let weight: f64 = weight.trim().parse().map_err(|_| wrong())?;
+            if !(weight.is_finite() && weight.abs() < 1e9) {
+                return Err(wrong());
+            }
             if name.trim().is_empty() || out.insert(name.trim().to_owned(), weight).is_some() {
                 return Err(wrong());
             }

@@ -4,18 +4,18 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use arete_chain::reward_model::Base;
-use arete_records::{ScoreStats, Split, atomic, score_stats};
+use arete_records::{Refusal, ScoreStats, Split, atomic, files, score_stats};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Stage;
-use crate::Error;
 use crate::length::LengthTrend;
 use crate::prompts::Prompt;
 use crate::rollout::{Conversation, Purpose, Sampler};
 use crate::scorer::Member;
-use crate::spread::{self, Policy};
+use crate::spread::{self, Policy, Sampled};
 
 /// File of the length trends.
 const LENGTH_TRENDS: &str = "length_trends.json";
@@ -33,7 +33,7 @@ struct Replies {
 
 impl Stage<'_> {
     /// Measures what is missing, once: a resumed run reads it back.
-    pub(super) fn calibrate(&mut self) -> Result<(), Error> {
+    pub(super) fn calibrate(&mut self) -> Result<()> {
         let is_missing = |member: &&Member| member.stats.is_none();
         let missing: Vec<&str> = self.rewards.members.iter().filter(is_missing).map(name).collect();
         let missing = missing.join(", ");
@@ -87,7 +87,7 @@ impl Stage<'_> {
     }
 
     /// `stats_samples` conversations of the reference at validation prompts, several a prompt where prompts are few.
-    fn replies_of_reference(&mut self) -> Result<Replies, Error> {
+    fn replies_of_reference(&mut self) -> Result<Replies> {
         let (prompts, split) = if self.prompts.validation.is_empty() {
             tracing::warn!("no validation prompts: score statistics are of training prompts");
             (&self.prompts.train, Split::Train)
@@ -103,8 +103,9 @@ impl Stage<'_> {
         let purpose = Purpose::Statistics;
         let sampler = Sampler { samples_per_prompt: 1, ..self.sampler.clone() };
         let (ranks, model, chat) = (self.ranks, self.model, &self.chat);
-        let policy = Policy { ranks, model, chat, adapter: None };
-        let conversations = spread::sample(policy, &sampler, &asked, purpose, 0, None)?;
+        let policy = Policy { ranks, model, chat, adapter: None, serving: self.serving() };
+        let Sampled { conversations, .. } =
+            spread::sample(policy, &sampler, &asked, purpose, 0, None)?;
         let base = Base {
             model: self.model,
             chat: &self.chat,
@@ -115,7 +116,7 @@ impl Stage<'_> {
     }
 
     /// Writes the statistics of the members that have none.
-    fn measure_scores(&mut self, replies: &Replies, path: &Path) -> Result<(), Error> {
+    fn measure_scores(&mut self, replies: &Replies, path: &Path) -> Result<()> {
         let had: Vec<bool> = self.rewards.members.iter().map(|m| m.stats.is_some()).collect();
         let base = &self.model.base_sha256;
         self.rewards.calibrate(&replies.raw, &replies.prompts, replies.split.name(), base)?;
@@ -135,16 +136,13 @@ fn name(member: &Member) -> &str {
     &member.name
 }
 
-fn write(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+fn write(path: &Path, value: &impl Serialize) -> Result<()> {
     let json = serde_json::to_vec_pretty(value).expect("finite numbers serialise");
     Ok(atomic::write(path, &json)?)
 }
 
-fn read<T: DeserializeOwned>(path: PathBuf) -> Result<T, Error> {
-    let bytes = fs_err::read(&path)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::NotAReward {
-        path,
-        expected: "what this stage wrote",
-        got: error.to_string(),
-    })
+fn read<T: DeserializeOwned>(path: PathBuf) -> Result<T> {
+    let bytes = files::read_small(&path)?;
+    Ok(serde_json::from_slice(&bytes)
+        .map_err(|error| Refusal::file(&path, "", "what this stage wrote", error))?)
 }

@@ -1,5 +1,6 @@
 //! The results: the selected weights as adapter and merged model, and what the run says of itself.
 
+use anyhow::Result;
 use arete_model::adapter::{self, AdapterMeta, Task};
 use arete_model::{Batch, LoadOptions, Model, Source, adapter::merge};
 use arete_records::parquet;
@@ -7,22 +8,16 @@ use arete_records::rows::RolloutRow;
 use arete_records::stats::{self, Resampling};
 use serde_json::{Map, Value, json};
 
+use super::files::{NamedScores, completions_path, read_scores, scores_path};
 use super::state::State;
-use super::{
-    NamedScores, POLICY, Stage, completions_path, read_scores, round, scores_path, z_mean,
-};
-use crate::Error;
+use super::{POLICY, Stage, round, z_mean};
 
 /// Prompts whose logits are compared between the merged model and the adapter.
 const N_COMPARED: usize = 8;
 
 impl Stage<'_> {
     /// Puts the selected weights in place and writes the results; what there is to count.
-    pub(super) fn finish(
-        mut self,
-        name: &str,
-        source: &Source,
-    ) -> Result<Map<String, Value>, Error> {
+    pub(super) fn finish(mut self, name: &str, source: &Source) -> Result<Map<String, Value>> {
         let last = self.state.iteration;
         let selected = self.best().unwrap_or(last);
         if selected != last {
@@ -43,7 +38,7 @@ impl Stage<'_> {
             tracing::warn!(
                 before = round(*first),
                 best = round(best.score),
-                "no probe after an iteration is as good as the one before the first: the policy is worse than its base"
+                "no probe after an iteration scored as high as the one before the first"
             );
         }
         self.models.policy.set_trainable(false);
@@ -70,7 +65,7 @@ impl Stage<'_> {
 
     /// The reward models' mean on validation prompts, before and after, with 95 % intervals of the difference: for the selected
     /// weights, whose interval does not know that they were chosen on these prompts, and for the last, which were not chosen.
-    fn probe_difference(&self, selected: u64, last: u64) -> Result<Map<String, Value>, Error> {
+    fn probe_difference(&self, selected: u64, last: u64) -> Result<Map<String, Value>> {
         let mut out = Map::new();
         let Some(before) = self.probed_scores(0)? else { return Ok(out) };
         let resampling = Resampling::seeded(self.config.seed);
@@ -100,7 +95,7 @@ impl Stage<'_> {
     }
 
     /// Mean standardised score of each probed conversation, if that iteration was probed.
-    fn probed_scores(&self, iteration: u64) -> Result<Option<Vec<Vec<f64>>>, Error> {
+    fn probed_scores(&self, iteration: u64) -> Result<Option<Vec<Vec<f64>>>> {
         let path = completions_path(&self.output, iteration);
         if !path.exists() {
             return Ok(None);
@@ -117,7 +112,7 @@ impl Stage<'_> {
     }
 
     /// Writes the merged model; the largest difference between its logits and the adapter's.
-    fn merge(&self, source: &Source) -> Result<f64, Error> {
+    fn merge(&self, source: &Source) -> Result<f64> {
         let output = self.output.join("merged");
         let policy = &self.models.policy;
         let LoadOptions { dtype, nf4, .. } = self.options;

@@ -1,9 +1,12 @@
 //! Probes within a run: what they show on the terminal, which is the best, and the alarm for over-optimisation.
 
+use anyhow::Result;
+
+use super::files::{completions_path, write_rows, write_scores};
 use super::state::Best;
-use super::{Clock, Stage, completions_path, log, round, write_rows, write_scores};
-use crate::Error;
+use super::{Clock, Stage, log, round};
 use crate::alarm::Change;
+use crate::engines::Serving;
 use crate::probe::{Probe, Report};
 use crate::prompts::Prompt;
 use crate::rollout::Sampler;
@@ -13,7 +16,7 @@ const N_SHOWN: usize = 3;
 
 impl Stage<'_> {
     /// Answers validation prompts, logs how that went, keeps the best, and warns of over-optimisation.
-    pub(super) fn probe(&mut self) -> Result<(), Error> {
+    pub(super) fn probe(&mut self) -> Result<()> {
         if self.prompts.validation.is_empty() {
             tracing::warn!("no validation prompts: nothing is probed");
             return Ok(());
@@ -28,6 +31,7 @@ impl Stage<'_> {
             chat: &self.chat,
             rewards: &self.rewards,
             yardstick: self.yardstick.as_ref(),
+            serving: self.engines.as_ref().map(|engines| Serving { engines, version: iteration }),
             prompts: self.prompts.validation.iter().take(n_prompts).collect(),
             sampler: Sampler {
                 temperature: config.probe_temperature(),

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Result;
 use arete_training::{LossScale, Schedule};
 use serde::{Deserialize, Serialize};
 
+use crate::Config;
 use crate::alarm::Baseline;
 use crate::standardisation::Standardisation;
 use crate::update::Rates;
-use crate::{Config, Error};
 
 /// What a checkpoint holds beside the tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,7 +49,7 @@ pub(crate) struct Schedules {
 }
 
 impl Schedules {
-    pub(crate) fn new(config: &Config) -> Result<Self, Error> {
+    pub(crate) fn new(config: &Config) -> Result<Self> {
         let of =
             |peak| Schedule::new(config.schedule, peak, config.warmup_ratio, config.iterations);
         Ok(Self { policy: of(config.learning_rate)?, critic: of(config.value_learning_rate)? })

@@ -6,11 +6,12 @@ use std::path::Path;
 use crate::common::{adapter_sum, config, logged, metric, prepared, tiny_model, tiny_model_in};
 use crate::goldens::{conversations, number, policy_and_critic, tensors};
 use crate::resume::{start, start_and_kill_in_the_third_rollout};
+use anyhow::Result;
 use arete_model::{Kind, Model, Tensor};
+use arete_ppo::Config;
 use arete_ppo::models::{Learning, Models};
 use arete_ppo::packs::PackedRollout;
 use arete_ppo::update::{Optimisers, Rates, Targets, UpdateReport, update};
-use arete_ppo::{Config, Error};
 use arete_training::{CheckpointStore, LossScale, Ranks};
 use serde_json::{Value, json};
 
@@ -34,7 +35,7 @@ impl<'a> Learner<'a> {
     }
 
     /// Learns from advantages and errors of the value that are `size` times the golden ones: so are the gradients.
-    fn update(&mut self, size: f64) -> Result<UpdateReport, Error> {
+    fn update(&mut self, size: f64) -> Result<UpdateReport> {
         let packed = PackedRollout::new(&conversations(&self.golden), &self.config, 1)?;
         let first = packed.first_pass(&Ranks::alone(), &self.models, Learning::Both)?;
         let old_value = first.old_value.as_ref().unwrap();

@@ -6,9 +6,12 @@
 mod bench;
 mod common;
 mod controls;
+mod engines;
 mod goldens;
 mod groups;
 mod loss_scale;
 mod refusals;
 mod resume;
 mod stage;
+#[path = "../../../engine/tests/support/stand_in.rs"]
+mod stand_in;

@@ -7,14 +7,14 @@ use crate::common::{
 };
 use arete_model::{ScalarHead, Tensor};
 use arete_ppo::prompts::Prompts;
-use arete_ppo::{Config, Error, TrainInputs, train};
+use arete_ppo::{Config, TrainInputs, train};
 use arete_records::{Aspect, Message, Split, parquet, prompt_id, rows::PromptRow};
 
 fn refusal(config: &Config, dir: &Path) -> String {
     refused(config, dir).to_string()
 }
 
-fn refused(config: &Config, dir: &Path) -> Error {
+fn refused(config: &Config, dir: &Path) -> anyhow::Error {
     let inputs = TrainInputs {
         prompts: dir.join("prompts"),
         rewards: Some(dir.join("reward")),
@@ -81,7 +81,8 @@ fn a_reward_model_without_a_reading_rule_is_refused() {
     fs_err::remove_file(dir.path().join("reward/motivation/reading.json")).unwrap();
     let error = refused(&config(&[]), dir.path());
     assert!(error.to_string().contains("made by an older version"), "{error}");
-    assert_eq!(arete_ppo::class_of(&error), Some(arete_records::Class::Data)); // exit code 65
+    let class = error.chain().find_map(arete_training::class_of);
+    assert_eq!(class, Some(arete_records::Class::Data)); // exit code 65
 }
 
 #[test]

@@ -17,6 +17,9 @@ use parquet::file::serialized_reader::SerializedFileReader;
 
 use crate::Error;
 
+/// How a Parquet file begins and ends.
+pub(super) const MAGIC: &[u8] = b"PAR1";
+
 /// `PAR1` at both ends, and the footer's length.
 const MIN_FILE_BYTES: u64 = 12;
 const MAX_FOOTER_BYTES: u64 = 16 << 20;
@@ -42,7 +45,7 @@ impl Budget {
             n_rows: 100_000 + 16 * file_bytes,
             n_values: 1_000_000 + 64 * file_bytes,
             unpacked_bytes: (64 << 20) + 256 * file_bytes,
-            text_bytes: (512 << 20) + 256 * file_bytes,
+            text_bytes: (64 << 20) + 256 * file_bytes,
         }
     }
 }
@@ -64,8 +67,8 @@ pub(super) fn check_footer(path: &Path, file: &fs_err::File) -> Result<(), Error
         ));
     }
     let mut tail = [0u8; 8];
-    read_at(file, file_bytes - 8, &mut tail)?;
-    if &tail[4..] != b"PAR1" {
+    read_at(path, file, file_bytes - 8, &mut tail)?;
+    if tail[4..] != *MAGIC {
         return Err(damaged(
             "last four bytes",
             "PAR1 (is this Parquet, and complete?)".to_owned(),
@@ -79,7 +82,7 @@ pub(super) fn check_footer(path: &Path, file: &fs_err::File) -> Result<(), Error
         return Err(damaged("footer length", expected, footer_bytes.to_string()));
     }
     let mut footer = vec![0u8; usize::try_from(footer_bytes).expect("at most 16 MiB")];
-    read_at(file, file_bytes - 8 - footer_bytes, &mut footer)?;
+    read_at(path, file, file_bytes - 8 - footer_bytes, &mut footer)?;
     walk_footer(&mut Thrift { bytes: &footer, at: 0 }).map_err(|bad| bad.in_file(path, "footer"))
 }
 
@@ -114,6 +117,14 @@ pub(super) fn check_contents(
             let bytes = column_chunk(path, file, file_bytes, &name, column)?;
             let pages = walk_pages(&bytes)
                 .map_err(|bad| bad.in_file(path, &format!("pages of column `{name}`")))?;
+            if u64::try_from(column.num_values()) != Ok(pages.n_values) {
+                return Err(Error::Damaged {
+                    path: path.to_owned(),
+                    what: format!("number of values of column `{name}`"),
+                    expected: format!("{}, as its pages hold", pages.n_values),
+                    got: column.num_values().to_string(),
+                });
+            }
             n_values = n_values.saturating_add(pages.n_values);
             unpacked_bytes = unpacked_bytes.saturating_add(pages.unpacked_bytes);
             within("number of values", n_values, budget.n_values)?;
@@ -173,14 +184,21 @@ fn column_chunk(
         });
     };
     let mut bytes = vec![0u8; usize::try_from(length).expect("no longer than the file")];
-    read_at(file, start, &mut bytes)?;
+    read_at(path, file, start, &mut bytes)?;
     Ok(bytes)
 }
 
-fn read_at(mut file: impl Read + Seek, start: u64, bytes: &mut [u8]) -> Result<(), Error> {
-    file.seek(SeekFrom::Start(start))?;
-    file.read_exact(bytes)?;
-    Ok(())
+fn read_at(
+    path: &Path,
+    mut file: impl Read + Seek,
+    start: u64,
+    bytes: &mut [u8],
+) -> Result<(), Error> {
+    let read = file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(bytes));
+    read.map_err(|error| {
+        let text = format!("reading {}: {error}", path.display());
+        std::io::Error::new(error.kind(), text).into()
+    })
 }
 
 /// Length of the longest entry of a dictionary page of strings: each is a little-endian u32 length
@@ -626,5 +644,15 @@ mod tests {
             let _ = walk_pages(&bytes);
             let _ = longest_entry(&bytes);
         }
+    }
+
+    #[test]
+    fn a_disk_that_fails_is_told_with_the_path() {
+        let dir = tempfile::tempdir().unwrap();
+        // A folder can be opened, and refuses to be read.
+        let folder = fs_err::File::open(dir.path()).unwrap();
+        let error = read_at(Path::new("a.parquet"), folder, 0, &mut [0; 4]).unwrap_err();
+        assert!(matches!(error, Error::Io(_)), "{error}");
+        assert!(error.to_string().contains("reading a.parquet: "), "{error}");
     }
 }

@@ -7,6 +7,7 @@ mod guard;
 mod schema;
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ use serde_json::{Map, Value};
 
 pub use arrow::datatypes::FieldRef;
 
-use crate::{Error, atomic};
+use crate::{Error, atomic, files};
 
 /// Rows per row group and per block handed to the encoder; the hub's viewer likes them small.
 const ROWS_PER_GROUP: usize = 10_000;
@@ -71,7 +72,11 @@ pub fn write<T: Row>(path: impl AsRef<Path>, rows: &[T]) -> Result<(), Error> {
     atomic::write(path, &bytes)?;
     // One rule of size for writer and reader: what reading would refuse is no file.
     guarded::<()>(path, |_| Ok(Vec::new())).map(drop).or_else(|error| {
+        // What the system refused says nothing about the file, which the next attempt writes anew.
         fs_err::remove_file(path)?;
+        if error.is_io() {
+            return Err(error); // the system refused, not the file
+        }
         Err(Error::Write {
             path: path.to_owned(),
             reason: format!("reading it would fail: {error}"),
@@ -119,6 +124,17 @@ pub fn read<T: Row>(path: impl AsRef<Path>) -> Result<Vec<T>, Error> {
     })
 }
 
+/// Whether a file begins as Parquet does.
+///
+/// # Errors
+///
+/// [`Error::Io`].
+pub fn begins_like_it(path: &Path) -> Result<bool, Error> {
+    let mut head = Vec::new();
+    fs_err::File::open(path)?.take(guard::MAGIC.len() as u64).read_to_end(&mut head)?;
+    Ok(head == guard::MAGIC)
+}
+
 /// Reads any Parquet file as JSON rows. Columns of a type that JSON has no notion of (binary data)
 /// are left out, with a warning.
 ///
@@ -152,7 +168,7 @@ fn guarded<T>(
     path: &Path,
     read: impl FnOnce(Builder) -> Result<Vec<T>, Error>,
 ) -> Result<Vec<T>, Error> {
-    let file = fs_err::File::open(path)?;
+    let file = files::open_regular(path)?; // its end is read first
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         guard::check_footer(path, &file)?;
         // The embedded Arrow schema is one more format that could lie; Parquet's own types suffice.

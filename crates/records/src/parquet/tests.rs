@@ -269,11 +269,12 @@ fn file_of(columns: Vec<(&str, ArrayRef)>) -> (tempfile::TempDir, PathBuf) {
 /// What pandas, pyarrow and datasets may have packed a file with.
 #[test]
 fn files_packed_in_other_ways_are_read() {
-    use parquet::basic::GzipLevel;
+    use parquet::basic::{BrotliLevel, GzipLevel};
     for compression in [
         Compression::UNCOMPRESSED,
         Compression::SNAPPY,
         Compression::GZIP(GzipLevel::default()),
+        Compression::BROTLI(BrotliLevel::default()),
         Compression::LZ4,
         Compression::LZ4_RAW,
     ] {
@@ -562,6 +563,28 @@ fn refused(path: &Path, what: &str) {
     let error = read_json(path).unwrap_err();
     assert!(matches!(error, Error::Damaged { .. }), "{error}");
     assert!(error.to_string().contains(what), "{error}");
+}
+
+/// One text, of which the footer says that there are others (`strings(["hello you"], n_values=…)` of
+/// `scripts/torture/files/parquet.py`).
+#[test]
+fn a_column_of_another_number_of_values_than_its_pages_is_refused() {
+    for claimed in ["7", "-1"] {
+        let path = data(&format!("values_claimed_{claimed}.parquet"));
+        let message = read_json(&path).unwrap_err().to_string();
+        let expected = format!(
+            "number of values of column `prompt`: expected 1, as its pages hold, got {claimed}"
+        );
+        assert!(message.contains(&expected), "{message}");
+    }
+}
+
+/// What the system refuses is no damage of the file.
+#[test]
+fn a_refusal_of_the_system_is_told_from_damage() {
+    let error = parquet_error(Path::new("a"), &"External: Too many open files (os error 24)");
+    assert!(matches!(error, Error::Io(_)) && error.to_string().starts_with("a: "), "{error}");
+    assert!(matches!(parquet_error(Path::new("a"), &"EOF"), Error::Parquet { .. }));
 }
 
 #[test]

@@ -55,12 +55,57 @@ pub struct ArmFigure {
     pub this_run_only: bool,
     /// Whether seeds and prompts are crossed; else every run is one number.
     pub crossed: bool,
-    /// By the yardstick's scores of answers.
-    pub yardstick: Figure,
+    /// By the comparison's measure.
+    pub mean: Figure,
     /// The same at equal length and equal truncation.
     pub equal_length: Figure,
-    /// The yardstick's interval that holds 95 % for all looks together (Bonferroni); none where there is none.
+    /// The interval of `mean` that holds 95 % for all looks together (Bonferroni); none where there is none.
     pub corrected: Option<Interval>,
+}
+
+/// Whose scores are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// The yardstick's, of answers.
+    Yardstick,
+    /// Those of the reward models, standardised, the mean over all turns: where no run has a yardstick's and all share them.
+    Score,
+}
+
+impl Measure {
+    /// Over the columns.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Yardstick => "yardstick, answers",
+            Self::Score => "score, all turns",
+        }
+    }
+
+    /// In a sentence.
+    pub(super) fn phrase(self) -> &'static str {
+        match self {
+            Self::Yardstick => "The yardstick's score",
+            Self::Score => "The shared reward models' standardised score",
+        }
+    }
+
+    /// What these runs can be compared by.
+    fn of(runs: &[ScoredRun]) -> Self {
+        let has_yardstick = |run: &ScoredRun| run.scores.iter().any(|row| row.yardstick.is_some());
+        let is_shared = |pair: &[ScoredRun]| {
+            let [a, b] = pair else { return true };
+            // The files, what they are standardised by, and what they read.
+            a.rewards == b.rewards
+                && a.summary.standardisation == b.summary.standardisation
+                && a.turns.names() == b.turns.names()
+        };
+        let have_rewards = runs.iter().all(|run| !run.rewards.is_empty());
+        match have_rewards && runs.windows(2).all(is_shared) && !runs.iter().any(has_yardstick) {
+            true => Self::Score,
+            false => Self::Yardstick,
+        }
+    }
 }
 
 /// Runs compared.
@@ -70,6 +115,8 @@ pub struct Comparison {
     pub first: String,
     /// The model that is compared.
     pub last: String,
+    /// Whose scores are compared.
+    pub measure: Measure,
     /// What each arm gained.
     pub within: Vec<ArmFigure>,
     /// The last model of every two arms, later − earlier.
@@ -83,6 +130,12 @@ impl Comparison {
     pub(super) fn notes(&self) -> Vec<&'static str> {
         let rows = || self.within.iter().chain(&self.between);
         let mut out = Vec::new();
+        if self.measure == Measure::Score && rows().next().is_some() {
+            out.push(
+                "Without a yardstick: by the reward models that the runs share, which policies were trained against; that one scores \
+                 higher is no evidence that it is better.",
+            );
+        }
         if rows().any(|own| own.this_run_only) {
             out.push("One seed: the interval says this run only (prompts alone are luck in it).");
         }
@@ -95,34 +148,55 @@ impl Comparison {
     }
 }
 
-/// The yardstick's view of one run's answers: score, tokens and whether it was cut, by prompt.
+/// A measure's view of one run's replies: score, tokens and how much of them was cut, by prompt.
 type Answers<'a> = BTreeMap<&'a str, (f64, f64, f64)>;
 
-fn answers<'a>(run: &'a ScoredRun, model: &str) -> Answers<'a> {
+fn answers<'a>(run: &'a ScoredRun, model: &str, measure: Measure) -> Answers<'a> {
     let of = |row: &'a ScoreRow| {
         let is_cut = f64::from(u8::from(row.finish_reason == FinishReason::Length));
-        let score = f64::from(row.yardstick?);
+        let score = match measure {
+            Measure::Yardstick => f64::from(row.yardstick?),
+            Measure::Score => f64::from(row.z),
+        };
         Some((row.prompt_id.as_str(), (score, f64::from(row.n_tokens), is_cut)))
     };
     // The reward model of the answer, or where there is none a virtue's, has the yardstick's score beside its own.
-    let reads_answer = |row: &&ScoreRow| run.turns.place(row.aspect).unwrap_or(0) == 0;
-    let rows = run.scores.iter().filter(|row| row.model == model).filter(reads_answer);
-    rows.filter_map(of).collect()
+    let is_read = |row: &&ScoreRow| {
+        measure == Measure::Score || run.turns.place(row.aspect).unwrap_or(0) == 0
+    };
+    let own = run.scores.iter().filter(|row| row.model == model).filter(is_read);
+    let mut by_prompt: BTreeMap<&str, Vec<(f64, f64, f64)>> = BTreeMap::new();
+    for (prompt_id, seen) in own.filter_map(of) {
+        let all = by_prompt.entry(prompt_id).or_default();
+        match measure {
+            // Beside every virtue's score of an answer stands the same one.
+            Measure::Yardstick => *all = vec![seen],
+            Measure::Score => all.push(seen),
+        }
+    }
+    let mean = |all: Vec<(f64, f64, f64)>| {
+        let n = all.len() as f64;
+        let sum = all.into_iter().reduce(|a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
+        sum.map(|(score, tokens, cut)| (score / n, tokens / n, cut / n))
+    };
+    by_prompt.into_iter().filter_map(|(id, all)| Some((id, mean(all)?))).collect()
 }
 
-/// One arm's runs, those that a yardstick scored.
+/// One arm's runs, those that have the measure's scores.
 struct Side<'a> {
     name: &'a str,
     first: Vec<Answers<'a>>,
     last: Vec<Answers<'a>>,
 }
 
-/// Compares the runs by the yardstick's scores of the answers of `last`.
+/// Compares the runs by the yardstick's scores of the answers of `last`; without a yardstick by the reward models' scores, where all
+/// runs share them.
 #[must_use]
 pub fn compare(runs: &[ScoredRun], first: &str, last: &str) -> Comparison {
+    let measure = Measure::of(runs);
     let mut arms: Vec<Side<'_>> = Vec::new();
     for run in runs {
-        let (before, after) = (answers(run, first), answers(run, last));
+        let [before, after] = [first, last].map(|model| answers(run, model, measure));
         if after.is_empty() {
             continue;
         }
@@ -140,7 +214,8 @@ pub fn compare(runs: &[ScoredRun], first: &str, last: &str) -> Comparison {
     for (at, last) in arms.iter().enumerate() {
         between.extend(arms[..at].iter().map(|first| difference(first, last, n_looks)));
     }
-    Comparison { first: first.to_owned(), last: last.to_owned(), within, between, n_looks }
+    let [first, last] = [first, last].map(str::to_owned);
+    Comparison { first, last, measure, within, between, n_looks }
 }
 
 /// Prompts that all of these hold.
@@ -258,7 +333,7 @@ fn figure(
         n_prompts,
         this_run_only: fewest_seeds == 1,
         crossed,
-        yardstick: Figure::of(found.map(|(own, _)| own).ok_or_else(missing)),
+        mean: Figure::of(found.map(|(own, _)| own).ok_or_else(missing)),
         equal_length: Figure::of(equal_length),
         corrected: found.map(|(_, corrected)| corrected),
     }
@@ -279,7 +354,7 @@ mod tests {
         // Three seeds whose gains are 0, 1 and 5 on every prompt: prompts say nothing, seeds everything.
         let runs = [0.0, 1.0, 5.0].map(|gain| run("recommended", &scores(gain, |_| 0.0)));
         let found = compare(&runs, "original", "final");
-        let Interval { estimate, low, high } = found.within[0].yardstick.interval().unwrap();
+        let Interval { estimate, low, high } = found.within[0].mean.interval().unwrap();
         // Mean 2, sd √7, three seeds: t of 2 degrees is 4.302653.
         assert!((estimate - 2.0).abs() < 1e-6);
         assert!((high - 2.0 - 4.302_653 * (7.0_f64 / 3.0).sqrt()).abs() < 1e-4, "{high}");
@@ -287,7 +362,7 @@ mod tests {
         assert_eq!((found.within[0].n_seeds.as_str(), found.within[0].this_run_only), ("3", false));
         assert_eq!(
             (found.n_looks, found.within[0].corrected),
-            (1, found.within[0].yardstick.interval())
+            (1, found.within[0].mean.interval())
         );
     }
 
@@ -304,7 +379,7 @@ mod tests {
         let between = &found.between[0];
         assert_eq!((between.name.as_str(), between.n_prompts), ("recommended − report", 12));
         // Prompts cancel; each arm's seeds have variance 0.02, over two: standard error √0.02, two degrees: 4.302653.
-        let own = between.yardstick.interval().unwrap();
+        let own = between.mean.interval().unwrap();
         assert!((own.estimate - 1.0).abs() < 1e-6);
         assert!((own.high - 1.0 - 4.302_653 * 0.02_f64.sqrt()).abs() < 1e-4, "{own:?}");
         // Two arms and their difference: three looks, each at 1 − 0.05 / 3 (t 7.648804).
@@ -315,6 +390,48 @@ mod tests {
         assert!((between.equal_length.value.unwrap() - 1.0).abs() < 1e-6);
         let text = super::super::text(&runs, &found);
         assert!(text.contains("corrected for 3 looks (Bonferroni)"), "{text}");
+    }
+
+    #[test]
+    fn shared_reward_models_compare_runs_without_a_yardstick() {
+        // Two turns a prompt, scored 0.5 apart: the mean of both counts.
+        let by_rewards = |arm: &str, gain: f32, sum: &str| {
+            let mut run = run(arm, &scores(gain, |prompt| prompt as f32 / 10.0));
+            for row in &mut run.scores {
+                row.z = row.yardstick.take().unwrap();
+            }
+            let second = run.scores.clone().into_iter().map(|row| ScoreRow {
+                aspect: arete_records::Aspect::MOTIVATION,
+                z: row.z + 0.5,
+                ..row
+            });
+            run.scores.extend(second.collect::<Vec<_>>());
+            run.rewards = [("reward action".to_owned(), sum.to_owned())].into();
+            run
+        };
+        let runs = [by_rewards("a", 0.0, "same"), by_rewards("b", 1.0, "same")];
+        let found = compare(&runs, "original", "final");
+        assert_eq!((found.measure, found.n_looks), (Measure::Score, 3));
+        // The gain of 1, and of the prompts' own 0 to 1.1 in tenths the mean 0.55.
+        assert!((found.within[1].mean.value.unwrap() - 1.55).abs() < 1e-6, "{found:?}");
+        assert!((found.between[0].mean.value.unwrap() - 1.0).abs() < 1e-6);
+        assert!(found.between[0].corrected.is_some());
+        let text = super::super::text(&runs, &found);
+        assert!(text.contains("score, all turns") && text.contains("no evidence"), "{text}");
+        // Reward models of their own mean nothing to one another.
+        let runs = [by_rewards("a", 0.0, "one"), by_rewards("b", 1.0, "other")];
+        let found = compare(&runs, "original", "final");
+        assert!(found.within.is_empty() && found.between.is_empty());
+        // Nor do the same ones that are standardised otherwise.
+        let mut runs = [by_rewards("a", 0.0, "same"), by_rewards("b", 1.0, "same")];
+        let how = crate::summary::Standardisation {
+            mean: 0.0,
+            std: 2.0,
+            n: 64,
+            from: "these replies".to_owned(),
+        };
+        runs[1].summary.standardisation.insert(arete_records::Aspect::ACTION, how);
+        assert!(compare(&runs, "original", "final").within.is_empty());
     }
 
     #[test]
@@ -333,7 +450,7 @@ mod tests {
         let runs = [run("a", &far(0, 0.0)), run("a", &far(100, 1.0)), run("a", &far(200, 5.0))];
         let found = compare(&runs, "original", "final");
         assert!(!found.within[0].crossed && found.within[0].n_prompts == 0);
-        let own = found.within[0].yardstick.interval().unwrap();
+        let own = found.within[0].mean.interval().unwrap();
         assert!((own.high - 2.0 - 4.302_653 * (7.0_f64 / 3.0).sqrt()).abs() < 1e-4, "{own:?}");
     }
 }

@@ -1,7 +1,8 @@
 //! The comparison as a page.
 
-use minijinja::value::Serde;
-use minijinja::{Environment, context};
+use arete_records::redact;
+use minijinja::value::{Serde, Value};
+use minijinja::{Environment, context, escape_formatter};
 use serde::Serialize;
 
 use super::{ArmFigure, Comparison, ScoredRun};
@@ -14,6 +15,8 @@ const TEMPLATE: &str = include_str!("page.html.jinja");
 struct View<'a> {
     first: &'a str,
     last: &'a str,
+    measure: &'static str,
+    phrase: &'static str,
     n_looks: usize,
     runs: Vec<Vec<String>>,
     /// What `circular` means, if any run's gain is.
@@ -27,7 +30,7 @@ struct View<'a> {
 /// The comparison as one HTML file without scripts or links, every text in it escaped.
 #[must_use]
 pub fn html(runs: &[ScoredRun], comparison: &Comparison) -> String {
-    let Comparison { first, last, within, between, n_looks } = comparison;
+    let Comparison { first, last, measure, within, between, n_looks } = comparison;
     let rows = |figures: &[ArmFigure]| -> Vec<Vec<String>> {
         figures.iter().map(|own| super::figure_row(own.name.clone(), own)).collect()
     };
@@ -35,6 +38,8 @@ pub fn html(runs: &[ScoredRun], comparison: &Comparison) -> String {
     let view = View {
         first,
         last,
+        measure: measure.name(),
+        phrase: measure.phrase(),
         n_looks: *n_looks,
         runs: runs.iter().map(|run| super::run_row(run, first, last)).collect(),
         circular: is_circular.then_some(table::CIRCULAR),
@@ -44,6 +49,12 @@ pub fn html(runs: &[ScoredRun], comparison: &Comparison) -> String {
         version: env!("CARGO_PKG_VERSION"),
     };
     let mut environment = Environment::new();
+    environment.set_formatter(|out, state, value| match value.as_str() {
+        Some(text) if !value.is_safe() => {
+            escape_formatter(out, state, &Value::from(&*redact::redacted(text)))
+        }
+        _ => escape_formatter(out, state, value),
+    });
     environment.add_template("compare.html", TEMPLATE).expect("the template is well-formed");
     let template = environment.get_template("compare.html").expect("it was just added");
     template.render(context! { page => Serde(&view) }).expect("the template reads the view")

@@ -213,6 +213,30 @@ fn a_judge_that_follows_the_place_is_seen() {
 }
 
 #[test]
+fn labels_that_no_judge_gave_are_no_sign_of_a_good_judge() {
+    let found = swap_consistency(&RunFiles { by_construction: true, ..RunFiles::default() });
+    assert_eq!(found.grade, Grade::Unknown);
+    assert!(found.found.contains("no judge was asked"), "{found:?}");
+    // A method without orders shows nothing of places.
+    let verdict = JudgementRow {
+        prompt_id: "0".to_owned(),
+        split: Split::Train,
+        aspect: Aspect::ACTION,
+        virtue: Virtue::HONESTY,
+        method: "likelihood".to_owned(),
+        judge: "j".to_owned(),
+        p_ab: None,
+        p_ba: None,
+        p_sample0: Some(0.9),
+        vote: Some(0),
+    };
+    let judgements = Some(vec![verdict]);
+    let found = swap_consistency(&RunFiles { judgements, ..RunFiles::default() });
+    assert_eq!(found.grade, Grade::Unknown);
+    assert!(found.found.contains("likelihood") && found.advice.contains("calibrate"), "{found:?}");
+}
+
+#[test]
 fn samples_that_the_ensemble_cannot_tell_apart_are_seen() {
     let grade = |gain| {
         let best = BestOf {

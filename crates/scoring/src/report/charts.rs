@@ -1,5 +1,6 @@
 //! Every section's charts: the curves of the table, and what other files hold (estimates, distributions, calibration).
 
+use anyhow::Result;
 use arete_chain::NullRulers;
 use arete_chain::verdicts::virtues_of;
 use arete_records::Aspect;
@@ -8,7 +9,6 @@ use arete_records::stats::{self, Interval};
 
 use super::curves;
 use super::drawing::{Chart, Colour, Cross, Estimate, Series, Unit};
-use crate::Error;
 use crate::front::Point;
 use crate::gold::{Gold, GoldPoint};
 use crate::judge::Verdicts;
@@ -17,7 +17,7 @@ use crate::summary::{Difference, Scale, Scope, Summary};
 use crate::table::interval;
 
 /// The charts of every section that has any, in the order of the page.
-pub(crate) fn all(run: &RunFiles) -> Result<Vec<(&'static str, Vec<Chart>)>, Error> {
+pub(crate) fn all(run: &RunFiles) -> Result<Vec<(&'static str, Vec<Chart>)>> {
     let mut score = Vec::new();
     if let Some(scoring) = &run.scoring {
         score.extend(scores(&scoring.summary)?);
@@ -25,10 +25,11 @@ pub(crate) fn all(run: &RunFiles) -> Result<Vec<(&'static str, Vec<Chart>)>, Err
         score.extend(distribution(scoring)?);
     }
     score.extend(front(run)?);
-    let ppo = match run.ppo {
-        Some(_) => curves::of("ppo", run)?,
-        None => Vec::new(),
-    };
+    let mut ppo = Vec::new();
+    if run.ppo.is_some() {
+        ppo.extend(curves::of("ppo", run)?);
+        ppo.extend(score_against_kl(run)?);
+    }
     let mut reward = Vec::new();
     if !run.rewards.is_empty() {
         reward.extend(accuracy(run)?);
@@ -50,7 +51,7 @@ pub(crate) fn all(run: &RunFiles) -> Result<Vec<(&'static str, Vec<Chart>)>, Err
     Ok(sections)
 }
 
-fn scores(summary: &Summary) -> Result<Option<Chart>, Error> {
+fn scores(summary: &Summary) -> Result<Option<Chart>> {
     let models: Vec<Estimate> = summary
         .models
         .iter()
@@ -75,7 +76,7 @@ fn scores(summary: &Summary) -> Result<Option<Chart>, Error> {
     )
 }
 
-fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
+fn differences(summary: &Summary) -> Result<Option<Chart>> {
     let Some(Difference { first, last, circular, .. }) = summary.headline(Scale::Standardised)
     else {
         return Ok(None);
@@ -105,8 +106,35 @@ fn differences(summary: &Summary) -> Result<Option<Chart>, Error> {
     )
 }
 
+/// How far the policy went for its score, iteration by iteration.
+fn score_against_kl(run: &RunFiles) -> Result<Option<Chart>> {
+    let Some(ppo) = &run.ppo else { return Ok(None) };
+    let path = |kl: &str, score: &[&str]| -> Vec<(f64, f64)> {
+        let scores = ppo.curve(score);
+        let kl = ppo.curve(&[kl]).into_iter();
+        kl.filter_map(|(at, kl)| {
+            let (_, score) = scores.iter().find(|(own, _)| *own == at)?;
+            Some((kl, *score))
+        })
+        .collect()
+    };
+    let lines = [
+        Series::new("rollouts", Colour(2), path("objective/kl", &["objective/scores"])),
+        Series::new("held-out probe", Colour(1), path("probe/kl", &["probe/z_mean"])),
+    ];
+    Chart::lines(
+        "ppo-kl-score",
+        "Score against KL",
+        "Each point is an iteration: how far from the reference the policy was, and what it scored there. A line that goes to the \
+         right without rising pays KL for nothing.",
+        "KL, nats a conversation",
+        Unit::Number,
+        &lines,
+    )
+}
+
 /// What policies gained in two virtues.
-fn front(run: &RunFiles) -> Result<Option<Chart>, Error> {
+fn front(run: &RunFiles) -> Result<Option<Chart>> {
     let Some((_, front)) = &run.front else { return Ok(None) };
     let cross = |(at, point): (usize, &Point)| Cross {
         name: point.name.clone(),
@@ -130,10 +158,12 @@ fn front(run: &RunFiles) -> Result<Option<Chart>, Error> {
 }
 
 /// The gold judge's and the proxies' view of every path, against √KL.
-fn gold(found: &Gold) -> Result<Vec<Chart>, Error> {
+fn gold(found: &Gold) -> Result<Vec<Chart>> {
     let lines = |value: fn(&GoldPoint) -> f64| -> Vec<Series> {
         let paths = found.paths(value).into_iter().enumerate();
-        let line = |(at, (name, points))| Series { name, colour: Colour::of_virtue(at), points };
+        let line = |(at, (name, points)): (usize, (String, _))| {
+            Series::new(name, Colour::of_virtue(at), points)
+        };
         paths.map(line).collect()
     };
     let of_gold = Chart::lines(
@@ -156,7 +186,7 @@ fn gold(found: &Gold) -> Result<Vec<Chart>, Error> {
 }
 
 /// How many of a model's scores fall where.
-fn distribution(scoring: &Scoring) -> Result<Option<Chart>, Error> {
+fn distribution(scoring: &Scoring) -> Result<Option<Chart>> {
     const BINS: usize = 16;
     let z = |row: &ScoreRow| f64::from(row.z);
     let low = scoring.scores.iter().map(z).fold(f64::INFINITY, f64::min);
@@ -179,7 +209,7 @@ fn distribution(scoring: &Scoring) -> Result<Option<Chart>, Error> {
             }
             let points =
                 (0..BINS).map(|bin| (low + (bin as f64 + 0.5) * width, counts[bin])).collect();
-            Series { name: model.name.clone(), colour: Colour::of_model(at), points }
+            Series::new(model.name.clone(), Colour::of_model(at), points)
         })
         .collect();
     Chart::lines(
@@ -192,7 +222,7 @@ fn distribution(scoring: &Scoring) -> Result<Option<Chart>, Error> {
     )
 }
 
-fn accuracy(run: &RunFiles) -> Result<Option<Chart>, Error> {
+fn accuracy(run: &RunFiles) -> Result<Option<Chart>> {
     let estimate = |(&aspect, reward): (&Aspect, &Reward)| {
         let evaluation = reward.evaluation.as_ref()?;
         Some(Estimate {
@@ -214,19 +244,18 @@ fn accuracy(run: &RunFiles) -> Result<Option<Chart>, Error> {
 }
 
 /// Stated against observed, of the side that a reward model favours.
-fn calibration(run: &RunFiles) -> Result<Option<Chart>, Error> {
+fn calibration(run: &RunFiles) -> Result<Option<Chart>> {
     let mut lines = Vec::new();
     for (&aspect, reward) in &run.rewards {
         let bins = reward.evaluation.iter().flat_map(|evaluation| &evaluation.calibration);
         let points = bins.map(|bin| (100.0 * bin.stated, 100.0 * bin.observed)).collect();
-        let (name, colour) = (aspect.name().to_owned(), Colour::of_turn(run.place(aspect)));
-        lines.push(Series { name, colour, points });
+        lines.push(Series::new(aspect.name(), Colour::of_turn(run.place(aspect)), points));
     }
     if lines.iter().all(|line| line.points.is_empty()) {
         return Ok(None);
     }
     let points = vec![(50.0, 50.0), (100.0, 100.0)];
-    lines.push(Series { name: "perfect".to_owned(), colour: Colour(0), points });
+    lines.push(Series::new("perfect", Colour(0), points));
     Chart::lines(
         "reward-calibration",
         "Calibration, per cent right",
@@ -238,7 +267,7 @@ fn calibration(run: &RunFiles) -> Result<Option<Chart>, Error> {
     )
 }
 
-fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
+fn best_of(run: &RunFiles) -> Result<Option<Chart>> {
     let Some(best) = &run.best_of else { return Ok(None) };
     let points = best.curve.iter().map(|(k, score)| (*k as f64, *score)).collect();
     let by_yardstick = best.yardstick_gain.as_ref().map_or(String::new(), |gain| {
@@ -256,12 +285,12 @@ fn best_of(run: &RunFiles) -> Result<Option<Chart>, Error> {
         ),
         "samples",
         Unit::Number,
-        &[Series { name: "ensemble".to_owned(), colour: Colour(2), points }],
+        &[Series::new("ensemble", Colour(2), points)],
     )
 }
 
 /// Share of sample 0 among the votes of each virtue: what it would be if votes were cast blindly is one half.
-fn votes(rows: &[JudgementRow]) -> Result<Option<Chart>, Error> {
+fn votes(rows: &[JudgementRow]) -> Result<Option<Chart>> {
     let estimates = by_virtue(rows, |verdicts| {
         let [zero, one, _] = verdicts.votes;
         (zero, zero + one)
@@ -277,7 +306,7 @@ fn votes(rows: &[JudgementRow]) -> Result<Option<Chart>, Error> {
     )
 }
 
-fn first_shown(rows: &[JudgementRow]) -> Result<Option<Chart>, Error> {
+fn first_shown(rows: &[JudgementRow]) -> Result<Option<Chart>> {
     let estimates = by_virtue(rows, |verdicts| (verdicts.first, verdicts.seen));
     Chart::estimates(
         "judge-first-shown",

@@ -1,12 +1,12 @@
 //! The curves of the page, in one table: from which file and under which names, what they are called, in which unit, and in
 //! which section they stand.
 
+use anyhow::Result;
 use arete_records::Aspect;
 use arete_records::rows::RolloutRow;
 use arete_records::stats;
 
 use super::drawing::{Chart, Colour, Series, Unit};
-use crate::Error;
 use crate::run_files::{Metrics, RolloutReply, RunFiles, rollout_reply};
 
 /// A chart of numbers that a training logged in its `metrics.jsonl`.
@@ -56,6 +56,9 @@ const fn line(name: &'static str, colour: u8, keys: &'static [&'static str]) -> 
 const fn aspects(keys: &'static [&'static str], kept: Kept) -> Line {
     Line { who: None, keys, kept }
 }
+
+/// The chart of accuracies while reward models train.
+const VALIDATION: &str = "reward-validation";
 
 const CURVES: [Curve; 16] = [
     Curve {
@@ -193,10 +196,10 @@ const CURVES: [Curve; 16] = [
     Curve {
         section: "reward",
         file: File::Reward,
-        name: "reward-validation",
+        name: VALIDATION,
         title: "Validation accuracy",
         unit: Unit::PerCent,
-        caption: "On the validation pairs, while training.",
+        caption: "On the validation pairs, while training. Dashed: the best rule that knows nothing, on the same pairs.",
         lines: &[aspects(&["eval_accuracy"], Kept::Nothing)],
     },
     Curve {
@@ -211,26 +214,25 @@ const CURVES: [Curve; 16] = [
 ];
 
 /// The curves of a section, those left out that have no point.
-pub(crate) fn of(section: &str, run: &RunFiles) -> Result<Vec<Chart>, Error> {
+pub(crate) fn of(section: &str, run: &RunFiles) -> Result<Vec<Chart>> {
     let own = CURVES.iter().filter(|curve| curve.section == section);
     own.filter_map(|curve| curve.chart(run).transpose()).collect()
 }
 
 impl Curve {
-    fn chart(&self, run: &RunFiles) -> Result<Option<Chart>, Error> {
-        let lines = self.lines.iter().flat_map(|line| self.series(line, run));
+    fn chart(&self, run: &RunFiles) -> Result<Option<Chart>> {
+        let mut lines: Vec<Series> =
+            self.lines.iter().flat_map(|line| self.series(line, run)).collect();
+        if self.name == VALIDATION {
+            lines.extend(null_rulers(run, &lines));
+        }
         let (title, factor) = match self.unit {
             Unit::PerCent => (format!("{}, per cent", self.title), 100.0),
             _ => (self.title.to_owned(), 1.0),
         };
-        let series: Vec<Series> = lines
-            .map(|mut line| {
-                line.points.iter_mut().for_each(|(_, y)| *y *= factor);
-                line
-            })
-            .collect();
+        lines.iter_mut().flat_map(|line| &mut line.points).for_each(|(_, y)| *y *= factor);
         let x_label = if matches!(self.file, File::Ppo) { "iteration" } else { "step" };
-        Chart::lines(self.name, &title, self.caption, x_label, self.unit, &series)
+        Chart::lines(self.name, &title, self.caption, x_label, self.unit, &lines)
     }
 
     fn series(&self, line: &Line, run: &RunFiles) -> Vec<Series> {
@@ -246,7 +248,7 @@ impl Curve {
                 (None, Kept::Row(value), _) => run.rollout_curve(value),
                 (None, ..) => Vec::new(),
             };
-            Series { name: name.to_owned(), colour, points }
+            Series::new(name, colour, points)
         };
         match line.who {
             Some(who) => vec![of(None, who)],
@@ -263,6 +265,19 @@ impl Curve {
             File::Ppo => run.ppo.as_ref(),
         }
     }
+}
+
+/// Beside each reward model's accuracy the best that a rule reaches which knows nothing, where it is of the same pairs.
+fn null_rulers(run: &RunFiles, accuracies: &[Series]) -> Vec<Series> {
+    let of = |accuracy: &Series| {
+        let [(first, _), .., (last, _)] = accuracy.points[..] else { return None };
+        let (_, reward) = run.rewards.iter().find(|(name, _)| name.name() == accuracy.name)?;
+        let evaluation = reward.evaluation.as_ref().filter(|own| own.split == "validation")?;
+        let best = evaluation.null_rulers.as_ref()?;
+        let name = format!("{}, best null ruler ({})", accuracy.name, best.best.name());
+        Some(Series::bound(name, accuracy.colour, best.best_accuracy(), [first, last]))
+    };
+    accuracies.iter().filter_map(of).collect()
 }
 
 fn disagreement(row: &RolloutRow) -> Option<f64> {

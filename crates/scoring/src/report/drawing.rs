@@ -5,13 +5,14 @@
 
 mod crosses;
 
+use anyhow::{Result, anyhow};
+use arete_records::redact;
 use arete_records::stats::Interval;
 use minijinja::HtmlEscape;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
 pub use self::crosses::Cross;
-use crate::Error;
 use crate::table;
 
 /// Width of a drawing in pixels; scaled by the page.
@@ -116,8 +117,28 @@ pub struct Series {
     pub name: String,
     /// Its colour.
     pub colour: Colour,
-    /// In order of x.
+    /// In the order in which the line goes through them.
     pub points: Vec<(f64, f64)>,
+    /// Whether it is a bound to compare with: dashed, without a place in the legend.
+    pub is_bound: bool,
+}
+
+impl Series {
+    /// A line.
+    pub fn new(name: impl Into<String>, colour: Colour, points: Vec<(f64, f64)>) -> Self {
+        Self { name: name.into(), colour, points, is_bound: false }
+    }
+
+    /// A level to compare with, over so much of the x axis.
+    pub fn bound(
+        name: impl Into<String>,
+        colour: Colour,
+        level: f64,
+        [from, to]: [f64; 2],
+    ) -> Self {
+        let points = vec![(from, level), (to, level)];
+        Self { name: name.into(), colour, points, is_bound: true }
+    }
 }
 
 /// A named estimate.
@@ -151,7 +172,7 @@ impl Chart {
     ///
     /// # Errors
     ///
-    /// [`Error::Chart`] if plotters refuses.
+    /// The drawing library's failure if plotters refuses.
     pub fn lines(
         name: &str,
         title: &str,
@@ -159,7 +180,7 @@ impl Chart {
         x_label: &str,
         unit: Unit,
         series: &[Series],
-    ) -> Result<Option<Self>, Error> {
+    ) -> Result<Option<Self>> {
         let series: Vec<Series> = series.iter().filter_map(finite).collect();
         if series.is_empty() {
             return Ok(None);
@@ -175,7 +196,7 @@ impl Chart {
     ///
     /// # Errors
     ///
-    /// [`Error::Chart`] if plotters refuses.
+    /// The drawing library's failure if plotters refuses.
     pub fn estimates(
         name: &str,
         title: &str,
@@ -183,11 +204,12 @@ impl Chart {
         unit: Unit,
         estimates: &[Estimate],
         zero: Option<f64>,
-    ) -> Result<Option<Self>, Error> {
+    ) -> Result<Option<Self>> {
         let usable = |e: &&Estimate| {
             [e.interval.estimate, e.interval.low, e.interval.high].iter().all(|x| x.is_finite())
         };
-        let estimates: Vec<Estimate> = estimates.iter().filter(usable).cloned().collect();
+        let named = |e: &Estimate| Estimate { name: shown(&e.name), ..e.clone() };
+        let estimates: Vec<Estimate> = estimates.iter().filter(usable).map(named).collect();
         if estimates.is_empty() {
             return Ok(None);
         }
@@ -204,8 +226,8 @@ impl Chart {
         for index in 0..Colour::COUNT {
             svg = svg.replace(&hex(Colour(index).placeholder()), &format!("var(--s{index})"));
         }
-        let [name, title, caption] = [name, title, caption].map(str::to_owned);
-        Self { name, title, caption, svg }
+        let [title, caption] = [title, caption].map(shown);
+        Self { name: name.to_owned(), title, caption, svg }
     }
 
     /// The drawing as part of a page that defines the colours.
@@ -238,9 +260,14 @@ fn hex(colour: RGBColor) -> String {
     format!("#{:02X}{:02X}{:02X}", colour.0, colour.1, colour.2)
 }
 
+/// A text for everybody.
+fn shown(text: &str) -> String {
+    redact::redacted(text).into_owned()
+}
+
 /// The series without points that are not finite; none if nothing is left.
 fn finite(series: &Series) -> Option<Series> {
-    let mut series = series.clone();
+    let mut series = Series { name: shown(&series.name), ..series.clone() };
     series.points.retain(|(x, y)| x.is_finite() && y.is_finite());
     (!series.points.is_empty()).then_some(series)
 }
@@ -258,7 +285,7 @@ fn draw(
     name: &str,
     height: i32,
     content: impl FnOnce(&Area<'_>) -> DrawResult<Vec<Tip>>,
-) -> Result<String, Error> {
+) -> Result<String> {
     let mut svg = String::new();
     let tips = {
         let area = SVGBackend::with_string(&mut svg, (WIDTH as u32, height as u32));
@@ -268,7 +295,7 @@ fn draw(
                 area.present()?;
                 Ok(tips)
             })
-            .map_err(|error| Error::Chart { name: name.to_owned(), reason: error.to_string() })?
+            .map_err(|error| anyhow!("chart {name}: {error}"))?
     };
     let tips = tips.iter().map(|Tip { at: (x, y), text }| {
         let text = HtmlEscape(text);
@@ -343,7 +370,9 @@ fn lines(
     let y_range = unit.axis(all().map(|(_, y)| y));
     let y_span = y_range.end - y_range.start;
     let x_span = x_range.end - x_range.start;
-    let n_x_labels = (x_span.round() as usize + 1).clamp(2, 6);
+    // Steps and iterations are counted; between them there is nothing.
+    let are_counts = all().all(|(x, _)| x.fract() == 0.0);
+    let n_x_labels = if are_counts { (x_span.round() as usize + 1).clamp(2, 6) } else { 5 };
 
     let y_label_px = [y_range.start, y_range.end].map(|y| text_px(&tick(y, y_span)));
 
@@ -366,8 +395,10 @@ fn lines(
         .x_desc(x_label)
         .label_style(text_style(INK))
         .axis_desc_style(text_style(INK))
-        .x_label_formatter(&|x| {
-            if x.fract().abs() < 1e-9 { tick(*x, 1000.0) } else { String::new() }
+        .x_label_formatter(&|x| match (are_counts, x.fract().abs() < 1e-9) {
+            (false, _) => tick(*x, x_span),
+            (true, true) => tick(*x, 1000.0),
+            (true, false) => String::new(),
         })
         .y_label_formatter(&|y| tick(*y, y_span))
         .draw()?;
@@ -375,6 +406,17 @@ fn lines(
     for series in series {
         let colour = series.colour.placeholder();
         let points = &series.points;
+        if series.is_bound {
+            let line = points.iter().copied();
+            chart.draw_series(DashedLineSeries::new(line, 3, 4, colour.stroke_width(1)))?;
+            let text = format!("{}: {}", series.name, hover_value(points[0].1, unit));
+            tips.extend(
+                points
+                    .iter()
+                    .map(|&point| Tip { at: chart.backend_coord(&point), text: text.clone() }),
+            );
+            continue;
+        }
         chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;
         if points.len() <= 40 {
             // A point without a line through it must be seen by itself.
@@ -382,14 +424,19 @@ fn lines(
             let dot = |&point| Circle::new(point, radius, colour.filled());
             chart.draw_series(points.iter().map(dot))?;
         }
-        let mut last: Option<i32> = None;
+        let mut last: Option<(i32, i32)> = None;
         for &(x, y) in points {
             let at = chart.backend_coord(&(x, y));
-            if last.is_none_or(|last| (at.0 - last).abs() >= HOVER_PX) {
+            let is_apart = |last: (i32, i32)| {
+                // A path may go up and down at one place; the points of a curve have a place each.
+                (at.0 - last.0).abs() >= HOVER_PX
+                    || (!are_counts && (at.1 - last.1).abs() >= HOVER_PX)
+            };
+            if last.is_none_or(is_apart) {
                 let x = if x.fract() == 0.0 { x.to_string() } else { hover_value(x, Unit::Number) };
                 let text = format!("{}, {x_label} {x}: {}", series.name, hover_value(y, unit));
                 tips.push(Tip { at, text });
-                last = Some(at.0);
+                last = Some(at);
             }
         }
     }
@@ -409,13 +456,14 @@ impl Legend {
     const MARK: i32 = 21;
 
     fn of(series: &[Series]) -> Self {
-        if series.len() < 2 {
+        let named = || series.iter().filter(|series| !series.is_bound);
+        if named().count() < 2 {
             return Self { entries: Vec::new(), height: 0 };
         }
         let right = WIDTH - 4;
         let (mut x, mut y) = (Self::LEFT, 15);
         let mut entries = Vec::new();
-        for series in series {
+        for series in named() {
             let name = shortened(&series.name, right - Self::LEFT - Self::MARK);
             let width = Self::MARK + text_px(&name);
             if x + width > right {
@@ -500,7 +548,7 @@ mod tests {
     use super::*;
 
     fn series(name: &str, points: &[(f64, f64)]) -> Series {
-        Series { name: name.to_owned(), colour: Colour(1), points: points.to_vec() }
+        Series::new(name, Colour(1), points.to_vec())
     }
 
     #[test]
@@ -608,5 +656,42 @@ mod tests {
             .inline();
         assert!(svg.contains("original") && !svg.contains("final"), "{svg}");
         assert!(Chart::estimates("x", "t", "c", Unit::Number, &[], None).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_bound_is_dashed_and_not_in_the_legend() {
+        let line = series("action", &[(1.0, 60.0), (4.0, 70.0)]);
+        let bound = Series::bound("action, longer", Colour(1), 58.0, [1.0, 4.0]);
+        let of = |all: &[Series]| {
+            Chart::lines("x", "t", "c", "step", Unit::PerCent, all).unwrap().unwrap().inline()
+        };
+        let svg = of(&[line.clone(), bound]);
+        assert_eq!(svg.matches("<title>action, longer: 58.00 %</title>").count(), 2, "{svg}");
+        assert!(!svg.contains(">\naction, longer"), "{svg}");
+        // Many short strokes instead of one line.
+        let strokes = |svg: &str| svg.matches("<polyline").count();
+        assert!(strokes(&svg) > strokes(&of(&[line])) + 10, "{svg}");
+    }
+
+    #[test]
+    fn an_axis_that_counts_nothing_has_numbers_between() {
+        let path = series("rollouts", &[(0.0, 0.1), (0.12, 0.3), (0.09, 0.2), (0.09, 0.9)]);
+        let svg = Chart::lines("x", "t", "c", "KL", Unit::Number, &[path]).unwrap().unwrap();
+        let svg = svg.inline();
+        assert!(svg.contains("0.05") && svg.contains("0.10"), "{svg}");
+        // Points above one another each say their value.
+        assert!(svg.contains("KL 0.09000: 0.2000") && svg.contains("KL 0.09000: 0.9000"), "{svg}");
+    }
+
+    #[test]
+    fn drawings_hold_no_secrets() {
+        redact::hide("drawn-secret-0");
+        let name = "http://u:pw@host drawn-secret-0 & co";
+        let chart =
+            Chart::lines("x", name, name, "step", Unit::Number, &[series(name, &[(1.0, 1.0)])]);
+        let chart = chart.unwrap().unwrap();
+        for text in [&chart.inline(), &chart.standalone(), &chart.caption] {
+            assert!(!text.contains("pw@") && !text.contains("drawn-secret"), "{text}");
+        }
     }
 }

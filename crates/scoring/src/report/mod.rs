@@ -1,5 +1,7 @@
 //! The stage `report`: one page that shows a run, with its charts as SVG files beside it.
 //!
+//! The same run gives the same page, but for one element that says when and on which machine it was made (`made.rs`).
+//!
 //! The page needs no network: style, script and drawings are inside. Texts of models and users are escaped, and a content
 //! security policy lets no script run but the page's own.
 //!
@@ -9,13 +11,15 @@
 mod charts;
 mod curves;
 mod drawing;
+mod made;
 mod page;
 mod samples;
 mod view;
 
 use std::path::{Path, PathBuf};
 
-use arete_records::atomic;
+use anyhow::Result;
+use arete_records::{atomic, files};
 use arete_stage::rounds;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use serde_json::{Map, json};
@@ -23,8 +27,10 @@ use sha2::{Digest, Sha256};
 
 pub use drawing::{Chart, Colour, Cross, Estimate, Series, Unit};
 
-use crate::Error;
 use crate::run_files::{self, RunFiles};
+
+/// Largest recipe that is shown.
+const MAX_RECIPE_BYTES: u64 = 1 << 20;
 
 /// The page's file.
 pub const PAGE: &str = "report.html";
@@ -46,39 +52,40 @@ pub struct ReportInputs {
 ///
 /// # Errors
 ///
-/// [`Error::File`] if the directory holds no run; a damaged file; a full disk.
-pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
+/// A refused file if the directory holds no run; a damaged file; a full disk.
+pub fn report(inputs: &ReportInputs) -> Result<PathBuf> {
     let page = inputs.output.join(PAGE);
     // Checked first, so that a wrong path does not leave an output directory behind.
     let run_files = RunFiles::read(&inputs.run)?;
-    let mut files = Vec::new();
+    let mut hashed = Vec::new();
     for dir in run_files.stages.iter().map(|stage| stage.dir.as_str()) {
         // A finished stage's run.json holds the hashes of all its files; of one at work, the metrics are shown.
         let of_stage = ["run.json", "metrics.jsonl"]
             .map(|name| rounds::newest_place(&inputs.run, dir).join(name));
         if let Some(path) = of_stage.into_iter().find(|path| path.is_file()) {
-            files.push((dir.to_owned(), path));
+            hashed.push((dir.to_owned(), path));
         }
     }
-    files.extend(inputs.recipe.iter().map(|recipe| ("recipe".to_owned(), recipe.clone())));
+    hashed.extend(inputs.recipe.iter().map(|recipe| ("recipe".to_owned(), recipe.clone())));
     let gold = inputs.run.join(run_files::GOLD);
-    files.extend(gold.is_file().then(|| ("gold".to_owned(), gold)));
+    hashed.extend(gold.is_file().then(|| ("gold".to_owned(), gold)));
     let rollouts = rounds::newest_place(&inputs.run, "ppo/rollouts");
     if rollouts.is_dir() {
-        files.push(("rollouts".to_owned(), rollouts));
+        hashed.push(("rollouts".to_owned(), rollouts));
     }
-    files.extend(run_files.front.iter().map(|(path, _)| ("front".to_owned(), path.clone())));
+    hashed.extend(run_files.front.iter().map(|(path, _)| ("front".to_owned(), path.clone())));
     let config = json!({ "max_samples": inputs.max_samples, "page": page_version() });
     let spec =
-        StageSpec { stage: "report", output: &inputs.output, config, seed: 0, inputs: files };
+        StageSpec { stage: "report", output: &inputs.output, config, seed: 0, inputs: hashed };
     let run = match run::begin(spec)? {
         Start::UpToDate(_) => {
-            tracing::info!(page = %page.display(), "up to date");
+            run::say_up_to_date(&page);
             return Ok(page);
         }
         Start::Run(run) => run,
     };
-    let recipe = inputs.recipe.as_ref().map(fs_err::read_to_string).transpose()?;
+    let recipe = inputs.recipe.as_deref().map(|path| files::read_text(path, MAX_RECIPE_BYTES));
+    let recipe = recipe.transpose()?;
     let charts = charts::all(&run_files)?;
     fs_err::create_dir_all(inputs.output.join("charts"))?;
     let n_charts = charts.iter().map(|(_, own)| own.len()).sum::<usize>();
@@ -86,7 +93,8 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
         let path = inputs.output.join("charts").join(format!("{}.svg", chart.name));
         atomic::write(path, chart.standalone().as_bytes())?;
     }
-    let view = view::Page::of(&run_files, &charts, inputs.max_samples, recipe.as_deref());
+    let made = made::Made::of(&inputs.run, &run_files);
+    let view = view::Page::of(&run_files, &charts, inputs.max_samples, recipe.as_deref(), made);
     atomic::write(&page, page::render(&view).as_bytes())?;
     let counts = Map::from_iter([("charts".to_owned(), n_charts.into())]);
     let none = "none".to_owned();
@@ -96,11 +104,12 @@ pub fn report(inputs: &ReportInputs) -> Result<PathBuf, Error> {
 
 /// Changes when the page does: the same run shown by other code is another page.
 fn page_version() -> String {
-    const CODE: [&str; 15] = [
+    const CODE: [&str; 16] = [
         include_str!("charts.rs"),
         include_str!("curves.rs"),
         include_str!("drawing.rs"),
         include_str!("drawing/crosses.rs"),
+        include_str!("made.rs"),
         include_str!("page.rs"),
         include_str!("samples.rs"),
         include_str!("view.rs"),

@@ -1,5 +1,6 @@
 //! The page from its templates, every text in it escaped.
 
+use arete_records::redact;
 use arete_records::stats::Interval;
 use minijinja::value::{Serde, Value};
 use minijinja::{Environment, UndefinedBehavior, context, escape_formatter};
@@ -51,8 +52,9 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_formatter(|out, state, value| match value.as_str() {
-        Some(text) if !value.is_safe() && text.contains(is_unseen) => {
-            escape_formatter(out, state, &Value::from(text.replace(is_unseen, "\u{fffd}")))
+        Some(text) if !value.is_safe() => {
+            let shown = redact::redacted(text).replace(is_unseen, "\u{fffd}");
+            escape_formatter(out, state, &Value::from(shown))
         }
         _ => escape_formatter(out, state, value),
     });
@@ -116,6 +118,11 @@ mod tests {
         assert_eq!(
             shown("{{ text }}", "a\u{0}b\u{1b}[2J\nc\u{202e}d"),
             "a\u{fffd}b\u{fffd}[2J\nc\u{fffd}d"
+        );
+        redact::hide("hf_page_secret");
+        assert_eq!(
+            shown("{{ text }}", "http://bob:pw@host/v1?key=hf_page_secret"),
+            "http:&#x2f;&#x2f;***@host&#x2f;v1?key=***"
         );
         let html = shown(
             "{% from 'macros.html.jinja' import table, row, not_run %}{{ not_run(text) }}\

@@ -7,10 +7,12 @@ use arete_chain::verdicts::virtues_of;
 use arete_records::rows::{JudgementRow, PreferenceRow};
 use arete_records::stats::{self, Interval};
 use arete_records::{Aspect, Split, Virtue};
+use arete_stage::metrics;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::drawing::Chart;
+use super::made::Made;
 use super::samples::{self, Replies};
 use crate::coherence::Coherence;
 use crate::doctor::{self, Finding};
@@ -18,7 +20,7 @@ use crate::front::Front;
 use crate::gold::{Gold, GoldPoint};
 use crate::judge::{Verdicts, kappa};
 use crate::run_files::{
-    Evaluation, JudgeMethod, RolloutReply, RunFiles, StageRecord, rollout_reply,
+    Evaluation, JudgeMethod, JudgeOfVirtue, RolloutReply, RunFiles, StageRecord, rollout_reply,
 };
 use crate::summary::{Difference, ModelSummary, Scale, Scope, ScoreOf, Summary};
 use crate::table::{percent, perplexity, primary, verdict};
@@ -27,6 +29,8 @@ use crate::table::{percent, perplexity, primary, verdict};
 #[derive(Serialize)]
 pub(crate) struct Page<'a> {
     name: &'a str,
+    /// Date, commit, duration, model, machine.
+    made: Made,
     /// The round that its stages are of, if the run has rounds.
     round: Option<u64>,
     aspects: Vec<Aspect>,
@@ -56,6 +60,9 @@ pub(crate) struct Page<'a> {
     ppo: Option<Ppo>,
     rewards: Vec<Reward<'a>>,
     judge: Option<Judge<'a>>,
+    /// Whether nobody was asked, and how the samples differ that were labelled so.
+    by_construction: bool,
+    personas: Option<&'a str>,
     calibration: Option<Calibration<'a>>,
     counts: Vec<Counts>,
     lengths: Vec<Lengths>,
@@ -149,6 +156,8 @@ struct Judge<'a> {
 #[derive(Serialize)]
 struct Calibration<'a> {
     table: Vec<JudgingMethod<'a>>,
+    /// The judge, a virtue at a time.
+    virtues: &'a [JudgeOfVirtue],
     reason: &'a str,
 }
 
@@ -228,6 +237,7 @@ impl<'a> Page<'a> {
         charts: &'a [(&'static str, Vec<Chart>)],
         max_samples: usize,
         recipe: Option<&'a str>,
+        made: Made,
     ) -> Self {
         let summary = run.scoring.as_ref().map(|scoring| &scoring.summary);
         let drawing = |chart: &'a Chart| Drawing {
@@ -248,6 +258,7 @@ impl<'a> Page<'a> {
         let cut: Option<Vec<f64>> = aspects.iter().map(|a| run.truncated(*a)).collect();
         Self {
             name: &run.name,
+            made,
             round: run.round,
             aspects,
             n_virtues: run.judgements.iter().map(|rows| virtues_of(rows).len()).sum(),
@@ -284,7 +295,12 @@ impl<'a> Page<'a> {
                 .as_ref()
                 .filter(|rows| !rows.is_empty())
                 .map(|rows| judge(rows, &run.aspects())),
+            by_construction: run.by_construction,
+            personas: run
+                .stage("conversations")
+                .and_then(|own| own.config.get("personas")?.as_str()),
             calibration: run.calibration.as_ref().map(|own| Calibration {
+                virtues: &own.virtues,
                 reason: &own.recommendation.reason,
                 table: own
                     .table
@@ -516,11 +532,11 @@ fn record(stage: &StageRecord) -> Option<Record<'_>> {
     let Some(run) = &stage.run else {
         return stage.begun.then_some(Record { dir: &stage.dir, run: None });
     };
-    let flat = |value: &Value| {
-        let mut out = Vec::new();
-        flatten("", value, &mut out);
-        out
+    let word = |(name, value): (String, Value)| {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        (name, text)
     };
+    let flat = |value: &Value| metrics::flat(value).into_iter().map(word).collect();
     let outputs = run.outputs.iter().map(|(name, file)| (&**name, short(&file.sha256), file.size));
     let recorded = Recorded {
         device: &run.device,
@@ -534,40 +550,4 @@ fn record(stage: &StageRecord) -> Option<Record<'_>> {
         versions: &run.versions,
     };
     Some(Record { dir: &stage.dir, run: Some(recorded) })
-}
-
-/// Nested settings as dotted names.
-fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, String)>) {
-    match value {
-        Value::Object(map) => {
-            for (key, value) in map {
-                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                flatten(&name, value, out);
-            }
-        }
-        Value::Null => out.push((prefix.to_owned(), "–".to_owned())),
-        Value::String(text) => out.push((prefix.to_owned(), text.clone())),
-        Value::Array(items) => {
-            let items: Vec<String> = items
-                .iter()
-                .map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned))
-                .collect();
-            out.push((prefix.to_owned(), items.join(", ")));
-        }
-        other => out.push((prefix.to_owned(), other.to_string())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nested_settings_become_dotted_names() {
-        let value = serde_json::json!({"a": {"b": [1, "x"], "c": null}, "d": true});
-        let mut rows = Vec::new();
-        flatten("", &value, &mut rows);
-        let rows: Vec<(&str, &str)> = rows.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
-        assert_eq!(rows, [("a.b", "1, x"), ("a.c", "–"), ("d", "true")]);
-    }
 }

@@ -2,17 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use anyhow::{Result, bail};
 use arete_chain::yardstick::Place;
 use arete_chain::{Member, Ruled};
 use arete_records::parquet;
 use arete_records::rows::{ConversationRow, PromptRow, ScoreRow};
 use arete_records::stats::{self, Interval, Resampling};
-use arete_records::{Aspect, ScoreStats, atomic};
+use arete_records::{Aspect, Refusal, ScoreStats, atomic};
 
 use super::{COHERENCE, POLICY_PREFERENCES, REPLIES, SCORES, SUMMARY, Units, Work};
-use crate::Error;
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
-use crate::config::setting;
 use crate::endpoint::Primary;
 use crate::pairs::LabelledPair;
 use crate::policies::same_source;
@@ -24,7 +23,7 @@ const LEVEL: f64 = 0.95;
 
 impl Work<'_> {
     /// Joins the units and says what they show.
-    pub(super) fn join(&self, labelled: &[LabelledPair]) -> Result<(), Error> {
+    pub(super) fn join(&self, labelled: &[LabelledPair]) -> Result<()> {
         let plan = self.plan;
         let mut conversations = Vec::new();
         for policy in &plan.policies {
@@ -32,10 +31,10 @@ impl Work<'_> {
         }
         let shared = shared_prompts(self.prompts, &conversations);
         if shared.is_empty() {
-            return Err(setting(
+            bail!(Refusal::setting(
                 "max_new_tokens",
                 "so few that a test prompt and its replies fit every model",
-                &plan.config.max_new_tokens.to_string(),
+                plan.config.max_new_tokens,
             ));
         }
         let keeps = |prompt_id: &str| shared.contains(prompt_id);
@@ -141,7 +140,7 @@ impl Work<'_> {
     fn standardisation(
         &self,
         measures: &[Vec<MeasureRow>],
-    ) -> Result<BTreeMap<Aspect, Standardisation>, Error> {
+    ) -> Result<BTreeMap<Aspect, Standardisation>> {
         let mut out = BTreeMap::new();
         for Member { name: aspect, dir, .. } in &self.plan.members {
             let aspect = *aspect;
@@ -188,7 +187,7 @@ impl Work<'_> {
         (preferences, labelled): (&[PolicyPreferenceRow], &[LabelledPair]),
         standardisation: BTreeMap<Aspect, Standardisation>,
         n_prompts: usize,
-    ) -> Result<Summary, Error> {
+    ) -> Result<Summary> {
         let config = self.plan.config;
         let resampling = self.resampling();
         let ruled: HashMap<i32, Ruled> = labelled

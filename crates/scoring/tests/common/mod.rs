@@ -19,6 +19,7 @@ use arete_scoring::summary::{
 };
 use arete_stage::metrics::MetricsWriter;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
+use arete_stage::timings;
 use serde_json::{Map, Value, json};
 
 /// A reply that tries to break out of the page.
@@ -302,6 +303,21 @@ impl SyntheticRun<'_> {
         Self::finish(stage, Value::Object(counts));
     }
 
+    /// The preferences as versions left them that wrote a vote of every virtue for pairs that nobody had judged.
+    pub(crate) fn label_by_construction(&self) {
+        let path = self.at("preferences/judgements.parquet");
+        let mut judgements: Vec<JudgementRow> = parquet::read(&path).unwrap();
+        for row in &mut judgements {
+            (row.method, row.judge) = ("contrast".to_owned(), "construction".to_owned());
+            (row.p_ab, row.p_ba, row.p_sample0, row.vote) = (None, None, Some(1.0), Some(0));
+        }
+        fs_err::remove_dir_all(self.at("preferences")).unwrap();
+        let config = json!({ "method": "contrast", "truncated": "trim" });
+        let stage = self.begin("preferences", "preferences", config);
+        parquet::write(&path, &judgements).unwrap();
+        Self::finish(stage, json!({}));
+    }
+
     pub(crate) fn training(&self) {
         let stage = self.begin(
             "sft",
@@ -577,6 +593,12 @@ impl SyntheticRun<'_> {
             models,
             differences,
         };
+        let machine =
+            json!({ "cpu": "EPYC of a test", "cores": { "allowed": 2 }, "threads": 2, "gpus": [] });
+        fs_err::write(self.at("scoring/machine.json"), machine.to_string()).unwrap();
+        for (what, seconds) in [("ppo", 60.0), ("scoring", 3.0)] {
+            timings::log(self.dir, what, seconds, &[("resumed", false.into())]).unwrap();
+        }
         parquet::write(self.at("scoring/scores.parquet"), &scores).unwrap();
         fs_err::write(
             self.at("scoring/summary.json"),

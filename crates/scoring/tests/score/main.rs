@@ -3,6 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
 mod by_hand;
+mod engines;
+#[expect(dead_code, reason = "the tests of other crates use the rest")]
+#[path = "../../../engine/tests/support/stand_in.rs"]
+mod stand_in;
 mod yardsticks;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -40,7 +40,7 @@ pub(super) fn set_aside(
     if !files.is_empty() {
         tracing::info!(place = %place.display(), "what was there was set aside");
     }
-    remove_empty_dirs(output)
+    remove_empty_dirs(output, &place)
 }
 
 /// Copies a finished run's files to `OUTPUT.old-N`: results that work goes on from are kept as they were. Its mark comes last.
@@ -86,12 +86,13 @@ fn own_files(dir: &Path, prefix: &str, files: &mut Vec<String>) -> Result<(), Er
     Ok(())
 }
 
-fn remove_empty_dirs(dir: &Path) -> Result<(), Error> {
+/// Removes the directories whose files have all been moved to `place`; others that are empty were so before.
+fn remove_empty_dirs(dir: &Path, place: &Path) -> Result<(), Error> {
     for entry in fs_err::read_dir(dir)? {
         let entry = entry?;
-        let path = entry.path();
-        if entry.file_type()?.is_dir() && !is_stage_dir(&path) {
-            remove_empty_dirs(&path)?;
+        let (path, moved) = (entry.path(), place.join(entry.file_name()));
+        if entry.file_type()?.is_dir() && moved.is_dir() && !is_stage_dir(&path) {
+            remove_empty_dirs(&path, &moved)?;
             if fs_err::read_dir(&path)?.next().is_none() {
                 fs_err::remove_dir(&path)?;
             }

@@ -75,6 +75,13 @@ pub fn is_asking() -> bool {
     ASKED.with_borrow(Option::is_some)
 }
 
+/// Logs that the results there are up to date; not where a stage is only being asked, which is told so whatever is there.
+pub fn say_up_to_date(output: &Path) {
+    if !is_asking() {
+        tracing::info!(output = %output.display(), "up to date");
+    }
+}
+
 /// Notes what stands there; the stage is told that there is nothing to do.
 pub(super) fn answer(spec: &StageSpec<'_>, amounts: &[&str]) -> Result<Start, Error> {
     let (standing, complete) = standing(spec, amounts)?;

@@ -173,6 +173,19 @@ fn what_would_be_discarded_is_set_aside() {
 }
 
 #[test]
+fn directories_that_were_empty_stay() {
+    let fixture = Fixture::new();
+    fixture.complete(json!({"rank": 16}));
+    let kept = ["notes", "merged/notes"].map(|name| fixture.output().join(name));
+    kept.iter().for_each(|dir| fs_err::create_dir_all(dir).unwrap());
+    drop(fixture.run(json!({"rank": 8})));
+    assert!(fixture.dir.path().join("out.old-1/merged/model.safetensors").exists());
+    for dir in kept {
+        assert!(dir.is_dir(), "{}", dir.display());
+    }
+}
+
+#[test]
 fn links_are_neither_followed_nor_moved() {
     let fixture = Fixture::new();
     let thesis = fixture.dir.path().join("thesis");

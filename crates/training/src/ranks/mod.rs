@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use arete_records::{Classified, hex};
+use arete_records::{Class, hex};
 use arete_stage::interrupt::{self, Interrupted};
 use arete_stage::run::{self, RunJson, StageSpec, Start};
 use arete_stage::timings;
@@ -26,9 +26,9 @@ use tch::{Device, Kind, Tensor};
 pub use self::environment::{LAUNCHED, Place, SINGLE};
 use self::group::Group;
 use self::watch::Watch;
-use crate::Error;
 use crate::checkpoint::{Loaded, deserialize, serialize};
 use crate::shards::cut;
+use crate::{Error, class_within};
 
 /// How long the others wait for rank 0 where it works alone.
 const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -125,14 +125,12 @@ impl Ranks {
     /// # Errors
     ///
     /// That of `result`.
-    pub fn finish<T, E: Classified>(&self, result: Result<T, E>) -> Result<T, E> {
+    pub fn finish<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
         if let Some(Links { watch, .. }) = &self.links {
-            match &result {
-                Err(error) if !matches!(error.class(), Some(arete_records::Class::Signal(_))) => {
-                    watch.fail(self.place.rank, error.class(), &error.to_string());
-                }
+            match result.as_ref().map_err(|error| (class_within(error), error)) {
                 // A signal was agreed on: everybody stops at the same place.
-                Ok(_) | Err(_) => watch.leave(),
+                Ok(_) | Err((Some(Class::Signal(_)), _)) => watch.leave(),
+                Err((class, error)) => watch.fail(self.place.rank, class, &format!("{error:#}")),
             }
         }
         result

@@ -1,12 +1,29 @@
 //! What a server answered: replies and candidates out of JSON that is someone else's. Pure functions of values.
 
+use arete_engine::http::{self, Failure, FailureKind, kind_of_status};
 use arete_records::FinishReason;
 use arete_records::table::shortened;
 use serde_json::Value;
 
 use super::super::{Labels, Reply};
-use super::{Failure, FailureKind};
 use crate::judge::verdict::LabelMass;
+
+/// An answer of status 200, unless it is none or says that something went wrong.
+pub(super) fn parse(text: &str) -> Result<Value, Failure> {
+    let answer = http::parse(text)?;
+    reported(&answer).map_or(Ok(answer), Err)
+}
+
+/// The mass of either label, and the candidates that it was added up from.
+pub(super) fn verdict(
+    answer: &Value,
+    labels: Labels,
+) -> Result<(LabelMass, Vec<(String, f64)>), Failure> {
+    let request = |reason: String| Failure::new(FailureKind::Request, reason);
+    let candidates = candidates(answer).map_err(request)?;
+    let mass = masses(&candidates, labels).map_err(request)?;
+    Ok((mass, candidates))
+}
 
 /// What an answer of status 200 says went wrong, if it says so: routers report their provider's fault that way.
 pub(super) fn reported(answer: &Value) -> Option<Failure> {
@@ -33,15 +50,6 @@ pub(super) fn reported(answer: &Value) -> Option<Failure> {
     Some(Failure::new(code.map_or(FailureKind::Passing, kind_of_status), reason))
 }
 
-/// What a status says of the next attempt.
-pub(super) fn kind_of_status(status: u64) -> FailureKind {
-    match status {
-        408 | 425 | 429 | 500..=599 => FailureKind::Passing,
-        400 | 413 | 422 => FailureKind::Request,
-        _ => FailureKind::Lasting,
-    }
-}
-
 /// The text of a message: a text, or a list of parts that are texts.
 fn text_of(content: &Value) -> Option<String> {
     match content {
@@ -62,6 +70,15 @@ fn n_tokens(answer: &Value) -> usize {
         n.as_f64().filter(|n| (0.0..1e9).contains(n) && n.fract() == 0.0).map(whole)
     });
     usize::try_from(whole.unwrap_or(0)).unwrap_or(0)
+}
+
+/// Whether the model thought, and came to no reply.
+pub(super) fn is_thought(answer: &Value) -> bool {
+    let message = &answer["choices"][0]["message"];
+    let is_silent = text_of(&message["content"]).is_none_or(|text| text.trim().is_empty());
+    let thought =
+        ["reasoning_content", "reasoning"].into_iter().find_map(|key| message[key].as_str());
+    is_silent && thought.is_some_and(|thought| !thought.is_empty())
 }
 
 /// The first choice's text, why it ended, and how many tokens it took.
@@ -89,17 +106,12 @@ pub(super) fn reply(answer: &Value) -> Result<Reply, Failure> {
     if is_silent && let Some(refusal) = message["refusal"].as_str() {
         return Err(refused(format!("the model refused: {refusal}")));
     }
-    let thought =
-        ["reasoning_content", "reasoning"].into_iter().find_map(|key| message[key].as_str());
-    if is_silent && thought.is_some_and(|thought| !thought.is_empty()) {
-        return Err(Failure {
-            thinks: true,
-            ..refused(
-                "all tokens went into the model's thoughts and none into a reply: give it more (max_new_tokens, or \
-                 verdict_tokens of a judge), or have the server turn its thinking off"
-                    .to_owned(),
-            )
-        });
+    if is_thought(answer) {
+        return Err(refused(
+            "all tokens went into the model's thoughts and none into a reply: give it more (max_new_tokens, or \
+             verdict_tokens of a judge), or have the server turn its thinking off"
+                .to_owned(),
+        ));
     }
     let text =
         text.ok_or_else(|| refused("reply without choices[0].message.content".to_owned()))?;
@@ -138,11 +150,19 @@ pub(super) fn candidates(answer: &Value) -> Result<Vec<(String, f64)>, String> {
     Ok(candidates)
 }
 
+/// Whether a token is a label: bare, or after a space.
+pub(super) fn spells(token: &str, label: &str) -> bool {
+    token.trim_start_matches([' ', 'Ġ', '▁']) == label
+}
+
 /// Adds up the candidates that spell a label.
 pub(super) fn masses(candidates: &[(String, f64)], labels: Labels) -> Result<LabelMass, String> {
     let mass = |label: &str| -> f64 {
-        let spells = |token: &str| token.trim_start_matches([' ', 'Ġ', '▁']) == label;
-        candidates.iter().filter(|(token, _)| spells(token)).map(|(_, logprob)| logprob.exp()).sum()
+        candidates
+            .iter()
+            .filter(|(token, _)| spells(token, label))
+            .map(|(_, logprob)| logprob.exp())
+            .sum()
     };
     let mass = LabelMass { first: mass(labels.first), second: mass(labels.second) };
     let total: f64 = candidates.iter().map(|(_, logprob)| logprob.exp()).sum();

@@ -60,9 +60,9 @@ fn absent_keys_mean_what_transformers_says() {
     let config = config.unwrap();
     assert_eq!((config.num_kv_heads, config.head_size, config.rope_theta), (4, 8, 10_000.0));
     assert!(config.eos_token_ids.is_empty() && config.sliding_window.is_none());
-    let mistral = json!({"architectures": ["MistralForCausalLM"]});
+    let mistral = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral"});
     assert_eq!(llama(mistral).unwrap().sliding_window, Some(4096));
-    let mistral = json!({"architectures": ["MistralForCausalLM"], "sliding_window": null});
+    let mistral = json!({"architectures": ["MistralForCausalLM"], "model_type": null, "sliding_window": null});
     assert_eq!(llama(mistral).unwrap().sliding_window, None);
     let mistral = json!({"architectures": null, "model_type": "mistral", "sliding_window": 128});
     assert_eq!(llama(mistral).unwrap().sliding_window, Some(128));
@@ -82,6 +82,10 @@ fn ends_of_text_come_from_both_files() {
     fs_err::write(&generation, r#"{"eos_token_id": [2, 5]}"#).unwrap();
     let config = ModelConfig::from_directory(directory.path()).unwrap();
     assert_eq!(config.eos_token_ids, [2, 5]);
+    fs_err::write(&generation, r#"{"eos_token_id": [2, 1099511627776]}"#).unwrap();
+    let message = ModelConfig::from_directory(directory.path()).unwrap_err().to_string();
+    let (named, found) = ("generation_config.json: eos_token_id", "found 1099511627776");
+    assert!(message.contains(named) && message.contains(found), "{message}");
     fs_err::write(&generation, r#"{"eos_token_id": "two"}"#).unwrap();
     let message = ModelConfig::from_directory(directory.path()).unwrap_err().to_string();
     assert!(message.contains("generation_config.json: eos_token_id"), "{message}");
@@ -120,7 +124,7 @@ fn what_is_not_supported_is_named() {
         (json!({"vocab_size": -1}), "vocab_size"),
         (
             json!({"max_position_embeddings": 1 << 24, "head_dim": 128}),
-            "max_position_embeddings: expected at most 2097152 at heads of 128, found 16777216",
+            "max_position_embeddings: expected at most 1048576 at heads of 128, found 16777216",
         ),
         (json!({"num_attention_heads": 3}), "head_dim"),
         (json!({"num_key_value_heads": 3}), "a divisor of 4 heads, found 3"),
@@ -177,6 +181,39 @@ fn what_is_not_supported_is_named() {
         let text = message(changes);
         assert!(text.starts_with("config.json: ") && text.contains(words), "{text}");
     }
+}
+
+/// AutoModelForCausalLM of transformers 5.23 loads a Mistral where `model_type` says so, and a Ministral for `layer_types`.
+#[test]
+fn keys_by_which_transformers_takes_another_model_are_refused() {
+    for (architecture, model_type) in
+        [("MistralForCausalLM", "llama"), ("LlamaForCausalLM", "mistral")]
+    {
+        let text = message(json!({"architectures": [architecture], "model_type": model_type}));
+        assert!(text.contains("model_type: expected") && text.contains(architecture), "{text}");
+        assert!(text.ends_with(&format!("found \"{model_type}\"")), "{text}");
+    }
+    let mistral = |window: Value, types: Value| {
+        llama(
+            json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window,
+            "layer_types": types}),
+        )
+    };
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    assert_eq!(mistral(json!(4), json!([sliding, sliding])).unwrap().sliding_window, Some(4));
+    assert_eq!(mistral(json!(null), json!([full, full])).unwrap().sliding_window, None);
+    assert_eq!(mistral(json!(4), json!(null)).unwrap().sliding_window, Some(4));
+    for (window, types) in [
+        (json!(4), json!([full, sliding])),
+        (json!(4), json!([full, full])),
+        (json!(null), json!([sliding, sliding])),
+        (json!(4), json!([sliding])),
+        (json!(4), json!(sliding)),
+    ] {
+        let text = mistral(window, types).unwrap_err().to_string();
+        assert!(text.contains("layer_types: expected 2 times"), "{text}");
+    }
+    assert!(llama(json!({"layer_types": [full, sliding]})).is_ok(), "transformers' Llama has none");
 }
 
 #[test]

@@ -28,28 +28,36 @@ __device__ inline void dequantize(T* out, const u8* codes, const float* codebook
   float* table = reinterpret_cast<float*>(shared);
   if (threadIdx.x < 16) table[threadIdx.x] = codebook[threadIdx.x];
   __syncthreads();
+  constexpr int kStep = kThreads * 8;
+  i64 begin = i64(blockIdx.x) * kGroups * kStep;
+  if (begin + kGroups * kStep > n) {  // the last block
+    for (i64 i = begin + threadIdx.x; i < n; i += kThreads)
+      from_float(table[code_of(codes[i / 2], int(i & 1))] * finish_scale(scales, scales.map, fetch_scale(scales, i >> block_log2)), out + i);
+    return;
+  }
+  begin += threadIdx.x * 8;
+  u32 words[kGroups];
+  RawScale raw[kGroups];
 #pragma unroll
   for (int g = 0; g < kGroups; g++) {
-    i64 first = ((i64(blockIdx.x) * kGroups + g) * kThreads + threadIdx.x) * 8;
-    if (first >= n) return;
-    float scale = finish_scale(scales, fetch_scale(scales, first >> block_log2));
-    if (first + 8 <= n) {
-      u32 word = *reinterpret_cast<const u32*>(codes + first / 2);
-      float values[8];
+    words[g] = *reinterpret_cast<const u32*>(codes + (begin + g * kStep) / 2);
+    raw[g] = fetch_scale(scales, (begin + g * kStep) >> block_log2);
+  }
 #pragma unroll
-      for (int i = 0; i < 8; i++) values[i] = table[code_of(word, i)] * scale;
-      store8(out + first, values);
-    } else {
-      for (int i = 0; first + i < n; i++) from_float(table[code_of(codes[(first + i) / 2], i & 1)] * scale, out + first + i);
-    }
+  for (int g = 0; g < kGroups; g++) {
+    float scale = finish_scale(scales, scales.map, raw[g]);
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = table[code_of(words[g], i)] * scale;
+    store8(out + begin + g * kStep, values);
   }
 }
 
 #define DEQUANTIZE(name, T)                                                                                             \
   extern "C" __global__ void __launch_bounds__(kThreads)                                                                \
       name(T* out, const u8* codes, const float* codebook, const float* absmax, const u8* absmax_codes, const float* map, \
-           const float* offset, i64 n, int block_log2) {                                                                \
-    dequantize<T>(out, codes, codebook, Scales{absmax, absmax_codes, map, offset}, n, block_log2);                      \
+           const float2* nested, i64 n, int block_log2) {                                                                \
+    dequantize<T>(out, codes, codebook, Scales{absmax, absmax_codes, map, nested}, n, block_log2);                      \
   }
 DEQUANTIZE(dequantize_f32, float)
 DEQUANTIZE(dequantize_bf16, bf16)

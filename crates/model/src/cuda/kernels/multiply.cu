@@ -20,22 +20,10 @@ struct Layout {
   __device__ static int stride(int chunks) { return (chunks + 7 - 8 / kParts) / 8 * 8 + 8 / kParts; }
 };
 
-// The codes of a word as byte offsets into a table of floats, four at a time: two operations for four codes and one to
-// take a byte out, where shifting and masking code by code takes two for each.
-struct Offsets {
-  u32 high, low;  // of the first and the second element of each byte
-};
-__device__ inline Offsets offsets_of(u32 word) { return Offsets{(word >> 2) & 0x3c3c3c3cu, (word << 2) & 0x3c3c3c3cu}; }
-__device__ inline float entry(const float* table, const Offsets& offsets, int element) {
-  u32 offset = __byte_perm(element % 2 ? offsets.low : offsets.high, 0, 0x4440 + element / 2);  // byte element / 2
-  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + offset);
-}
-
 struct Chunk {
   uint4 codes;
   RawScale scale;
 };
-__device__ inline u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // Shared memory: table [16] f32, sums [kWarps][ROWS][kOutputs] f32, x [ROWS][kParts][stride] 16-byte vectors.
 // Needs K % 32 == 0, block_log2 >= 5, x and codes aligned to 16 bytes; tile_chunks a multiple of 32 * splits, or all of K.
@@ -116,7 +104,7 @@ __device__ inline void multiply(T* y, const T* x, const u8* codes, const float* 
       }
 #pragma unroll
       for (int o = 0; o < kOutputs; o++) {
-        float scale = finish_scale(scales, current[o].scale);
+        float scale = finish_scale(scales, scales.map, current[o].scale);
 #pragma unroll
         for (int row = 0; row < ROWS; row++) sums[row][o] = fmaf(chunk_sums[row][o], scale, sums[row][o]);
         current[o] = next[o];
@@ -147,14 +135,13 @@ __device__ inline void multiply(T* y, const T* x, const u8* codes, const float* 
 }
 
 #define MULTIPLY(T, ROWS)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(kThreads, ROWS < 16 ? 2 : 1) multiply_##T##_##ROWS(                     \
+  extern "C" __global__ void __launch_bounds__(kThreads, ROWS * sizeof(T) < 32 ? 2 : 1) multiply_##T##_##ROWS(                     \
       T* y, const T* x, const u8* codes, const float* codebook, const float* absmax, const u8* absmax_codes,           \
-      const float* map, const float* offset, int rows, int outputs, int columns, int block_log2, int tile_chunks,      \
+      const float* map, const float2* nested, int rows, int outputs, int columns, int block_log2, int tile_chunks,      \
       int splits) {                                                                                                    \
-    multiply<T, ROWS>(y, x, codes, codebook, Scales{absmax, absmax_codes, map, offset}, rows, outputs, columns,        \
+    multiply<T, ROWS>(y, x, codes, codebook, Scales{absmax, absmax_codes, map, nested}, rows, outputs, columns,        \
                       block_log2, tile_chunks, splits);                                                                \
   }
-typedef float f32;
 // NVRTC builds one number format at a time: all fourteen kernels at once take 4 s.
 #if defined(ARETE_F32) || defined(ARETE_SIMT)
 MULTIPLY(f32, 1)

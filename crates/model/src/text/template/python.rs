@@ -12,11 +12,14 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
 use minijinja_contrib::{filters, globals, pycompat};
 
 use super::source::STORE;
-use super::{MAX_OUTPUT_BYTES, check_extent, too_large};
+use super::{MAX_OUTPUT_BYTES, check_extent, check_widths, too_large};
 
 /// Adds everything here to an environment.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(|state, value, method, args| {
+        if method == "format" {
+            check_widths(state, value.as_str().unwrap_or_default(), args)?;
+        }
         match value.as_str().map(|text| method_of(state, text, method, args)) {
             Some(Ok(Some(result))) => Ok(result),
             Some(Err(error)) => Err(error),
@@ -63,6 +66,8 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
             None => strip(&text_of(value)).to_owned(),
         })
     });
+    environment.add_filter("e", escaped);
+    environment.add_filter("escape", escaped);
     environment.add_filter("forceescape", |value: &Value| escape(&text_of(value)));
     environment.add_filter("center", |state: &mut State, value: &Value, width: Option<usize>| {
         padded(state, &text_of(value), width.unwrap_or(80), ' ', Side::Center)
@@ -337,7 +342,19 @@ fn python_number(text: &str) -> Option<String> {
     let text = strip(text);
     let digits = text.trim_start_matches(['+', '-']);
     let is_fine = !digits.starts_with('_') && !digits.ends_with('_') && !digits.contains("__");
-    is_fine.then(|| text.strip_prefix('+').unwrap_or(text).replace('_', ""))
+    let text = text.strip_prefix('+').unwrap_or(text);
+    is_fine.then(|| text.chars().filter(|c| *c != '_').map(ascii_digit).collect())
+}
+
+/// Digits of other scripts count as those of ASCII.
+fn ascii_digit(c: char) -> char {
+    if c.is_ascii() || !is_decimal(c) {
+        return c;
+    }
+    // The runs of Indian scripts begin at a 6 in hexadecimal, the others at a 0.
+    let code = u32::from(c);
+    let first = if (0x900..0xE00).contains(&code) { 6 } else { 0 };
+    char::from_digit((code & 0xF) - first, 10).unwrap_or(c)
 }
 
 /// Jinja2's `int`: whole numbers, also out of text, else `default` (0).
@@ -472,6 +489,15 @@ fn urlencode(value: &Value) -> Result<String, Error> {
     Ok(parts.join("&"))
 }
 
+/// Jinja2's `escape`: once only.
+fn escaped(value: &Value) -> Result<Value, Error> {
+    check_extent(value)?;
+    Ok(match value.is_safe() {
+        true => value.clone(),
+        false => Value::from_safe_string(escape(&text_of(value))),
+    })
+}
+
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -531,7 +557,7 @@ fn is_float(value: &Value) -> bool {
 }
 
 /// Python's `repr` of a float: the shortest digits, an exponent from 16 digits on.
-fn float(value: &Value) -> String {
+pub(super) fn float(value: &Value) -> String {
     let Ok(number) = f64::try_from(value.clone()) else { return value.to_string() };
     if !number.is_finite() {
         return if number.is_nan() {

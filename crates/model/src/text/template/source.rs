@@ -10,6 +10,61 @@
 /// The filter that stored values pass through: `value|__store(namespace)`.
 pub(super) const STORE: &str = "__store";
 
+/// Operators that one tag may have, and `elif` branches one template; published ones have dozens. Each is a level of the tree that
+/// minijinja parses, compiles and frees by recursion: some ten thousand of them are the end of a stack, and of the process.
+pub(super) const MAX_OPERATORS: usize = 1000;
+
+/// Whether no tag has more than [`MAX_OPERATORS`], and the template no more `elif`.
+pub(super) fn is_shallow(source: &str) -> bool {
+    let mut n_branches = 0;
+    let mut rest = source;
+    while let Some(at) = rest.find('{') {
+        rest = &rest[at..];
+        let taken = if rest.starts_with("{#") {
+            rest.find("#}").map_or(rest.len(), |end| end + 2)
+        } else if let Some(raw) = raw_block(rest) {
+            raw.end
+        } else if rest.starts_with("{%") || rest.starts_with("{{") {
+            let (text, end) = tag(rest);
+            let inner = text[2..].trim_start_matches(['-', '+']).trim_start();
+            n_branches += usize::from(text.starts_with("{%") && inner.starts_with("elif"));
+            if n_operators(&text[2..]) > MAX_OPERATORS || n_branches > MAX_OPERATORS {
+                return false;
+            }
+            end
+        } else {
+            1
+        };
+        rest = &rest[taken..];
+    }
+    true
+}
+
+/// What nests an expression deeper without a bracket that closes again, outside of texts.
+fn n_operators(text: &str) -> usize {
+    let (mut n, mut at) = (0, 0);
+    let mut word_begins = true;
+    while let Some(c) = text[at..].chars().next() {
+        let rest = &text[at..];
+        if c == '\'' || c == '"' {
+            let Some(length) = literal_length(rest) else { return n };
+            at += length;
+            word_begins = true;
+            continue;
+        }
+        let is_word_part = c.is_alphanumeric() || c == '_';
+        if word_begins && is_word_part {
+            let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_'));
+            let word = &rest[..end.unwrap_or(rest.len())];
+            n += usize::from(["not", "and", "or", "if", "in", "is"].contains(&word));
+        }
+        n += usize::from(".+-*/%~|<>=!([".contains(c));
+        word_begins = !is_word_part;
+        at += c.len_utf8();
+    }
+    n
+}
+
 /// Rewrites a template.
 pub(super) fn rewritten(source: &str) -> String {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");

@@ -213,3 +213,66 @@ proptest::proptest! {
         }
     }
 }
+
+/// What ended the process before: a stack of ten thousand levels, gigabytes made by one call.
+#[test]
+fn deep_expressions_and_wide_texts_are_refused() {
+    let many = |begin: &str, part: &str, end: &str| format!("{begin}{}{end}", part.repeat(15_000));
+    for source in [
+        many("{{ ", "not ", "a }}"),
+        many("{{ ", "-", "1 }}"),
+        many("{{ a", ".a", " }}"),
+        many("{{ a", "[0]", " }}"),
+        many("{{ a", "()", " }}"),
+        many("{{ 1", "+1", " }}"),
+        many("{{ a", "~a", " }}"),
+        many("{{ a", "**a", " }}"),
+        many("{{ a", " and a", " }}"),
+        many("{{ a", " is not a", " }}"),
+        many("{{ a", " if a else a", " }}"),
+        many("{% if a %}", "{% elif a %}", "{% endif %}"),
+        many("{%- if a -%}", "{%- elif a -%}", "{%- endif -%}"),
+        many("{% set x = 1", "+1", " %}"),
+        many("{{ é", "+1", ""), // a tag without an end
+    ] {
+        let refused = ChatTemplate::new(Path::new("t"), &source, Vec::new()).unwrap_err();
+        let (what, start) = (refused.to_string(), &source[..20]);
+        assert!(what.contains("at most 1000 operators"), "{start}: {what}");
+    }
+    for source in [
+        "{{ '{:1000000000}'.format(3) }}",
+        "{{ '{:.1000000000}'.format('a') }}",
+        "{{ '{:{}}'.format(3, 1000000000) }}",
+        "{{ '{:{w}}'.format(3, w=1000000000) }}",
+        "{{ {'a': 1} | tojson(indent=1000000000) }}",
+    ] {
+        let error = template(source).render(&[], false).unwrap_err();
+        assert!(matches!(error, Error::TemplateBudget { .. }), "{source}: {error}");
+    }
+    // What is long without being deep stays.
+    let text = "a + b.c ".repeat(2000);
+    let list = "1,".repeat(5000);
+    let template = template(&format!(
+        "{{{{ '{text}' }}}}{{% set x = [{list}] %}}{{{{ '{{:>5}}'.format(7) }}}}"
+    ));
+    assert_eq!(template.render(&[], false).unwrap(), format!("{text}    7"));
+}
+
+/// Jinja2 3.1 and transformers' `tojson` (5.23) on Python 3.11.
+#[test]
+fn escapes_floats_and_digits_are_pythons() {
+    for (source, expected) in [
+        (r#"{{ "a/b <x> 'q' \"d\" &"|e }}"#, "a/b &lt;x&gt; &#39;q&#39; &#34;d&#34; &amp;"),
+        ("{{ '<'|escape|e }}", "&lt;"),
+        ("{{ 'a/b'|e ~ '<' }}", "a/b<"),
+        ("{{ none|e }}{{ nothing|e }}{{ [1.0, '<']|e }}", "None[1.0, &#39;&lt;&#39;]"),
+        ("{{ [1e-7, 1e20, 0.1, 1.0, 7, -1e16]|tojson }}", "[1e-07, 1e+20, 0.1, 1.0, 7, -1e+16]"),
+        (r#"{{ {'1e7': '1e-7 \\" 2e5'}|tojson }}"#, r#"{"1e7": "1e-7 \\\" 2e5"}"#),
+        ("{{ [1e-7, 2]|tojson(separators=(',', ':')) }}", "[1e-07,2]"),
+        ("{{ ['<']|tojson|e }}", "[&#34;&lt;&#34;]"),
+        ("{{ '٣'|int + '-१२'|int + '４'|int }} {{ '٣.٥'|float }} {{ '²'|int }}", "-5 3.5 0"),
+    ] {
+        let found = template(source).render(&[], false).unwrap();
+        assert_eq!(found, expected, "{source}");
+    }
+}

@@ -34,7 +34,7 @@ use tokenizers::{
 };
 
 use super::spelling::{METASPACE, of_bytes};
-use super::{SpecialIds, Tokenizer, drop_cutting, guarded};
+use super::{Beside, SpecialIds, Tokenizer, drop_cutting, guarded};
 use crate::Error;
 
 // llama.cpp's token types.
@@ -166,7 +166,8 @@ pub(super) fn build(path: &Path, mut vocabulary: GgufVocabulary) -> Result<Token
     config.insert("clean_up_tokenization_spaces".into(), false.into());
     config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
     let template = vocabulary.chat_template.take();
-    Ok(Tokenizer::assemble(tokenizer, path.to_path_buf(), None, config, special, template))
+    let beside = Beside { config, template, ..Beside::default() };
+    Ok(Tokenizer::assemble(tokenizer, path.to_path_buf(), None, beside, special, Vec::new()))
 }
 
 /// Lists as long as they must be, ids inside the vocabulary, no token twice.

@@ -172,6 +172,15 @@ fn saved_tokenizers_load_again_with_the_same_ids() {
     assert_eq!((loaded.bos_id(), loaded.eos_id()), (Some(261), Some(262)));
     assert_eq!(loaded.template().unwrap().source(), "{{ messages[0]['content'] }}");
 
+    // The padding token is the declared one, unless the copy is read at the last token that is none.
+    let pad_token = || {
+        let text = fs_err::read(directory.path().join(CONFIG_FILE)).unwrap();
+        serde_json::from_slice::<Value>(&text).unwrap()["pad_token"].clone()
+    };
+    assert_eq!(pad_token(), "<|im_end|>");
+    tokenizer.save_with_padding(directory.path()).unwrap();
+    assert_eq!(pad_token(), "<|endoftext|>");
+
     // Byte for byte the same when saved again, and the sidecar wins over the inline template.
     fs_err::write(directory.path().join(TEMPLATE_FILE), "sidecar").unwrap();
     let loaded = Tokenizer::from_directory(directory.path()).unwrap();
@@ -362,11 +371,29 @@ fn a_declared_special_token_is_one() {
 }
 
 #[test]
-fn a_sentencepiece_file_alone_is_refused_with_advice() {
+fn files_of_older_tokenizers_alone_are_refused_with_advice() {
+    for name in ["tokenizer.model", "vocab.json"] {
+        let directory = tempfile::tempdir().unwrap();
+        fs_err::write(directory.path().join(name), "x").unwrap();
+        let error = Tokenizer::from_directory(directory.path()).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("save_pretrained") && message.contains(name), "{message}");
+        assert!(matches!(error, Error::Field { .. }), "{error:?}");
+    }
+}
+
+#[test]
+fn what_was_not_downloaded_and_what_splits_special_tokens_is_refused_by_name() {
     let directory = tempfile::tempdir().unwrap();
-    fs_err::write(directory.path().join("tokenizer.model"), "x").unwrap();
-    let message = Tokenizer::from_directory(directory.path()).unwrap_err().to_string();
-    assert!(message.contains("save_pretrained"), "{message}");
+    let path = |name: &str| directory.path().join(name);
+    let message = || Tokenizer::from_directory(directory.path()).unwrap_err().to_string();
+    fs_err::write(path(TOKENIZER_FILE), "version https://git-lfs.github.com/spec/v1\n").unwrap();
+    assert!(message().contains("tokenizer.json") && message().contains("git lfs pull"));
+    fs_err::write(path(TOKENIZER_FILE), file().to_string()).unwrap();
+    fs_err::write(path(CONFIG_FILE), r#"{"split_special_tokens": true}"#).unwrap();
+    assert!(message().contains("split_special_tokens: expected false"), "{}", message());
+    fs_err::write(path(CONFIG_FILE), r#"{"split_special_tokens": false}"#).unwrap();
+    Tokenizer::from_directory(directory.path()).unwrap();
 }
 
 proptest::proptest! {
@@ -388,4 +415,48 @@ proptest::proptest! {
             let _ = tokenizer.encode("abab</s> ab", true);
         }
     }
+}
+
+/// Files that made gigabytes of a few words, or took minutes over them.
+#[test]
+fn parts_that_make_texts_far_longer_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    small().save(directory.path()).unwrap();
+    let path = directory.path().join("tokenizer.json");
+    let honest: Value = serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+    let load = |part: &str, value: Value| {
+        let mut json = honest.clone();
+        json[part] = value;
+        fs_err::write(&path, json.to_string()).unwrap();
+        Tokenizer::from_directory(directory.path())
+    };
+    let replace = |pattern: &str, content: String| serde_json::json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
+    let sequence = |key: &str, step: Value, n: usize| {
+        let mut sequence = serde_json::json!({"type": "Sequence"});
+        sequence[key] = vec![step; n].into();
+        sequence
+    };
+    let times_10 = || replace("a", "a".repeat(10));
+    let charsmap =
+        |table: &str| serde_json::json!({"type": "Precompiled", "precompiled_charsmap": table});
+    let piece = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    let pieces = serde_json::json!({"type": "TemplateProcessing", "single": vec![piece; 100_000], "pair": [], "special_tokens": {}});
+    for (part, value) in [
+        ("normalizer", replace("a", "b".repeat(100_000))),
+        ("normalizer", replace("", "b".repeat(100))),
+        ("normalizer", sequence("normalizers", times_10(), 2)),
+        ("normalizer", serde_json::json!({"type": "Prepend", "prepend": "b".repeat(2000)})),
+        ("decoder", sequence("decoders", times_10(), 12)),
+        ("post_processor", pieces),
+        // A trie of eight gigabytes in eleven letters, and one character that becomes two thousand.
+        ("normalizer", charsmap("/////////w==")),
+        ("normalizer", charsmap("/////w==")),
+        ("normalizer", sequence("normalizers", charsmap("/////////w=="), 1)),
+        ("normalizer", charsmap(&format!("BAAAAAAAAAA{}", "B".repeat(4096)))),
+    ] {
+        let refused = load(part, value).unwrap_err().to_string();
+        assert!(refused.contains(part) && refused.contains("expected"), "{refused}");
+    }
+    load("normalizer", sequence("normalizers", replace(" ", "▁".to_owned()), 3)).unwrap();
+    load("normalizer", serde_json::json!({"type": "Prepend", "prepend": "▁"})).unwrap();
 }

@@ -33,7 +33,106 @@ pub(super) fn check(path: &Path, json: &Value) -> Result<(), Error> {
     for part in ["normalizer", "pre_tokenizer", "post_processor", "decoder"] {
         check_lengths(path, part, &json[part])?;
     }
-    Ok(())
+    for part in ["normalizer", "decoder"] {
+        check_growth(path, part, &json[part])?;
+    }
+    check_pieces(path, &json["post_processor"])
+}
+
+/// How many times as long a text may become. Honest normalizers write three bytes for one (`▁` for a space).
+const MAX_GROWTH: usize = 64;
+/// The longest text that is put before every text or piece of it.
+const MAX_PREPENDED_BYTES: usize = 1024;
+/// Pieces that a post-processor may put a sequence together of; honest ones have three.
+const MAX_PIECES: usize = 64;
+
+/// Refuses a normalizer or decoder that makes gigabytes of a few words.
+fn check_growth(path: &Path, part: &str, step: &Value) -> Result<(), Error> {
+    let growth = growth(step);
+    if growth <= MAX_GROWTH {
+        return Ok(());
+    }
+    let expected = format!("texts at most {MAX_GROWTH} times as long");
+    Err(Error::field(path, part, expected, format!("{growth} times, or more")))
+}
+
+/// At most so many times as long a text becomes by a step; a constant part that is too long counts as endless growth.
+fn growth(step: &Value) -> usize {
+    let text_bytes = |key: &str| step[key].as_str().map_or(0, str::len);
+    match step["type"].as_str() {
+        Some("Replace") => {
+            let pattern = &step["pattern"];
+            // An empty text stands before every character and at the end.
+            let (found, more) = match (pattern["String"].as_str(), pattern["Regex"].as_str()) {
+                (Some(""), _) => (1, 1),
+                (Some(text), _) => (text.len(), 0),
+                _ => (1, 1),
+            };
+            more + text_bytes("content").div_ceil(found).max(1)
+        }
+        Some("Prepend") if text_bytes("prepend") > MAX_PREPENDED_BYTES => usize::MAX,
+        Some("Precompiled") => step["precompiled_charsmap"].as_str().map_or(1, longest_replacement),
+        _ => ["normalizers", "decoders"]
+            .iter()
+            .filter_map(|key| step[*key].as_array())
+            .flatten()
+            .map(growth)
+            .fold(1, usize::saturating_mul),
+    }
+}
+
+/// The longest text that SentencePiece's table of characters has for one; a table that says it is longer than it is counts as
+/// endless growth, since its reader takes the room before it looks.
+///
+/// # Source
+///
+/// `spm_precompiled` 0.1.4, `parse`: the length of a trie in bytes, the trie, texts that each end with a zero byte.
+fn longest_replacement(table: &str) -> usize {
+    let Some(bytes) = bytes_of_base64(table) else { return 1 }; // its reader refuses it
+    let Some((length, rest)) = bytes.split_first_chunk() else { return 1 };
+    let texts = usize::try_from(u32::from_le_bytes(*length)).ok().and_then(|n| rest.get(n..));
+    let longest = |texts: &[u8]| texts.split(|byte| *byte == 0).map(<[u8]>::len).max();
+    texts.and_then(longest).map_or(usize::MAX, |n_bytes| n_bytes.max(1))
+}
+
+/// The bytes that a text in base64 stands for (RFC 4648, with padding).
+fn bytes_of_base64(text: &str) -> Option<Vec<u8>> {
+    let (mut bits, mut n_bits, mut bytes) = (0_u32, 0, Vec::with_capacity(text.len() / 4 * 3));
+    for letter in text.trim_end_matches('=').bytes() {
+        let value = match letter {
+            b'A'..=b'Z' => letter - b'A',
+            b'a'..=b'z' => letter - b'a' + 26,
+            b'0'..=b'9' => letter - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = (bits << 6 | u32::from(value)) & 0xFFF_FFFF;
+        n_bits += 6;
+        if n_bits >= 8 {
+            n_bits -= 8;
+            bytes.push((bits >> n_bits) as u8);
+        }
+    }
+    Some(bytes)
+}
+
+/// Refuses a post-processor that repeats a text over and over.
+fn check_pieces(path: &Path, processor: &Value) -> Result<(), Error> {
+    for key in ["single", "pair"] {
+        let n = processor[key].as_array().map_or(0, Vec::len);
+        if n > MAX_PIECES {
+            let expected = format!("at most {MAX_PIECES} pieces");
+            return Err(Error::field(
+                path,
+                format!("post_processor.{key}"),
+                expected,
+                n.to_string(),
+            ));
+        }
+    }
+    let inner = processor["processors"].as_array();
+    inner.into_iter().flatten().try_for_each(|inner| check_pieces(path, inner))
 }
 
 fn check_vocabulary(path: &Path, model: &Value) -> Result<(), Error> {

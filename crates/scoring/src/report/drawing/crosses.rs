@@ -1,13 +1,13 @@
 //! Points with an interval on either axis, and the line through those that no other beats.
 
+use anyhow::Result;
 use arete_records::stats::Interval;
 use plotters::prelude::*;
 
 use super::{
     Area, Chart, Colour, DrawResult, FAINT, HEIGHT, INK, LINE_PX, Legend, Series, Tip, Unit, draw,
-    hover_value, text_style, tick,
+    hover_value, shown, text_style, tick,
 };
-use crate::Error;
 
 /// A named point with its intervals.
 #[derive(Clone, Debug)]
@@ -27,25 +27,28 @@ impl Chart {
     ///
     /// # Errors
     ///
-    /// [`Error::Chart`] if plotters refuses.
+    /// The drawing library's failure if plotters refuses.
     pub fn crosses(
         name: &str,
         title: &str,
         caption: &str,
         labels: [&str; 2],
         crosses: &[Cross],
-    ) -> Result<Option<Self>, Error> {
+    ) -> Result<Option<Self>> {
         let is_finite = |cross: &&Cross| {
             let of = |own: &Interval| [own.estimate, own.low, own.high];
             cross.at.iter().flat_map(of).all(f64::is_finite)
         };
-        let mut crosses: Vec<Cross> = crosses.iter().filter(is_finite).cloned().collect();
+        let mut crosses: Vec<Cross> = crosses
+            .iter()
+            .filter(is_finite)
+            .map(|own| Cross { name: shown(&own.name), ..own.clone() })
+            .collect();
         if crosses.is_empty() {
             return Ok(None);
         }
         crosses.sort_by(|a, b| a.at[0].estimate.total_cmp(&b.at[0].estimate));
-        let named =
-            |own: &Cross| Series { name: own.name.clone(), colour: own.colour, points: Vec::new() };
+        let named = |own: &Cross| Series::new(own.name.clone(), own.colour, Vec::new());
         let legend = Legend::of(&crosses.iter().map(named).collect::<Vec<_>>());
         let height = HEIGHT + 40 + legend.height - legend.height.min(LINE_PX);
         let svg = draw(name, height, |area| crossed(area, labels, &crosses, &legend))?;
@@ -107,12 +110,12 @@ fn crossed(
         ];
         chart.draw_series(bars.map(|bar| PathElement::new(bar, colour.stroke_width(2))))?;
         chart.draw_series([Circle::new(centre, 5, colour.filled())])?;
-        let shown = |label: &str, own: &Interval| {
+        let told = |label: &str, own: &Interval| {
             let [at, low, high] = [own.estimate, own.low, own.high];
             let [at, low, high] = [at, low, high].map(|value| hover_value(value, Unit::Number));
             format!("{label} {at} [{low}, {high}]")
         };
-        let text = format!("{}: {}, {}", own.name, shown(x_label, &x), shown(y_label, &y));
+        let text = format!("{}: {}, {}", own.name, told(x_label, &x), told(y_label, &y));
         tips.push(Tip { at: chart.backend_coord(&centre), text });
     }
     Ok(tips)
