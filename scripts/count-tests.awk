@@ -1,5 +1,8 @@
-# Passes `cargo test` output through and ends with one line that says how many tests ran.
+# Passes `cargo test` output through; ends with what the failed tests said, and one line that says how many tests ran.
 { print; fflush() }
+/^---- .* stdout ----$/ { is_failure = 1 }
+/^failures:$/ { is_failure = 0 }
+is_failure { said = said $0 "\n" }
 /^test result: / {
     gsub(/[;.]/, " ")
     for (i = 1; i < NF; i++) {
@@ -10,5 +13,6 @@
     binaries++
 }
 END {
+    if (said != "") printf "\n%s\n", said
     printf "test result: %d passed, %d failed, %d ignored in %d test programs\n", passed, failed, ignored, binaries
 }

@@ -24,7 +24,7 @@ fn suite(name: &str, programs: &Path, arguments: &[&str]) -> (Output, PathBuf) {
 fn a_few_of_each_driver_find_nothing() {
     const FEW: &str = "kills:4,steps:3,power:3,faults:7,flips:6,hostile:20,servers:2,hub:4,limits:3,signals:2,races:1,secrets:2,soak:10";
     let programs = program("arete").parent().unwrap().to_owned();
-    let (output, _) = suite("few", &programs, &[FEW]);
+    let (output, _) = suite("few", &programs, &["--patience", "20", FEW]);
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
     println!("{stdout}");

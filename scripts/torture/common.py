@@ -281,9 +281,14 @@ def _high_water_kib(pid):
 class Bench:
     """Where the drivers work: programs, scratch folder, the seed of every choice, and the reference run."""
 
-    def __init__(self, programs, work, seed, only=""):
+    def __init__(self, programs, work, seed, only="", patience=1):
         self.programs, self.work, self.seed, self.only = Path(programs).resolve(), Path(work).resolve(), seed, only
+        self.patience = patience
         self.work.mkdir(parents=True, exist_ok=True)
+
+    def patient(self, seconds):
+        """A limit of time, as many times longer as was asked for: on a machine that does other work, slowness is no finding."""
+        return seconds * self.patience
 
     def rng(self, driver):
         return random.Random(f"{self.seed} {driver}")
@@ -299,7 +304,7 @@ class Bench:
         return kept | {name: str(value) for name, value in more.items()}
 
     def run(self, command, cwd, timeout_s=60, environment=None, limits=None):
-        return run(command, cwd, timeout_s, environment or self.environment(), limits)
+        return run(command, cwd, self.patient(timeout_s), environment or self.environment(), limits)
 
     def command(self, stage, *flags):
         of = STAGES[stage]

@@ -1,6 +1,6 @@
 """Tortures the programs: kills, faults, damage, hostile files and servers; one table at the end, exit code 1 if anything was found.
 
-usage: run.py [--programs DIR] [--work DIR] [--seed N] [--only REGEX] [DRIVER[:AMOUNT]]...
+usage: run.py [--programs DIR] [--work DIR] [--seed N] [--patience TIMES] [--only REGEX] [DRIVER[:AMOUNT]]...
 
 Without a driver all of them run, in full; `run.py --list` says which there are. What was found stays in WORK/findings, each case in WORK/results.
 """
@@ -23,6 +23,7 @@ def main():
     parser.add_argument("--programs", type=Path, default=REPOSITORY / "target/release", help="folder of the programs")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "target/torture", help="scratch folder, which is emptied")
     parser.add_argument("--seed", type=int, default=1, help="of every choice")
+    parser.add_argument("--patience", type=float, default=1, help="times every limit of time: how slow the machine may be")
     parser.add_argument("--only", default="", metavar="REGEX", help="hostile files of such names only")
     parser.add_argument("--list", action="store_true", help="name the drivers and their full amounts")
     parser.add_argument("drivers", nargs="*", metavar="DRIVER[:AMOUNT]", help="none: all, in full")
@@ -34,7 +35,7 @@ def main():
             print(f"{name}:{module.AMOUNT}  {' '.join(module.__doc__.split())}")
         return 0
     shutil.rmtree(arguments.work, ignore_errors=True)
-    bench = Bench(arguments.programs, arguments.work, arguments.seed, arguments.only)
+    bench = Bench(arguments.programs, arguments.work, arguments.seed, arguments.only, arguments.patience)
     reports = []
     for name, amount in wanted:
         module = _module(name)

@@ -24,18 +24,18 @@ def drive(bench, report, amount):
         folder.mkdir()
         command = [str(word) for word in case.make(folder)]
         ended = bench.run(command, folder, MAX_S + 2)
-        found = _judged(case, ended, folder)
+        found = _judged(case, ended, folder, bench.patient(MAX_S))
         slowest, largest = max(slowest, ended.wall_s), max(largest, ended.peak_mib)
         figures = {"code": ended.code, "wall_s": round(ended.wall_s, 2), "peak_mib": round(ended.peak_mib)}
         report.case(case.name, found, keep=folder, **figures, said=last_words(ended.err))
     report.note(f"slowest {slowest:.1f} s, largest {largest:.0f} MiB")
 
 
-def _judged(case, ended, folder):
+def _judged(case, ended, folder, max_s):
     found = ended.faults()
     if not found and ended.code not in case.may_end:
         found.append(f"exit code {ended.code}, not one of {case.may_end}: {last_words(ended.err)}")
-    if ended.wall_s > MAX_S and not ended.hung:
+    if ended.wall_s > max_s and not ended.hung:
         found.append(f"{ended.wall_s:.0f} s")
     if ended.peak_mib > MAX_MIB:
         found.append(f"{ended.peak_mib:.0f} MiB")

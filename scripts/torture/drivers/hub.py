@@ -68,7 +68,7 @@ class Trial:
         found = ended.faults()
         if not found and ended.code not in may_end:
             found.append(f"exit code {ended.code}: {last_words(ended.err)}")
-        if ended.wall_s > MAX_S:
+        if ended.wall_s > self.bench.patient(MAX_S):
             found.append(f"{ended.wall_s:.0f} s")
         if ended.peak_mib > MAX_MIB:
             found.append(f"{ended.peak_mib:.0f} MiB")

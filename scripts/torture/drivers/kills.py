@@ -29,7 +29,7 @@ def _one_run(bench, stage, folder, rng, max_kills):
     """Kills and repeats until the command is done; how many kills, and what is wrong with what it leaves."""
     n_killed = 0
     while True:
-        delay = rng.uniform(0, bench.took_s(stage) * 1.05) if n_killed < max_kills else 120
+        delay = rng.uniform(0, bench.took_s(stage) * 1.05) if n_killed < max_kills else bench.patient(120)
         with open(folder / "stderr", "wb") as err:
             child = subprocess.Popen(
                 bench.command(stage),
@@ -46,7 +46,7 @@ def _one_run(bench, stage, folder, rng, max_kills):
             child.send_signal(signal.SIGKILL)
             child.wait()
             if n_killed >= max_kills:
-                return n_killed, ["no end within 120 s"]
+                return n_killed, [f"no end within {delay:.0f} s"]
             n_killed += 1
             continue
         if code != 0:

@@ -71,7 +71,7 @@ def _disturbed(bench, folder, stage, fault, when, wanted):
         found = ended.faults()
         if not found and ended.code not in (0, 65, 69):
             found.append(f"exit code {ended.code}: {last_words(ended.err)}")
-        if ended.wall_s > MAX_S:
+        if ended.wall_s > bench.patient(MAX_S):
             found.append(f"{ended.wall_s:.0f} s")
         if ended.peak_mib > MAX_MIB:
             found.append(f"{ended.peak_mib:.0f} MiB")
@@ -109,20 +109,20 @@ def _signalled(bench, folder, stage, number):
                 stderr=err,
             )
         start = time.monotonic()
-        while len(server.requests) <= 20 and child.poll() is None and time.monotonic() - start < 30:
+        while len(server.requests) <= 20 and child.poll() is None and time.monotonic() - start < bench.patient(30):
             time.sleep(0.02)
         time.sleep(0.3)
         child.send_signal(number)
         start = time.monotonic()
         try:
-            code = child.wait(timeout=70)
+            code = child.wait(timeout=bench.patient(70))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-            return ["no end within 70 s of the signal"]
+            return [f"no end within {bench.patient(70):.0f} s of the signal"]
     took = time.monotonic() - start
     found = [] if code == 128 + number else [f"exit code {code}: {last_words((folder / 'stderr').read_text(errors='replace'))}"]
-    return found + ([f"ended {took:.1f} s after the signal"] if took > ANSWERS_S else [])
+    return found + ([f"ended {took:.1f} s after the signal"] if took > bench.patient(ANSWERS_S) else [])
 
 
 def _faults():

@@ -39,14 +39,14 @@ def drive(bench, report, amount):
             code, took = child.wait(timeout=rng.uniform(0.02, bench.took_s(stage) * 0.95)), 0.0
             n_done += 1
         except subprocess.TimeoutExpired:
-            code, took = _send(child, mode, rng)
+            code, took = _send(bench, child, mode, rng)
         slowest = max(slowest, took)
         said = (folder / "stderr").read_text(errors="replace")
         if code is None:
-            found.append(f"no end within {3 * ANSWERS_S} s")
+            found.append(f"no end within {bench.patient(3 * ANSWERS_S):.0f} s")
         elif code != 0 and code not in MODES[mode]:
             found.append(f"exit code {code}: {last_words(said)}")
-        if took > ANSWERS_S:
+        if took > bench.patient(ANSWERS_S):
             found.append(f"ended {took:.1f} s after the signal")
         if "panicked at" in said:
             found.append("a panic")
@@ -54,7 +54,7 @@ def drive(bench, report, amount):
     report.note(f"{n_done} were done before; slowest end {slowest:.1f} s after the signal")
 
 
-def _send(child, mode, rng):
+def _send(bench, child, mode, rng):
     start = time.monotonic()
     if mode == "STOP and CONT":
         for _ in range(3):
@@ -70,7 +70,7 @@ def _send(child, mode, rng):
             child.send_signal(number)
     try:
         # A stage that was only stopped has all its work before it.
-        code = child.wait(timeout=90 if mode == "STOP and CONT" else 3 * ANSWERS_S)
+        code = child.wait(timeout=bench.patient(90 if mode == "STOP and CONT" else 3 * ANSWERS_S))
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
