@@ -142,7 +142,7 @@ class Judge(Listening):
             logprobs = {"content": [{"token": "A", "logprob": math.log(mass), "top_logprobs": top}]}
             choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "A"}, "logprobs": logprobs}
             return 200, {}, {"choices": [choice], "usage": usage}
-        text = f"I would listen. {self._number([asked['messages'], asked['seed']]):06x}"
+        text = f"I would listen. {self._number([asked['messages'], asked.get('seed')]):06x}"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         return 200, {}, {"choices": [choice], "usage": usage}
 
