@@ -255,6 +255,23 @@ FRAGMENTS = [
     "{{ 'aBc'.swapcase() }}{{ 'ßA'.casefold() }}{{ '٣'.isdecimal() }}{{ '²'.isdecimal() }}{{ '\\x1c'.isspace() }}{{ ''.isspace() }}",
     "{{ 'abc'.removeprefix('b') }}{{ 'abcabc'.rindex('b') }}{{ 'xyx'.removesuffix('x') }}",
     "{{ strftime_now('%j %w %u %x %X %D %R %y') }}",
+    "{{ strftime_now('%U %W %C %P %r %k %l %-U') }}",
+    "{{ 'abcabc'.startswith('b', 1) }}{{ 'abc'.startswith(('x', 'c'), -1) }}{{ 'abc'.endswith('b', 0, 2) }}{{ 'abc'.startswith('', 4) }}{{ 'abc'.startswith('', 3) }}{{ 'abc'.endswith(()) }}",
+    "{{ 'abcabc'.find('b', 2) }}{{ 'abcabc'.rfind('b', 0, 4) }}{{ 'äbcäb'.index('b', -2) }}{{ 'abcabc'.count('b', 2, 9) }}{{ 'aaa'.count('') }}{{ 'abc'.find('', 4) }}{{ 'abc'.find('c', 2, 1) }}{{ 'äöü'.rindex('ü', -1) }}",
+    "{{ 'Hello World'.istitle() }}{{ 'Hello world'.istitle() }}{{ 'It\\'S 3D'.istitle() }}{{ '3'.istitle() }}{{ ''.istitle() }}{{ 'HeLlo'.istitle() }}",
+    "{{ 'a\\tbc\\td\\n\\te'.expandtabs() }}|{{ 'a\\tb\\r\\tc'.expandtabs(4) }}|{{ '\\tx\\t'.expandtabs(tabsize=3) }}|{{ 'a\\tb'.expandtabs(0) }}",
+    "{{ [1, 'a', 2, 1].index('a') }}{{ [1, 2, 1].index(1, 1) }}{{ [1, 2, 1].index(1, -1) }}{{ (4, 5).index(5) }}{{ [1, 1].count(1) }}",
+    "{{ [1].index(2) }}",
+    "{{ {'a': 1}.copy() }}{{ [1, 2].copy() }}{% set d = {'a': [1]} %}{{ d.copy() == d }}",
+    "{{ ['b', 'a', 'B']|unique(true)|list }}{{ ['b', 'a', 'B']|unique|list }}{{ ['b', 'B']|unique(case_sensitive=true)|list }}{{ messages|unique(attribute='role')|map(attribute='role')|list }}",
+    "{{ 'a\\nb\\n\\nc'|indent('>> ') }}|{{ 'a\\nb'|indent('> ', true) }}|{{ 'a\\n\\nb\\n'|indent(2, false, true) }}|{{ 'a\\u2028b\\x0bc'|indent(1, first=true) }}|{{ ''|indent(2, true) }}",
+    "{{ 'The quick brown fox jumps over the lazy dog and runs away'|wordwrap(20) }}|{{ 'long text here'|wordwrap(width=9) }}|{{ 'a  b   c'|wordwrap(3) }}",
+    "{{ 'well-known state-of-the-art e-mail x-1 1-2 a-b-c -- so--it--goes'|wordwrap(10) }}|{{ 'well-known words-and-more'|wordwrap(8, break_on_hyphens=false) }}",
+    "{{ 'abcdefghijklmnop qr'|wordwrap(5) }}|{{ 'abcdefghijkl qr'|wordwrap(5, false) }}|{{ 'ab-cdefghijklmnop'|wordwrap(6) }}|{{ '--abcdefgh'|wordwrap(4) }}|{{ '  lead and trail  '|wordwrap(6) }}",
+    "{{ 'one two\\n\\nthree four five\\n'|wordwrap(9, true, '<br>') }}|{{ ''|wordwrap(4) }}|{{ 'é-é où l-était-il'|wordwrap(5) }}|{{ 'a\\tb c'|wordwrap(3) }}",
+    "{{ 'Use the option-parsing - or the \\'like-this\\' thing, e.g. well-formed-x1 re-1st --flag-name a--b ---c d---'|wordwrap(12) }}",
+    "{{ 'Use the option-parsing - or the \\'like-this\\' thing, e.g. well-formed-x1 re-1st --flag-name a--b ---c d---'|wordwrap(7) }}",
+    "{{ 'abc'|wordwrap(0) }}",
 ]
 
 

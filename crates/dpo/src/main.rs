@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use arete_dpo::bench::Bench;
 use arete_dpo::{Config, PairSource};
+use arete_records::table::Column;
 use arete_stage::cli::{self, StageArgs};
 use arete_stage::inputs::Piped;
 use arete_stage::{interrupt, recipe};
@@ -59,6 +60,7 @@ fn run() -> anyhow::Result<()> {
     };
     let matches = matches.subcommand_matches("train").expect("the command parsed");
     let config: Config = recipe::resolve(matches, "dpo", stage.recipe.as_deref())?;
+    Column::check_used(config.column.as_deref(), pairs.as_deref())?;
     let mut piped = Piped::default();
     let source = match (preferences, pairs) {
         (Some(dir), _) => PairSource::Preferences(dir),

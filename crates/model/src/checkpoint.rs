@@ -99,8 +99,9 @@ impl Weights {
                     }
                     place.insert(tensor, files.len());
                 }
-                if let Some(stray) = file.names().find(|name| !place.contains_key(*name)) {
-                    let expected = format!("only tensors that {INDEX_FILE} lists");
+                let is_here = |name: &&str| place.get(*name) == Some(&files.len());
+                if let Some(stray) = file.names().find(|name| !is_here(name)) {
+                    let expected = format!("only tensors that {INDEX_FILE} lists for this file");
                     return Err(Error::field(file.path(), stray, expected, "another"));
                 }
                 files.push(file);

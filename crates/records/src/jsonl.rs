@@ -170,7 +170,7 @@ impl Unreadable {
     }
 }
 
-/// Reads JSON lines, or the elements of one JSON array: whichever the file holds.
+/// Reads JSON lines, the elements of one JSON array, or documents one after the other: whichever the file holds.
 ///
 /// # Errors
 ///
@@ -196,7 +196,11 @@ pub(crate) fn numbered(path: &Path) -> Result<Vec<Numbered>, Error> {
         first
     };
     if first != Some(b'[') {
-        return lines(path);
+        let lines = lines(path)?;
+        return Ok(match lines.first() {
+            Some((_, Err(_))) if first == Some(b'{') => documents(path)?.unwrap_or(lines),
+            _ => lines,
+        });
     }
     let n_bytes = fs_err::metadata(path)?.len();
     let text = read_text(path)?;
@@ -211,6 +215,17 @@ pub(crate) fn numbered(path: &Path) -> Result<Vec<Numbered>, Error> {
             got: error.to_string(),
         }),
     }
+}
+
+/// The documents of a file, one after the other however their lines are broken, numbered from 1; none if it is not made of such.
+fn documents(path: &Path) -> Result<Option<Vec<Numbered>>, Error> {
+    let n_bytes = fs_err::metadata(path)?.len();
+    let Ok(text) = read_text(path) else { return Ok(None) }; // what lines say of it stands
+    Budget::of(n_bytes).take(path, 1, &text)?;
+    let text = without_non_numbers(&text).unwrap_or(text);
+    let values: Result<Vec<Value>, _> =
+        serde_json::Deserializer::from_str(&text).into_iter().collect();
+    Ok(values.ok().map(|values| (1..).zip(values.into_iter().map(Ok)).collect()))
 }
 
 /// Reads JSON lines (gzipped or not): each value with its line number from 1.
@@ -292,11 +307,7 @@ fn lines(path: &Path) -> Result<Vec<Numbered>, Error> {
 fn value_of(text: &str, line_number: usize) -> Result<Value, Unreadable> {
     parse(text).map_err(|error| {
         let is_document = line_number == 1 && error.is_eof() && text.starts_with(['[', '{']);
-        let expected = if is_document {
-            "one JSON value a line, not one document over many lines"
-        } else {
-            "one JSON value"
-        };
+        let expected = if is_document { "one JSON value a line" } else { "one JSON value" };
         Unreadable { expected: expected.to_owned(), got: error.to_string() }
     })
 }
@@ -491,6 +502,16 @@ mod tests {
         assert_eq!(read_any(&path).unwrap(), expected);
         let (_dir, path) = file("lines.json", b"{\"a\": 1}\n{\"a\": 2}\n");
         assert_eq!(read_any(&path).unwrap().len(), 2);
+        // What `load_dataset("json")` reads as well.
+        for between in ["", "\n", " \n\n"] {
+            let documents = format!("{{\n \"a\": 1\n}}{between}{{\"a\":\n NaN}}\n");
+            let (_dir, path) = file("documents.json", documents.as_bytes());
+            let expected = vec![(1, json!({"a": 1})), (2, json!({"a": null}))];
+            assert_eq!(read_any(&path).unwrap(), expected, "{documents}");
+        }
+        let (_dir, path) = file("cut.json", b"{\n \"a\": 1\n}\n{\n");
+        let error = read_any(&path).unwrap_err().to_string();
+        assert!(error.contains("cut.json:1: expected one JSON value a line"), "{error}");
         let (_dir, path) = file("cut.json", b"[\n {\"prompt\": \"q\"},\n");
         let error = read_any(&path).unwrap_err().to_string();
         assert!(error.contains("cut.json:3: expected one JSON array"), "{error}");

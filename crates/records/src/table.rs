@@ -2,6 +2,7 @@
 //!
 //! What each gives is what `datasets.load_dataset` gives, as JSON: an object a record, numbered from 1.
 
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -91,6 +92,23 @@ impl FromStr for Column {
                 Ok(Self { ours: ours.to_owned(), theirs: theirs.to_owned() })
             }
             _ => Err(Refusal::setting("column", "ours=theirs, as prompt=question", text)),
+        }
+    }
+}
+
+impl Column {
+    /// Refuses names of columns where there is no file of the user's whose columns they could name.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal`] of the setting `column`.
+    pub fn check_used(columns: Option<&[Self]>, file: Option<&Path>) -> Result<(), Refusal> {
+        match (columns.unwrap_or_default().first(), file) {
+            (Some(Self { ours, theirs }), None) => {
+                let expected = "none without --pairs, the file whose columns it names";
+                Err(Refusal::setting("column", expected, format!("{ours}={theirs}")))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -189,21 +207,24 @@ pub fn read_renamed(path: impl AsRef<Path>, columns: &[Column]) -> Result<Table,
         return Err(unreadable.at(path, line));
     }
     let records = &mut table.records;
+    let mut renamed: Vec<(&String, String)> = Vec::with_capacity(columns.len());
     for Column { ours, theirs } in columns {
-        if let Some((_, first)) = records.first()
-            && records.iter().all(|(_, record)| !record.contains_key(theirs))
-        {
-            let names: Vec<&str> = first.keys().map(String::as_str).collect();
+        let Some((_, first)) = records.first() else { break };
+        let has_it = records.iter().any(|(_, record)| record.contains_key(theirs));
+        // Blanks around a name in the head line are seldom meant.
+        let name =
+            if has_it { Some(theirs) } else { first.keys().find(|key| key.trim() == theirs) };
+        let Some(name) = name else {
+            let names: Vec<String> = first.keys().map(|key| format!("`{key}`")).collect();
             let expected = format!("a column `{theirs}`, which `{ours}={theirs}` names");
             return Err(Refusal::file(path, "column", expected, names.join(", ")).into());
-        }
+        };
+        renamed.push((ours, name.clone()));
     }
     for (_, record) in records {
         // All are taken out before any is put back, so that two columns can change places.
-        let taken: Vec<(&String, Value)> = columns
-            .iter()
-            .filter_map(|column| Some((&column.ours, record.remove(&column.theirs)?)))
-            .collect();
+        let taken: Vec<(&String, Value)> =
+            renamed.iter().filter_map(|(ours, name)| Some((*ours, record.remove(name)?))).collect();
         for (ours, value) in taken {
             record.insert(ours.clone(), value);
         }
@@ -317,15 +338,32 @@ fn cells(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>, usize
     Ok(records)
 }
 
-/// Names of columns, those that come again numbered as pandas numbers them.
+/// Names of columns: those that come again are numbered, past what other columns are called, and those without one say where they stand.
+///
+/// # Source
+///
+/// pandas 3.1, `parsers.pyx`, `_get_header`.
 fn distinct(names: Vec<String>) -> Vec<String> {
-    let mut seen: Vec<String> = Vec::with_capacity(names.len());
-    for name in names {
-        let again = (1..).map(|n| format!("{name}.{n}"));
-        let own = std::iter::once(name.clone()).chain(again).find(|name| !seen.contains(name));
-        seen.push(own.unwrap_or(name));
-    }
-    seen
+    let named = |(idx, name): (usize, String)| match name.as_str() {
+        "" => format!("Unnamed: {idx}"),
+        _ => name,
+    };
+    let names: Vec<String> = names.into_iter().enumerate().map(named).collect();
+    let given: HashSet<&str> = names.iter().map(String::as_str).collect();
+    let mut n_seen: HashMap<String, usize> = HashMap::new();
+    let own = |name: &String| {
+        let mut own = name.clone();
+        let mut n = n_seen.get(name).copied().unwrap_or(0);
+        while n > 0 {
+            n_seen.insert(name.clone(), n + 1);
+            own = format!("{name}.{n}");
+            let is_taken = given.contains(&*own);
+            n = if is_taken { n + 1 } else { n_seen.get(&own).copied().unwrap_or(0) };
+        }
+        n_seen.insert(own.clone(), n + 1);
+        own
+    };
+    names.iter().map(own).collect()
 }
 
 /// Makes a column's cells values of another type if all of them are, nulls aside.
@@ -419,6 +457,12 @@ mod tests {
         let (_, record) = read_renamed(&path, &columns).unwrap().records.remove(0);
         assert_eq!((&record["a"], &record["b"]), (&"x".into(), &1.into()));
         assert!("a".parse::<Column>().is_err() && "=b".parse::<Column>().is_err());
+        assert!(Column::check_used(Some(&columns), None).is_err());
+        assert!(Column::check_used(Some(&columns), Some(&path)).is_ok());
+        assert!(Column::check_used(None, None).is_ok());
+        fs_err::write(&path, "a, b \n1,x\n").unwrap();
+        let (_, record) = read_renamed(&path, &columns[..1]).unwrap().records.remove(0);
+        assert_eq!((&record["a"], record.len()), (&"x".into(), 1));
         let error = read(dir.path()).unwrap_err().to_string();
         assert!(error.contains("expected a file") && error.contains("a directory"), "{error}");
         fs_err::write(&path, "a,b\n1\n").unwrap();
@@ -443,6 +487,22 @@ mod tests {
                 json!({"a": null, "a.1": null, "n": null, "t": false, "x": "no", "i": "inf"});
             assert_eq!(read, [first, second]);
         }
+    }
+
+    /// `pandas.read_csv(…).columns` of pandas 3.1.
+    #[test]
+    fn columns_have_the_names_that_pandas_gives_them() {
+        for (head, expected) in [
+            ("a,a,a", "a a.1 a.2"),
+            ("a,a,a.1", "a a.2 a.1"),
+            ("a.1,a,a", "a.1 a a.2"),
+            ("a,a,a.1,a.1", "a a.2 a.1 a.1.1"),
+            ("a,a.1,a,a,a.1,a.2", "a a.1 a.3 a.4 a.1.1 a.2"),
+            ("a,a.1.1,a.1,a.1,a", "a a.1.1 a.1 a.1.2 a.2"),
+        ] {
+            assert_eq!(distinct(head.split(',').map(str::to_owned).collect()).join(" "), expected);
+        }
+        assert_eq!(distinct(vec![String::new(), "a".to_owned()]), ["Unnamed: 0", "a"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use arete_records::Aspect;
+use arete_records::table::Column;
 use arete_reward::bench::Bench;
 use arete_reward::score::ScoreConfig;
 use arete_reward::{Config, PreferenceSource, TrainInputs};
@@ -93,6 +94,7 @@ fn run() -> anyhow::Result<()> {
             let config: Config = recipe::resolve(matches, table, stage.recipe.as_deref())?;
             let mut piped = Piped::default();
             let pairs = pairs.map(|file| piped.local(&file)).transpose()?;
+            Column::check_used(config.column.as_deref(), pairs.as_deref())?;
             let mixed = preferences.as_ref().and(pairs.clone());
             let (preferences, from) = match (preferences, pairs) {
                 (Some(dir), _) => {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use arete_chain::{Turns, members};
+use arete_records::table::Column;
 use arete_scoring::best_of::{self, BestOfInputs};
 use arete_scoring::compare::{self, Arm, Format, ScoredRun};
 use arete_scoring::distil::{self, DistilInputs};
@@ -287,6 +288,7 @@ fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
             let mut inputs = places.inputs()?;
             let mut piped = Piped::default();
             inputs.pairs = inputs.pairs.map(|pairs| piped.local(&pairs)).transpose()?;
+            Column::check_used(config.column.as_deref(), inputs.pairs.as_deref())?;
             if dry_run {
                 return Ok(arete_scoring::dry::of_score(&config, &inputs)?.print()?);
             }

@@ -210,6 +210,9 @@ fn bad_rows_are_named() {
     assert!(refused(no_reply).contains("expected a conversation with an assistant's turn"));
     let role = r#"{"messages": [{"role": "robot", "content": "a"}]}"#;
     assert!(refused(role).contains("a role is system, user or assistant"));
+    let thought = r#"{"messages": [{"role": "user", "content": "a", "tool_calls": null},
+        {"role": "assistant", "content": "b", "reasoning_content": "thought"}]}"#;
+    assert!(refused(&thought.replace('\n', "")).contains("`reasoning_content` would be lost"));
     let split = r#"{"prompt": "a", "completion": "b", "split": "dev"}"#;
     assert!(refused(split).contains("split: expected train, validation or test"));
     assert!(refused("[1]").contains("expected an object"));

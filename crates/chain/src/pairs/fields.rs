@@ -98,12 +98,30 @@ pub fn prompt(field: &'static str, value: &Value) -> Result<Vec<Message>, FieldE
     Ok(prompt)
 }
 
+/// Parts of messages that templates show and that no [`Message`] holds: without them it would be another conversation.
+const LOST: [&str; 5] =
+    ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
+
+fn says_something(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::String(text) => !text.trim().is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => map.values().any(says_something),
+        Value::Bool(_) | Value::Number(_) => true,
+    }
+}
+
 fn message(field: &'static str, item: &Value) -> Result<Message, FieldError> {
     let wrong = |expected: &str| {
         let expected = format!("a text or a list of {{role, content}} ({expected})");
         Err(FieldError::new(field, expected, item))
     };
     let Value::Object(map) = item else { return wrong("a message is an object") };
+    if let Some(lost) = LOST.into_iter().find(|name| present(map, name).is_some_and(says_something))
+    {
+        return wrong(&format!("`{lost}` would be lost: no message here has it"));
+    }
     let first = |names: [&str; 3]| names.into_iter().find_map(|name| present(map, name));
     let role = match first(["role", "from", "speaker"]).and_then(Value::as_str) {
         Some(name) => match name.to_ascii_lowercase().as_str() {

@@ -14,7 +14,7 @@ use anyhow::Result;
 use arete_chain::Constitution;
 use arete_chain::exemplars::{self, Use};
 use arete_records::rows::JudgementRow;
-use arete_records::{atomic, files, split_of};
+use arete_records::{atomic, files, left_out, split_of};
 use arete_stage::interrupt;
 use arete_stage::run::StageSpec;
 use arete_stage::units::Units;
@@ -54,12 +54,13 @@ pub struct Inputs {
 pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<()> {
     let started = Instant::now();
     config.check()?;
-    let pairs = read(inputs, config)?;
+    let (pairs, left_out) = read(inputs, config)?;
     let place = Place::of(&config.judge.compute, config.judge.urls().and_then(<[_]>::first))?;
     let words = words(config)?;
     let constitution = words.constitution()?;
     let Some(run) = stage::begin(spec(config, inputs, output, &words)?)? else { return Ok(()) };
     words.leave(output)?;
+    left_out::write(output, &left_out)?;
     let engine = open(config, inputs)?;
     let shots = shots(config, constitution)?;
     let variants = variants(config);
@@ -103,6 +104,7 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
     atomic::write(output.join("calibration.json"), &bytes)?;
     let mut counts = Map::new();
     counts.insert("pairs".to_owned(), json!(calibration.pairs));
+    counts.insert("left_out".to_owned(), json!(left_out.len()));
     counts.insert("recommendation".to_owned(), json!(calibration.recommendation));
     stage::finish(run, STAGE, place, counts, started)
 }
@@ -114,7 +116,7 @@ pub fn run(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<(
 /// As [`run`]; nothing is written.
 pub fn estimate(config: &CalibrateConfig, inputs: &Inputs, output: &Path) -> Result<Estimate> {
     config.check()?;
-    let pairs = read(inputs, config)?;
+    let (pairs, _) = read(inputs, config)?;
     let engine = open(config, inputs)?;
     let words = words(config)?;
     let constitution = words.constitution()?;

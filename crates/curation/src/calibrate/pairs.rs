@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use arete_chain::Ruled;
 use arete_chain::pairs::{self, About, LabelledPair, Parts};
 use arete_chain::sample::key_of;
+use arete_records::left_out::LeftOut;
 use arete_records::{Message, Refusal, Split, prompt_id, split_of};
 use sha2::{Digest, Sha256};
 
@@ -74,20 +75,27 @@ impl Labelled {
 /// two-option questions (`corrects`), our own exemplars of use `calibration`, or our pairs that differ in one virtue,
 /// of which those of split `train` are left to teach with.
 ///
+/// What cannot be used is left out, and named.
+///
 /// # Errors
 ///
-/// An unreadable file, a record of none of these forms, or no usable pair at all.
-pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>> {
-    let mut out = Vec::new();
+/// An unreadable file, too many records of none of these forms, or no usable pair at all.
+pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<(Vec<Labelled>, Vec<LeftOut>)> {
+    let (mut out, mut left_out) = (Vec::new(), Vec::new());
     let mut seen = HashSet::new();
     for path in &inputs.pairs {
         let set =
             path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let file = pairs::read_file(path, config.column.as_deref().unwrap_or_default())?;
-        let (n_read, mut n_usable, mut n_long, mut n_duplicates) = (file.n_records, 0, 0, 0);
-        let (mut own, mut n_teaching) = (Vec::new(), 0);
-        for ((question, better, worse), about) in file.pairs.into_iter().filter_map(sides_of) {
-            n_usable += 1;
+        let (n_read, n_before) = (file.n_records, left_out.len());
+        left_out.extend(file.left_out);
+        let (mut own, mut n_teaching, mut n_duplicates) = (Vec::new(), 0, 0);
+        for pair in file.pairs {
+            let row = pair.row;
+            let Some(((question, better, worse), about)) = sides_of(pair) else {
+                left_out.push(pairs::of_row(path, row, "the sides share no question"));
+                continue;
+            };
             if about.is_some() && split_of(&question) == Split::Train {
                 n_teaching += 1;
                 continue;
@@ -99,7 +107,9 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>> 
                 .map(|m| m.content.chars().count())
                 .sum();
             if n_chars > config.max_chars {
-                n_long += 1;
+                let reason =
+                    format!("{n_chars} characters, more than max_chars = {}", config.max_chars);
+                left_out.push(pairs::of_row(path, row, reason));
                 continue;
             }
             let all: Vec<Message> = question.iter().chain(&better).chain(&worse).cloned().collect();
@@ -122,9 +132,8 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>> 
         tracing::info!(
             set,
             read = n_read,
-            unusable = n_read - n_usable,
+            left_out = left_out.len() - n_before,
             left_to_teach = n_teaching,
-            too_long = n_long,
             duplicates = n_duplicates,
             used = own.len(),
             "labelled pairs"
@@ -136,10 +145,15 @@ pub fn read(inputs: &Inputs, config: &CalibrateConfig) -> Result<Vec<Labelled>> 
             inputs.pairs.first().cloned().unwrap_or_default(),
             "pairs",
             "at least one usable labelled pair",
-            "none"
+            match left_out.first() {
+                Some(LeftOut { item, reason }) => {
+                    format!("none of {} left out ({item}: {reason})", left_out.len())
+                }
+                None => "none".to_owned(),
+            }
         ));
     }
-    Ok(out)
+    Ok((out, left_out))
 }
 
 /// Question, better and worse side of a pair, and what its label speaks of; `None` if its two conversations do not share a
@@ -172,7 +186,30 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pairs.jsonl");
         fs_err::write(&path, text).unwrap();
-        read(&Inputs { pairs: vec![path], model: String::new() }, &config())
+        Ok(read(&Inputs { pairs: vec![path], model: String::new() }, &config())?.0)
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let pair = |q: &str, a: &str| json!({"prompt": q, "chosen": a, "rejected": "no"});
+        let long = pair("long?", &"a".repeat(9000));
+        let apart = json!({
+            "chosen": dialogue::format(&[Message::user("a?"), Message::assistant("yes")]),
+            "rejected": dialogue::format(&[Message::user("b?"), Message::assistant("no")]),
+        });
+        let lines = [pair("q?", "yes"), long, apart].map(|line| line.to_string());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pairs.jsonl");
+        fs_err::write(&path, lines.join("\n")).unwrap();
+        let inputs = Inputs { pairs: vec![path], model: String::new() };
+        let (read, left_out) = read(&inputs, &config()).unwrap();
+        let left: Vec<_> = left_out.iter().map(|left| (&*left.item, &*left.reason)).collect();
+        assert_eq!(read.len(), 1);
+        assert_eq!(left[0].0, "pairs.jsonl:2");
+        assert!(left[0].1.contains("more than max_chars"), "{left:?}");
+        assert_eq!(left[1], ("pairs.jsonl:3", "the sides share no question"));
+        let error = pairs(&lines[2]).unwrap_err().to_string();
+        assert!(error.contains("none of 1 left out (pairs.jsonl:1: the sides share"), "{error}");
     }
 
     #[test]

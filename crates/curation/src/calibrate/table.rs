@@ -275,6 +275,19 @@ pub(super) fn recommend(table: &[Line]) -> Recommendation {
             100.0 * high
         )
     };
+    if !candidates.is_empty() && candidates.iter().all(|line| line.agreement.n == 0) {
+        let shares = candidates.iter().map(|line| {
+            let (abstained, tied) = (&line.abstained_percent, &line.tie_percent);
+            format!("{}: {abstained} % of verdicts abstained, {tied} % of pairs tied", line.method)
+        });
+        let shares: Vec<String> = shares.collect();
+        let reason = format!(
+            "the judge decided no pair ({}): its answers name neither side; use another judge or \
+             judge_template, or method = \"contrast\" (labels by construction)",
+            shares.join("; ")
+        );
+        return Recommendation { method: None, few_shot: 0, flip: false, reason };
+    }
     match best {
         Some(line) if floor(line) > 0.5 => Recommendation {
             method: Some(line.method.clone()),
@@ -433,6 +446,22 @@ mod tests {
             }
         }
         rows
+    }
+
+    #[test]
+    fn a_judge_that_abstains_is_named_and_not_the_method() {
+        let pairs: Vec<Labelled> = (0..10).map(labelled).collect();
+        let silent =
+            |row| JudgementRow { p_ab: None, p_ba: None, p_sample0: None, vote: None, ..row };
+        let rows: Vec<JudgementRow> = rows(&pairs, |_| true).into_iter().map(silent).collect();
+        let mut table = baseline(&pairs);
+        table.extend(lines(&pairs, &rows, Method::PairwiseLogits, 0));
+        let Recommendation { method, reason, .. } = recommend(&table);
+        assert_eq!(method, None);
+        assert!(
+            reason.contains("decided no pair (pairwise-logits: 100.0 % of verdicts"),
+            "{reason}"
+        );
     }
 
     #[test]

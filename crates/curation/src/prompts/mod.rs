@@ -635,7 +635,7 @@ mod tests {
         let columns = vec!["prompt=query".parse().unwrap()];
         let error = gather(&[path], &Selection { columns, ..selection() }).unwrap_err().to_string();
         assert!(
-            error.contains("expected a column `query`") && error.contains("id, question"),
+            error.contains("expected a column `query`") && error.contains("`id`, `question`"),
             "{error}"
         );
     }

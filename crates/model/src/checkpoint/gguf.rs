@@ -10,7 +10,7 @@
 //! operation, `gguf/quants.py` of the PyPI package `gguf` 0.19.0, so results are equal to the bit.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::BufReader;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use fs_err::File;
@@ -18,6 +18,7 @@ use tch::{Kind, Tensor};
 
 use super::bytes;
 use crate::Error;
+use crate::json;
 use crate::machine::runtime::dtype_name;
 
 pub use self::metadata::{Metadata, Value};
@@ -171,7 +172,11 @@ impl Gguf {
 
         let magic = reader.array::<4>("magic")?;
         if &magic != MAGIC {
-            return Err(reader.error("magic", "GGUF", format!("{:?}", magic.escape_ascii())));
+            let mut begin = Vec::new();
+            File::open(path)?.take(64).read_to_end(&mut begin)?;
+            let stand_in = json::stand_in(&begin).map(str::to_owned);
+            let found = stand_in.unwrap_or_else(|| format!("{:?}", magic.escape_ascii()));
+            return Err(reader.error("magic", "GGUF", found));
         }
         let version = reader.u32("version")?;
         if !(2..=3).contains(&version) {

@@ -153,6 +153,16 @@ fn an_index_that_lies_is_refused() {
     short.remove(norm);
     copy.write_index(&short);
     refused(Checkpoint::open(&copy.source()), &[norm, "only tensors that"]);
+    // One tensor in both files: which of the two counts, the index says and other readers do not ask.
+    copy.shard(|name| name.contains("layers.1"));
+    let doubled: Vec<_> = copy
+        .tensors
+        .iter()
+        .filter(|(name, _)| name.contains("layers.1") || name == norm)
+        .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+        .collect();
+    write_safetensors(&copy.path("model-00002-of-00002.safetensors"), &doubled).unwrap();
+    refused(Checkpoint::open(&copy.source()), &["model-00002", norm, "only tensors that"]);
     fs_err::write(copy.path(INDEX_FILE), "{}").unwrap();
     refused(Checkpoint::open(&copy.source()), &["index.json: weight_map"]);
     fs_err::write(copy.path(INDEX_FILE), "{\"weight_map\": ").unwrap();

@@ -17,8 +17,10 @@ use serde::Serialize;
 
 use crate::Error;
 
+mod methods;
 mod python;
 mod source;
+mod wrap;
 
 /// A template longer than this is refused; the longest published ones have about 30 KB.
 pub(crate) const MAX_SOURCE_BYTES: u64 = 256 << 10;
@@ -567,6 +569,13 @@ fn strftime(date: Date, format: &str) -> Result<String, minijinja::Error> {
             }
             Some('X') => text.push_str("00:00:00"),
             Some('R') => text.push_str("00:00"),
+            Some('U') => text.push_str(&two(week_of_year(date, 0))),
+            Some('W') => text.push_str(&two(week_of_year(date, 1))),
+            Some('C') => text.push_str(&format!("{:02}", year.div_euclid(100))),
+            Some('P') => text.push_str("am"),
+            Some('r') => text.push_str("12:00:00 AM"),
+            Some('k') => text.push_str(if unpadded { "0" } else { " 0" }),
+            Some('l') => text.push_str("12"),
             Some('Z' | 'z') => {} // a time without a zone
             Some('w') => text.push_str(&weekday(date).to_string()),
             Some('u') => text.push_str(&((weekday(date) + 6) % 7 + 1).to_string()),
@@ -590,6 +599,12 @@ fn day_of_year(date: Date) -> u32 {
     let lengths = [31, 28 + u32::from(leap), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let before = usize::from(date.month.clamp(1, 12)) - 1;
     lengths[..before].iter().sum::<u32>() + u32::from(date.day)
+}
+
+/// Week of the year, from 0: weeks begin on a day of the week (0 = Sunday), the first one on the first such day.
+fn week_of_year(date: Date, first: u32) -> u8 {
+    let since = (u32::try_from(weekday(date)).unwrap_or(0) + 7 - first) % 7;
+    u8::try_from((day_of_year(date) + 6 - since) / 7).unwrap_or(u8::MAX)
 }
 
 /// Day of the week, 0 = Sunday (Sakamoto's method).

@@ -6,7 +6,7 @@
 mod guard;
 mod schema;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -146,7 +146,16 @@ pub fn read_json(path: impl AsRef<Path>) -> Result<Vec<Map<String, Value>>, Erro
     let path = path.as_ref();
     guarded(path, |builder| {
         let mut columns = Vec::new();
+        let mut names = HashSet::new();
         for (column, field) in builder.schema().fields().iter().enumerate() {
+            if !names.insert(field.name()) {
+                return Err(Error::Damaged {
+                    path: path.to_owned(),
+                    what: "columns".to_owned(),
+                    expected: "each name once".to_owned(),
+                    got: format!("two of the name `{}`", field.name()),
+                });
+            }
             if schema::fits_json(field.data_type()) {
                 columns.push(column);
             } else {

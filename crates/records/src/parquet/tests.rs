@@ -448,6 +448,13 @@ fn files_of_any_types_are_read_as_json() {
 // ---- wrong columns ----
 
 #[test]
+fn two_columns_of_one_name_are_refused() {
+    let (_dir, path) = file_of(vec![("prompt", strings(&["x"])), ("prompt", strings(&["y"]))]);
+    let error = read_json(&path).unwrap_err().to_string();
+    assert!(error.contains("each name once, got two of the name `prompt`"), "{error}");
+}
+
+#[test]
 fn a_missing_column_is_named_with_those_that_are_there() {
     let (_dir, path) = file_of(vec![("prompt_id", strings(&["x"])), ("text", strings(&["y"]))]);
     let error = read::<PromptRow>(&path).unwrap_err();

@@ -197,6 +197,7 @@ fn hostile_files_are_refused_by_name() {
     let cases: Vec<(Vec<u8>, &str)> = vec![
         (b"".to_vec(), "magic"),
         (b"GGML\0\0\0\0".to_vec(), "magic: expected GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\n".to_vec(), "git lfs pull"),
         (edited(4, &1u32.to_le_bytes()), "version: expected 2 or 3"),
         (edited(4, &3u32.to_be_bytes()), "a big-endian file"),
         (edited(8, &u64::MAX.to_le_bytes()), "tensor count"),

@@ -7,12 +7,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Tuple, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Value, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
 use minijinja_contrib::{filters, globals, pycompat};
 
+use super::methods::{self, Side, padded};
 use super::source::STORE;
-use super::{MAX_OUTPUT_BYTES, check_extent, check_widths, too_large};
+use super::{check_extent, check_widths, wrap};
 
 /// Adds everything here to an environment.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
@@ -20,11 +21,11 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
         if method == "format" {
             check_widths(state, value.as_str().unwrap_or_default(), args)?;
         }
-        match value.as_str().map(|text| method_of(state, text, method, args)) {
-            Some(Ok(Some(result))) => Ok(result),
-            Some(Err(error)) => Err(error),
-            Some(Ok(None)) | None => pycompat::unknown_method_callback(state, value, method, args),
-        }
+        let own = match value.as_str() {
+            Some(text) => methods::of_text(state, text, method, args)?,
+            None => methods::of_container(value, method, args)?,
+        };
+        own.map_or_else(|| pycompat::unknown_method_callback(state, value, method, args), Ok)
     });
     environment.set_formatter(|out, state, value| {
         if !matches!(state.auto_escape(), AutoEscape::None) {
@@ -77,6 +78,9 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
         let words = text.split(|c: char| !(c.is_alphanumeric() || c == '_'));
         words.filter(|word| !word.is_empty()).count()
     });
+    environment.add_filter("wordwrap", wrap::wordwrap);
+    environment.add_filter("indent", wrap::indent);
+    environment.add_filter("unique", unique);
     environment.add_filter("urlencode", urlencode);
     environment.add_filter("striptags", filters::striptags);
     environment.add_filter("truncate", truncate);
@@ -108,12 +112,12 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_global("self", Value::from_pairs(std::iter::empty::<(&str, Value)>()));
 }
 
-fn wrong(what: &'static str) -> Error {
+pub(super) fn wrong(what: &'static str) -> Error {
     Error::new(ErrorKind::InvalidOperation, what)
 }
 
 /// Python's idea of white space: Unicode's, and four separators of ASCII.
-fn is_space(c: char) -> bool {
+pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1C'..='\x1F').contains(&c)
 }
 
@@ -125,218 +129,6 @@ fn strip_chars<'a>(text: &'a str, chars: &str) -> &'a str {
     text.trim_matches(|c| chars.contains(c))
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Left,
-    Right,
-    Center,
-}
-
-/// `str.ljust`, `rjust` and `center`: which side the text is on.
-fn padded(state: &State, text: &str, width: usize, fill: char, side: Side) -> Result<Value, Error> {
-    let n = width.saturating_sub(text.chars().count());
-    if n > MAX_OUTPUT_BYTES {
-        return Err(too_large());
-    }
-    state.consume_fuel((n / 64) as u64)?;
-    let left = match side {
-        Side::Left => 0,
-        Side::Right => n,
-        Side::Center => n / 2 + (n & width & 1),
-    };
-    let mut out = String::with_capacity(text.len() + n * fill.len_utf8());
-    out.extend(std::iter::repeat_n(fill, left));
-    out.push_str(text);
-    out.extend(std::iter::repeat_n(fill, n - left));
-    Ok(out.into())
-}
-
-/// Methods of Python's `str` that pycompat lacks or has otherwise; none for the others.
-fn method_of(
-    state: &State,
-    text: &str,
-    method: &str,
-    args: &[Value],
-) -> Result<Option<Value>, Error> {
-    let all = |is: fn(char) -> bool| Value::from(!text.is_empty() && text.chars().all(is));
-    let pad = |side| -> Result<Value, Error> {
-        let (width, fill): (usize, Option<char>) = from_args(args)?;
-        padded(state, text, width, fill.unwrap_or(' '), side)
-    };
-    let affix = || -> Result<&str, Error> { Ok(from_args::<(&str,)>(args)?.0) };
-    Ok(Some(match method {
-        "strip" | "lstrip" | "rstrip" => {
-            let (chars,): (Option<&str>,) = from_args(args)?;
-            let is_cut = |c: char| chars.map_or(is_space(c), |chars| chars.contains(c));
-            let text = if method == "rstrip" { text } else { text.trim_start_matches(is_cut) };
-            Value::from(if method == "lstrip" { text } else { text.trim_end_matches(is_cut) })
-        }
-        "split" | "rsplit" => {
-            let kwargs: (Option<Value>, Option<Value>, Kwargs) = from_args(args)?;
-            split(text, method == "rsplit", kwargs)?
-        }
-        "splitlines" => {
-            let (keep, kwargs): (Option<bool>, Kwargs) = from_args(args)?;
-            let named: Option<bool> = kwargs.get("keepends")?;
-            kwargs.assert_all_used()?;
-            lines(text, keep.or(named).unwrap_or(false))
-        }
-        "partition" | "rpartition" => partition(text, affix()?, method == "rpartition")?,
-        "index" | "rindex" => {
-            let what = affix()?;
-            let at = if method == "index" { text.find(what) } else { text.rfind(what) };
-            let at = at.ok_or_else(|| wrong("substring not found"))?;
-            Value::from(text[..at].chars().count())
-        }
-        "title" => Value::from(title(text)),
-        "swapcase" => Value::from(text.chars().flat_map(swap_case).collect::<String>()),
-        "casefold" => Value::from(text.to_lowercase().replace('ß', "ss")),
-        "isspace" => all(is_space),
-        "isdecimal" => {
-            all(|c| c.is_ascii_digit() || (c.is_numeric() && !c.is_ascii() && is_decimal(c)))
-        }
-        "removeprefix" => Value::from(text.strip_prefix(affix()?).unwrap_or(text)),
-        "removesuffix" => Value::from(text.strip_suffix(affix()?).unwrap_or(text)),
-        "zfill" => {
-            let (width,): (usize,) = from_args(args)?;
-            let (sign, digits) = match text.strip_prefix(['+', '-']) {
-                Some(digits) => (&text[..1], digits),
-                None => ("", text),
-            };
-            let rest = padded(state, digits, width.saturating_sub(sign.len()), '0', Side::Right)?;
-            Value::from(format!("{sign}{rest}"))
-        }
-        "ljust" => pad(Side::Left)?,
-        "rjust" => pad(Side::Right)?,
-        "center" => pad(Side::Center)?,
-        _ => return Ok(None),
-    }))
-}
-
-/// Decimal digits of other scripts come in runs of ten that begin at a multiple of ten or of sixteen, mostly.
-fn is_decimal(c: char) -> bool {
-    matches!(u32::from(c),
-        0x660..=0x669 | 0x6F0..=0x6F9 | 0x7C0..=0x7C9 | 0x966..=0x96F | 0x9E6..=0x9EF | 0xA66..=0xA6F
-        | 0xAE6..=0xAEF | 0xB66..=0xB6F | 0xBE6..=0xBEF | 0xC66..=0xC6F | 0xCE6..=0xCEF | 0xD66..=0xD6F
-        | 0xE50..=0xE59 | 0xED0..=0xED9 | 0xF20..=0xF29 | 0x1040..=0x1049 | 0x17E0..=0x17E9
-        | 0x1810..=0x1819 | 0xFF10..=0xFF19)
-}
-
-fn swap_case(c: char) -> Vec<char> {
-    if c.is_uppercase() { c.to_lowercase().collect() } else { c.to_uppercase().collect() }
-}
-
-/// `str.title`: a letter after anything else is a beginning, also after an apostrophe.
-fn title(text: &str) -> String {
-    let mut after_letter = false;
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match after_letter {
-            true => out.extend(c.to_lowercase()),
-            false => out.extend(c.to_uppercase()),
-        }
-        after_letter = c.is_alphabetic();
-    }
-    out
-}
-
-fn split(
-    text: &str,
-    from_right: bool,
-    (separator, most, kwargs): (Option<Value>, Option<Value>, Kwargs),
-) -> Result<Value, Error> {
-    let named: (Option<Value>, Option<Value>) = (kwargs.get("sep")?, kwargs.get("maxsplit")?);
-    kwargs.assert_all_used()?;
-    let separator = separator.or(named.0).filter(|value| !value.is_none());
-    let most = match most.or(named.1).map(i64::try_from).transpose()? {
-        Some(most @ 0..) => usize::try_from(most).unwrap_or(usize::MAX),
-        _ => usize::MAX,
-    };
-    let pieces: Vec<&str> = match &separator {
-        None => split_at_space(text, most, from_right),
-        Some(separator) => {
-            let separator =
-                separator.as_str().ok_or_else(|| wrong("split: a separator must be a string"))?;
-            if separator.is_empty() {
-                return Err(wrong("empty separator"));
-            }
-            if from_right {
-                let mut pieces: Vec<&str> =
-                    text.rsplitn(most.saturating_add(1), separator).collect();
-                pieces.reverse();
-                pieces
-            } else {
-                text.splitn(most.saturating_add(1), separator).collect()
-            }
-        }
-    };
-    Ok(pieces.into_iter().map(Value::from).collect())
-}
-
-fn trimmed(text: &str, from_right: bool) -> &str {
-    match from_right {
-        true => text.trim_end_matches(is_space),
-        false => text.trim_start_matches(is_space),
-    }
-}
-
-/// Runs of white space part the pieces; what is left after `most` of them stays as it is, but for the side it was cut from.
-fn split_at_space(text: &str, most: usize, from_right: bool) -> Vec<&str> {
-    let mut pieces = Vec::new();
-    let mut rest = trimmed(text, from_right);
-    while pieces.len() < most && !rest.is_empty() {
-        let cut = if from_right { rest.rfind(is_space) } else { rest.find(is_space) };
-        let Some(at) = cut else { break };
-        let width = rest[at..].chars().next().map_or(1, char::len_utf8);
-        let (before, after) = (&rest[..at], &rest[at + width..]);
-        let (piece, left) = if from_right { (after, before) } else { (before, after) };
-        pieces.push(piece);
-        rest = trimmed(left, from_right);
-    }
-    if !rest.is_empty() {
-        pieces.push(rest);
-    }
-    if from_right {
-        pieces.reverse();
-    }
-    pieces
-}
-
-fn lines(text: &str, keep_ends: bool) -> Value {
-    let is_end = |c: char| {
-        matches!(
-            c,
-            '\n' | '\r' | '\x0B' | '\x0C' | '\x1C'..='\x1E' | '\u{85}' | '\u{2028}' | '\u{2029}'
-        )
-    };
-    let mut out = Vec::new();
-    let mut rest = text;
-    while !rest.is_empty() {
-        let line = rest.find(is_end).unwrap_or(rest.len());
-        let end = match rest[line..].chars().next() {
-            Some('\r') if rest[line..].starts_with("\r\n") => 2,
-            Some(c) => c.len_utf8(),
-            None => 0,
-        };
-        out.push(Value::from(&rest[..if keep_ends { line + end } else { line }]));
-        rest = &rest[line + end..];
-    }
-    Value::from(out)
-}
-
-fn partition(text: &str, separator: &str, from_right: bool) -> Result<Value, Error> {
-    if separator.is_empty() {
-        return Err(wrong("empty separator"));
-    }
-    let cut = if from_right { text.rsplit_once(separator) } else { text.split_once(separator) };
-    let parts = match (cut, from_right) {
-        (Some((before, after)), _) => [before, separator, after],
-        (None, false) => [text, "", ""],
-        (None, true) => ["", "", text],
-    };
-    Ok(Value::from(Tuple::from(parts.map(Value::from))))
-}
-
 /// A number as Python's `int` and `float` read it, ready for Rust: without white space and digit separators.
 fn python_number(text: &str) -> Option<String> {
     let text = strip(text);
@@ -344,6 +136,15 @@ fn python_number(text: &str) -> Option<String> {
     let is_fine = !digits.starts_with('_') && !digits.ends_with('_') && !digits.contains("__");
     let text = text.strip_prefix('+').unwrap_or(text);
     is_fine.then(|| text.chars().filter(|c| *c != '_').map(ascii_digit).collect())
+}
+
+/// Decimal digits of other scripts come in runs of ten that begin at a multiple of ten or of sixteen, mostly.
+pub(super) fn is_decimal(c: char) -> bool {
+    matches!(u32::from(c),
+        0x660..=0x669 | 0x6F0..=0x6F9 | 0x7C0..=0x7C9 | 0x966..=0x96F | 0x9E6..=0x9EF | 0xA66..=0xA6F
+        | 0xAE6..=0xAEF | 0xB66..=0xB6F | 0xBE6..=0xBEF | 0xC66..=0xC6F | 0xCE6..=0xCEF | 0xD66..=0xD6F
+        | 0xE50..=0xE59 | 0xED0..=0xED9 | 0xF20..=0xF29 | 0x1040..=0x1049 | 0x17E0..=0x17E9
+        | 0x1810..=0x1819 | 0xFF10..=0xFF19)
 }
 
 /// Digits of other scripts count as those of ASCII.
@@ -416,6 +217,22 @@ fn dict(entries: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     }
     kwargs.assert_all_used()?;
     Ok(Value::from_pairs(pairs))
+}
+
+/// Jinja2's `unique(case_sensitive, attribute)`.
+fn unique(
+    state: &mut State,
+    values: Value,
+    case_sensitive: Option<bool>,
+    attribute: Option<Value>,
+    kwargs: Kwargs,
+) -> Result<Value, Error> {
+    let case_sensitive = case_sensitive.or(kwargs.get("case_sensitive")?).unwrap_or(false);
+    let attribute: Option<Value> = attribute.or(kwargs.get("attribute")?);
+    kwargs.assert_all_used()?;
+    let mut named = vec![("case_sensitive", Value::from(case_sensitive))];
+    named.extend(attribute.map(|attribute| ("attribute", attribute)));
+    minijinja::filters::unique(state, values, Kwargs::from_iter(named))
 }
 
 /// Jinja2's `truncate(length, killwords, end, leeway)`, with its default of five characters more.
@@ -548,7 +365,7 @@ fn store(state: &mut State, value: Value, namespaces: Rest<Value>) -> Result<Val
     Ok(value)
 }
 
-fn is_namespace(value: &Value) -> bool {
+pub(super) fn is_namespace(value: &Value) -> bool {
     value.as_object().is_some_and(|object| object.type_name().ends_with("Namespace"))
 }
 
@@ -581,7 +398,7 @@ pub(super) fn float(value: &Value) -> String {
 }
 
 /// Python's `str`.
-fn text_of(value: &Value) -> String {
+pub(super) fn text_of(value: &Value) -> String {
     match value.as_str() {
         Some(text) => text.to_owned(),
         None if value.is_undefined() => String::new(),
