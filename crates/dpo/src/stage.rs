@@ -16,7 +16,9 @@ use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, Report};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, Ranks, Select, runtime, too_few_pairs, train as train_loop};
+use arete_training::{
+    AdamW, Outcome, Ranks, Select, runtime, too_few_pairs, train as train_loop, within_positions,
+};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -109,7 +111,8 @@ fn train_on(ranks: &Ranks, config: &Config, pairs: &PairSource, output: &Path) -
     let options = config.compute.start_on(ranks)?;
     let saving = memory::admit("dpo", &source, options.device, &config.demand()?)?;
     let model = Model::load(&source, &options)?;
-    let data = Data::read(config, &sets, &model.chat()?)?;
+    let max_length = within_positions(&model.config, config.max_length);
+    let data = Data::read(config, &sets, &model.chat()?, max_length)?;
     data.report();
     left_out::write(run.output(), &data.left_out)?;
     data.check(config, pairs.path())?;
@@ -153,8 +156,8 @@ struct Data {
 }
 
 impl Data {
-    fn read(config: &Config, sets: &[PairSet], chat: &Chat<'_>) -> Result<Self> {
-        let Config { max_length, over_length, label, .. } = *config;
+    fn read(config: &Config, sets: &[PairSet], chat: &Chat<'_>, max_length: usize) -> Result<Self> {
+        let Config { over_length, label, .. } = *config;
         let rendering = Rendering { max_length, over_length, label };
         let mut data = Self::default();
         for (idx, set) in sets.iter().enumerate() {

@@ -19,7 +19,9 @@ use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::timings;
 use arete_training::evaluation::{self, write_json};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Outcome, Ranks, Select, runtime, too_few_pairs, train as train_loop};
+use arete_training::{
+    AdamW, Outcome, Ranks, Select, runtime, too_few_pairs, train as train_loop, within_positions,
+};
 use serde_json::{Map, Value};
 
 use self::read::Data;
@@ -486,7 +488,7 @@ impl Base<'_> {
         let is_open = data.train.n_open > 0;
         let cut_reply = if is_open { CutReply::Open } else { CutReply::Trim };
         Reading {
-            max_length: Some(self.config.max_length),
+            max_length: Some(within_positions(&self.model.config, self.config.max_length)),
             cut_side: match self.config.over_length {
                 OverLength::TruncateLeft | OverLength::Drop => Side::Left,
                 OverLength::TruncateRight => Side::Right,

@@ -11,7 +11,7 @@ use arete_records::{Refusal, Split, left_out};
 use arete_stage::dry::DryRun;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_training::order::Plan;
-use arete_training::{AdamW, Ranks, runtime, train as train_loop};
+use arete_training::{AdamW, Ranks, runtime, train as train_loop, within_positions};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
@@ -85,9 +85,9 @@ fn train_on(ranks: &Ranks, config: &Config, demonstrations: &Path, output: &Path
     let (rows, mut left_out) = data::read(&file, config.column.as_deref().unwrap_or_default())?;
     let model = Model::load(&source, &options)?;
     let chat = model.chat()?;
-    let tokenize = |split: Split| {
-        data::tokenize(&file, &rows, split, &chat, config.max_length, config.over_length)
-    };
+    let max_length = within_positions(&model.config, config.max_length);
+    let tokenize =
+        |split: Split| data::tokenize(&file, &rows, split, &chat, max_length, config.over_length);
     let (mut train, mut validation) = (tokenize(Split::Train)?, tokenize(Split::Validation)?);
     left_out.append(&mut train.left_out);
     left_out.append(&mut validation.left_out);

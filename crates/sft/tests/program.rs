@@ -63,6 +63,26 @@ fn program(data: &Path, output: &Path) -> Command {
     command
 }
 
+/// A copy of the model, to be changed.
+fn own_base(dir: &Path) -> PathBuf {
+    let base = dir.join("base");
+    fs_err::create_dir_all(&base).unwrap();
+    for entry in fs_err::read_dir(model()).unwrap() {
+        let path = entry.unwrap().path();
+        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
+    }
+    base
+}
+
+fn program_over(base: &Path, data: &Path, output: &Path) -> Command {
+    let mut arguments = arguments(data, output);
+    let at = arguments.iter().position(|flag| flag == "--model").unwrap() + 1;
+    arguments[at] = base.to_str().unwrap().to_owned();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_arete-sft"));
+    command.args(arguments).stderr(Stdio::piped()).stdout(Stdio::null());
+    command
+}
+
 fn succeed(data: &Path, output: &Path) {
     let done = program(data, output).output().unwrap();
     assert!(done.status.success(), "{}", message(&done));
@@ -165,20 +185,8 @@ fn a_full_disk_leaves_the_last_checkpoint() {
 fn a_checkpoint_over_another_base_is_not_continued() {
     let dir = tempfile::tempdir().unwrap();
     let data = demonstrations(dir.path());
-    let base = dir.path().join("base");
-    fs_err::create_dir_all(&base).unwrap();
-    for entry in fs_err::read_dir(model()).unwrap() {
-        let path = entry.unwrap().path();
-        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
-    }
-    let over_base = |output: &Path| {
-        let mut arguments = arguments(&data, output);
-        let at = arguments.iter().position(|flag| flag == "--model").unwrap() + 1;
-        arguments[at] = base.to_str().unwrap().to_owned();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_arete-sft"));
-        command.args(arguments).stderr(Stdio::piped()).stdout(Stdio::null());
-        command
-    };
+    let base = own_base(dir.path());
+    let over_base = |output: &Path| program_over(&base, &data, output);
     let output = dir.path().join("run");
     let mut child = over_base(&output).spawn().unwrap();
     while n_lines(&output.join("metrics.jsonl")) < 7 && child.try_wait().unwrap().is_none() {
@@ -204,6 +212,25 @@ fn a_checkpoint_over_another_base_is_not_continued() {
     let fresh = dir.path().join("fresh");
     assert!(over_base(&fresh).status().unwrap().success());
     assert_same_files(&fresh, &output);
+}
+
+#[test]
+fn no_sequence_is_longer_than_the_model_has_positions() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = demonstrations(dir.path());
+    let base = own_base(dir.path());
+    let config = base.join("config.json");
+    let mut settings: serde_json::Value =
+        serde_json::from_slice(&fs_err::read(&config).unwrap()).unwrap();
+    settings["max_position_embeddings"] = 12.into();
+    fs_err::write(&config, settings.to_string()).unwrap();
+    let output = dir.path().join("run");
+    let done = program_over(&base, &data, &output).output().unwrap();
+    let said = message(&done);
+    assert!(done.status.success() && said.contains("fewer positions than max_length"), "{said}");
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs_err::read(output.join("run.json")).unwrap()).unwrap();
+    assert_eq!(record["counts"]["truncated"], 60, "{record}");
 }
 
 #[test]

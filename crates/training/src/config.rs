@@ -1,7 +1,7 @@
 //! Settings that several stages share, as flags and as keys of their recipe tables (flattened into each stage's own).
 
 use arete_chain::memory::{self, Demand, Role};
-use arete_model::{LoadOptions, LoraConfig, Target};
+use arete_model::{LoadOptions, LoraConfig, ModelConfig, Target};
 use arete_records::Refusal;
 use arete_stage::settings;
 use clap::ArgAction;
@@ -15,6 +15,19 @@ use crate::{AdamWConfig, Error, Passes, Ranks, Schedule, ScheduleKind, check_set
 
 /// Every [`Target`], as the flag takes them.
 const ALL_TARGETS: &str = "q,k,v,o,gate,up,down";
+
+/// The most tokens of a sequence: `max_length`, and no more than the model has positions.
+pub fn within_positions(model: &ModelConfig, max_length: usize) -> usize {
+    let positions = model.max_position_embeddings;
+    if max_length > positions {
+        tracing::warn!(
+            max_length,
+            positions,
+            "the model has fewer positions than max_length, which is taken as that"
+        );
+    }
+    max_length.min(positions)
+}
 
 /// The shape of the adapters that a stage trains.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]

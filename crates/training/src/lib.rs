@@ -34,7 +34,7 @@ pub mod shards;
 mod trainer;
 
 pub use checkpoint::{CheckpointStore, forget_harmless};
-pub use config::{ComputeArgs, Counted, LoopArgs, LoraArgs, Pace, ShardArgs};
+pub use config::{ComputeArgs, Counted, LoopArgs, LoraArgs, Pace, ShardArgs, within_positions};
 pub use error::{Error, class_of, class_within};
 pub use loss_scale::LossScale;
 pub use optimiser::{AdamW, AdamWConfig, check_settings};

@@ -6,6 +6,7 @@ use anyhow::Result;
 use arete_chain::constitution::listed;
 use arete_model::Chat;
 use arete_records::{Refusal, Split, left_out, split_of};
+use arete_training::within_positions;
 use sha2::{Digest, Sha256};
 
 use super::{Base, Job};
@@ -27,7 +28,7 @@ impl Base<'_> {
     pub(super) fn read(&self, job: &Job, chat: &Chat<'_>) -> Result<Data> {
         let config = self.config;
         let rendering = Rendering {
-            max_length: config.max_length,
+            max_length: within_positions(&self.model.config, config.max_length),
             over_length: config.over_length,
             label: config.label,
             margin_per_vote: config.margin_per_vote,
