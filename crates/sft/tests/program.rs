@@ -222,7 +222,7 @@ fn no_sequence_is_longer_than_the_model_has_positions() {
     let config = base.join("config.json");
     let mut settings: serde_json::Value =
         serde_json::from_slice(&fs_err::read(&config).unwrap()).unwrap();
-    settings["max_position_embeddings"] = 12.into();
+    settings["max_position_embeddings"] = 30.into();
     fs_err::write(&config, settings.to_string()).unwrap();
     let output = dir.path().join("run");
     let done = program_over(&base, &data, &output).output().unwrap();
