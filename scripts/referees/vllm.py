@@ -228,12 +228,13 @@ class Referee:
         check(n == alone, f"judges: expected {alone} verdicts as of one server, got {n}")
         check(other.url in log and "left out until it comes back" in log, f"judges: the killed server was not missed\n{log[-3000:]}")
 
-    def ppo(self, name, urls, *more, expect=0, watch=None, reward=("--programmed-reward", "letter:e"), rollout="answer"):
+    def ppo(self, name, urls, *more, expect=0, watch=None, reward=("--programmed-reward", "letter:e"), rollout="answer",
+            dtype="bf16"):
         output = self.work / name
         words = ["train", "--prompts", self.prompts("prompts", 48), "--model", self.model, *reward, "--output", output,
                  "--engine-urls", urls, "--iterations", 3, "--rollout-size", 8, "--max-new-tokens", 16, "--rollout", rollout,
                  "--value-warmup", 0, "--learning-rate", 1e-4, "--rank", 16, "--probe-prompts", 4, "--stats-samples", 8,
-                 "--dtype", "bf16", "--merge", "false", "--probe-every", 0, *PATIENCE, *more]
+                 "--dtype", dtype, "--merge", "false", "--probe-every", 0, *PATIENCE, *more]
         return (output, *run(name, "arete-ppo", *words, expect=expect, watch=watch))
 
     def learn(self, server):
@@ -298,13 +299,13 @@ class Referee:
         check(engines == "vllm", f"scoring: expected replies by vllm, got {engines}")
 
     def rewards(self, server):
-        # In bf16 scores shift by a part of a standard deviation: transformers' own do against its f32 (docs/engines.md).
+        # In bf16 scores shift by a part of a standard deviation, ours and the server's: transformers' own do against its f32 (docs/engines.md).
         pooling = Server(self.args, PORT + 2, ["--dtype", "float32", "--runner", "pooling", "--hf-overrides", json.dumps(
             {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1})])
         pooling.start()
         try:
             _, log, seconds = self.ppo("rewarded", server.url, "--reward-urls", pooling.url, rollout="chain",
-                                       reward=("--rewards", self.work / "reward"))
+                                       reward=("--rewards", self.work / "reward"), dtype="f32")
         finally:
             pooling.kill()
         found = [line.split("difference=")[1].split()[0] for line in log.splitlines() if "score as the reward model here" in line]
