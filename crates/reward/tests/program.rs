@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
+#[path = "../../training/tests/support/base.rs"]
+mod base;
 #[path = "../../training/tests/support/program.rs"]
 mod support;
 
@@ -388,28 +390,10 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     assert_same_files(&whole, &output);
 }
 
-/// A copy of the base, of which one bit of a weight can be changed.
-fn copied_base(dir: &Path) -> PathBuf {
-    let base = dir.join("base");
-    fs_err::create_dir_all(&base).unwrap();
-    for entry in fs_err::read_dir(model()).unwrap() {
-        let path = entry.unwrap().path();
-        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
-    }
-    base
-}
-
-fn change_a_weight(base: &Path) {
-    let weights = base.join("model.safetensors");
-    let mut bytes = fs_err::read(&weights).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    fs_err::write(&weights, bytes).unwrap();
-}
-
 #[test]
 fn a_checkpoint_over_another_base_is_not_continued() {
     let dir = tempfile::tempdir().unwrap();
-    let (preferences, base) = (preferences(dir.path()), copied_base(dir.path()));
+    let (preferences, base) = (preferences(dir.path()), base::copied(&model(), dir.path()));
     let output = dir.path().join("reward");
     // Interrupted half-way: two of eighteen steps, as if it had been killed there.
     let mut child = train_on(&base, &preferences, &output, &[]).spawn().unwrap();
@@ -424,12 +408,12 @@ fn a_checkpoint_over_another_base_is_not_continued() {
             .keys()
             .any(|name| name.contains("/checkpoint-") || name.starts_with("checkpoint-"))
     );
-    change_a_weight(&base);
+    base::change_a_weight(&base);
     let refused = train_on(&base, &preferences, &output, &[]).output().unwrap();
     let said = message(&refused);
     assert!(!refused.status.success() && said.contains("another input `model`"), "{said}");
     // With the base it was made with, the checkpoint is as good as ever.
-    change_a_weight(&base);
+    base::change_a_weight(&base);
     let resumed = message(&succeed(train_on(&base, &preferences, &output, &[])));
     assert!(resumed.contains("resuming from checkpoint"), "{resumed}");
     let fresh = dir.path().join("fresh");
@@ -673,9 +657,9 @@ fn an_adapter_is_not_used_with_another_base() {
     let dir = tempfile::tempdir().unwrap();
     let preferences = preferences(dir.path());
     let output = dir.path().join("reward");
-    let base = copied_base(dir.path());
+    let base = base::copied(&model(), dir.path());
     succeed(train_on(&base, &preferences, &output, &["--max-steps", "2"]));
-    change_a_weight(&base);
+    base::change_a_weight(&base);
     let input = dir.path().join("input.jsonl");
     fs_err::write(&input, r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#)
         .unwrap();

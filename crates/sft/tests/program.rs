@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail by panicking")]
 
+#[path = "../../training/tests/support/base.rs"]
+mod base;
 #[path = "../../training/tests/support/program.rs"]
 mod support;
 
@@ -61,17 +63,6 @@ fn program(data: &Path, output: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_arete-sft"));
     command.args(arguments(data, output)).stderr(Stdio::piped()).stdout(Stdio::null());
     command
-}
-
-/// A copy of the model, to be changed.
-fn own_base(dir: &Path) -> PathBuf {
-    let base = dir.join("base");
-    fs_err::create_dir_all(&base).unwrap();
-    for entry in fs_err::read_dir(model()).unwrap() {
-        let path = entry.unwrap().path();
-        fs_err::copy(&path, base.join(path.file_name().unwrap())).unwrap();
-    }
-    base
 }
 
 fn program_over(base: &Path, data: &Path, output: &Path) -> Command {
@@ -185,7 +176,7 @@ fn a_full_disk_leaves_the_last_checkpoint() {
 fn a_checkpoint_over_another_base_is_not_continued() {
     let dir = tempfile::tempdir().unwrap();
     let data = demonstrations(dir.path());
-    let base = own_base(dir.path());
+    let base = base::copied(&model(), dir.path());
     let over_base = |output: &Path| program_over(&base, &data, output);
     let output = dir.path().join("run");
     let mut child = over_base(&output).spawn().unwrap();
@@ -195,18 +186,12 @@ fn a_checkpoint_over_another_base_is_not_continued() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(files(&output).keys().any(|name| name.starts_with("checkpoint-")));
-    let change_a_weight = || {
-        let weights = base.join("model.safetensors");
-        let mut bytes = fs_err::read(&weights).unwrap();
-        *bytes.last_mut().unwrap() ^= 1;
-        fs_err::write(&weights, bytes).unwrap();
-    };
-    change_a_weight();
+    base::change_a_weight(&base);
     let refused = over_base(&output).output().unwrap();
     let said = message(&refused);
     assert!(!refused.status.success() && said.contains("another input `model`"), "{said}");
     // With the base it was made with, the checkpoint is as good as ever.
-    change_a_weight();
+    base::change_a_weight(&base);
     let resumed = message(&over_base(&output).output().unwrap());
     assert!(resumed.contains("resuming from checkpoint"), "{resumed}");
     let fresh = dir.path().join("fresh");
@@ -218,7 +203,7 @@ fn a_checkpoint_over_another_base_is_not_continued() {
 fn no_sequence_is_longer_than_the_model_has_positions() {
     let dir = tempfile::tempdir().unwrap();
     let data = demonstrations(dir.path());
-    let base = own_base(dir.path());
+    let base = base::copied(&model(), dir.path());
     let config = base.join("config.json");
     let mut settings: serde_json::Value =
         serde_json::from_slice(&fs_err::read(&config).unwrap()).unwrap();

@@ -11,6 +11,7 @@ use arete_records::{Class, Classified, redact};
 use signal_hook::consts::SIGXFSZ;
 
 use crate::cli::printable;
+use crate::inputs;
 use crate::interrupt::Interrupted;
 
 /// Bad input that a program found itself.
@@ -133,9 +134,10 @@ pub fn exit_code(result: anyhow::Result<()>, class_of: ClassOf) -> ExitCode {
 /// of a long cause beginning and end are told.
 #[must_use]
 pub fn text_of(error: &anyhow::Error) -> String {
-    let mut text = format!("error: {}", redact::cut(&error.to_string()));
+    let said = |error: String| redact::cut(&inputs::as_given(&error)).into_owned();
+    let mut text = format!("error: {}", said(error.to_string()));
     for cause in error.chain().skip(1) {
-        write!(text, "\n  caused by: {}", redact::cut(&cause.to_string()))
+        write!(text, "\n  caused by: {}", said(cause.to_string()))
             .expect("writing to a String cannot fail");
     }
     text

@@ -7,6 +7,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use arete_records::Refusal;
@@ -26,6 +27,15 @@ const MAX_PIPED_BYTES: u64 = 1 << 30;
 
 /// How often a signal is looked for while a pipe is silent.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// Copies of what came through pipes, and what each was given as.
+static COPIES: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+
+/// A message in which those copies are called what they were given as.
+pub(crate) fn as_given(text: &str) -> String {
+    let copies = COPIES.lock().unwrap_or_else(PoisonError::into_inner);
+    copies.iter().fold(text.to_owned(), |text, (copy, given)| text.replace(copy, given))
+}
 
 /// Data inputs as files: what can be read once only, standard input (`-`) and pipes, is copied, for inputs are hashed first
 /// and read afterwards. The copies are gone with this.
@@ -76,6 +86,8 @@ impl Piped {
         fs_err::create_dir(&own)?;
         let target = own.join(path.file_name().unwrap_or("input".as_ref()));
         let mut file = fs_err::File::create(&target)?;
+        let names = (target.display().to_string(), path.display().to_string());
+        COPIES.lock().unwrap_or_else(PoisonError::into_inner).push(names);
         // In a thread of its own: a signal is answered while nobody writes.
         let (sender, copied) = channel();
         std::thread::spawn(move || {
@@ -304,6 +316,13 @@ mod tests {
             assert_eq!(records.len(), 1);
             assert!(records[0].1["prompt"].to_string().contains("May I?"), "{records:?}");
         }
+        let writer = pipe.clone();
+        let writing = std::thread::spawn(move || fs_err::write(writer, "{broken").unwrap());
+        let mut piped = Piped::default();
+        let error = arete_records::table::read(piped.local(&pipe).unwrap()).unwrap_err();
+        writing.join().unwrap();
+        let said = crate::exit::text_of(&error.into());
+        assert!(said.starts_with(&format!("error: {}:1: expected one", pipe.display())), "{said}");
     }
 
     #[test]
