@@ -16,6 +16,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "pool.h"
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
@@ -31,8 +32,17 @@ bool on_kernels(const Tensor& x) {
 }
 Type type_of(const Tensor& x) { return x.scalar_type() == at::kBFloat16 ? kBF16 : kF32; }
 
+// work(begin, end) over [0, rows), cut for as many threads as libtorch has, `grain` rows at least each.
 void parallel_rows(int64_t rows, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { work(begin, end); });
+  if (rows <= 0) return;
+  int64_t parts = std::min<int64_t>(at::get_num_threads(), (rows + grain - 1) / grain);
+  if (parts <= 1 || arete::Pool::is_inside() || at::in_parallel_region()) return work(0, rows);
+  int64_t each = (rows + parts - 1) / parts;
+  auto part = [&](int part) {
+    int64_t begin = part * each, end = std::min(rows, begin + each);
+    if (begin < end) work(begin, end);
+  };
+  if (!arete::Pool::own().run(int(parts), part)) at::parallel_for(0, rows, grain, work);
 }
 
 }  // namespace

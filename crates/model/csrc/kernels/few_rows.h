@@ -24,7 +24,10 @@ void bf16_matmul(const void* x_, const bf16* weight, void* y_, int64_t rows, int
         int64_t i = 0;
         for (; i + 32 <= columns; i += 32) {
           __m512bh part = (__m512bh)_mm512_loadu_si512(row + i);
-          for (int o = 0; o < kOutputs; o++) sums[o] = _mm512_dpbf16_ps(sums[o], part, (__m512bh)_mm512_loadu_si512(in[o] + i));
+          for (int o = 0; o < kOutputs; o++) {
+            __builtin_prefetch(in[o] + i + kOutputs * columns, 0, 2);  // the next outputs': their rows are too short for the hardware's guess
+            sums[o] = _mm512_dpbf16_ps(sums[o], part, (__m512bh)_mm512_loadu_si512(in[o] + i));
+          }
         }
         for (int64_t o = 0; o < count; o++) {
           float tail = 0;

@@ -153,6 +153,40 @@ inline void split_even_odd(const T* x, int64_t columns, float* even, float* odd)
 }
 #endif
 
+#ifdef __AVX512BF16__
+// Rows [0, R) of bf16 against packed rows [begin, end): 32 activations of each parity against 32 looked-up codes per instruction,
+// absmax in f32 per block. `split` holds of each row its even elements, then its odd ones. R is known to the compiler, so that
+// sums stay in registers; a row's bits do not depend on it.
+template <int R>
+void nf4_matmul_pairs(const uint16_t* split, const uint8_t* codes, const float* absmax, __m512i table, bf16* y, int64_t columns,
+                      int64_t outputs, int64_t block_size, int64_t begin, int64_t end) {
+  int64_t half = columns / 2, blocks = columns / block_size, half_block = block_size / 2;
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t* in = codes + n * half;
+    const float* scales = absmax + n * blocks;
+    __m512 totals[R];
+    for (int g = 0; g < R; g++) totals[g] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++) {
+      __m512 sums[R];
+      for (int g = 0; g < R; g++) sums[g] = _mm512_setzero_ps();
+      for (int64_t i = b * half_block; i < (b + 1) * half_block; i += 32) {
+        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(in + i)));
+        __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+        __m512bh low = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
+        for (int g = 0; g < R; g++) {
+          const uint16_t* at = split + g * columns + i;
+          sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)_mm512_loadu_si512(at), high);
+          sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)_mm512_loadu_si512(at + half), low);
+        }
+      }
+      __m512 scale = _mm512_set1_ps(scales[b]);
+      for (int g = 0; g < R; g++) totals[g] = _mm512_fmadd_ps(sums[g], scale, totals[g]);
+    }
+    for (int g = 0; g < R; g++) from_float(sum16((f32x16)totals[g]), y + g * outputs + n);
+  }
+}
+#endif
+
 template <class T>
 void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const float* codebook, void* y_,
                 int64_t rows, int64_t columns, int64_t outputs, int64_t block_size, int64_t begin, int64_t end) {
@@ -162,7 +196,6 @@ void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const
   [[maybe_unused]] int64_t half = columns / 2, blocks = columns / block_size, half_block = block_size / 2;
 #ifdef __AVX512BF16__
   if constexpr (sizeof(T) == 2) {
-    // 32 bf16 activations of each parity against 32 looked-up bf16 codes per instruction; absmax in f32 per block.
     uint16_t* split = (uint16_t*)memory.query.at_least(rows * columns);
     for (int64_t m = 0; m < rows; m++)
       for (int64_t i = 0; i < half; i++) {
@@ -172,30 +205,15 @@ void nf4_matmul(const void* x_, const uint8_t* codes, const float* absmax, const
     alignas(64) bf16 table_values[32];
     for (int c = 0; c < 32; c++) from_float(codebook[c & 15], table_values + c);
     __m512i table = _mm512_load_si512(table_values);
-    for (int64_t n = begin; n < end; n++) {
-      const uint8_t* in = codes + n * half;
-      const float* scales = absmax + n * blocks;
-      for (int64_t m0 = 0; m0 < rows; m0 += 4) {
-        int64_t group = std::min<int64_t>(4, rows - m0);
-        __m512 totals[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t b = 0; b < blocks; b++) {
-          __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-          for (int64_t i = b * half_block; i < (b + 1) * half_block; i += 32) {
-            __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(in + i)));
-            __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-            __m512bh low = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
-            for (int64_t g = 0; g < group; g++) {
-              const uint16_t* at = split + (m0 + g) * columns + i;
-              sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)_mm512_loadu_si512(at), high);
-              sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)_mm512_loadu_si512(at + half), low);
-            }
-          }
-          __m512 scale = _mm512_set1_ps(scales[b]);
-          for (int64_t g = 0; g < group; g++) totals[g] = _mm512_fmadd_ps(sums[g], scale, totals[g]);
-        }
-        for (int64_t g = 0; g < group; g++) from_float(sum16((f32x16)totals[g]), y + (m0 + g) * outputs + n);
+    constexpr int64_t kOutputs = 16;  // their codes stay in the cache while all rows pass
+    for (int64_t n = begin; n < end; n += kOutputs)
+      for (int64_t m = 0; m < rows; m += 4) {
+        auto run = rows - m == 1   ? nf4_matmul_pairs<1>
+                   : rows - m == 2 ? nf4_matmul_pairs<2>
+                   : rows - m == 3 ? nf4_matmul_pairs<3>
+                                   : nf4_matmul_pairs<4>;
+        run(split + m * columns, codes, absmax, table, y + m * outputs, columns, outputs, block_size, n, std::min(n + kOutputs, end));
       }
-    }
     return;
   }
 #endif
