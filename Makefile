@@ -103,6 +103,7 @@ reuse: $(READY) ## build and run a project outside the workspace that adds arete
 .PHONY: torture
 torture: $(READY) ## the long tests: hundreds of kills and resumes, long fuzzing (hours)
 	bash scripts/aarch64.sh
+	bash scripts/pool.sh
 	cargo test --release --workspace --features arete-model/portable --test decoder_goldens --test invariance
 	ARETE_TORTURE=1 cargo test --release --workspace -- torture --nocapture --test-threads 1
 	$(MAKE) torture-suite

@@ -20,12 +20,14 @@ else
   flags=(-std=c++20 -O3 -fno-math-errno -Wall -Wextra -Werror -Wno-psabi -DARETE_KERNELS=kernels_portable '-DARETE_NAME="portable"')
   aarch64-linux-gnu-g++ "${flags[@]}" -c crates/model/csrc/kernels.cpp -o "$work/kernels.o"
   aarch64-linux-gnu-g++ -std=c++20 -O1 -Wall -Wextra -Werror -DARETE_PORTABLE crates/model/csrc/tests/products.cpp "$work/kernels.o" -static -o "$work/products"
+  aarch64-linux-gnu-g++ -std=c++20 -O1 -Wall -Wextra -Werror -pthread crates/model/csrc/tests/pool.cpp -static -o "$work/pool"
   echo "aarch64: the kernels compile"
   emulator=$(command -v qemu-aarch64 || command -v qemu-aarch64-static || true)
   if [ -z "$emulator" ]; then
     skip "there is no qemu-aarch64 (apt-get install qemu-user)"
   else
     "$emulator" "$work/products"
+    "$emulator" "$work/pool" 2000
   fi
 fi
 

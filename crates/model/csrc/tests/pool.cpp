@@ -1,4 +1,4 @@
-// The kernels' threads by themselves, for the thread sanitizer: scripts/pool.sh.
+// The kernels' threads by themselves: `make torture` runs this under the thread sanitizer, and on aarch64 under qemu.
 #include "../pool.h"
 
 #include <cstdio>
