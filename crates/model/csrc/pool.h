@@ -2,12 +2,14 @@
 //
 // From one kernel to the next pass some microseconds. libgomp's threads either spin for milliseconds, and take the core of a busy
 // neighbour, or, as waiting.h has them, sleep after one: then every kernel begins with waking them, which cost the sampling of a
-// single sequence a third of its time. These spin for kSpinNs at most, which a neighbour does not notice.
+// single sequence most of its time. These spin for kSpinNs at most, and ever more seldom where that is in vain: where others run, or
+// where kernels are far apart.
 #pragma once
 #include <pthread.h>
 #include <sched.h>
 #include <strings.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -45,7 +47,7 @@ class Pool {
       workers_[i].turn.notify_one();
     }
     do_part(0);
-    while (uint32_t left = left_.load(std::memory_order_acquire)) wait_while(left_, left);
+    while (uint32_t left = left_.load(std::memory_order_acquire)) wait_while(left_, left, patience_);
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     return true;
   }
@@ -54,8 +56,24 @@ class Pool {
   static constexpr int64_t kSpinNs = 50'000;
   static constexpr size_t kStackBytes = 1 << 20;
 
+  // How often a thread spins: after one time in vain not for the next eight, after two sixteen, and so on.
+  class Patience {
+   public:
+    bool spins() { return left_ == 0 || left_-- == 0; }
+    void won() { next_ = kFewest; }
+    void lost() {
+      left_ = next_;
+      next_ = std::min(2 * next_, kMost);
+    }
+
+   private:
+    static constexpr int kFewest = 8, kMost = 512;
+    int left_ = 0, next_ = kFewest;
+  };
+
   struct alignas(64) Worker {
     std::atomic<uint32_t> turn{0};
+    Patience patience;
     Pool* pool;
     int part;
   };
@@ -86,15 +104,19 @@ class Pool {
 #endif
   }
 
-  void wait_while(const std::atomic<uint32_t>& value, uint32_t old) const {
+  void wait_while(const std::atomic<uint32_t>& value, uint32_t old, Patience& patience) const {
     using Clock = std::chrono::steady_clock;
-    auto until = Clock::now() + std::chrono::nanoseconds(spin_ns_.load(std::memory_order_relaxed));
-    do {
-      for (int i = 0; i < 32; i++) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        pause();
-      }
-    } while (Clock::now() < until);
+    int64_t spin_ns = spin_ns_.load(std::memory_order_relaxed);
+    if (spin_ns > 0 && patience.spins()) {
+      auto until = Clock::now() + std::chrono::nanoseconds(spin_ns);
+      do {
+        for (int i = 0; i < 32; i++) {
+          if (value.load(std::memory_order_acquire) != old) return patience.won();
+          pause();
+        }
+      } while (Clock::now() < until);
+      patience.lost();
+    }
     value.wait(old, std::memory_order_acquire);
   }
 
@@ -121,7 +143,7 @@ class Pool {
   static void* serve(void* worker_) {
     Worker& worker = *(Worker*)worker_;
     for (uint32_t seen = 0;; seen++) {
-      worker.pool->wait_while(worker.turn, seen);
+      worker.pool->wait_while(worker.turn, seen, worker.patience);
       worker.pool->do_part(worker.part);
       auto& left = worker.pool->left_;
       if (left.fetch_sub(1) == 1) left.notify_one();
@@ -145,6 +167,7 @@ class Pool {
   void (*call_)(const void* work, int part) = nullptr;
   const void* work_ = nullptr;
   std::atomic<int64_t> spin_ns_{0};
+  Patience patience_;  // of whoever has the pool
   std::exception_ptr failure_;
   alignas(64) std::atomic<uint32_t> left_{0};
 };
