@@ -21,7 +21,7 @@ use arete_stage::dry::DryRun;
 use arete_stage::inputs::Piped;
 use arete_stage::run::asking;
 use arete_stage::{interrupt, recipe};
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Serialize;
 
 /// Curates data for RLAIF: prompts, demonstrations, conversations, judged preference pairs
@@ -155,14 +155,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let matches = cli::matches(Cli::command());
     cli::init_tracing();
-    arete_stage::exit::run(|| run(&matches), arete_engine::class_of)
+    arete_stage::exit::run(run, arete_engine::class_of)
 }
 
-fn run(matches: &ArgMatches) -> anyhow::Result<()> {
+fn run() -> anyhow::Result<()> {
+    let matches = cli::matches(Cli::command());
     interrupt::install()?;
-    let parsed = Cli::from_arg_matches(matches)?;
+    let parsed = Cli::from_arg_matches(&matches)?;
     let (name, matches) = matches.subcommand().context("no subcommand")?;
     match parsed.command {
         Command::Prompts { input, stage, .. } => {

@@ -7,7 +7,6 @@ use arete_stage::cli;
 mod commands;
 
 fn main() -> ExitCode {
-    let arguments: commands::Arguments = cli::parse();
     cli::init_tracing();
-    arete_stage::exit::run(|| commands::run(arguments), arete_model::class_of)
+    arete_stage::exit::run(|| commands::run(cli::parse()), arete_model::class_of)
 }

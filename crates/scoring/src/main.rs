@@ -271,14 +271,14 @@ fn arm(text: &str) -> anyhow::Result<Arm> {
 }
 
 fn main() -> ExitCode {
-    let matches = cli::matches(Cli::command());
     cli::init_tracing();
-    arete_stage::exit::run(|| run(&matches), arete_engine::class_of)
+    arete_stage::exit::run(run, arete_engine::class_of)
 }
 
-fn run(matches: &clap::ArgMatches) -> anyhow::Result<()> {
+fn run() -> anyhow::Result<()> {
+    let matches = cli::matches(Cli::command());
     interrupt::install()?;
-    let parsed = Cli::from_arg_matches(matches)?;
+    let parsed = Cli::from_arg_matches(&matches)?;
     let (_, matches) = matches.subcommand().context("no subcommand")?;
     let text = match parsed.command {
         Command::Score { places, .. } => {
