@@ -306,6 +306,12 @@ class Bench:
     def run(self, command, cwd, timeout_s=60, environment=None, limits=None):
         return run(command, cwd, self.patient(timeout_s), environment or self.environment(), limits)
 
+    def start(self, command, folder, said="stderr", **more):
+        """A program in the background; what it says goes into a file of its folder."""
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        with open(folder / said, "wb") as err:
+            return subprocess.Popen(command, cwd=folder, env=self.environment(), stderr=err, **quiet, **more)
+
     def command(self, stage, *flags):
         of = STAGES[stage]
         recipe = ["--recipe", "recipe.toml"] if of.has_recipe else []

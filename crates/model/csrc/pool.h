@@ -59,7 +59,11 @@ class Pool {
   // How often a thread spins: after one time in vain not for the next eight, after two sixteen, and so on.
   class Patience {
    public:
-    bool spins() { return left_ == 0 || left_-- == 0; }
+    bool spins() {
+      if (left_ == 0) return true;
+      left_--;
+      return false;
+    }
     void won() { next_ = kFewest; }
     void lost() {
       left_ = next_;

@@ -152,6 +152,7 @@ fn train_jobs(
         source,
         options,
         saving,
+        max_length: within_positions(&model.config, config.max_length),
         model,
         sampling,
         replies: BaseReplies::default(),
@@ -285,6 +286,8 @@ struct Base<'a> {
     options: LoadOptions,
     /// Keeps as little as can be for the backward pass.
     saving: bool,
+    /// Most tokens of a conversation: as set, and within the model's positions.
+    max_length: usize,
     model: Model,
     sampling: StatsSampling,
     replies: BaseReplies,
@@ -488,7 +491,7 @@ impl Base<'_> {
         let is_open = data.train.n_open > 0;
         let cut_reply = if is_open { CutReply::Open } else { CutReply::Trim };
         Reading {
-            max_length: Some(within_positions(&self.model.config, self.config.max_length)),
+            max_length: Some(self.max_length),
             cut_side: match self.config.over_length {
                 OverLength::TruncateLeft | OverLength::Drop => Side::Left,
                 OverLength::TruncateRight => Side::Right,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
-use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
+use arete_chain::reward_model::{Base, adapter_dir, standardise};
 use arete_chain::yardstick::{self, Place};
 use arete_chain::{Member, Yardstick, members, reading};
 use arete_model::machine;
@@ -24,7 +24,7 @@ use serde_json::{Map, json};
 use crate::config::ScoreConfig;
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::{answers, aspect_scores};
+use crate::rewards::{answers, aspect_scores, standardised};
 use crate::run_files::rollout_reply;
 
 /// Prompts sampled together: with 16 samples each, a full batch.
@@ -259,19 +259,7 @@ pub fn run(config: &ScoreConfig, n: usize, inputs: &BestOfInputs) -> Result<Best
     let chat = model.chat()?;
     let micro_batch_tokens = config.micro_batch_tokens;
     let reader = Base { model, chat: &chat, micro_batch_tokens };
-    let mut reward_models = Vec::new();
-    for Member { name, turn, dir } in &members {
-        let stats = read_stats(dir, Some(model))?.ok_or_else(|| {
-            Refusal::file(
-                dir.join(score_stats::FILE),
-                "std",
-                "statistics to standardise with",
-                "none",
-            )
-        })?;
-        let read = turns.names()[*turn];
-        reward_models.push((read, RewardModel::over(dir, name.name(), model)?, stats));
-    }
+    let reward_models = standardised(&members, &turns, model)?;
     let drawing = Drawing {
         sampling: config.sampling(),
         max_new_tokens: config.max_new_tokens,

@@ -8,13 +8,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use arete_chain::constitution::{Turns, carried_by_reward_models};
-use arete_chain::reward_model::{Base, RewardModel, adapter_dir, read_stats, standardise};
+use arete_chain::reward_model::{Base, adapter_dir, standardise};
 use arete_chain::{Member, members, reading};
 use arete_model::{Model, machine};
 use arete_records::rows::{ConversationRow, DemonstrationRow, PromptRow};
-use arete_records::{
-    Aspect, FinishReason, Refusal, ScoreStats, Split, parquet, score_stats, stats,
-};
+use arete_records::{FinishReason, Refusal, Split, parquet, score_stats, stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageSpec, Start};
 use arete_stage::units::Units;
@@ -23,7 +21,7 @@ use serde_json::{Map, json};
 use crate::config::ScoreConfig;
 use crate::policies::{Policy, Shelf};
 use crate::replies::{Drawing, sample_chains};
-use crate::rewards::aspect_scores;
+use crate::rewards::{StandardisedModel, aspect_scores, standardised};
 
 /// Name of the file, as SFT looks for it.
 const DEMONSTRATIONS: &str = "demonstrations";
@@ -144,7 +142,7 @@ struct Teacher<'a> {
     model: &'a Model,
     turns: Turns,
     /// With the turn that each reads.
-    reward_models: Vec<(Aspect, RewardModel, ScoreStats)>,
+    reward_models: Vec<StandardisedModel>,
     drawing: Drawing,
     micro_batch_tokens: usize,
 }
@@ -157,19 +155,7 @@ impl<'a> Teacher<'a> {
         config: &ScoreConfig,
         n_samples: usize,
     ) -> Result<Self> {
-        let mut reward_models = Vec::new();
-        for Member { name, turn, dir } in members {
-            let stats = read_stats(dir, Some(model))?.ok_or_else(|| {
-                Refusal::file(
-                    dir.join(score_stats::FILE),
-                    "std",
-                    "statistics to standardise with",
-                    "none",
-                )
-            })?;
-            let read = turns.names()[*turn];
-            reward_models.push((read, RewardModel::over(dir, name.name(), model)?, stats));
-        }
+        let reward_models = standardised(members, &turns, model)?;
         let (max_new_tokens, seed) = (config.max_new_tokens, config.seed);
         let drawing = Drawing { sampling: config.sampling(), max_new_tokens, seed, n_samples };
         let micro_batch_tokens = config.micro_batch_tokens;
@@ -219,8 +205,8 @@ fn favourites(scored: Vec<(ConversationRow, f64)>, n: usize) -> Vec<Demonstratio
 
 #[cfg(test)]
 mod tests {
-    use arete_records::Message;
     use arete_records::rows::TurnRow;
+    use arete_records::{Aspect, Message};
 
     use super::*;
 

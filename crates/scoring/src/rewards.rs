@@ -2,14 +2,39 @@
 
 use anyhow::Result;
 use arete_chain::batches::micro_batches;
-use arete_chain::reward_model::Base;
-use arete_chain::{RewardModel, Transcript, prompt_of, through_aspect};
-use arete_model::{Adapter, Batch, Chat, Decoder, SegmentIdx, logprobs};
+use arete_chain::constitution::Turns;
+use arete_chain::reward_model::{Base, read_stats};
+use arete_chain::{Member, RewardModel, Transcript, prompt_of, through_aspect};
+use arete_model::{Adapter, Batch, Chat, Decoder, Model, SegmentIdx, logprobs};
 use arete_records::rows::ConversationRow;
-use arete_records::{Aspect, FinishReason, Message};
+use arete_records::score_stats::{self, ScoreStats};
+use arete_records::{Aspect, FinishReason, Message, Refusal};
 use tch::{Device, Kind, Tensor};
 
 use crate::rows::TokensRow;
+
+/// A reward model with the turn that it reads, and what standardises its scores.
+pub(crate) type StandardisedModel = (Aspect, RewardModel, ScoreStats);
+
+/// The members of an ensemble over `model`.
+///
+/// # Errors
+///
+/// As [`read_stats`] and [`RewardModel::over`]; a refusal of one without statistics.
+pub(crate) fn standardised(
+    members: &[Member],
+    turns: &Turns,
+    model: &Model,
+) -> Result<Vec<StandardisedModel>> {
+    let of_member = |Member { name, turn, dir }: &Member| {
+        let stats = read_stats(dir, Some(model))?.ok_or_else(|| {
+            let expected = "statistics to standardise with";
+            Refusal::file(dir.join(score_stats::FILE), "std", expected, "none")
+        })?;
+        Ok((turns.names()[*turn], RewardModel::over(dir, name.name(), model)?, stats))
+    };
+    members.iter().map(of_member).collect()
+}
 
 /// The scores of conversations through the reply of each aspect, an entry a conversation.
 ///

@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod clock;
+mod crc;
 pub mod dry;
 mod error;
 pub mod exit;

@@ -11,6 +11,7 @@
 
 use serde_json::Value;
 
+use crate::crc;
 use crate::protobuf::{
     FIXED32, VARINT, put_bool, put_bytes, put_double, put_key, put_text, put_varint,
 };
@@ -167,22 +168,8 @@ fn masked_crc32c(bytes: &[u8]) -> u32 {
 
 /// CRC-32C (Castagnoli): reflected polynomial 0x82f63b78.
 fn crc32c(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0u32; 256];
-        let mut index = 0;
-        while index < 256 {
-            let mut crc = index as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
-                bit += 1;
-            }
-            table[index] = crc;
-            index += 1;
-        }
-        table
-    };
-    !bytes.iter().fold(!0u32, |crc, &byte| crc >> 8 ^ TABLE[(crc.to_le_bytes()[0] ^ byte) as usize])
+    const TABLE: crc::Table = crc::table(0x82f6_3b78);
+    crc::of(bytes, &TABLE)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use crate::crc;
 use crate::protobuf::{put_bytes, put_number, put_text};
 
 /// Of a block, whose last bytes are zero where no record's header fits.
@@ -148,22 +149,8 @@ impl Log {
 
 /// CRC-32 (IEEE 802.3): reflected polynomial 0xedb88320.
 fn crc32(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0u32; 256];
-        let mut index = 0;
-        while index < 256 {
-            let mut crc = index as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                crc = if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
-                bit += 1;
-            }
-            table[index] = crc;
-            index += 1;
-        }
-        table
-    };
-    !bytes.iter().fold(!0u32, |crc, &byte| crc >> 8 ^ TABLE[(crc.to_le_bytes()[0] ^ byte) as usize])
+    const TABLE: crc::Table = crc::table(0xedb8_8320);
+    crc::of(bytes, &TABLE)
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@ import collections
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 from common import STAGES, error_of, is_timed, last_words, spread
@@ -104,14 +103,7 @@ def _interrupt(bench, stage, pattern, n_files):
     for _ in range(100):
         folder = bench.prepare(name, STAGES[stage].reads)
         output = folder / "run" / STAGES[stage].output
-        child = subprocess.Popen(
-            bench.command(stage),
-            cwd=folder,
-            env=bench.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        child = bench.start(bench.command(stage), folder)
         while child.poll() is None and len(list(output.glob(pattern))) < n_files:
             time.sleep(0.001)
         child.send_signal(signal.SIGKILL)

@@ -30,16 +30,7 @@ def _one_run(bench, stage, folder, rng, max_kills):
     n_killed = 0
     while True:
         delay = rng.uniform(0, bench.took_s(stage) * 1.05) if n_killed < max_kills else bench.patient(120)
-        with open(folder / "stderr", "wb") as err:
-            child = subprocess.Popen(
-                bench.command(stage),
-                cwd=folder,
-                env=bench.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=err,
-                start_new_session=True,
-            )
+        child = bench.start(bench.command(stage), folder, start_new_session=True)
         try:
             code = child.wait(timeout=delay)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,5 @@
 """Two processes at once with one output: one at least is done, the other says who holds the lock or finds the work done; same bytes."""
 
-import subprocess
 import time
 
 from common import STAGES, last_words
@@ -15,17 +14,7 @@ def drive(bench, report, amount):
         bench.prepare(folder, STAGES[stage].reads)
         racing = []
         for number in range(2):
-            with open(folder / f"stderr-{number}", "wb") as err:
-                racing.append(
-                    subprocess.Popen(
-                        bench.command(stage),
-                        cwd=folder,
-                        env=bench.environment(),
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        stderr=err,
-                    )
-                )
+            racing.append(bench.start(bench.command(stage), folder, f"stderr-{number}"))
             time.sleep(rng.choice((0, 0, 0.01, 0.1)))
         codes = [child.wait() for child in racing]
         said = [(folder / f"stderr-{number}").read_text(errors="replace") for number in range(2)]

@@ -99,15 +99,7 @@ def _signalled(bench, folder, stage, number):
     """A signal while a server hangs (each request for 30 s) ends the stage soon, by the signal's exit code."""
     bench.prepare(folder, STAGES[stage].reads)
     with Judge(lambda request: ("hang", 60) if request.number > 20 else None) as server:
-        with open(folder / "stderr", "wb") as err:
-            child = subprocess.Popen(
-                _command(bench, stage, server.url, "--timeout-s", "30"),
-                cwd=folder,
-                env=bench.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=err,
-            )
+        child = bench.start(_command(bench, stage, server.url, "--timeout-s", "30"), folder)
         start = time.monotonic()
         while len(server.requests) <= 20 and child.poll() is None and time.monotonic() - start < bench.patient(30):
             time.sleep(0.02)

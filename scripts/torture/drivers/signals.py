@@ -24,16 +24,7 @@ def drive(bench, report, amount):
     for idx in range(amount):
         stage, mode = stages[idx % len(stages)], list(MODES)[(idx + idx // len(stages)) % len(MODES)]
         bench.prepare(folder, STAGES[stage].reads)
-        with open(folder / "stderr", "wb") as err:
-            child = subprocess.Popen(
-                bench.command(stage),
-                cwd=folder,
-                env=bench.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=err,
-                start_new_session=True,
-            )
+        child = bench.start(bench.command(stage), folder, start_new_session=True)
         found = []
         try:
             code, took = child.wait(timeout=rng.uniform(0.02, bench.took_s(stage) * 0.95)), 0.0

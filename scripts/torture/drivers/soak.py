@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,10 +22,7 @@ def drive(bench, report, amount):
     folder = bench.work / "soak"
     bench.prepare(folder, STAGES["ppo"].reads)
     command = bench.command("ppo", "--iterations", "1000000", "--checkpoint-every", "5", "--probe-every", "10")
-    with open(folder / "stderr", "wb") as err:
-        child = subprocess.Popen(
-            command, cwd=folder, env=bench.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err
-        )
+    child = bench.start(command, folder)
     rollouts, samples = folder / "run/ppo/rollouts", []
     ends = time.monotonic() + bench.patient(_WARM_S)
     while time.monotonic() < ends and child.poll() is None and len(list(rollouts.glob("*.parquet"))) < _WARM:

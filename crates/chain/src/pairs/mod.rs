@@ -388,6 +388,18 @@ pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
     Ok(PairFile { pairs, n_records, left_out })
 }
 
+/// How many human pairs a weight allows beside so many judged ones.
+#[must_use]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "a number of pairs"
+)]
+pub fn beside(n_judged: usize, weight: f64) -> usize {
+    (weight * n_judged as f64).round() as usize
+}
+
 /// A row of a file that is left out, and why.
 #[must_use]
 pub fn of_row(path: &Path, row: usize, reason: impl fmt::Display) -> LeftOut {

@@ -210,13 +210,7 @@ impl<'a> Mixture<'a> {
         n_judged: usize,
         config: &PreferencesConfig,
     ) -> Vec<(Split, PreferenceRow)> {
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            clippy::cast_precision_loss,
-            reason = "a number of pairs"
-        )]
-        let most = (config.pairs_weight * n_judged as f64).round() as usize;
+        let most = pairs::beside(n_judged, config.pairs_weight);
         let is_own = |row: &&Row<'_>| {
             let virtue = row.pair.about.map(|about| about.virtue);
             row.aspect == set.aspect && (set.virtue.is_none() || set.virtue == virtue)

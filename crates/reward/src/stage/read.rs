@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::Result;
 use arete_chain::constitution::listed;
+use arete_chain::pairs;
 use arete_model::Chat;
 use arete_records::{Refusal, Split, left_out, split_of};
-use arete_training::within_positions;
 use sha2::{Digest, Sha256};
 
 use super::{Base, Job};
@@ -28,7 +28,7 @@ impl Base<'_> {
     pub(super) fn read(&self, job: &Job, chat: &Chat<'_>) -> Result<Data> {
         let config = self.config;
         let rendering = Rendering {
-            max_length: within_positions(&self.model.config, config.max_length),
+            max_length: self.max_length,
             over_length: config.over_length,
             label: config.label,
             margin_per_vote: config.margin_per_vote,
@@ -132,13 +132,7 @@ impl Base<'_> {
             }
             <[u8; 32]>::from(hash.finalize())
         });
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            clippy::cast_precision_loss,
-            reason = "a number of pairs"
-        )]
-        let most = (config.pairs_weight * n_judged as f64).round() as usize;
+        let most = pairs::beside(n_judged, config.pairs_weight);
         pairs.truncate(most);
         tracing::info!(set = %set.name, judged = n_judged, human = pairs.len(), "pairs mixed");
         Ok(pairs)
