@@ -146,19 +146,23 @@ struct ReportArgs {
 }
 
 fn main() -> ExitCode {
-    let command = cli::parse::<Cli>().command;
-    // A stage's own log is shown by the run; of what only looks, just warnings.
-    let is_work = matches!(command, Command::Stage { .. } | Command::Doctor(_) | Command::Push(_));
-    cli::init_tracing_at(if is_work { "info" } else { "warn" });
     arete_stage::run::resolve_devices_with(|name| {
         arete_model::machine::device(name).ok().map(arete_model::machine::device_name)
     });
     let mut answer = 0; // `status --exit-code` answers by it
-    let work = || execute(command).map(|code| answer = code);
+    let work = || parsed().map(|code| answer = code);
     let ended = arete_stage::exit::run(work, |cause| {
         arete_engine::class_of(cause).or_else(|| arete_training::class_of(cause))
     });
     if ended == ExitCode::SUCCESS { ExitCode::from(answer) } else { ended }
+}
+
+fn parsed() -> Result<u8> {
+    let command = cli::parse::<Cli>().command;
+    // A stage's own log is shown by the run; of what only looks, just warnings.
+    let is_work = matches!(command, Command::Stage { .. } | Command::Doctor(_) | Command::Push(_));
+    cli::init_tracing_at(if is_work { "info" } else { "warn" });
+    execute(command)
 }
 
 fn execute(command: Command) -> Result<u8> {

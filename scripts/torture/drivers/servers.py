@@ -29,7 +29,7 @@ def drive(bench, report, amount):
         stage, name, fault, when = case
         if stage not in wanted:
             wanted[stage] = _undisturbed(bench, folder, stage)
-        report.case(f"{stage}, {name}, {when}", _disturbed(bench, folder, stage, fault, when, wanted[stage]), keep=folder)
+        report.case(f"{stage}, {name}, {when}", _disturbed(bench, folder, stage, name, fault, when, wanted[stage]), keep=folder)
 
 
 def _command(bench, stage, url, *flags):
@@ -44,6 +44,8 @@ def _command(bench, stage, url, *flags):
 
 
 _SERVED = ["conversations", "preferences"]
+# Faults that are none where a reply is asked for: whatever its text, and whatever stands in log-probabilities that nobody wanted.
+_REPLIES = ["escapes", "logprobs-positive", "logprobs-text"]
 
 
 def _rows(bench, folder, stage):
@@ -62,7 +64,7 @@ def _undisturbed(bench, folder, stage):
     return _rows(bench, folder, stage)
 
 
-def _disturbed(bench, folder, stage, fault, when, wanted):
+def _disturbed(bench, folder, stage, name, fault, when, wanted):
     first = 1 if when == "first" else 20
     bench.prepare(folder, STAGES[stage].reads)
     environment = bench.environment(OPENAI_API_KEY=KEY)
@@ -78,7 +80,8 @@ def _disturbed(bench, folder, stage, fault, when, wanted):
         if KEY in ended.err + ended.out:
             found.append("the key is shown")
         found += [f"the key is in {path.name}" for path in (folder / "run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-        if ended.code == 0 and when != "once":
+        is_reply = stage == "conversations" and name in _REPLIES
+        if ended.code == 0 and when != "once" and not is_reply:
             # Passing trouble of one request may be an abstention; of every one it may not be.
             found += [f"exit code 0 with other rows in {', '.join(_other(bench, folder, stage, wanted))}"] * bool(_other(bench, folder, stage, wanted))
         server.fault = None

@@ -61,15 +61,18 @@ fn text_of(content: &Value) -> Option<String> {
     }
 }
 
-/// Tokens of a reply. The interface lets a server keep silent about it; then none are counted.
-fn n_tokens(answer: &Value) -> usize {
+/// Tokens of a reply. The interface lets a server keep silent about it; then none are counted. A count that is none is refused.
+fn n_tokens(answer: &Value) -> Result<usize, String> {
     let n = &answer["usage"]["completion_tokens"];
-    let whole = n.as_u64().or_else(|| {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
-        let whole = |n: f64| n as u64;
-        n.as_f64().filter(|n| (0.0..1e9).contains(n) && n.fract() == 0.0).map(whole)
-    });
-    usize::try_from(whole.unwrap_or(0)).unwrap_or(0)
+    if n.is_null() {
+        return Ok(0);
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
+    let whole = |n: f64| n as usize;
+    n.as_f64()
+        .filter(|n| (0.0..1e9).contains(n) && n.fract() == 0.0)
+        .map(whole)
+        .ok_or_else(|| format!("usage.completion_tokens: expected a number of tokens, got {n}"))
 }
 
 /// Whether the model thought, and came to no reply.
@@ -87,7 +90,7 @@ pub(super) fn reply(answer: &Value) -> Result<Reply, Failure> {
     let choice = &answer["choices"][0];
     let message = &choice["message"];
     let text = text_of(&message["content"]).map(|text| text.trim().to_owned());
-    let n_tokens = n_tokens(answer);
+    let n_tokens = n_tokens(answer).map_err(refused)?;
     let finish_reason = match choice["finish_reason"].as_str() {
         Some("stop" | "eos" | "eos_token" | "stop_sequence" | "end" | "end_turn") => {
             FinishReason::Stop
@@ -206,6 +209,16 @@ mod tests {
             parts["usage"] = usage;
             let reply = reply(&parts).unwrap_or_else(|_| panic!("{parts}"));
             assert_eq!((reply.text.as_str(), reply.n_tokens), ("It would be kind.", n));
+        }
+    }
+
+    #[test]
+    fn a_count_of_tokens_that_is_none_is_refused() {
+        let mut absurd = answer(json!({"content": "Kindly."}), "stop");
+        for n in [json!(-1), json!(i64::MIN), json!(u64::MAX), json!(1e300), json!(1.5), json!("9")] {
+            absurd["usage"] = json!({"completion_tokens": n});
+            let refusal = reply(&absurd).err().unwrap_or_else(|| panic!("{n} was taken"));
+            assert!(refusal.reason.contains("usage.completion_tokens"), "{}", refusal.reason);
         }
     }
 
