@@ -83,6 +83,11 @@ JUDGES = ["people", "virtue", "ensemble", *ENSEMBLE]
 
 class Arms(Study):
     name = "arms"
+    judges = JUDGES
+    reward_settings, rloo_settings, dpo_settings = REWARD, RLOO, DPO
+    max_new_tokens = MAX_NEW_TOKENS
+    temperature = 1
+    rollout_prompts = "prompts-A"
 
     # Data.
 
@@ -130,13 +135,15 @@ class Arms(Study):
         rows = self.pairs(virtue, held_out=("train",))
         return sorted(rows, key=lambda row: digest(row["question"]))[:VIRTUE_PAIRS]
 
+    def examining(self, virtue):
+        return self.pairs(virtue, held_out=("validation", "test"))
+
     def reward(self, virtue):
         """A reward model of the pairs of one virtue, examined on those that are held out."""
-        rows = [*self.teaching(virtue), *self.pairs(virtue, held_out=("validation", "test"))]
-        pairs = self.write(f"pairs-{virtue}.jsonl", rows)
+        pairs = self.write(f"pairs-{virtue}.jsonl", [*self.teaching(virtue), *self.examining(virtue)])
         output = self.runs / f"reward/{virtue}"
         seed = 1 + ENSEMBLE.index(virtue)
-        self.run(program("arete-reward"), "train", pairs=pairs, model=self.base, output=output, seed=seed, **REWARD)
+        self.run(program("arete-reward"), "train", pairs=pairs, model=self.base, output=output, seed=seed, **self.reward_settings)
         # Without score_stats.json, which is of the pairs' sides.
         bare = self.runs / "rewards" / virtue
         bare.mkdir(parents=True, exist_ok=True)
@@ -201,8 +208,8 @@ class Arms(Study):
 
     def rloo(self, name, seed, rewards="rewards", **changes):
         output = self.runs / f"{name}-{seed}"
-        flags = {**RLOO, **changes}
-        places = {"prompts": self.runs / "prompts-A", "rewards": self.runs / rewards, "model": self.base}
+        flags = {**self.rloo_settings, **changes}
+        places = {"prompts": self.runs / self.rollout_prompts, "rewards": self.runs / rewards, "model": self.base}
         self.run(program("arete-ppo"), "train", output=output, seed=seed, **places, **flags)
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         curve = ("objective/scores", "objective/kl", "policy_grad_norm", "policy/clipfrac_avg", "length_action", "truncated_action")
@@ -225,21 +232,22 @@ class Arms(Study):
     def coin(self, seed):
         """RLOO on a coin: where does a policy drift that learns nothing?"""
         output = self.runs / f"coin-{seed}"
-        places = {"prompts": self.runs / "prompts-A", "constitution": self.runs / "answer.toml", "model": self.base}
-        self.run(program("arete-ppo"), "train", output=output, seed=seed, **places, **RLOO, **{"programmed-reward": "coin"})
+        places = {"prompts": self.runs / self.rollout_prompts, "constitution": self.runs / "answer.toml", "model": self.base}
+        flags = {**self.rloo_settings, "programmed-reward": "coin"}
+        self.run(program("arete-ppo"), "train", output=output, seed=seed, **places, **flags)
         return {"seed": seed, **self.moved(output)}
 
     def control(self, output):
         """What a control gained over the base, by every judge."""
-        before, after = self.replies(self.scored("sft", 1)), self.replies(output)
+        before, after = self.replies(self.scored("sft", self.temperature)), self.replies(output)
         gained = {key: (after[key] - before[key])[None] for key in before}
-        return {judge: looked_at(gained, judge) for judge in JUDGES} | {"tokens": crossed(gained["tokens"])}
+        return {judge: looked_at(gained, judge) for judge in self.judges} | {"tokens": crossed(gained["tokens"])}
 
     def less_coin(self):
         """What rloo's seeds gained more than the coin's one."""
         coin = self.replies(self.scored("coin-1", 1))
         runs = [self.replies(self.scored(f"rloo-{seed}", 1)) for seed in SEEDS]
-        return {judge: crossed(np.array([run[judge] for run in runs]), coin[judge][None]) for judge in [*JUDGES, "tokens"]}
+        return {judge: crossed(np.array([run[judge] for run in runs]), coin[judge][None]) for judge in [*self.judges, "tokens"]}
 
     def statistics(self):
         """What the reward models are standardised by, of the pilot's 64 replies of the base, for every run from here on."""
@@ -251,7 +259,7 @@ class Arms(Study):
     def dpo(self, name, seed, **changes):
         output = self.runs / f"{name}-{seed}"
         places = {"preferences": self.runs / "preferences", "model": self.base}
-        self.run(program("arete-dpo"), "train", output=output, seed=seed, **places, **{**DPO, **changes})
+        self.run(program("arete-dpo"), "train", output=output, seed=seed, **places, **{**self.dpo_settings, **changes})
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in metrics if "loss" in line]
         evaluation = output / "evaluation.json"
@@ -329,7 +337,7 @@ class Arms(Study):
         """A policy's replies to the test prompts, by the reward models and people's words."""
         output = self.scored(name, temperature)
         output.parent.mkdir(exist_ok=True)
-        flags = {"temperature": temperature, "max-new-tokens": MAX_NEW_TOKENS, "seed": 1, "yardstick": self.runs / "words/people"}
+        flags = {"temperature": temperature, "max-new-tokens": self.max_new_tokens, "seed": 1, **self.yardstick()}
         flags["sft" if name == "sft" else "final"] = self.base if name == "sft" else self.runs / name
         places = {"prompts": self.runs / "prompts-test", "base": self.base, "rewards": self.runs / "rewards"}
         self.run(program("arete-scoring"), "score", output=output, **places, **flags)
@@ -341,8 +349,11 @@ class Arms(Study):
             "coherence": summary["models"][0]["coherence"],
             "tokens": float(replies["tokens"].mean()),
             "cut": float(replies["cut"].mean()),
-            **{name: float(replies[name].mean()) for name in JUDGES},
+            **{name: float(replies[name].mean()) for name in self.judges},
         }
+
+    def yardstick(self):
+        return {"yardstick": self.runs / "words/people"}
 
     def scored(self, name, temperature):
         return self.runs / ("scored" if temperature == 1 else f"scored-{temperature}") / name
@@ -356,23 +367,31 @@ class Arms(Study):
             own["tokens"], own["cut"] = row["n_tokens"], float(row["finish_reason"] == "length")
             if row["yardstick_words"] is not None:
                 own["people"] = row["yardstick_words"]
-        bags = self.bags("virtue")
         (file,) = (output / "replies").glob("*.parquet")
+        texts = {}
         for row in pq.read_table(file).to_pylist():
+            question, reply = (message["content"] for message in row["messages"][-2:])
             if own := by_prompt.get(row["prompt_id"]):
-                text = row["messages"][-1]["content"]
-                own["virtue"] = bag_score(bags, whole_sentences(text) if own["cut"] else text)
+                texts[row["prompt_id"]] = question, whole_sentences(reply) if own["cut"] else reply
+        for judge, scores in self.judged(list(texts.values())).items():
+            for key, score in zip(texts, scores):
+                by_prompt[key][judge] = score
         ordered = [by_prompt[key] for key in sorted(by_prompt)]
         out = {name: np.array([own[name] for own in ordered], float) for name in ordered[0]}
         out["ensemble"] = sum(out[virtue] for virtue in ENSEMBLE) / len(ENSEMBLE)
         return out
+
+    def judged(self, replies):
+        """What each judge that is no reward model says of pairs of a question and a reply."""
+        bags = self.bags("virtue")
+        return {"virtue": [bag_score(bags, reply) for _, reply in replies]}
 
     def compare(self, arms, temperature=1):
         """What the arms (and how many seeds of each) gained, and by how much they differ."""
         before = self.replies(self.scored("sft", temperature))
         after = {arm: [self.replies(self.scored(f"{arm}-{seed}", temperature)) for seed in SEEDS[:n]] for arm, n in arms.items()}
         gained = {arm: {key: np.array([run[key] - before[key] for run in runs]) for key in before} for arm, runs in after.items()}
-        figures = {arm: {judge: looked_at(own, judge) for judge in JUDGES} for arm, own in gained.items()}
+        figures = {arm: {judge: looked_at(own, judge) for judge in self.judges} for arm, own in gained.items()}
         for arm, own in gained.items():
             figures[arm]["tokens"] = crossed(own["tokens"])
             figures[arm]["cut"] = crossed(own["cut"])
@@ -382,13 +401,16 @@ class Arms(Study):
                 n = min(arms[first], arms[last])
                 own = {key: gained[last][key][:n] - gained[first][key][:n] for key in before}
                 between = figures[f"{last} - {first}"] = {}
-                for judge in JUDGES:
+                for judge in self.judges:
                     between[judge] = {
                         "mean": crossed(gained[last][judge], gained[first][judge]),
                         "equal_length": at_equal_length(own[judge], own["tokens"], own["cut"]),
                         "equal_length_two_looks": at_equal_length(own[judge], own["tokens"], own["cut"], 0.025),
                     }
-        return {"seeds": arms, "figures": figures, "arete_compare": self.arete_compare(arms, figures, temperature)}
+        return {"seeds": arms, "figures": figures, **self.checked(arms, figures, temperature)}
+
+    def checked(self, arms, figures, temperature):
+        return {"arete_compare": self.arete_compare(arms, figures, temperature)}
 
     def arete_compare(self, arms, figures, temperature):
         """`arete compare` on people's words of the same replies, a run an arm and seed; this script's figures must be its.
@@ -423,22 +445,22 @@ class Arms(Study):
         return {key: found[key] for key in ("within", "between", "n_looks")}
 
 
-def agreement(groups):
+def agreement(groups, judges=("people", "virtue")):
     """Of [groups, samples, figures]: correlations among the samples of a prompt, and what the ensemble's favourite gains by each judge."""
     values = np.array(groups)
-    names = ["ensemble", *ENSEMBLE, "people", "virtue", "tokens"]
+    names = ["ensemble", *ENSEMBLE, *judges, "tokens"]
     column = {name: values[:, :, i] for i, name in enumerate(names)}
     best = column["ensemble"].argmax(1)[:, None]
     of_best = {
         name: paired((np.take_along_axis(own, best, 1)[:, 0] - own.mean(1)))
         for name, own in column.items()
-        if name in ("ensemble", "people", "virtue", "tokens")
+        if name in ("ensemble", *judges, "tokens")
     }
     return {
         "groups": len(values),
         "correlation_with": {
             judge: {name: within_correlation(column[name], column[judge]) for name in names if name != judge}
-            for judge in ("people", "virtue")
+            for judge in judges
         },
         "best": of_best,
     }

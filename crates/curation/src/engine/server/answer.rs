@@ -215,7 +215,8 @@ mod tests {
     #[test]
     fn a_count_of_tokens_that_is_none_is_refused() {
         let mut absurd = answer(json!({"content": "Kindly."}), "stop");
-        for n in [json!(-1), json!(i64::MIN), json!(u64::MAX), json!(1e300), json!(1.5), json!("9")] {
+        for n in [json!(-1), json!(i64::MIN), json!(u64::MAX), json!(1e300), json!(1.5), json!("9")]
+        {
             absurd["usage"] = json!({"completion_tokens": n});
             let refusal = reply(&absurd).err().unwrap_or_else(|| panic!("{n} was taken"));
             assert!(refusal.reason.contains("usage.completion_tokens"), "{}", refusal.reason);
