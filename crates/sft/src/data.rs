@@ -149,9 +149,8 @@ fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool
     let (split, names_split) = match present("split") {
         None => (split_of(&messages), false),
         Some(value) => {
-            let split = serde_json::from_value(value.clone())
-                .map_err(|_| FieldError::new("split", "train, validation or test", value))?;
-            (split, true)
+            let wrong = || FieldError::new("split", "train, validation or test", value);
+            (pairs::named_split(object).ok_or_else(wrong)?, true)
         }
     };
     let row = Demonstration { row, split, messages, n_context };

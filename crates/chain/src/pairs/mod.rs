@@ -187,12 +187,12 @@ pub fn of_record(
         chosen_prob: chosen_prob(record)?,
         vote_lead: 0,
         about,
-        split: split(record),
+        split: named_split(record),
     }))
 }
 
 /// The split that a record names, by its own name or one that begins like it (`test_prefs`).
-fn split(record: &Map<String, Value>) -> Option<Split> {
+pub fn named_split(record: &Map<String, Value>) -> Option<Split> {
     let name = record.get("split")?.as_str()?;
     let begins = |words: &[&str]| words.iter().any(|word| name.starts_with(word));
     if begins(&["train"]) {

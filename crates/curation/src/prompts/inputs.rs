@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use arete_records::table::{self, Format};
-use arete_records::{Refusal, left_out};
+use arete_records::{Refusal, Split, left_out};
 use arete_stage::inputs::Piped;
 
 /// What exists here as it is, what looks like a hub id downloaded, `-` and pipes copied.
@@ -35,14 +35,8 @@ pub(super) fn local(inputs: &[String], piped: &mut Piped) -> Result<Vec<PathBuf>
 /// Of a data set's files those that belong to a split by their name, or all if none does: as
 /// `datasets.load_dataset` takes them. hh-rlhf holds transcripts of another form beside its pairs.
 pub(super) fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
-    const SPLITS: [&str; 8] =
-        ["train", "training", "validation", "valid", "dev", "val", "test", "eval"];
-    let names_split = |path: &PathBuf| {
-        let stem = table::stem(path).to_lowercase();
-        let mut words = stem.split(|c: char| !c.is_ascii_alphabetic());
-        words.any(|word| SPLITS.contains(&word))
-    };
-    let (chosen, others): (Vec<PathBuf>, Vec<PathBuf>) = files.into_iter().partition(names_split);
+    let (chosen, others): (Vec<PathBuf>, Vec<PathBuf>) =
+        files.into_iter().partition(|path| split_in(&table::stem(path)).is_some());
     if chosen.is_empty() {
         return others;
     }
@@ -50,6 +44,32 @@ pub(super) fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
         tracing::warn!(file = %path.display(), "left out: its name is that of no split");
     }
     chosen
+}
+
+/// The split that a name has for one of its words, as `datasets.load_dataset` reads names of files and folders.
+fn split_in(name: &str) -> Option<Split> {
+    name.to_lowercase().split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
+        "train" | "training" => Some(Split::Train),
+        "validation" | "valid" | "dev" | "val" => Some(Split::Validation),
+        "test" | "testing" | "eval" | "evaluation" => Some(Split::Test),
+        _ => None,
+    })
+}
+
+/// The split that each file is held out for by its name, or by that of its folder inside of an input. None where no file would
+/// be left to train on: then names say nothing.
+pub(super) fn held_out(inputs: &[PathBuf], files: &[PathBuf]) -> Vec<Option<Split>> {
+    let of = |path: &PathBuf| {
+        let is_inside = |dir: &&Path| {
+            inputs.iter().any(|input| dir.parent().is_some_and(|up| up.starts_with(input)))
+        };
+        let folder = path.parent().filter(is_inside).and_then(Path::file_name);
+        split_in(&table::stem(path))
+            .or_else(|| split_in(&folder?.to_string_lossy()))
+            .filter(|split| *split != Split::Train)
+    };
+    let held: Vec<Option<Split>> = files.iter().map(of).collect();
+    if held.iter().all(Option::is_some) { vec![None; files.len()] } else { held }
 }
 
 /// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a

@@ -198,8 +198,9 @@ fn selection(config: &PromptsConfig) -> Selection {
 /// be used are left out, unless they are more than a [share](left_out::is_share).
 ///
 /// The rows come in the order of a hash of seed and id, whatever the order of the inputs: a limit
-/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had. Three prompts or more give each
-/// split one ([`fill_splits`]).
+/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had. A prompt's split is the one that its
+/// record names; that of its file, where files are named as validation and test; else drawn among those that no file
+/// is held out for. Three prompts or more give each split one ([`fill_splits`]).
 ///
 /// # Errors
 ///
@@ -208,10 +209,17 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
     let mut counts = Counts::default();
     let mut seen = HashSet::new();
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
-    for path in files(inputs)? {
-        let default_source = table::stem(&path);
+    let files = files(inputs)?;
+    let held_out = inputs::held_out(inputs, &files);
+    let drawn = |messages: &[Message]| {
+        Some(split_of(messages))
+            .filter(|split| !held_out.contains(&Some(*split)))
+            .unwrap_or(Split::Train)
+    };
+    for (path, own) in files.iter().zip(&held_out) {
+        let default_source = table::stem(path);
         let mut wrong = Vec::new();
-        let table = table::read_renamed(&path, &selection.columns)?;
+        let table = table::read_renamed(path, &selection.columns)?;
         let n_records = table.n_rows();
         counts.read += table.unreadable.len();
         wrong.extend(pairs::unreadable(table.unreadable));
@@ -244,13 +252,13 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
                 .unwrap_or_else(|| default_source.clone());
             rows.push(PromptRow {
                 prompt_id,
-                split: split_of(&messages),
+                split: pairs::named_split(&record).or(*own).unwrap_or_else(|| drawn(&messages)),
                 source,
                 prompt: messages,
             });
         }
         counts.unusable += wrong.len();
-        left_out.extend(pairs::leave_out(&path, wrong, n_records)?);
+        left_out.extend(pairs::leave_out(path, wrong, n_records)?);
     }
     if rows.is_empty() {
         bail!(Refusal::file(
@@ -490,6 +498,37 @@ mod tests {
         assert_eq!(of_splits(sharded.clone()), sharded[..1]);
         let plain = paths(&["questions.jsonl", "more.jsonl"]);
         assert_eq!(of_splits(plain.clone()), plain);
+    }
+
+    #[test]
+    fn prompts_held_out_by_record_or_file_stay_held_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines = |name: &str, n: usize| -> String {
+            (0..n).map(|i| format!("{{\"prompt\": \"{name} {i}\"}}\n")).collect()
+        };
+        fs_err::create_dir(dir.path().join("dev")).unwrap();
+        file(&dir, "test-00000-of-00001.jsonl", &lines("held", 30));
+        file(&dir, "dev/contest.jsonl", &lines("seen", 30));
+        let named = "{\"prompt\": \"own\", \"split\": \"validation\"}\n";
+        file(&dir, "train.jsonl", &(lines("taught", 100) + named));
+        let splits = |inputs: &[PathBuf], begins: &str| -> BTreeMap<Split, usize> {
+            let (mut rows, _) = gather(inputs, &selection()).unwrap();
+            rows.retain(|row| row.prompt[0].content.starts_with(begins));
+            tally(&rows).1
+        };
+        let all = [dir.path().to_path_buf()];
+        assert_eq!(splits(&all, "held"), BTreeMap::from([(Split::Test, 30)]));
+        assert_eq!(splits(&all, "seen"), BTreeMap::from([(Split::Validation, 30)]));
+        assert_eq!(splits(&all, "taught"), BTreeMap::from([(Split::Train, 100)]));
+        assert_eq!(splits(&all, "own"), BTreeMap::from([(Split::Validation, 1)]));
+        // With nothing to train on, names say nothing; a folder around an input does not either.
+        for input in ["test-00000-of-00001.jsonl", "dev/contest.jsonl", "dev"] {
+            assert_eq!(splits(&[dir.path().join(input)], "").len(), 3, "{input}");
+        }
+        // Where no file is one of validation, some of the others are.
+        let two = ["test-00000-of-00001.jsonl", "train.jsonl"].map(|name| dir.path().join(name));
+        let drawn = splits(&two, "taught");
+        assert_eq!(drawn.keys().copied().collect::<Vec<_>>(), [Split::Train, Split::Validation]);
     }
 
     #[test]
