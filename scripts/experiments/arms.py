@@ -367,6 +367,7 @@ class Arms(Study):
             own["tokens"], own["cut"] = row["n_tokens"], float(row["finish_reason"] == "length")
             if row["yardstick_words"] is not None:
                 own["people"] = row["yardstick_words"]
+                own["gold"] = row["yardstick"]
         (file,) = (output / "replies").glob("*.parquet")
         texts = {}
         for row in pq.read_table(file).to_pylist():

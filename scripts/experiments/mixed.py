@@ -18,11 +18,13 @@ Base        SFT on BOTH sides of the teaching pairs of three virtues, each a dem
 Rewards     honesty, prudence, compassion: each on the teaching pairs of its own virtue. Standardised on 64 replies of the base.
 Arms        rloo (four samples a prompt, mean of the three), dpo (on the very pairs that taught the three), coin (rloo on a coin); from the same
             base, on teaching questions of the three virtues, weights of the last step, seeds 1, 2, 3 (of dpo as time allows). Temperature 0.7 everywhere.
-Judges      "judge": logistic regression over what MiniLM makes of the reply; "words": the same over the words of the reply. Both
-            of the examining half's pairs of all virtues, five folds by question: every reply is judged by the fold that never saw its
-            question, and none saw a pair that taught a reward model or the policy.
-Primary     final - sft on 100 examining questions of the three virtues, at equal length, crossed seeds and prompts, by "judge": of rloo; then rloo less coin; then rloo
-            less dpo. Three looks, corrected (Bonferroni). Everything else is context.
+Judges      "gold": one reward model of the examining half's pairs of the three virtues together, over the same base, in two folds by
+            question. "judge": logistic regression over what MiniLM makes of the reply; "words": the same over the words of the reply; both of
+            the examining half's pairs of all virtues, five folds. Every reply is judged by the fold that never saw its question, and none
+            saw a pair that taught a reward model or the policy.
+Primary     final - sft on 100 examining questions of the three virtues, at equal length, crossed seeds and prompts, by "gold": of rloo; then
+            rloo less coin; then rloo less dpo. Three looks, corrected (Bonferroni). Everything else is context.
+            (Changed before the first policy was trained: "judge" was to be the judge, and tells 62 % of its pairs, honesty's at chance.)
 """
 
 import json
@@ -46,7 +48,7 @@ RIDGE = {"judge": 1.0, "words": 1.0}
 
 class Mixed(Arms):
     name = "mixed"
-    judges = ["judge", "words", "ensemble", *ENSEMBLE]
+    judges = ["gold", "judge", "words", "ensemble", *ENSEMBLE]
     max_new_tokens = 64
     temperature = 0.7
     rollout_prompts = "prompts-teaching"
@@ -169,6 +171,14 @@ class Mixed(Arms):
             figures[judge] = {"right": share(right), "lead": lead, "by_virtue": by, "excess": share(right[vice == "excess"])}
         return figures
 
+    def gold(self):
+        """Reward models of the examining half, a fold each: those of training had other pairs."""
+        pairs = self.write("pairs-examining.jsonl", self.half("examining", *ENSEMBLE))
+        flags = {**self.reward_settings, "folds": 2, "seed": 1}
+        self.run(program("arete-reward"), "train", pairs=pairs, model=self.base, output=self.runs / "gold", **flags)
+        card = json.loads((self.runs / "gold/yardstick.json").read_text())
+        return {name: card[name] for name in ("n_pairs", "reward_model", "bag_of_words")}
+
     # Before any policy is trained: is there a signal among the base's own replies?
 
     def among_samples(self, n_samples=8):
@@ -195,7 +205,7 @@ class Mixed(Arms):
     # Measuring.
 
     def yardstick(self):
-        return {}
+        return {"yardstick": self.runs / "gold"}
 
     def checked(self, arms, figures, temperature):
         return {}
@@ -209,10 +219,10 @@ class Mixed(Arms):
         before = self.replies(self.scored("sft", self.temperature))
         after = {arm: [self.replies(self.scored(f"{arm}-{seed}", self.temperature)) for seed in SEEDS[:n]] for arm, n in arms.items()}
         look = lambda own: {  # noqa: E731
-            "equal_length": at_equal_length(own["judge"], own["tokens"], own["cut"], alpha),
-            "mean": crossed(own["judge"], alpha=alpha),
+            "equal_length": at_equal_length(own["gold"], own["tokens"], own["cut"], alpha),
+            "mean": crossed(own["gold"], alpha=alpha),
         }
-        keys = ("judge", "tokens", "cut")
+        keys = ("gold", "tokens", "cut")
         out = {"rloo - sft": look({key: np.array([run[key] - before[key] for run in after["rloo"]]) for key in keys})}
         for other in set(arms) - {"rloo"}:
             runs = list(zip(after["rloo"], after[other]))
@@ -253,6 +263,7 @@ def steps(study):
     out["preferences"] = study.preferences
     out["pilot-rloo-9"] = lambda: study.rloo("pilot-rloo", 9, iterations=1, schedule="constant", **{"probe-prompts": 32})
     out["statistics"] = study.statistics
+    out["gold"] = study.gold
     out["scored-sft"] = lambda: study.score("sft", study.temperature)
     order = [(name, seed) for seed in SEEDS for name in ("rloo", "coin", "dpo")]
     for name, seed in order:

@@ -21,7 +21,6 @@ pub mod endpoint;
 pub mod front;
 pub mod gold;
 mod labels;
-pub mod pairs;
 pub mod policies;
 pub mod replies;
 pub mod report;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use arete_chain::constitution::{Constitution, Turns, carried_by_reward_models};
+use arete_chain::pairs::{self, LabelledPair};
 use arete_chain::reward_model::{Base, RewardModel, adapter_dir};
 use arete_chain::yardstick::{self, Place};
 use arete_chain::{Member, Yardstick, members, reading};
@@ -17,14 +18,13 @@ use arete_engine::EngineArgs;
 use arete_model::machine::Machine;
 use arete_model::{Adapter, Source, machine};
 use arete_records::rows::{ConversationRow, PromptRow};
-use arete_records::{Aspect, Refusal, Split, files, parquet, score_stats};
+use arete_records::{Aspect, Refusal, Split, files, left_out, parquet, score_stats};
 use arete_stage::interrupt;
 use arete_stage::run::{self, Completion, StageRun, StageSpec, Start};
 use arete_stage::units::{SHARDS, Units};
 use serde_json::{Map, Value};
 
 use crate::config::ScoreConfig;
-use crate::pairs::{self, LabelledPair};
 use crate::policies::{self, Policy, Shelf, load_adapter, vocabulary_sha256};
 use crate::replies::{Drawing, sample_chains};
 use crate::rewards::{self, ReplyLogprob, answers, aspect_scores};
@@ -325,17 +325,7 @@ impl<'a> Work<'a> {
         for policy in &self.plan.policies {
             self.measure(policy)?;
         }
-        let labelled = match &self.plan.inputs.pairs {
-            Some(path) => {
-                let columns = self.plan.config.column.as_deref().unwrap_or_default();
-                let mut labelled = pairs::read(path, columns)?;
-                if self.plan.config.max_pairs > 0 {
-                    labelled.truncate(self.plan.config.max_pairs);
-                }
-                labelled
-            }
-            None => Vec::new(),
-        };
+        let labelled = self.labelled()?;
         for policy in self.plan.in_loading_order().into_iter().rev() {
             self.judge_pairs(policy, &labelled)?;
         }
@@ -343,6 +333,28 @@ impl<'a> Work<'a> {
             self.measure_by_yardstick(policy)?;
         }
         self.join(&labelled)
+    }
+
+    /// The labelled pairs by which policies are compared, if there are any.
+    fn labelled(&self) -> Result<Vec<LabelledPair>> {
+        let Some(path) = &self.plan.inputs.pairs else { return Ok(Vec::new()) };
+        let config = self.plan.config;
+        let (mut labelled, left_out) =
+            pairs::read_pairs(path, config.column.as_deref().unwrap_or_default())?;
+        left_out::write(self.output, &left_out)?;
+        if labelled.is_empty() {
+            let found = format!("none, and {} rows left out", left_out.len());
+            bail!(Refusal::file(
+                path,
+                "rows",
+                "pairs of conversations that end with a reply",
+                found
+            ));
+        }
+        if config.max_pairs > 0 {
+            labelled.truncate(config.max_pairs);
+        }
+        Ok(labelled)
     }
 
     fn reply(&mut self, policy: &Policy) -> Result<()> {

@@ -56,20 +56,16 @@ fn split_in(name: &str) -> Option<Split> {
     })
 }
 
-/// The split that each file is held out for by its name, or by that of its folder inside of an input. None where no file would
-/// be left to train on: then names say nothing.
-pub(super) fn held_out(inputs: &[PathBuf], files: &[PathBuf]) -> Vec<Option<Split>> {
-    let of = |path: &PathBuf| {
-        let is_inside = |dir: &&Path| {
-            inputs.iter().any(|input| dir.parent().is_some_and(|up| up.starts_with(input)))
-        };
-        let folder = path.parent().filter(is_inside).and_then(Path::file_name);
-        split_in(&table::stem(path))
-            .or_else(|| split_in(&folder?.to_string_lossy()))
-            .filter(|split| *split != Split::Train)
+/// The split that a file is held out for by its name, or by that of its folder inside of an input.
+pub(super) fn held_out(inputs: &[PathBuf], file: &Path) -> Option<Split> {
+    let is_inside = |dir: &&Path| {
+        let up = dir.parent();
+        inputs.iter().any(|input| up.is_some_and(|up| up.starts_with(input)))
     };
-    let held: Vec<Option<Split>> = files.iter().map(of).collect();
-    if held.iter().all(Option::is_some) { vec![None; files.len()] } else { held }
+    let folder = file.parent().filter(is_inside).and_then(Path::file_name);
+    split_in(&table::stem(file))
+        .or_else(|| split_in(&folder?.to_string_lossy()))
+        .filter(|split| *split != Split::Train)
 }
 
 /// `owner/name`, perhaps with `@revision` or `/path` behind it, as on the hub; unless `owner` is a

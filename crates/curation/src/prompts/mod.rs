@@ -4,7 +4,7 @@
 mod config;
 mod inputs;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -198,9 +198,8 @@ fn selection(config: &PromptsConfig) -> Selection {
 /// be used are left out, unless they are more than a [share](left_out::is_share).
 ///
 /// The rows come in the order of a hash of seed and id, whatever the order of the inputs: a limit
-/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had. A prompt's split is the one that its
-/// record names; that of its file, where files are named as validation and test; else drawn among those that no file
-/// is held out for. Three prompts or more give each split one ([`fill_splits`]).
+/// takes an even spread of all inputs, and a larger limit keeps what a smaller one had. A prompt's split is that of its opening
+/// question, unless names hold prompts out ([`hold_out`]). Three prompts or more give each split one ([`fill_splits`]).
 ///
 /// # Errors
 ///
@@ -209,17 +208,12 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
     let mut counts = Counts::default();
     let mut seen = HashSet::new();
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
-    let files = files(inputs)?;
-    let held_out = inputs::held_out(inputs, &files);
-    let drawn = |messages: &[Message]| {
-        Some(split_of(messages))
-            .filter(|split| !held_out.contains(&Some(*split)))
-            .unwrap_or(Split::Train)
-    };
-    for (path, own) in files.iter().zip(&held_out) {
-        let default_source = table::stem(path);
+    let mut held_out = HashMap::new();
+    for path in files(inputs)? {
+        let of_file = inputs::held_out(inputs, &path);
+        let default_source = table::stem(&path);
         let mut wrong = Vec::new();
-        let table = table::read_renamed(path, &selection.columns)?;
+        let table = table::read_renamed(&path, &selection.columns)?;
         let n_records = table.n_rows();
         counts.read += table.unreadable.len();
         wrong.extend(pairs::unreadable(table.unreadable));
@@ -241,6 +235,10 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
                 counts.too_long += 1;
                 continue;
             }
+            let of_record = pairs::named_split(&record).filter(|split| *split != Split::Train);
+            if let Some(split) = of_record.or(of_file) {
+                held_out.entry(opening(&messages)).or_insert(split);
+            }
             let prompt_id = prompt_id(&messages);
             if !seen.insert(prompt_id.clone()) {
                 counts.duplicates += 1;
@@ -252,13 +250,13 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
                 .unwrap_or_else(|| default_source.clone());
             rows.push(PromptRow {
                 prompt_id,
-                split: pairs::named_split(&record).or(*own).unwrap_or_else(|| drawn(&messages)),
+                split: split_of(&messages),
                 source,
                 prompt: messages,
             });
         }
         counts.unusable += wrong.len();
-        left_out.extend(pairs::leave_out(path, wrong, n_records)?);
+        left_out.extend(pairs::leave_out(&path, wrong, n_records)?);
     }
     if rows.is_empty() {
         bail!(Refusal::file(
@@ -271,6 +269,7 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
             )
         ));
     }
+    hold_out(&mut rows, &held_out);
     rows.sort_by_cached_key(|row| spread_key(selection.seed, &row.prompt_id));
     fill(&mut rows);
     let n_usable = rows.len();
@@ -293,14 +292,31 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
     Ok(Gathered { rows, counts, left_out })
 }
 
+/// Gives prompts whose opening question is held out by name (their record's, or their file's) the split of that name, and draws
+/// the others among the splits that no name holds out. Where nothing would be left to train on, names say nothing.
+fn hold_out(rows: &mut [PromptRow], held_out: &HashMap<String, Split>) {
+    let own: Vec<Option<Split>> =
+        rows.iter().map(|row| held_out.get(&opening(&row.prompt)).copied()).collect();
+    if own.iter().all(Option::is_some) {
+        return;
+    }
+    let taken: BTreeSet<Split> = own.iter().flatten().copied().collect();
+    for (row, named) in rows.iter_mut().zip(own) {
+        let drawn = if taken.contains(&row.split) { Split::Train } else { row.split };
+        row.split = named.unwrap_or(drawn);
+    }
+}
+
+/// The opening question of a prompt.
+fn opening(prompt: &[Message]) -> String {
+    let asked = prompt.iter().find(|message| message.role == Role::User);
+    asked.map_or_else(String::new, |message| message.content.clone())
+}
+
 /// Gives every split a prompt where there are enough: prompts of one opening question stay together.
 fn fill(rows: &mut [PromptRow]) {
-    let opening = |row: &PromptRow| {
-        let asked = row.prompt.iter().find(|message| message.role == Role::User);
-        asked.map_or_else(String::new, |message| message.content.clone())
-    };
     let mut items: Vec<(String, Split)> =
-        rows.iter().map(|row| (opening(row), row.split)).collect();
+        rows.iter().map(|row| (opening(&row.prompt), row.split)).collect();
     let n_moved = fill_splits(&mut items);
     if n_moved > 0 {
         tracing::info!(prompts = n_moved, "moved to splits that would have had none");
@@ -510,7 +526,10 @@ mod tests {
         file(&dir, "test-00000-of-00001.jsonl", &lines("held", 30));
         file(&dir, "dev/contest.jsonl", &lines("seen", 30));
         let named = "{\"prompt\": \"own\", \"split\": \"validation\"}\n";
-        file(&dir, "train.jsonl", &(lines("taught", 100) + named));
+        // A question that is asked in training, too, is held out.
+        file(&dir, "train.jsonl", &(lines("taught", 100) + &lines("held", 1) + named));
+        let all_train = lines("taught", 100).replace('}', ", \"split\": \"train\"}");
+        file(&dir, "all-train.jsonl", &all_train);
         let splits = |inputs: &[PathBuf], begins: &str| -> BTreeMap<Split, usize> {
             let (mut rows, _) = gather(inputs, &selection()).unwrap();
             rows.retain(|row| row.prompt[0].content.starts_with(begins));
@@ -521,8 +540,8 @@ mod tests {
         assert_eq!(splits(&all, "seen"), BTreeMap::from([(Split::Validation, 30)]));
         assert_eq!(splits(&all, "taught"), BTreeMap::from([(Split::Train, 100)]));
         assert_eq!(splits(&all, "own"), BTreeMap::from([(Split::Validation, 1)]));
-        // With nothing to train on, names say nothing; a folder around an input does not either.
-        for input in ["test-00000-of-00001.jsonl", "dev/contest.jsonl", "dev"] {
+        // With nothing to train on, or nothing held out, names say nothing; a folder around an input does not either.
+        for input in ["test-00000-of-00001.jsonl", "dev/contest.jsonl", "dev", "all-train.jsonl"] {
             assert_eq!(splits(&[dir.path().join(input)], "").len(), 3, "{input}");
         }
         // Where no file is one of validation, some of the others are.

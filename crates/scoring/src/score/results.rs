@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anyhow::{Result, bail};
+use arete_chain::pairs::LabelledPair;
 use arete_chain::yardstick::Place;
 use arete_chain::{Member, Ruled};
 use arete_records::parquet;
@@ -13,7 +14,6 @@ use arete_records::{Aspect, Refusal, ScoreStats, atomic};
 use super::{COHERENCE, POLICY_PREFERENCES, REPLIES, SCORES, SUMMARY, Units, Work};
 use crate::coherence::{Coherence, ReplyFacts, repeated_4grams};
 use crate::endpoint::Primary;
-use crate::pairs::LabelledPair;
 use crate::policies::same_source;
 use crate::rows::{CoherenceRow, MeasureRow, PolicyPreferenceRow, YardstickRow};
 use crate::summary::{self, ModelSummary, PreferenceAccuracy, Standardisation, Summary};
