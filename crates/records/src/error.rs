@@ -120,7 +120,7 @@ pub enum Error {
     Refused(#[from] crate::Refusal),
 
     /// A directory is nested deeper than any stage writes.
-    #[error("{}: nested deeper than {limit} directories", path.display())]
+    #[error("{}: nested deeper than {limit} directories: take out the link that points upwards, if it is one", path.display())]
     TooDeep {
         /// The directory.
         path: PathBuf,

@@ -85,7 +85,8 @@ fn sha256_tree(
 /// Every file under a directory, links followed, hidden directories and links and those directories that `skip` names
 /// left out: paths relative to it with `/` between names, sorted.
 ///
-/// A hidden link is not followed: an editor's lock is one that leads nowhere, by design.
+/// A hidden link is not followed: an editor's lock is one that leads nowhere, by design. Links that lead nowhere, pipes and devices
+/// are no files.
 ///
 /// # Errors
 ///
@@ -112,11 +113,19 @@ pub fn walk(dir: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>, Err
                 }
                 continue;
             }
-            if fs_err::metadata(&path)?.is_dir() {
+            let found = match fs_err::metadata(&path) {
+                Err(error)
+                    if error.kind() == ErrorKind::NotFound && entry.file_type()?.is_symlink() =>
+                {
+                    continue;
+                }
+                found => found?,
+            };
+            if found.is_dir() {
                 if !skip(&path) {
                     visit(&path, &format!("{relative}/"), depth + 1, skip, files)?;
                 }
-            } else {
+            } else if found.is_file() {
                 files.push(relative);
             }
         }
@@ -262,6 +271,9 @@ mod tests {
         fs_err::create_dir(dir.path().join(".ipynb_checkpoints")).unwrap();
         fs_err::write(dir.path().join(".ipynb_checkpoints/prompts.jsonl"), "{}").unwrap();
         fs_err::write(dir.path().join("._prompts.jsonl"), "x").unwrap();
+        // No reader takes these for data.
+        std::os::unix::fs::symlink("/dev/zero", dir.path().join("z.jsonl")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.path().join("gone.jsonl")).unwrap();
         assert_eq!(sha256_path(dir.path()).unwrap(), sum);
         fs_err::write(dir.path().join("more.jsonl"), "{}").unwrap();
         assert_ne!(sha256_path(dir.path()).unwrap(), sum);

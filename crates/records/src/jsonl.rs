@@ -28,23 +28,33 @@ const MIN_VALUE_BYTES: u64 = 512 << 20;
 const MAX_VALUE_RATIO: u64 = 8;
 
 /// What a value takes besides its text, with the room that a growing list keeps free.
-const VALUE_BYTES: u64 = 160;
+pub(crate) const VALUE_BYTES: u64 = 160;
 
 /// The memory that the values of one file may take.
-struct Budget {
+pub(crate) struct Budget {
     limit: u64,
     used: u64,
 }
 
 impl Budget {
-    fn of(n_file_bytes: u64) -> Self {
+    pub(crate) fn of(n_file_bytes: u64) -> Self {
         let limit = MIN_VALUE_BYTES.saturating_add(n_file_bytes.saturating_mul(MAX_VALUE_RATIO));
         Self { limit, used: 0 }
     }
 
     /// Takes what the values of a text will need; an error if that is more than is left.
     fn take(&mut self, path: &Path, line: usize, text: &str) -> Result<(), Error> {
-        self.used = self.used.saturating_add(text.len() as u64 + VALUE_BYTES * n_values(text));
+        self.take_bytes(path, line, text.len() as u64 + VALUE_BYTES * n_values(text))
+    }
+
+    /// The same of so many bytes.
+    pub(crate) fn take_bytes(
+        &mut self,
+        path: &Path,
+        line: usize,
+        n_bytes: u64,
+    ) -> Result<(), Error> {
+        self.used = self.used.saturating_add(n_bytes);
         if self.used <= self.limit {
             return Ok(());
         }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use crate::jsonl::Unreadable;
-use crate::jsonl::{self, NumberedObject};
+use crate::jsonl::{self, Budget, NumberedObject, VALUE_BYTES};
 use crate::{At, Error, Refusal, left_out, parquet};
 
 /// How a file holds its records.
@@ -235,14 +235,22 @@ pub fn read_renamed(path: impl AsRef<Path>, columns: &[Column]) -> Result<Table,
 /// A text a line; blank lines are none.
 fn lines(path: &Path) -> Result<Vec<NumberedObject>, Error> {
     let text = jsonl::read_text(path)?;
-    let numbered = (1..).zip(text.lines());
-    Ok(numbered
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(number, line)| {
-            (number, Map::from_iter([("text".to_owned(), Value::String(line.to_owned()))]))
-        })
-        .collect())
+    let mut budget = Budget::of(fs_err::metadata(path)?.len());
+    let mut records = Vec::new();
+    // Line ends of every system, one by one: a blank line has a number, too.
+    for (number, line) in (1..).zip(text.replace("\r\n", "\n").split(['\n', '\r'])) {
+        if line.trim().is_empty() {
+            continue;
+        }
+        budget.take_bytes(path, number, line.len() as u64 + 2 * VALUE_BYTES)?;
+        records
+            .push((number, Map::from_iter([("text".to_owned(), Value::String(line.to_owned()))])));
+    }
+    Ok(records)
 }
+
+/// What a cell takes besides its text, as it is read and again as a value under its name.
+const CELL_BYTES: usize = 96;
 
 /// Cells that are null, as pandas reads them (`pandas.read_csv`, `na_values`).
 const NULLS: [&str; 19] = [
@@ -255,6 +263,9 @@ const NULLS: [&str; 19] = [
 /// again has `.1` after it.
 fn separated(path: &Path, separator: char) -> Result<Table, Error> {
     let text = jsonl::read_text(path)?;
+    let mut budget = Budget::of(fs_err::metadata(path)?.len());
+    let n_cells = text.chars().filter(|c| [separator, '\n', '\r'].contains(c)).count();
+    budget.take_bytes(path, 1, (text.len() + n_cells * CELL_BYTES) as u64)?;
     let mut records = cells(&text, separator)
         .map_err(|line| {
             let (expected, got) = ("a quote that closes".to_owned(), "none to the end".to_owned());
@@ -274,6 +285,8 @@ fn separated(path: &Path, separator: char) -> Result<Table, Error> {
             ));
             continue;
         }
+        let n_bytes: usize = names.iter().map(|name| name.len() + CELL_BYTES).sum();
+        budget.take_bytes(path, line, n_bytes as u64)?;
         let cell = |cell: String| if NULLS.contains(&&*cell) { Value::Null } else { cell.into() };
         rows.push(record.into_iter().map(cell).collect());
         numbers_of_rows.push(row);
@@ -446,6 +459,35 @@ mod tests {
         ] {
             assert_eq!(split_name(Path::new(name)), (stem.to_owned(), format), "{name}");
         }
+    }
+
+    #[test]
+    fn what_unpacks_to_many_cells_is_refused_before_it_takes_the_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            let file = fs_err::File::create(&path).unwrap();
+            let mut packer = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+            std::io::Write::write_all(&mut packer, text.as_bytes()).unwrap();
+            packer.finish().unwrap();
+            read(&path).unwrap_err().to_string()
+        };
+        assert!(write("x.txt.gz", &"a\n".repeat(4_000_000)).contains("bytes of memory"));
+        assert!(write("x.csv.gz", &"a,\n".repeat(4_000_000)).contains("bytes of memory"));
+        let names = vec!["n".repeat(1000); 1000].join(",");
+        let rows = format!("{}\n", ",".repeat(999)).repeat(1000);
+        assert!(write("y.csv.gz", &format!("{names}\n{rows}")).contains("bytes of memory"));
+    }
+
+    #[test]
+    fn texts_have_the_line_ends_of_every_system() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.txt");
+        fs_err::write(&path, "a\r\nb\rc\n\nd").unwrap();
+        let found = read(&path).unwrap();
+        let texts: Vec<_> =
+            found.iter().map(|(line, r)| (*line, r["text"].as_str().unwrap())).collect();
+        assert_eq!(texts, [(1, "a"), (2, "b"), (3, "c"), (5, "d")]);
     }
 
     #[test]

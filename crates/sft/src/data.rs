@@ -67,7 +67,7 @@ pub fn file_of(path: &Path) -> PathBuf {
 }
 
 /// Reads demonstrations: `demonstrations.parquet`, or a file of any format that [`table`] reads with `messages` (or
-/// `conversations`, as ShareGPT has them), `prompt` and `completion` (texts, hh-rlhf's form too, or lists of messages), or
+/// `conversation`, or `conversations` as ShareGPT has them), `prompt` and `completion` (texts, hh-rlhf's form too, or lists of messages), or
 /// `instruction`, `input` and `output` (Alpaca's); and optionally `split`, without which the split is that of the prompt
 /// (80/10/10 by its hash, and none without a row where there are enough). Rows that are no such conversation are left out
 /// and named, unless they are too many.
@@ -127,9 +127,13 @@ fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool
     let present = |field: &str| pairs::present(object, field);
     let reply =
         ["completion", "output", "response"].into_iter().find(|field| present(field).is_some());
-    let whole = match (present("messages"), present("conversations")) {
-        (Some(value), _) => Some(("messages", value)),
-        (None, Some(value)) if reply.is_none() => Some(("conversations", value)),
+    let list =
+        ["messages", "conversation"].into_iter().find_map(|field| Some((field, present(field)?)));
+    let whole = match (list, present("conversations")) {
+        (Some(list), _) => Some(list),
+        (None, Some(value)) if reply.is_none() || ends_with_reply(value) => {
+            Some(("conversations", value))
+        }
         _ => None,
     };
     let (messages, n_context) = if let Some((field, value)) = whole {
@@ -143,7 +147,7 @@ fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool
         };
         let prompt = pairs::question(object)?.ok_or_else(|| missing("prompt"))?;
         let reply = reply.ok_or_else(|| missing("completion"))?;
-        let own = pairs::messages(reply, &object[reply], Role::Assistant)?;
+        let own = pairs::following(reply, &object[reply], &prompt)?;
         (pairs::after(&prompt, own), prompt.len())
     };
     let (split, names_split) = match present("split") {
@@ -156,6 +160,12 @@ fn parse(row: usize, object: &Map<String, Value>) -> Result<(Demonstration, bool
     let row = Demonstration { row, split, messages, n_context };
     check(&row)?;
     Ok((row, names_split))
+}
+
+/// Whether the assistant speaks last in a conversation: no other field's reply follows it.
+fn ends_with_reply(conversation: &Value) -> bool {
+    let own = pairs::messages("conversations", conversation, Role::User).unwrap_or_default();
+    own.last().is_some_and(|last| last.role == Role::Assistant)
 }
 
 fn check(row: &Demonstration) -> Result<(), FieldError> {

@@ -141,6 +141,19 @@ fn every_form_of_demonstration_is_read() {
 }
 
 /// The layout of Dahoas/full-hh-rlhf, as prompt and completion.
+/// Magpie has the conversation beside its two parts.
+#[test]
+fn a_conversation_that_ends_with_the_reply_is_whole() {
+    let magpie = r#"{"instruction": "q", "response": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}"#;
+    let rows = read_text(magpie).unwrap();
+    assert_eq!(rows[0].messages, [Message::user("q"), Message::assistant("a")]);
+    let quoted = "Here:\n\nHuman: Hi\n\nAssistant: Hello";
+    let text = serde_json::json!({"prompt": "Write a dialogue.", "completion": quoted, "split": "train_sft"});
+    let rows = read_text(&text.to_string()).unwrap();
+    assert_eq!(rows[0].messages, [Message::user("Write a dialogue."), Message::assistant(quoted)]);
+    assert_eq!(rows[0].split, Split::Train);
+}
+
 #[test]
 fn a_completion_that_repeats_its_prompt_is_the_whole_conversation() {
     let asked = r#"[{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]"#;

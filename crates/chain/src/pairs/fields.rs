@@ -33,7 +33,7 @@ impl FieldError {
         record: &Map<String, Value>,
     ) -> Self {
         let names: Vec<&str> = record.keys().map(String::as_str).collect();
-        Self { field, expected: expected.into(), got: names.join(", ") }
+        Self { field, expected: expected.into(), got: shortened(&names.join(", ").into()) }
     }
 
     /// Refuses a line that holds no record.
@@ -69,6 +69,12 @@ pub fn messages(
     role: Role,
 ) -> Result<Vec<Message>, FieldError> {
     match value {
+        Value::String(text) if is_list_as_text(field, text) => {
+            let written = "a text or a list of {role, content} (as JSON, not as Python writes it)";
+            let parsed: Vec<Value> =
+                serde_json::from_str(text).map_err(|_| FieldError::new(field, written, value))?;
+            parsed.iter().map(|item| message(field, item)).collect()
+        }
         Value::String(text) => Ok(dialogue::turns(text)
             .or_else(|| led_by_system(text, role))
             .unwrap_or_else(|| vec![Message { role, content: text.trim().to_owned() }])),
@@ -76,6 +82,40 @@ pub fn messages(
         Value::Object(_) => Ok(vec![message(field, value)?]),
         other => Err(FieldError::new(field, "a text or a list of {role, content}", other)),
     }
+}
+
+/// Whether a text is a list of messages that was written out, as a table of texts makes of one.
+fn is_list_as_text(field: &str, text: &str) -> bool {
+    let is_of_messages = ["messages", "conversations", "conversation"].contains(&field);
+    let text = text.trim_start();
+    let opens =
+        |open: &str| text.strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with(open));
+    is_of_messages && (opens("{\"") || opens("{'"))
+}
+
+/// The messages in a field that follow `prompt`: a reply, or a whole conversation which repeats the prompt's last question. Another
+/// text with speakers in it is a reply that quotes a conversation, unless it is marked as one by a blank line before the first.
+///
+/// # Errors
+///
+/// As [`messages`].
+pub fn following(
+    field: &'static str,
+    value: &Value,
+    prompt: &[Message],
+) -> Result<Vec<Message>, FieldError> {
+    let own = messages(field, value, Role::Assistant)?;
+    let Value::String(text) = value else { return Ok(own) };
+    let Some(asked) = prompt.iter().rev().find(|message| message.role == Role::User) else {
+        return Ok(own);
+    };
+    let repeats = |message: &Message| message.content.trim() == asked.content.trim();
+    let first = own.first().map_or(Role::Assistant, |first| first.role);
+    let is_marked = first == Role::User && text.replace("\r\n", "\n").starts_with("\n\n");
+    if first == Role::Assistant || is_marked || own.iter().any(repeats) {
+        return Ok(own);
+    }
+    Ok(vec![Message::assistant(text.trim())])
 }
 
 /// A conversation in hh-rlhf's form after a system text, as our own export writes it. A question that merely quotes such a
@@ -158,8 +198,8 @@ fn text_of_part(part: &Value) -> Option<&str> {
     }
 }
 
-/// The question of a record: its `prompt`; `conversations` as ShareGPT has them; or an `instruction` with its `input`, as
-/// Alpaca has them. A `system` text leads, unless the question has one of its own. None if the record has none of these.
+/// The question of a record: its `prompt`; `conversations` as ShareGPT has them; an `instruction` with its `input`, as
+/// Alpaca has them; or a `question`. A `system` text leads, unless the question has one of its own. None if the record has none of these.
 ///
 /// # Errors
 ///
@@ -174,6 +214,8 @@ pub fn question(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, Fie
         let mut messages = history(record)?;
         messages.push(Message::user(instruction(record, value)?));
         messages
+    } else if let Some(value) = present("question") {
+        prompt("question", value)?
     } else {
         return Ok(None);
     };
@@ -187,9 +229,10 @@ pub fn present<'a>(record: &'a Map<String, Value>, field: &str) -> Option<&'a Va
     record.get(field).filter(|value| !value.is_null())
 }
 
-/// Puts the record's `system` text before a conversation that has none of its own.
+/// Puts the record's `system` text (or `system_prompt`, as OpenOrca has it) before a conversation that has none of its own.
 pub fn lead(record: &Map<String, Value>, messages: &mut Vec<Message>) {
-    let system = record.get("system").and_then(Value::as_str).map_or("", str::trim);
+    let named = ["system", "system_prompt"].into_iter().find_map(|name| present(record, name));
+    let system = named.and_then(Value::as_str).map_or("", str::trim);
     let leads = !system.is_empty() && !messages.is_empty();
     if leads && messages.iter().all(|message| message.role != Role::System) {
         messages.insert(0, Message::system(system));
@@ -210,8 +253,9 @@ pub(super) fn context(record: &Map<String, Value>) -> Option<&Value> {
 fn instruction(record: &Map<String, Value>, value: &Value) -> Result<String, FieldError> {
     let wrong = |field, value| FieldError::new(field, "a text", value);
     let asked = value.as_str().ok_or_else(|| wrong("instruction", value))?.trim();
-    let input = match record.get("input") {
-        None | Some(Value::Null) => "",
+    // dolly calls the text that is asked about `context`.
+    let input = match present(record, "input") {
+        None => record.get("context").and_then(Value::as_str).unwrap_or_default().trim(),
         Some(value) => value.as_str().ok_or_else(|| wrong("input", value))?.trim(),
     };
     Ok([asked, input].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n"))

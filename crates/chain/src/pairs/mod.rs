@@ -41,7 +41,7 @@ use crate::constitution::{Turns, listed};
 use crate::exemplars::{Exemplar, Use};
 
 use self::fields::context;
-pub use self::fields::{FieldError, lead, messages, present, prompt, question};
+pub use self::fields::{FieldError, following, lead, messages, present, prompt, question};
 pub use self::whole::{read_pairs, splits_of_pairs};
 pub use arete_records::table::shortened;
 
@@ -193,7 +193,7 @@ pub fn of_record(
 
 /// The split that a record names, by its own name or one that begins like it (`test_prefs`).
 pub fn named_split(record: &Map<String, Value>) -> Option<Split> {
-    let name = record.get("split")?.as_str()?;
+    let name = record.get("split")?.as_str()?.to_ascii_lowercase();
     let begins = |words: &[&str]| words.iter().any(|word| name.starts_with(word));
     if begins(&["train"]) {
         Some(Split::Train)
@@ -202,6 +202,17 @@ pub fn named_split(record: &Map<String, Value>) -> Option<Split> {
     } else {
         begins(&["test", "eval"]).then_some(Split::Test)
     }
+}
+
+/// The split that a name of a file or folder has for one of its words, as `datasets.load_dataset` reads names.
+#[must_use]
+pub fn split_in(name: &str) -> Option<Split> {
+    name.to_lowercase().split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
+        "train" | "training" => Some(Split::Train),
+        "validation" | "valid" | "dev" | "val" => Some(Split::Validation),
+        "test" | "testing" | "eval" | "evaluation" => Some(Split::Test),
+        _ => None,
+    })
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a probability")]
@@ -230,7 +241,7 @@ fn sides(
         return Err(FieldError::columns(missing, expected, record));
     }
     let side = |field: &'static str| {
-        let mut own = messages(field, &record[field], Role::Assistant)?;
+        let mut own = following(field, &record[field], &prompt)?;
         let opens = own.first().is_some_and(|first| first.role != Role::Assistant);
         if prompt.is_empty() {
             if opens || !own.iter().all(|message| message.role == Role::Assistant) {
@@ -362,7 +373,7 @@ pub struct PairFile {
 pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
     let table = table::read_renamed(path, columns)?;
     let (n_records, records) = (table.n_rows(), table.records);
-    let layouts::Found { pairs, mut wrong, even } = if layouts::are_trees(&records) {
+    let layouts::Found { mut pairs, mut wrong, even } = if layouts::are_trees(&records) {
         layouts::trees(&records)
     } else if layouts::are_rated(&records) {
         layouts::rated(&records)
@@ -379,6 +390,10 @@ pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
         }
         found
     };
+    for pair in &mut pairs {
+        let at = records.binary_search_by_key(&pair.row, |(row, _)| *row);
+        pair.split = at.ok().and_then(|at| named_split(&records[at].1));
+    }
     wrong.extend(unreadable(table.unreadable));
     let mut left_out = leave_out(path, wrong, n_records)?;
     if !even.is_empty() {
@@ -471,7 +486,7 @@ pub fn conversation_of(record: &Map<String, Value>) -> Result<Option<Vec<Message
         return prompt("context", context).map(Some);
     }
     if let Some(question) = question(record)? {
-        return Ok(Some(question));
+        return Ok(Some(around(record, &question).unwrap_or(question)));
     }
     if let Some(value) = present("chosen") {
         let mut own = messages("chosen", value, Role::Assistant)?;
@@ -481,15 +496,30 @@ pub fn conversation_of(record: &Map<String, Value>) -> Result<Option<Vec<Message
         lead(record, &mut own);
         return Ok(Some(own));
     }
-    for field in ["messages", "text"] {
+    for field in ["messages", "conversation", "text"] {
         if let Some(value) = present(field) {
             let mut own = messages(field, value, Role::User)?;
             lead(record, &mut own);
             return Ok(Some(own));
         }
     }
-    let expected = "one of the columns prompt, messages, conversations, instruction, chosen, text";
+    let expected = "one of the columns prompt, messages, conversations, conversation, instruction, question, chosen, text, or another that is named \
+                    (--column prompt=NAME)";
     Err(FieldError::columns("record", expected, record))
+}
+
+/// The conversation of a record that asks `question` in it: its list of messages, or one of its sides where that is whole.
+fn around(record: &Map<String, Value>, question: &[Message]) -> Option<Vec<Message>> {
+    let asked = question.iter().rev().find(|message| message.role == Role::User)?;
+    ["messages", "chosen"].into_iter().find_map(|field| {
+        let list = present(record, field).filter(|value| value.is_array())?;
+        let mut own = messages(field, list, Role::Assistant).ok()?;
+        let is_around = own.iter().any(|message| {
+            message.role == Role::User && message.content.trim() == asked.content.trim()
+        });
+        lead(record, &mut own);
+        is_around.then_some(own)
+    })
 }
 
 /// Reads our own `preferences/<aspect>/<split>.parquet`.
@@ -603,6 +633,42 @@ mod tests {
         assert_eq!(conversation_of(&record(passages)).unwrap().unwrap(), [Message::user("q")]);
     }
 
+    /// TRL's form with an explicit prompt: what a reply quotes is a part of it.
+    #[test]
+    fn a_reply_that_quotes_a_conversation_stays_a_reply() {
+        for quoted in
+            ["Sure! Here is one:\n\nHuman: Hi\n\nAssistant: Hello", "Human: Hi\n\nAssistant: Hello"]
+        {
+            let text = serde_json::json!({"prompt": "Write a dialogue.", "chosen": quoted, "rejected": "No."});
+            assert_eq!(pair(&text.to_string()), conversations("Write a dialogue.", quoted, "No."));
+        }
+        let repeats = "Human: q\n\nAssistant: a";
+        let text = serde_json::json!({"prompt": "q", "chosen": repeats, "rejected": "b"});
+        assert_eq!(pair(&text.to_string()), conversations("q", "a", "b"));
+    }
+
+    #[test]
+    fn public_layouts_keep_what_is_asked_about() {
+        let of = |text: &str| conversation_of(&record(text)).map(Option::unwrap);
+        let dolly = r#"{"instruction": "When?", "context": "In 2000.", "response": "2000"}"#;
+        assert_eq!(of(dolly).unwrap(), [Message::user("When?\nIn 2000.")]);
+        let orca = r#"{"system_prompt": "Be brief.", "question": "Why?", "response": "So."}"#;
+        assert_eq!(of(orca).unwrap(), [Message::system("Be brief."), Message::user("Why?")]);
+        let turns = r#"[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]"#;
+        let all = [Message::user("q"), Message::assistant("a"), Message::user("r")];
+        // UltraChat, Tulu, lmsys-chat; and a list that a table of texts keeps as text.
+        for text in [
+            format!(r#"{{"prompt": "q", "messages": {turns}}}"#),
+            format!(r#"{{"prompt": "r", "chosen": {turns}}}"#),
+            format!(r#"{{"conversation": {turns}}}"#),
+            format!(r#"{{"messages": {}}}"#, Value::from(turns)),
+        ] {
+            assert_eq!(of(&text).unwrap(), all, "{text}");
+        }
+        let error = of(r#"{"messages": "[{'role': 'user', 'content': 'q'}]"}"#).unwrap_err();
+        assert!(error.expected.contains("as JSON"), "{error}");
+    }
+
     #[test]
     fn what_prefers_neither_side_is_named_and_a_split_that_is_named_is_kept() {
         let dir = tempfile::tempdir().unwrap();
@@ -616,6 +682,10 @@ mod tests {
         fs_err::write(&path, rows.join("\n")).unwrap();
         let (pairs, left_out) = read_pairs(&path, &[]).unwrap();
         assert_eq!(splits_of_pairs(&pairs), [Split::Test, Split::Train]);
+        let rated = |text: &str, mark: i64| serde_json::json!({"prompt": "q", "response": text, "helpfulness": mark, "split": "Test"});
+        let helpful = dir.path().join("helpsteer.jsonl");
+        fs_err::write(&helpful, format!("{}\n{}\n", rated("a", 1), rated("b", 4))).unwrap();
+        assert_eq!(read_pairs(&helpful, &[]).unwrap().0[0].split, Some(Split::Test));
         let left: Vec<(&str, &str)> = left_out.iter().map(|l| (&*l.item, &*l.reason)).collect();
         assert_eq!(left, [("x.jsonl:2", "prefers neither side")]);
     }

@@ -10,6 +10,7 @@ use arete_chain::constitution::listed;
 use arete_chain::pairs::{self, LabelledPair};
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PreferenceRow;
+use arete_records::table::{self, Column};
 use arete_records::{Aspect, Message, Refusal, Split, prompt_id, split_of};
 use arete_stage::run::StageSpec;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,10 @@ pub struct LabelledConfig {
     /// Fewest pairs that each of them must have
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub min_pairs: usize,
+    /// A column under another name than ours, as prompt=question; may be given more than once
+    #[arg(long = "column", value_name = "OURS=THEIRS")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<Vec<Column>>,
 }
 
 /// Writes labelled pairs as `<aspect>/<split>.parquet`, or `<virtue>/<split>.parquet`.
@@ -46,7 +51,9 @@ pub struct LabelledConfig {
 /// Unreadable inputs, pairs without a virtue where they are sorted by it, too few pairs, a full disk.
 pub fn run(config: &LabelledConfig, files: &[PathBuf], output: &Path) -> Result<()> {
     let started = Instant::now();
-    let (rows, mut left_out) = read(files, config.pairs_aspect.as_deref(), &Turns::default())?;
+    let columns = config.column.as_deref().unwrap_or_default();
+    let aspect = config.pairs_aspect.as_deref();
+    let (rows, mut left_out) = read(files, columns, aspect, &Turns::default())?;
     let spec = StageSpec {
         stage: STAGE,
         output,
@@ -134,6 +141,7 @@ impl Row<'_> {
 /// Reads labelled pairs that have a question and two replies, repeated ones once; and what is left out of them.
 fn read<'a>(
     files: &'a [PathBuf],
+    columns: &[Column],
     aspect: Option<&str>,
     turns: &Turns,
 ) -> Result<(Vec<Row<'a>>, Vec<LeftOut>)> {
@@ -148,15 +156,23 @@ fn read<'a>(
     };
     let (mut rows, mut seen) = (Vec::<Row<'_>>::new(), HashSet::new());
     let mut left_out = Vec::new();
+    // A file that is named as another split than train is held out, unless none would be left.
+    let held_out =
+        |path: &Path| pairs::split_in(&table::stem(path)).filter(|split| *split != Split::Train);
+    let are_all_held_out = files.iter().all(|path| held_out(path).is_some());
     for path in files {
+        let of_file = held_out(path).filter(|_| !are_all_held_out);
         let (n_left_out, n_before) = (left_out.len(), rows.len());
-        let (pairs, unusable) = pairs::read_pairs(path, &[])?;
+        let (pairs, unusable) = pairs::read_pairs(path, columns)?;
         left_out.extend(unusable);
         for pair in pairs {
             let [better, worse] =
                 [&pair.chosen, &pair.rejected].map(|side| prompts::tidied(side.messages.clone()));
             let Some((question, chosen, rejected)) = pairs::part(&better, &worse) else {
-                let reason = "its sides do not part after a question";
+                let reason = match better == worse {
+                    true => "its sides are the same",
+                    false => "its sides do not part after a question",
+                };
                 left_out.push(pairs::of_row(path, pair.row, reason));
                 continue;
             };
@@ -164,7 +180,7 @@ fn read<'a>(
                 left_out.push(pairs::of_row(path, pair.row, "the same pair as one before"));
                 continue;
             }
-            let split = pair.split.unwrap_or_else(|| split_of(&question));
+            let split = pair.split.or(of_file).unwrap_or_else(|| split_of(&question));
             let aspect = pair.about.map_or(default, |about| about.aspect);
             rows.push(Row { file: path, pair, aspect, split, question, sides: [chosen, rejected] });
         }
@@ -188,7 +204,7 @@ impl<'a> Mixture<'a> {
         if !(weight.is_finite() && weight > 0.0) {
             bail!(Refusal::setting("pairs_weight", "a positive number", weight));
         }
-        let (mut rows, _) = read(&config.pairs, config.pairs_aspect.as_deref(), turns)?;
+        let (mut rows, _) = read(&config.pairs, &[], config.pairs_aspect.as_deref(), turns)?;
         rows.retain(|row| row.split == Split::Train);
         // In the order of a hash, so that a part of them is a fair one.
         rows.sort_by_cached_key(|row| {
@@ -232,7 +248,7 @@ mod tests {
     }
 
     fn labelled(by: By, min_pairs: usize) -> LabelledConfig {
-        LabelledConfig { by, pairs_aspect: None, min_pairs }
+        LabelledConfig { by, pairs_aspect: None, min_pairs, column: None }
     }
 
     #[test]

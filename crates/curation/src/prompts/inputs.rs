@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use arete_chain::pairs::split_in;
 use arete_records::table::{self, Format};
 use arete_records::{Refusal, Split, left_out};
 use arete_stage::inputs::Piped;
@@ -44,16 +45,6 @@ pub(super) fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
         tracing::warn!(file = %path.display(), "left out: its name is that of no split");
     }
     chosen
-}
-
-/// The split that a name has for one of its words, as `datasets.load_dataset` reads names of files and folders.
-fn split_in(name: &str) -> Option<Split> {
-    name.to_lowercase().split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
-        "train" | "training" => Some(Split::Train),
-        "validation" | "valid" | "dev" | "val" => Some(Split::Validation),
-        "test" | "testing" | "eval" | "evaluation" => Some(Split::Test),
-        _ => None,
-    })
 }
 
 /// The split that a file is held out for by its name, or by that of its folder inside of an input.
@@ -98,7 +89,10 @@ pub(super) fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>> {
             bail!(Refusal::file(
                 input,
                 "directory",
-                format!("at least one file: {}", table::READABLE),
+                format!(
+                    "at least one file: {} (a text only where it is named itself)",
+                    table::READABLE
+                ),
                 "none"
             ));
         }
@@ -108,8 +102,8 @@ pub(super) fn files(inputs: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(out)
 }
 
-/// Directories inside directories that are looked into: the hub's data sets have two levels.
-const MAX_DEPTH: usize = 4;
+/// Directories inside directories that are looked into; deeper ones, or links that point upwards, are refused when the input is hashed.
+const MAX_DEPTH: usize = 32;
 
 /// Names of files beside a data set's that hold no records, as `datasets` leaves them out, and our own marks.
 const NO_DATA: [&str; 8] = [

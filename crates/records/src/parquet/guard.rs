@@ -150,6 +150,8 @@ pub(super) fn check_contents(
             };
             text_bytes = text_bytes
                 .saturating_add(pages.n_values.saturating_mul(longest))
+                // A record as an object repeats the names of its columns.
+                .saturating_add(pages.n_values.saturating_mul(name.len().saturating_sub(64) as u64))
                 .saturating_add(pages.shared_prefix_bytes);
             within("size of the repeated text", text_bytes, budget.text_bytes)?;
         }

@@ -165,6 +165,16 @@ pub fn read_json(path: impl AsRef<Path>) -> Result<Vec<Map<String, Value>>, Erro
                 );
             }
         }
+        if columns.is_empty() {
+            let types = builder.schema().fields().iter();
+            let found = types.map(|field| format!("`{}` of {}", field.name(), field.data_type()));
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                what: "columns".to_owned(),
+                expected: "at least one whose values have a JSON form (texts, numbers, lists and structs of them)".to_owned(),
+                got: found.collect::<Vec<_>>().join(", "),
+            });
+        }
         read_columns(path, builder, columns)
     })
 }
