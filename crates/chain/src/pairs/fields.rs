@@ -198,8 +198,8 @@ fn text_of_part(part: &Value) -> Option<&str> {
     }
 }
 
-/// The question of a record: its `prompt`; `conversations` as ShareGPT has them; an `instruction` with its `input`, as
-/// Alpaca has them; or a `question`. A `system` text leads, unless the question has one of its own. None if the record has none of these.
+/// The question of a record: its `prompt`; `conversations` as ShareGPT has them; or an `instruction` with its `input`, as
+/// Alpaca has them. A `system` text leads, unless the question has one of its own. None if the record has none of these.
 ///
 /// # Errors
 ///
@@ -214,8 +214,6 @@ pub fn question(record: &Map<String, Value>) -> Result<Option<Vec<Message>>, Fie
         let mut messages = history(record)?;
         messages.push(Message::user(instruction(record, value)?));
         messages
-    } else if let Some(value) = present("question") {
-        prompt("question", value)?
     } else {
         return Ok(None);
     };

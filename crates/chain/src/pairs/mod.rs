@@ -503,7 +503,7 @@ pub fn conversation_of(record: &Map<String, Value>) -> Result<Option<Vec<Message
             return Ok(Some(own));
         }
     }
-    let expected = "one of the columns prompt, messages, conversations, conversation, instruction, question, chosen, text, or another that is named \
+    let expected = "one of the columns prompt, messages, conversations, conversation, instruction, chosen, text, or another that is named \
                     (--column prompt=NAME)";
     Err(FieldError::columns("record", expected, record))
 }
@@ -652,7 +652,7 @@ mod tests {
         let of = |text: &str| conversation_of(&record(text)).map(Option::unwrap);
         let dolly = r#"{"instruction": "When?", "context": "In 2000.", "response": "2000"}"#;
         assert_eq!(of(dolly).unwrap(), [Message::user("When?\nIn 2000.")]);
-        let orca = r#"{"system_prompt": "Be brief.", "question": "Why?", "response": "So."}"#;
+        let orca = r#"{"system_prompt": "Be brief.", "prompt": "Why?", "response": "So."}"#;
         assert_eq!(of(orca).unwrap(), [Message::system("Be brief."), Message::user("Why?")]);
         let turns = r#"[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]"#;
         let all = [Message::user("q"), Message::assistant("a"), Message::user("r")];
