@@ -73,7 +73,7 @@ impl SamplingConfig {
     pub fn check(&self) -> Result<(), Refusal> {
         settings::at_least("max_new_tokens", self.max_new_tokens, 1)?;
         settings::not_negative("temperature", self.temperature)?;
-        settings::fraction("top_p", self.top_p)
+        settings::positive_fraction("top_p", self.top_p)
     }
 
     /// As the engines take it.

@@ -142,6 +142,11 @@ fn selected(setup: &Setup, arguments: &RunArgs) -> Result<Vec<Step>> {
             steps.iter().rposition(comes_before).map_or(0, |at| at + 1)
         });
         steps.drain(..at);
+        if let Some(until) = until.filter(|_| steps.is_empty()) {
+            let message =
+                format!("--from {} --until {}: nothing lies between", from.name, until.name);
+            return Err(Usage(message).into());
+        }
     }
     Ok(steps)
 }

@@ -11,7 +11,7 @@ use arete_curation::stage::Work;
 use arete_reward::PreferenceSource;
 use arete_scoring::{ReportInputs, ScoreConfig, ScoreInputs};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::memory;
 use crate::setup::Setup;
@@ -152,6 +152,23 @@ impl Stage {
 /// Names of the stages, in order.
 pub fn names() -> Vec<&'static str> {
     PIPELINE.iter().map(|stage| stage.name).collect()
+}
+
+/// What a stage is made from besides its settings and the results of other stages: what stands in the recipe's `[run]`.
+///
+/// # Errors
+///
+/// A recipe that does not say where to compute.
+pub fn given(setup: &Setup, stage: &str) -> Result<Value> {
+    let model = setup.model().ok();
+    let given = match stage {
+        "prompts" => json!(setup.prompts),
+        "preferences" => json!([model, setup.judge]),
+        "ppo" => json!([model, setup.yardstick]),
+        "scoring" => json!([model, setup.yardstick, setup.pairs]),
+        _ => json!(model),
+    };
+    Ok(json!([given, setup.device()?]))
 }
 
 // ---- how each is run: as its own program does ----

@@ -17,11 +17,12 @@ use arete_scoring::summary::Scale;
 use arete_stage::exit::{BadInput, Usage};
 use arete_stage::interrupt;
 use arete_stage::recipe::Setting;
+use serde_json::Value;
 
 use crate::check;
 use crate::run::{self, RunArgs};
 use crate::setup::{Setup, SetupArgs, dated};
-use crate::steps;
+use crate::{stages, steps};
 
 /// The directory of stages that all combinations share.
 const SHARED: &str = "shared";
@@ -126,7 +127,14 @@ pub fn run(arguments: &SweepArgs) -> Result<u8> {
 /// Every combination of the values, with a directory named after its own.
 fn combinations(setup: &SetupArgs, root: &Path) -> Result<Vec<Combination>> {
     let mut all = vec![Vec::new()];
+    let mut keys = BTreeSet::new();
     for setting in &setup.set {
+        let text = setting.to_string();
+        let key = text.split('=').next().unwrap_or_default().to_owned();
+        if !keys.insert(key.clone()) {
+            let message = format!("--set: `{key}` comes twice: name all of its values in one");
+            return Err(Usage(message).into());
+        }
         let values = setting.alternatives().map_err(Usage)?;
         let longer = all.iter().flat_map(|chosen: &Vec<(Setting, bool)>| {
             let one = |value: &Setting| {
@@ -171,15 +179,18 @@ fn named(setting: &Setting) -> String {
     text.chars().filter(|c| !"\"' {}[]".contains(*c)).map(replaced).collect()
 }
 
-/// The stages that are in every combination with the same settings, and read from such stages alone.
+/// The stages that are in every combination with the same settings and from the same inputs, and read from such stages alone.
 fn shared(setups: &[Setup]) -> Result<BTreeSet<&'static str>> {
     let mut shared = BTreeSet::new();
     let Some((first, others)) = setups.split_first() else { return Ok(shared) };
     for stage in first.stages()? {
-        let settings = (stage.settings)(first)?;
+        let made_from = |setup: &Setup| -> Result<[Value; 2]> {
+            Ok([(stage.settings)(setup)?, stages::given(setup, stage.name)?])
+        };
+        let own = made_from(first)?;
         let mut same = true;
         for other in others {
-            same &= other.has(stage.name)? && (stage.settings)(other)? == settings;
+            same &= other.has(stage.name)? && made_from(other)? == own;
             // A stage that only some combinations have is read by its readers, too.
             for read in stage.reads {
                 same &= other.has(read)? == first.has(read)?;

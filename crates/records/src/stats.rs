@@ -173,7 +173,8 @@ fn resample(
             statistic(&indices)
         })
         .collect();
-    let standard_error = std(&redraws);
+    // Of one cluster every draw is the same, whatever rounding makes of their spread.
+    let standard_error = if n_clusters > 1 { std(&redraws) } else { 0.0 };
     redraws.sort_by(f64::total_cmp);
     let tail = (1.0 - level) / 2.0;
     let interval =

@@ -121,6 +121,19 @@ pub fn check(runs: &[ScoredRun], first: &str, last: &str) -> Result<()> {
         run.check_model(first)?;
         run.check_model(last)?;
     }
+    for (at, run) in runs.iter().enumerate() {
+        let is_same = |other: &&ScoredRun| {
+            other.arm.name == run.arm.name && !run.scores.is_empty() && other.scores == run.scores
+        };
+        if let Some(other) = runs[..at].iter().find(is_same) {
+            bail!(Refusal::file(
+                run.arm.run.join("scoring").join(score::SCORES),
+                "scores",
+                format!("a run of its own, for each run of `{}` counts as a seed", run.arm.name),
+                format!("the very scores of {}", other.arm.run.display()),
+            ));
+        }
+    }
     let with_yardstick: Vec<&ScoredRun> =
         runs.iter().filter(|run| !run.yardstick.is_empty()).collect();
     for pair in with_yardstick.windows(2) {

@@ -93,7 +93,7 @@ impl ScoreConfig {
             settings::at_least(name, value, 1)?;
         }
         settings::not_negative("temperature", self.temperature)?;
-        settings::fraction("top_p", self.top_p)?;
+        settings::positive_fraction("top_p", self.top_p)?;
         self.engines.check()?;
         self.server.check()?;
         self.endpoint().map(|_| ())

@@ -2,11 +2,12 @@
 //!
 //! Of many comparisons some look well by luck; this one was chosen before anything was seen. Everything else is context.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Display};
 use std::str::FromStr;
 
-use arete_records::Aspect;
 use arete_records::stats::Interval;
+use arete_records::{Aspect, Refusal};
 use serde::{Deserialize, Serialize};
 
 use crate::summary::{AtEqualLength, Difference, ORIGINAL, Scale, Scope, Summary, comparison};
@@ -67,6 +68,24 @@ impl FromStr for Endpoint {
             return Err(wrong("the answer: the yardstick reads nothing else"));
         }
         Ok(Self { last: last.to_owned(), first: first.to_owned(), turn, scale, at_equal_length })
+    }
+}
+
+impl Endpoint {
+    /// Refuses a turn that is none of the run's: `known` are its turns, and its reward models.
+    ///
+    /// # Errors
+    ///
+    /// A refused setting.
+    pub fn check_turn(&self, known: &BTreeSet<Aspect>) -> Result<(), Refusal> {
+        match self.turn {
+            Turn::Named(name) if !known.contains(&name) => {
+                let names: Vec<&str> = known.iter().map(|name| name.name()).collect();
+                let expected = format!("as its turn answer, all or one of {}", names.join(", "));
+                Err(Refusal::setting("primary", expected, name.name()))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -149,6 +149,8 @@ impl<'a> Plan<'a> {
         let constitution = carried_by_reward_models(&inputs.rewards)?;
         let turns = constitution.as_ref().map_or_else(Turns::default, |own| own.turns.clone());
         let members = members::some_reward_models(&inputs.rewards, &turns)?;
+        let names = members.iter().map(|member| member.name).chain(turns.names());
+        config.endpoint()?.check_turn(&names.collect())?;
         Ok(Self {
             config,
             inputs,

@@ -316,8 +316,11 @@ pub(crate) fn true_minus(text: &str) -> String {
     }
 }
 
-/// `±0.281`: the smallest effect that would be found.
+/// `±0.281`: the smallest effect that would be found; none where prompts do not differ, or one is all there is.
 pub(crate) fn effect(change: &Change) -> String {
+    if change.minimum_detectable_effect == 0.0 {
+        return "–".to_owned();
+    }
     format!("±{:.3}", change.minimum_detectable_effect)
 }
 

@@ -226,7 +226,7 @@ fn bad_rows_are_named() {
     let thought = r#"{"messages": [{"role": "user", "content": "a", "tool_calls": null},
         {"role": "assistant", "content": "b", "reasoning_content": "thought"}]}"#;
     assert!(refused(&thought.replace('\n', "")).contains("`reasoning_content` would be lost"));
-    let split = r#"{"prompt": "a", "completion": "b", "split": "dev"}"#;
+    let split = r#"{"prompt": "a", "completion": "b", "split": "mine"}"#;
     assert!(refused(split).contains("split: expected train, validation or test"));
     assert!(refused("[1]").contains("expected an object"));
 }

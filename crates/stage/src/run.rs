@@ -274,9 +274,11 @@ pub fn begin_growing(spec: StageSpec<'_>, amounts: &[&str]) -> Result<Start, Err
             resumed = true;
             foreign = partial.foreign;
             went_on_from = partial.went_on_from;
-            if !grown {
+            match grown {
                 // As it was begun: its results are those of a run that was never stopped.
-                origin = partial.origin;
+                None => origin = partial.origin,
+                // Its first steps were paced for fewer; what a finished run went on from is older still.
+                Some(less) => went_on_from = less.into_iter().chain(went_on_from).collect(),
             }
         }
         Found::Abandoned { partial, changes } => {
@@ -327,10 +329,10 @@ enum Found {
         complete: RunJson,
         less: Map<String, Value>,
     },
-    /// Work that can go on, perhaps further than it was begun for.
+    /// Work that can go on; `grown` are the amounts it was begun for, where there is more to do now.
     Unfinished {
         partial: StageJson,
-        grown: bool,
+        grown: Option<Map<String, Value>>,
     },
     /// Unfinished work of other settings or inputs, or results that were being set aside.
     Abandoned {
@@ -388,9 +390,9 @@ fn find(
         (_, Some(partial)) => {
             let (old, new) = (partial.origin.on_this_machine(), origin.on_this_machine());
             let changes = old.changes(&new);
-            let grown = old.grown(&new, amounts).is_some();
-            if aside.is_none() && (changes.is_empty() || grown) {
-                Found::Unfinished { partial, grown: !changes.is_empty() }
+            let grown = old.grown(&new, amounts).filter(|_| !changes.is_empty());
+            if aside.is_none() && (changes.is_empty() || grown.is_some()) {
+                Found::Unfinished { partial, grown }
             } else {
                 Found::Abandoned { partial, changes }
             }

@@ -46,6 +46,16 @@ pub fn fraction(name: &str, value: f64) -> Result<(), Refusal> {
     refused_unless(is_good, name, || "a number within 0 to 1".to_owned(), value)
 }
 
+/// Refuses a share that is not above 0 and at most 1.
+///
+/// # Errors
+///
+/// [`Refusal`] naming the setting.
+pub fn positive_fraction(name: &str, value: f64) -> Result<(), Refusal> {
+    let is_good = value > 0.0 && value <= 1.0;
+    refused_unless(is_good, name, || "a number above 0, at most 1".to_owned(), value)
+}
+
 fn refused_unless(
     is_good: bool,
     name: &str,

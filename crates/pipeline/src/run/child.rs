@@ -41,7 +41,11 @@ pub(super) fn run(
     show_all: bool,
 ) -> Result<Ended> {
     fs_err::create_dir_all(atomic::parent(log))?;
-    let mut log = fs_err::File::create(log)?;
+    // A second run of a stage at work is refused by the stage: what it says goes behind the first one's log.
+    let mut log = fs_err::OpenOptions::new().create(true).append(true).open(log)?;
+    if log.file().try_lock().is_ok() {
+        log.set_len(0)?;
+    }
     let program = std::env::current_exe().context("finding this program")?;
     // A group of its own: the terminal's Ctrl-C comes to us alone, and the stage gets it once.
     let mut child = Command::new(program)

@@ -46,7 +46,9 @@ impl Config {
         let slow =
             self.kl_control == KlControl::Fixed || self.kl_horizon >= self.rollout_size as f64;
         check("kl_horizon", slow, "at least rollout_size", &self.kl_horizon)?;
-        for (name, value) in [("gamma", self.gamma), ("lambda", self.lambda)] {
+        for (name, value) in
+            [("gamma", self.gamma), ("lambda", self.lambda), ("warmup_ratio", self.warmup_ratio)]
+        {
             fraction(name, value)?;
         }
         for (name, value) in [
