@@ -340,6 +340,26 @@ fn a_sweep_shares_what_its_values_do_not_touch() {
     assert!(names.iter().all(|name| html.contains(name)) && html.contains("score, all turns"));
     let one = run(&with_recipe("sweep", &recipe, &dir, &["--set", "ppo.kl_coef=0.1"]));
     assert_eq!(one.code, Some(2), "{}", one.stderr);
+    let twice = ["--set", "ppo.kl_coef=0.1,0.2", "--set", "ppo.kl_coef=0.3,0.4"];
+    let refused = run(&with_recipe("sweep", &recipe, &dir, &twice));
+    assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+    assert!(refused.stderr.contains("`ppo.kl_coef` comes twice"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_sweep_over_what_a_stage_is_given_does_not_share_it() {
+    let dir = folder("sweep-given");
+    let shared = |values: &str| {
+        let words = ["--set", values, "--dry-run"];
+        let plan = done(&with_recipe("sweep", &HELLO.recipe(), &dir, &words)).stderr;
+        plan.lines().find_map(|line| line.split_once("once for all: ")).unwrap().1.to_owned()
+    };
+    let [all, one] =
+        ["data/prompts", "data/prompts/advice.jsonl"].map(|name| repository().join(name));
+    assert_eq!(shared(&format!("run.prompts={},{}", text(&all), text(&one))), "");
+    let model = repository().join("tests/fixtures/tiny-chat");
+    let judges = format!("run.judge={},{}", text(&model), text(&HELLO.dir.join("sft/merged")));
+    assert_eq!(shared(&judges), "conversations, demonstrations, prompts, sft");
 }
 
 #[test]

@@ -395,6 +395,14 @@ mod tests {
     }
 
     #[test]
+    fn one_run_is_one_seed_however_often_it_is_named() {
+        let same = [run("a", &[(1, 0.0)]), run("b", &[(1, 0.0)]), run("a", &[(1, 0.0)])];
+        let refusal = check(&same, "original", "final").unwrap_err().to_string();
+        assert!(refusal.contains("each run of `a` counts as a seed"), "{refusal}");
+        check(&same[..2], "original", "final").unwrap();
+    }
+
+    #[test]
     fn without_a_yardstick_nothing_is_compared_between_arms() {
         let mut runs = [run("a", &[(1, 0.0)]), run("b", &[(1, 1.0)])];
         for row in runs.iter_mut().flat_map(|run| &mut run.scores) {

@@ -311,6 +311,17 @@ mod tests {
     }
 
     #[test]
+    fn a_turn_that_the_run_has_not_is_refused() {
+        let known = BTreeSet::from([Aspect::new("action").unwrap()]);
+        let check = |text: &str| text.parse::<Endpoint>().unwrap().check_turn(&known);
+        for good in [DEFAULT, "final - sft, all, score", "final - sft, action, score"] {
+            check(good).unwrap();
+        }
+        let refusal = check("final - sft, nope, score").unwrap_err().to_string();
+        assert!(refusal.contains("one of action") && refusal.contains("nope"), "{refusal}");
+    }
+
+    #[test]
     fn without_a_yardstick_it_is_a_score_and_no_evidence() {
         let endpoint: Endpoint = DEFAULT.parse().unwrap();
         let found = Primary::of(&endpoint, &summary(None), false);

@@ -574,6 +574,14 @@ fn more_of_the_same_goes_on_and_fewer_sets_aside() {
     assert_eq!(recorded.counts["went_on_from"], json!({"epochs": 2}));
     assert!(!aside(2).exists());
 
+    // Of work that was stopped, too, it is told what its first steps were paced for.
+    fs_err::remove_dir_all(fixture.output()).unwrap();
+    drop(fixture.grow(json!({"epochs": 2, "rank": 16})));
+    drop(fixture.grow(json!({"epochs": 4, "rank": 16})));
+    fixture.grow(json!({"epochs": 5, "rank": 16})).finish(Completion::default()).unwrap();
+    let recorded = RunJson::read(fixture.output()).unwrap();
+    assert_eq!(recorded.counts["went_on_from"], json!({"epochs": 2}));
+
     // Fewer, or something else besides: not this run's results.
     assert!(!fixture.grow(json!({"epochs": 3, "rank": 16})).is_resumed());
     assert_eq!(RunJson::read(aside(2)).unwrap().config["epochs"], 5);
