@@ -547,6 +547,12 @@ mod tests {
     }
 
     #[test]
+    fn one_prompt_has_no_standard_error() {
+        let outcome = bootstrap(&[vec![0.1, 0.7, 0.3]], mean, Resampling::seeded(7));
+        assert_eq!(outcome.standard_error, 0.0);
+    }
+
+    #[test]
     fn values_of_a_prompt_are_drawn_together() {
         // Each value three times in its cluster: as uncertain as once. Drawn one by one, the error
         // would be smaller by √3.
