@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import scipy.optimize
 
 import arms
-from arms import ENSEMBLE, Arms, agreement, crossed, digest, key_of, program, share
+from arms import ENSEMBLE, Arms, agreement, crossed, digest, key_of, looked_at, program, share
 from study import LORA_STEPS, at_equal_length, flags_of, follow, paired
 
 TEST_PROMPTS = 100
@@ -213,6 +213,17 @@ class Mixed(Arms):
     def compare(self, arms):
         return super().compare(arms, self.temperature) | {"primary": self.primary(arms)}
 
+    def one_run_each(self):
+        """Of the first seed alone, this run only: rloo and coin less the base, and rloo less coin, the named looks corrected."""
+        sft, rloo, coin = (self.replies(self.scored(name, self.temperature)) for name in ("sft", "rloo-1", "coin-1"))
+        out = {}
+        for name, last, first in (("rloo - sft", rloo, sft), ("coin - sft", coin, sft), ("rloo - coin", rloo, coin)):
+            own = {key: (last[key] - first[key])[None] for key in first}
+            figures = {judge: looked_at(own, judge) for judge in self.judges}
+            corrected = at_equal_length(own["gold"], own["tokens"], own["cut"], 0.05 / LOOKS)
+            out[name] = {**figures, "gold_three_looks": corrected, "tokens": crossed(own["tokens"]), "cut": crossed(own["cut"])}
+        return out
+
     def primary(self, arms):
         """The three looks named before the runs, each interval corrected for all of them."""
         alpha = 0.05 / LOOKS
@@ -270,6 +281,8 @@ def steps(study):
         arm = (lambda seed=seed: study.coin(seed)) if name == "coin" else (lambda name=name, seed=seed: getattr(study, name)(name, seed))
         out[f"{name}-{seed}"] = arm
         out[f"scored-{name}-{seed}"] = lambda name=name, seed=seed: study.score(f"{name}-{seed}", study.temperature)
+        if name == "coin" and seed == 1:
+            out["one-run-each"] = study.one_run_each
     for n_dpo in (1, 2, 3):
         out[f"compare-{n_dpo}-3-3"] = lambda n_dpo=n_dpo: study.compare({"dpo": n_dpo, "coin": 3, "rloo": 3})
     return out

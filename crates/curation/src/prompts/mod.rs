@@ -545,7 +545,8 @@ mod tests {
             assert_eq!(splits(&[dir.path().join(input)], "").len(), 3, "{input}");
         }
         // Where no file is one of validation, some of the others are.
-        let two = ["test-00000-of-00001.jsonl", "train.jsonl"].map(|name| dir.path().join(name));
+        let two =
+            ["test-00000-of-00001.jsonl", "all-train.jsonl"].map(|name| dir.path().join(name));
         let drawn = splits(&two, "taught");
         assert_eq!(drawn.keys().copied().collect::<Vec<_>>(), [Split::Train, Split::Validation]);
     }
