@@ -119,7 +119,7 @@ fn what_is_wrong_is_refused_before_the_first_stage() {
         ("sft.epochs=0", "epochs: expected at least 1"),
         ("sft.max_length=1", "max_length: expected at least 2"),
         ("conversations.temperature=-1", "temperature: expected a number of at least 0"),
-        ("conversations.top_p=2", "top_p: expected a number within 0 to 1"),
+        ("conversations.top_p=2", "top_p: expected a number above 0, at most 1"),
         ("conversations.samples_per_prompt=9", "samples_per_prompt: expected 2 to 8"),
         ("preferences.tie_margin=0.5", "tie_margin: expected a number below one half"),
         ("preferences.judge_template=who", "judge_template: expected a text with {a}"),
@@ -127,7 +127,7 @@ fn what_is_wrong_is_refused_before_the_first_stage() {
         ("reward.weight_decay=-1", "weight_decay: expected a number of at least 0"),
         ("dpo.beta=0", "beta: expected a number above 0"),
         ("ppo.rank=0", "rank: expected at least 1"),
-        ("scoring.top_p=-1", "top_p: expected a number within 0 to 1"),
+        ("scoring.top_p=-1", "top_p: expected a number above 0, at most 1"),
         ("yardstick.batch_size=0", "batch_size: expected at least 1"),
     ] {
         let table = setting.split('.').next().unwrap();
