@@ -202,6 +202,23 @@ class Mixed(Arms):
             groups.setdefault(row["prompt_id"], []).append(figures)
         return agreement(list(groups.values()), ("judge", "words"))
 
+    def among_rollouts(self):
+        """The same of the four samples a prompt that rloo-1 learned from, by the gold judge, whose folds saw none of their questions."""
+        groups = {}
+        for path in sorted((self.runs / "rloo-1/rollouts").glob("*.scores.jsonl")):
+            parquet = path.with_name(path.name.replace(".scores.jsonl", ".parquet"))
+            gold = []
+            for fold in sorted((self.runs / "gold").glob("fold-*")):
+                output = self.runs / f"gold-{path.stem}-{fold.name}.jsonl"
+                self.run(program("arete-reward"), "score", model=self.base, adapter=fold / "adapter", input=parquet, output=output)
+                own = np.array([json.loads(line)["score"] for line in output.read_text().splitlines()])
+                gold.append((own - own.mean()) / own.std())
+            for line, row, judged in zip(path.read_text().splitlines(), pq.read_table(parquet).to_pylist(), np.mean(gold, 0)):
+                z = json.loads(line)["z"]
+                own = [z[virtue] for virtue in ENSEMBLE]
+                groups.setdefault((path.name, row["prompt_id"]), []).append([sum(own) / len(own), *own, judged, row["n_tokens_action"]])
+        return agreement(list(groups.values()), ("gold",))
+
     # Measuring.
 
     def yardstick(self):
@@ -283,6 +300,7 @@ def steps(study):
         out[f"scored-{name}-{seed}"] = lambda name=name, seed=seed: study.score(f"{name}-{seed}", study.temperature)
         if name == "coin" and seed == 1:
             out["one-run-each"] = study.one_run_each
+            out["among-rollouts"] = study.among_rollouts
     for n_dpo in (1, 2, 3):
         out[f"compare-{n_dpo}-3-3"] = lambda n_dpo=n_dpo: study.compare({"dpo": n_dpo, "coin": 3, "rloo": 3})
     return out
