@@ -199,7 +199,7 @@ fn selection(config: &PromptsConfig) -> Selection {
 ///
 /// The rows come in the order of a hash of seed and id, whatever the order of the inputs: a limit
 /// takes an even spread of all inputs, and a larger limit keeps what a smaller one had. A prompt's split is that of its opening
-/// question, unless names hold prompts out ([`hold_out`]). Three prompts or more give each split one ([`fill_splits`]).
+/// question, unless names hold prompts out (their record or file says so). Three prompts or more give each split one ([`fill_splits`]).
 ///
 /// # Errors
 ///
