@@ -40,7 +40,7 @@ pub fn run(arguments: &WandbArgs) -> Result<String> {
     let is_own = |file: &&String| {
         let mut parts = file.split('/');
         file.rsplit('/').next() == Some(metrics::FILE)
-            && parts.all(|part| !part.starts_with('.') && !part.contains(".old-"))
+            && parts.all(|part| !part.starts_with('.') && !atomic::is_set_aside(part))
     };
     let output = arguments.output.clone().unwrap_or_else(|| root.clone()).join("wandb");
     let name = fs_err::canonicalize(&root)?;

@@ -174,6 +174,12 @@ impl Drop for AtomicDir {
     }
 }
 
+/// Whether a name of a file or directory is that of something set aside (`NAME.old-N`): no result any more, and the user's to remove.
+#[must_use]
+pub fn is_set_aside(name: &str) -> bool {
+    name.contains(".old-")
+}
+
 /// Renames `from` to the first `NAME.old-N` beside `target` that is not taken.
 fn first_free(target: &Path, from: &Path) -> Result<PathBuf, Error> {
     let name = target.file_name().map(OsString::from).unwrap_or_default();

@@ -238,7 +238,7 @@ fn lines(path: &Path) -> Result<Vec<NumberedObject>, Error> {
     let mut budget = Budget::of(fs_err::metadata(path)?.len());
     let mut records = Vec::new();
     // Line ends of every system, one by one: a blank line has a number, too.
-    for (number, line) in (1..).zip(text.replace("\r\n", "\n").split(['\n', '\r'])) {
+    for (number, line) in (1..).zip(text.lines().flat_map(|line| line.split('\r'))) {
         if line.trim().is_empty() {
             continue;
         }
@@ -274,6 +274,7 @@ fn separated(path: &Path, separator: char) -> Result<Table, Error> {
         .into_iter();
     let Some((_, names)) = records.next() else { return Ok(Table::default()) };
     let names = distinct(names);
+    let row_bytes: usize = names.iter().map(|name| name.len() + CELL_BYTES).sum();
     let (mut numbers_of_rows, mut rows) = (Vec::new(), Vec::<Vec<Value>>::new());
     let mut unreadable = Vec::new();
     for (row, (line, record)) in (1..).zip(records) {
@@ -285,8 +286,7 @@ fn separated(path: &Path, separator: char) -> Result<Table, Error> {
             ));
             continue;
         }
-        let n_bytes: usize = names.iter().map(|name| name.len() + CELL_BYTES).sum();
-        budget.take_bytes(path, line, n_bytes as u64)?;
+        budget.take_bytes(path, line, row_bytes as u64)?;
         let cell = |cell: String| if NULLS.contains(&&*cell) { Value::Null } else { cell.into() };
         rows.push(record.into_iter().map(cell).collect());
         numbers_of_rows.push(row);

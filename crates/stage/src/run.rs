@@ -451,9 +451,8 @@ impl StageRun {
     pub fn finish(mut self, done: Completion) -> Result<(), Error> {
         atomic::sweep(&self.output)?;
         let mut outputs = BTreeMap::new();
-        let files = files_in(&self.output)?;
-        for name in files.into_iter().filter(|name| !is_set_aside(name)) {
-            if self.foreign.contains(&name) {
+        for name in files_in(&self.output)? {
+            if self.foreign.contains(&name) || name.split('/').any(atomic::is_set_aside) {
                 continue;
             }
             let path = self.output.join(&name);
@@ -561,12 +560,6 @@ fn files_in(dir: &Path) -> Result<Vec<String>, Error> {
     let mut files = walk(dir, &is_stage_dir)?;
     files.retain(|file| !file.rsplit('/').next().is_some_and(is_bookkeeping));
     Ok(files)
-}
-
-/// Whether a path lies in something that was set aside (`NAME.old-N`): no result any more, and the user's to remove.
-fn is_set_aside(path: &str) -> bool {
-    let is_number = |n: &str| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit());
-    path.split('/').any(|part| part.rsplit_once(".old-").is_some_and(|(_, n)| is_number(n)))
 }
 
 fn first_changed_output(

@@ -204,17 +204,6 @@ pub fn named_split(record: &Map<String, Value>) -> Option<Split> {
     }
 }
 
-/// The split that a name of a file or folder has for one of its words, as `datasets.load_dataset` reads names.
-#[must_use]
-pub fn split_in(name: &str) -> Option<Split> {
-    name.to_lowercase().split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
-        "train" | "training" => Some(Split::Train),
-        "validation" | "valid" | "dev" | "val" => Some(Split::Validation),
-        "test" | "testing" | "eval" | "evaluation" => Some(Split::Test),
-        _ => None,
-    })
-}
-
 #[expect(clippy::cast_possible_truncation, reason = "a probability")]
 fn chosen_prob(record: &Map<String, Value>) -> Result<f32, FieldError> {
     let value = match record.get("chosen_prob") {

@@ -10,7 +10,7 @@ use arete_chain::constitution::listed;
 use arete_chain::pairs::{self, LabelledPair};
 use arete_records::left_out::{self, LeftOut};
 use arete_records::rows::PreferenceRow;
-use arete_records::table::{self, Column};
+use arete_records::table::Column;
 use arete_records::{Aspect, Message, Refusal, Split, prompt_id, split_of};
 use arete_stage::run::StageSpec;
 use serde::{Deserialize, Serialize};
@@ -157,8 +157,7 @@ fn read<'a>(
     let (mut rows, mut seen) = (Vec::<Row<'_>>::new(), HashSet::new());
     let mut left_out = Vec::new();
     // A file that is named as another split than train is held out, unless none would be left.
-    let held_out =
-        |path: &Path| pairs::split_in(&table::stem(path)).filter(|split| *split != Split::Train);
+    let held_out = |path: &Path| prompts::held_out(&[], path);
     let are_all_held_out = files.iter().all(|path| held_out(path).is_some());
     for path in files {
         let of_file = held_out(path).filter(|_| !are_all_held_out);

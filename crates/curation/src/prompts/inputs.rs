@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use arete_chain::pairs::split_in;
 use arete_records::table::{self, Format};
 use arete_records::{Refusal, Split, left_out};
 use arete_stage::inputs::Piped;
@@ -47,8 +46,18 @@ pub(super) fn of_splits(files: Vec<PathBuf>) -> Vec<PathBuf> {
     chosen
 }
 
+/// The split that a name of a file or folder has for one of its words, as `datasets.load_dataset` reads names.
+fn split_in(name: &str) -> Option<Split> {
+    name.to_lowercase().split(|c: char| !c.is_ascii_alphabetic()).find_map(|word| match word {
+        "train" | "training" => Some(Split::Train),
+        "validation" | "valid" | "dev" | "val" => Some(Split::Validation),
+        "test" | "testing" | "eval" | "evaluation" => Some(Split::Test),
+        _ => None,
+    })
+}
+
 /// The split that a file is held out for by its name, or by that of its folder inside of an input.
-pub(super) fn held_out(inputs: &[PathBuf], file: &Path) -> Option<Split> {
+pub(crate) fn held_out(inputs: &[PathBuf], file: &Path) -> Option<Split> {
     let is_inside = |dir: &&Path| {
         let up = dir.parent();
         inputs.iter().any(|input| up.is_some_and(|up| up.starts_with(input)))

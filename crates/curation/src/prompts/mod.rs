@@ -25,6 +25,7 @@ use crate::splits;
 use crate::stage::{self, Estimate, Place};
 
 pub use self::config::PromptsConfig;
+pub(crate) use self::inputs::held_out;
 pub use self::inputs::is_hub_id;
 use self::inputs::{files, local};
 
@@ -210,7 +211,7 @@ pub fn gather(inputs: &[PathBuf], selection: &Selection) -> Result<Gathered> {
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
     let mut held_out = HashMap::new();
     for path in files(inputs)? {
-        let of_file = inputs::held_out(inputs, &path);
+        let of_file = self::held_out(inputs, &path);
         let default_source = table::stem(&path);
         let mut wrong = Vec::new();
         let table = table::read_renamed(&path, &selection.columns)?;

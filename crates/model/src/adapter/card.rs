@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use arete_records::atomic;
 use arete_records::redact::redacted;
 use arete_stage::run::{RUN_JSON, RunJson};
 use serde_json::{Map, Value};
@@ -219,7 +220,7 @@ fn has_ending(path: &Path, ending: &str) -> bool {
 /// none of results that were set aside.
 fn tables(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let is_whole = |path: &Path| dir.join(path).with_file_name(SPLITS).is_dir();
-    let is_set_aside = |part: &std::ffi::OsStr| part.to_string_lossy().contains(".old-");
+    let is_set_aside = |part: &std::ffi::OsStr| atomic::is_set_aside(&part.to_string_lossy());
     Ok(list(dir)?
         .into_iter()
         .filter(|path| has_ending(path, "parquet") && !is_whole(path))
