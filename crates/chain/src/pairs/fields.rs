@@ -106,16 +106,20 @@ pub fn following(
 ) -> Result<Vec<Message>, FieldError> {
     let own = messages(field, value, Role::Assistant)?;
     let Value::String(text) = value else { return Ok(own) };
-    let Some(asked) = prompt.iter().rev().find(|message| message.role == Role::User) else {
-        return Ok(own);
-    };
-    let repeats = |message: &Message| message.content.trim() == asked.content.trim();
+    let Some(asked) = last_question(prompt) else { return Ok(own) };
+    let repeats = |message: &Message| message.content.trim() == asked;
     let first = own.first().map_or(Role::Assistant, |first| first.role);
     let is_marked = first == Role::User && text.replace("\r\n", "\n").starts_with("\n\n");
     if first == Role::Assistant || is_marked || own.iter().any(repeats) {
         return Ok(own);
     }
     Ok(vec![Message::assistant(text.trim())])
+}
+
+/// What the human asked last.
+pub(super) fn last_question(messages: &[Message]) -> Option<&str> {
+    let asked = messages.iter().rev().find(|message| message.role == Role::User)?;
+    Some(asked.content.trim())
 }
 
 /// A conversation in hh-rlhf's form after a system text, as our own export writes it. A question that merely quotes such a

@@ -40,8 +40,8 @@ use crate::Transcript;
 use crate::constitution::{Turns, listed};
 use crate::exemplars::{Exemplar, Use};
 
-use self::fields::context;
 pub use self::fields::{FieldError, following, lead, messages, present, prompt, question};
+use self::fields::{context, last_question};
 pub use self::whole::{read_pairs, splits_of_pairs};
 pub use arete_records::table::shortened;
 
@@ -362,10 +362,10 @@ pub struct PairFile {
 pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
     let table = table::read_renamed(path, columns)?;
     let (n_records, records) = (table.n_rows(), table.records);
-    let layouts::Found { mut pairs, mut wrong, even } = if layouts::are_trees(&records) {
-        layouts::trees(&records)
+    let layouts::Found { pairs, mut wrong, even } = if layouts::are_trees(&records) {
+        with_splits(layouts::trees(&records), &records)
     } else if layouts::are_rated(&records) {
-        layouts::rated(&records)
+        with_splits(layouts::rated(&records), &records)
     } else {
         let mut found = layouts::Found::default();
         for (row, record) in &records {
@@ -379,10 +379,6 @@ pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
         }
         found
     };
-    for pair in &mut pairs {
-        let at = records.binary_search_by_key(&pair.row, |(row, _)| *row);
-        pair.split = at.ok().and_then(|at| named_split(&records[at].1));
-    }
     wrong.extend(unreadable(table.unreadable));
     let mut left_out = leave_out(path, wrong, n_records)?;
     if !even.is_empty() {
@@ -390,6 +386,15 @@ pub fn read_file(path: &Path, columns: &[Column]) -> Result<PairFile, Error> {
     }
     left_out.extend(even.into_iter().map(|row| of_row(path, row, "prefers neither side")));
     Ok(PairFile { pairs, n_records, left_out })
+}
+
+/// Pairs that several records make have the split that the record of their row names.
+fn with_splits(mut found: layouts::Found, records: &[NumberedObject]) -> layouts::Found {
+    for pair in &mut found.pairs {
+        let at = records.binary_search_by_key(&pair.row, |(row, _)| *row);
+        pair.split = at.ok().and_then(|at| named_split(&records[at].1));
+    }
+    found
 }
 
 /// How many human pairs a weight allows beside so many judged ones.
@@ -499,13 +504,13 @@ pub fn conversation_of(record: &Map<String, Value>) -> Result<Option<Vec<Message
 
 /// The conversation of a record that asks `question` in it: its list of messages, or one of its sides where that is whole.
 fn around(record: &Map<String, Value>, question: &[Message]) -> Option<Vec<Message>> {
-    let asked = question.iter().rev().find(|message| message.role == Role::User)?;
+    let asked = last_question(question)?;
     ["messages", "chosen"].into_iter().find_map(|field| {
         let list = present(record, field).filter(|value| value.is_array())?;
         let mut own = messages(field, list, Role::Assistant).ok()?;
-        let is_around = own.iter().any(|message| {
-            message.role == Role::User && message.content.trim() == asked.content.trim()
-        });
+        let asks =
+            |message: &Message| message.role == Role::User && message.content.trim() == asked;
+        let is_around = own.iter().any(asks);
         lead(record, &mut own);
         is_around.then_some(own)
     })
